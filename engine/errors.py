@@ -1,0 +1,118 @@
+"""Every error that a user can meet, in one tree.
+
+    LoraxError
+    ├── InvalidRequest            a parameter or a prompt that cannot be served
+    ├── MalformedRequest          a body that is not JSON, or not of the documented shape
+    ├── AdapterError
+    │   ├── AdapterNotFound
+    │   ├── AdapterForbidden
+    │   ├── AdapterIncompatible   cannot be served exactly with this base model
+    │   ├── AdapterTooLarge
+    │   └── AdapterLoadFailed     the source did not deliver
+    ├── Overloaded
+    ├── GenerationError
+    ├── EngineDead
+    ├── ModelError                the base model cannot be loaded
+    └── ConfigError
+
+Each class carries the HTTP status, the machine-readable type and the exit code of the command line.
+Errors cross processes as plain dictionaries: `to_wire` and `from_wire`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class LoraxError(Exception):
+    """Base of all. `field` names the offending input, `hint` the remedy."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "message": self.message,
+            "field": self.field,
+            "hint": self.hint,
+        }
+
+
+class InvalidRequest(LoraxError):
+    status, error_type, exit_code = 422, "validation", 2
+
+
+class MalformedRequest(LoraxError):
+    status, error_type, exit_code = 400, "malformed_request", 2
+
+
+class AdapterError(LoraxError):
+    status, error_type, exit_code = 424, "adapter", 10
+
+
+class AdapterNotFound(AdapterError):
+    status, error_type, exit_code = 404, "adapter_not_found", 11
+
+
+class AdapterForbidden(AdapterError):
+    status, error_type, exit_code = 403, "adapter_forbidden", 12
+
+
+class AdapterIncompatible(AdapterError):
+    status, error_type, exit_code = 422, "adapter_incompatible", 13
+
+
+class AdapterTooLarge(AdapterError):
+    status, error_type, exit_code = 413, "adapter_too_large", 14
+
+
+class AdapterLoadFailed(AdapterError):
+    status, error_type, exit_code = 424, "adapter_load_failed", 15
+
+
+class Overloaded(LoraxError):
+    status, error_type, exit_code = 429, "overloaded", 20
+
+
+class GenerationError(LoraxError):
+    status, error_type, exit_code = 500, "generation", 21
+
+
+class EngineDead(LoraxError):
+    status, error_type, exit_code = 503, "engine_dead", 22
+
+
+class ModelError(LoraxError):
+    status, error_type, exit_code = 500, "model", 3
+
+
+class ConfigError(LoraxError):
+    status, error_type, exit_code = 500, "config", 2
+
+
+def error_classes() -> dict[str, type[LoraxError]]:
+    """Every class of the tree by name."""
+    found: dict[str, type[LoraxError]] = {}
+    stack: list[type[LoraxError]] = [LoraxError]
+    while stack:
+        cls = stack.pop()
+        found[cls.__name__] = cls
+        stack.extend(cls.__subclasses__())
+    return found
+
+
+def from_wire(wire: dict[str, Any]) -> LoraxError:
+    """The inverse of `LoraxError.to_wire`; an unknown class becomes a plain `LoraxError`."""
+    cls = error_classes().get(str(wire.get("class")), LoraxError)
+    return cls(str(wire.get("message", "")), field=wire.get("field"), hint=wire.get("hint"))

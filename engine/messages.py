@@ -1,0 +1,141 @@
+"""What crosses a process: front -> engine -> runner and back. Plain lists and numbers, never tensors.
+
+A *request* is what a client asked; it never changes. A *plan* is one step for every shard; a *result* is what
+came of it; an *update* is what the front learns of one request after one step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+FinishReason = Literal["length", "eos", "cancelled"]
+
+
+class SamplingParams(Struct, frozen=True):
+    """How the next token is chosen.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `typical_p` 1 and `min_p` 0 are off. `seed` is always set: the
+    front draws one where the client gave none. Sampling is Philox keyed by (seed, position), so a seed gives the same
+    text whatever else is in the batch. Repetition penalty counts prompt and output (Keskar et al. 2019, CTRL);
+    frequency and presence penalties count the output only (OpenAI API).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    logprobs: bool = False  # the log-probability of every chosen token
+    num_alternatives: int = 0  # the most likely tokens of every position, with log-probabilities
+    prompt_logprobs: bool = False  # the log-probability of every prompt token but the first
+
+
+class AdapterImageRef(Struct, frozen=True):
+    """Where an adapter's image lies in the host region, and what it is.
+
+    The image is records (relative, `[layers + 1, groups, 8]` int32) followed by data; see `engine.lora.image`.
+    """
+
+    digest: bytes  # content digest: identity for residency and for the prefix cache
+    offset: int  # bytes from the start of the host region
+    data_bytes: int  # bytes of data, without the records; what the arena must hold
+    max_rank: int  # largest stacked rank of any group
+    name: str = ""  # for logs and metrics only
+
+
+class Request(Struct, frozen=True):
+    """One generation: prompt tokens in, at most `max_new_tokens` out."""
+
+    id: str
+    tokens: list[int]
+    sampling: SamplingParams
+    max_new_tokens: int
+    eos_token_ids: list[int]  # empty: end-of-sequence tokens are ordinary tokens
+    adapter: AdapterImageRef | None = None  # None: the base model
+    cache_salt: bytes = b""  # separates the prefix cache of private adapters by tenant
+    arrival: float = 0.0  # time.monotonic() when the front accepted it
+
+
+class Admit(Struct, frozen=True):
+    """A sequence takes a row. Its tokens so far (prompt, and output if it was preempted) are written to the row."""
+
+    row: int
+    slot: int
+    tokens: list[int]
+    prompt_length: int  # of `tokens`, how many the client sent
+    computed: int  # positions already in the KV cache (prefix cache)
+    blocks: list[int]
+    sampling: SamplingParams
+
+
+class Chunk(Struct, frozen=True):
+    """Part of a row's known tokens to compute: positions start .. start + count."""
+
+    row: int
+    start: int
+    count: int
+    sample: bool  # the chunk ends at the last known token, so the step samples the next one
+    prompt_logprobs: bool = False
+
+
+class Placement(Struct, frozen=True):
+    """Copy an adapter's image into the arena and its records into a slot."""
+
+    slot: int
+    offset: int  # bytes into the arena, 16-byte aligned
+    image: AdapterImageRef
+
+
+class StepPlan(Struct, frozen=True):
+    """One step. Lists are applied in the order of the fields."""
+
+    step: int
+    release: list[int]  # rows that ended
+    unplace: list[int]  # slots whose adapter left the arena: no row of this or a later step uses them
+    placements: list[Placement]
+    admit: list[Admit]
+    extend: list[tuple[int, list[int]]]  # (row, blocks appended to its block table)
+    decode: list[int] | None  # rows that advance by one token, sorted by slot; None: as in the step before
+    chunks: list[Chunk]  # sorted by slot
+
+
+class TokenOutput(Struct, frozen=True):
+    """One sampled token. Log-probabilities are of the model's own distribution, before penalties and filters."""
+
+    token: int
+    logprob: float | None = None
+    alternatives: list[tuple[int, float]] | None = None
+
+
+class StepResult(Struct, frozen=True):
+    """What a step gave: one output for each decode row, then one for each sampling chunk, in the plan's order."""
+
+    step: int
+    outputs: list[TokenOutput]
+    prompt_logprobs: dict[int, list[float]]  # chunk index -> log-probability of tokens start + 1 .. start + count
+    resident: list[int]  # slots whose copies have completed since the last result
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    generated_tokens: int
+    preemptions: int = 0
+
+
+class Update(Struct, frozen=True):
+    """News of one request. `finish` or `error` is set in its last update and in no other."""
+
+    id: str
+    tokens: list[TokenOutput]
+    finish: FinishReason | None = None
+    error: dict[str, Any] | None = None  # LoraxError.to_wire()
+    usage: Usage | None = None  # with `finish`
+    admitted: float | None = None  # time.monotonic() of first admission, once
+    prompt_logprobs: list[float] | None = None  # with the first token, if asked for
