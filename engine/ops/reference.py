@@ -1,0 +1,211 @@
+"""The oracle: every op in plain PyTorch, for any device and dtype. Slow and obviously right.
+
+Kernels are tested against these functions, and the CPU uses them where the extension is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops.layout import (
+    ALIGN,
+    MAX_TARGETS,
+    WORD_A,
+    WORD_B,
+    WORD_RANK2,
+    WORD_RANKS,
+    WORD_SCALE,
+    padded,
+    row_stride,
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x[T, K] @ weight[N, K].T + bias[N]`."""
+    return F.linear(x, weight, bias)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Zhang and Sennrich 2019. Adds x to the residual in place first, then normalises it, in float32."""
+    if residual is not None:
+        residual.add_(x)
+        x = residual
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)
+
+
+def act_and_mul(x: Tensor, act: str) -> Tensor:
+    """Gated activation: `act(x[:, :I]) * x[:, I:]`."""
+    gate, up = x.chunk(2, dim=-1)
+    if act == "silu":
+        return F.silu(gate) * up
+    if act not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"unknown activation {act!r}")
+    return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none") * up
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Su et al. 2021 (RoFormer). Rotates the first 2 * cos.shape[-1] features of x[T, H, D] in place."""
+    half = cos.shape[-1]
+    part = x[..., : 2 * half]
+    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :half], part[..., half:])
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    new_a = a.float() * cos - b.float() * sin
+    new_b = b.float() * cos + a.float() * sin
+    a.copy_(new_a)
+    b.copy_(new_b)
+
+
+def rope_store_kv_(
+    q: Tensor,  # [T, H, D]
+    k: Tensor,  # [T, G, D]
+    v: Tensor,  # [T, G, D]
+    cos_sin: Tensor,  # [max positions, rotary dim], float32: cosines, then sines
+    positions: Tensor,  # [T] int64
+    kv: Tensor,  # [blocks, layers, 2, block, G, D]
+    places: Tensor,  # [T] int64: block * block size + offset
+    layer: int,
+    interleaved: bool,
+) -> None:
+    """Rotates q and k in place, then writes k and v to their places in the cache."""
+    if cos_sin.shape[-1]:
+        cos, sin = cos_sin[positions].chunk(2, dim=-1)
+        _rotate(q, cos, sin, interleaved)
+        _rotate(k, cos, sin, interleaved)
+    block = kv.shape[3]
+    index, offset = places // block, places % block
+    kv[index, layer, 0, offset] = k.to(kv.dtype)
+    kv[index, layer, 1, offset] = v.to(kv.dtype)
+
+
+def paged_attention(
+    q: Tensor,  # [T, H, D]
+    kv: Tensor,  # [blocks, layers, 2, block, G, D]
+    layer: int,
+    block_tables: Tensor,  # [S, blocks of the longest] int32
+    starts: Tensor,  # [S + 1] int32: first token of each sequence
+    lengths: Tensor,  # [S] int32: positions in the cache, with those of this step
+    scale: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    """Causal attention; the queries of a sequence are its last positions. Softmax in float32.
+
+    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2).
+    """
+    out = torch.empty_like(q)
+    block, groups = kv.shape[3], kv.shape[4]
+    bounds = starts.tolist()
+    for s, length in enumerate(lengths.tolist()):
+        first, last = bounds[s], bounds[s + 1]
+        if first == last:
+            continue
+        table = block_tables[s, : (length + block - 1) // block].long()
+        pages = kv[table, layer]  # [blocks, 2, block, G, D]
+        k = pages[:, 0].flatten(0, 1)[:length].float()
+        v = pages[:, 1].flatten(0, 1)[:length].float()
+        repeats = q.shape[1] // groups
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(length - (last - first), length, device=q.device)[:, None]
+        key = torch.arange(length, device=q.device)[None]
+        hidden = key > at
+        if window:
+            hidden |= key <= at - window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[first:last] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return out
+
+
+def _segments(
+    records: Tensor, slots: Tensor, starts: Tensor, layer: int, group: int
+) -> Iterator[tuple[int, int, list[int], list[int], list[float]]]:
+    """(first token, last token + 1, words, ranks, scales) of each segment whose slot adapts this group."""
+    bounds = starts.tolist()
+    for s, slot in enumerate(slots.tolist()):
+        first, last = bounds[s], bounds[s + 1]
+        record = records[slot, layer, group]
+        ranks = record[WORD_RANKS : WORD_RANK2 + 1].view(torch.uint16).tolist()[:MAX_TARGETS]
+        if first == last or not any(ranks):
+            continue
+        words = record.view(torch.uint32).tolist()
+        scales = record[WORD_SCALE : WORD_SCALE + MAX_TARGETS].view(torch.float32).tolist()
+        yield first, last, words, ranks, scales
+
+
+def _matrix(arena: Tensor, offset: int, rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """The `[rows, length]` matrix that lies at `offset` (in units of ALIGN) in the arena."""
+    size = dtype.itemsize
+    stride = row_stride(length, size)
+    start = offset * ALIGN
+    flat = arena[start : start + rows * stride * size].view(dtype)
+    return flat.view(rows, stride)[:, :length]
+
+
+def lora_shrink(
+    x: Tensor,  # [T, K]
+    arena: Tensor,  # [bytes] uint8
+    records: Tensor,  # [slots, layers + 1, groups, 8] int32
+    slots: Tensor,  # [S] int32
+    starts: Tensor,  # [S + 1] int32
+    layer: int,
+    group: int,
+    width: int,
+) -> Tensor:
+    """Partial sums t[P, T, width] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
+    t = x.new_zeros((1, x.shape[0], width), dtype=torch.float32)
+    for first, last, words, ranks, _ in _segments(records, slots, starts, layer, group):
+        a = _matrix(arena, words[WORD_A], sum(ranks), x.shape[1], x.dtype)
+        t[0, first:last, : sum(ranks)] = x[first:last].float() @ a.float().T
+    return t
+
+
+def lora_gather(
+    ids: Tensor,  # [T] int64
+    arena: Tensor,
+    records: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    layer: int,
+    group: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The shrink of an embedding: rows of A[vocab, r] by token id, as t[1, T, width] float32."""
+    t = torch.zeros((1, ids.shape[0], width), dtype=torch.float32, device=ids.device)
+    for first, last, words, ranks, _ in _segments(records, slots, starts, layer, group):
+        rows = int(ids[first:last].max()) + 1
+        a = _matrix(arena, words[WORD_A], rows, ranks[0], dtype)
+        t[0, first:last, : ranks[0]] = a[ids[first:last]].float()
+    return t
+
+
+def lora_expand_(
+    y: Tensor,  # [T, sum(splits)]
+    t: Tensor,  # [P, T, width] float32
+    arena: Tensor,
+    records: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    layer: int,
+    group: int,
+    splits: list[int],
+) -> None:
+    """`y[i, cols(t)] += scale(t) * sum(t)[i, ranks(t)] @ B(t)`, added in float32 and rounded once."""
+    size = y.dtype.itemsize
+    for first, last, words, ranks, scales in _segments(records, slots, starts, layer, group):
+        total = t[:, first:last].sum(0)
+        offset, column, row = words[WORD_B], 0, 0
+        for rank, scale, n in zip(ranks, scales, splits, strict=False):
+            b = _matrix(arena, offset, rank, n, y.dtype)
+            part = y[first:last, column : column + n]
+            part.copy_(part.float() + scale * (total[:, row : row + rank] @ b.float()))
+            offset += rank * padded(n * size) // ALIGN
+            column, row = column + n, row + rank

@@ -1,0 +1,52 @@
+"""Every op of the engine, defined once with the dispatcher; the reference serves whatever no extension serves.
+
+`T` tokens of a step, `S` segments (runs of consecutive tokens that share a slot, or a sequence), `R` stacked rank.
+An op that ends in an underscore changes the arguments marked `!`. Semantics are the bodies in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.ops import reference
+
+NAMESPACE = "lorax"
+
+SCHEMAS = {
+    # y[T, N] = x[T, K] @ weight[N, K].T + bias[N]
+    "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    # residual += x, in place; returns rms_norm(residual) * weight. Without residual: rms_norm(x) * weight.
+    "add_rms_norm": "(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor",
+    # x[T, 2I] -> act(x[:, :I]) * x[:, I:];  act: silu | gelu | gelu_tanh
+    "act_and_mul": "(Tensor x, str act) -> Tensor",
+    # rotates q and k in place by cos_sin[position] = [cos | sin] (width 0: no rotation), then stores k and v at `places`
+    "rope_store_kv_": (
+        "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(c!) kv, Tensor places,"
+        " int layer, bool interleaved) -> ()"
+    ),
+    # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off
+    "paged_attention": (
+        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor starts, Tensor lengths, float scale,"
+        " float softcap, int window) -> Tensor"
+    ),
+    # t[P, T, width] float32, to be summed over P: x @ A(slot).T
+    "lora_shrink": (
+        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width)"
+        " -> Tensor"
+    ),
+    # the same for an embedding: t[1, T, width] = A(slot)[ids]
+    "lora_gather": (
+        "(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width,"
+        " ScalarType dtype) -> Tensor"
+    ),
+    # y[i, cols(t)] += scale(t) * sum(t[:, i, ranks(t)]) @ B(slot, t)
+    "lora_expand_": (
+        "(Tensor(a!) y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group,"
+        " int[] splits) -> ()"
+    ),
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
