@@ -139,3 +139,63 @@ class Update(Struct, frozen=True):
     usage: Usage | None = None  # with `finish`
     admitted: float | None = None  # time.monotonic() of first admission, once
     prompt_logprobs: list[float] | None = None  # with the first token, if asked for
+
+
+class EngineInfo(Struct, frozen=True):
+    """What the front needs to know of a started engine; `/info` shows it."""
+
+    model_id: str
+    model_type: str
+    revision: str | None
+    dtype: str
+    device: str  # "cpu" | "cuda"
+    device_name: str
+    vocab_size: int
+    max_input_length: int
+    max_total_tokens: int
+    max_batch_total_tokens: int  # positions in the KV cache
+    max_batch_size: int
+    max_step_tokens: int
+    block_size: int
+    adapter_bytes: int  # arena
+    host_bytes: int  # host tier
+    backends: dict[str, str]  # op -> what serves it on this device
+    memory_plan: list[tuple[str, int]]  # (what, bytes)
+    targets: list[str]  # names that adapters may target
+
+
+class EngineStats(Struct, frozen=True):
+    """Counters and levels of the engine, sent with updates a few times a second."""
+
+    waiting: int = 0
+    running: int = 0
+    rows: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    cached_blocks: int = 0
+    steps: int = 0
+    step_tokens: int = 0  # tokens computed, ever
+    preemptions: int = 0
+    prefix_hits: int = 0  # prompt tokens found in the cache, ever
+    prefix_lookups: int = 0  # prompt tokens looked up, ever
+    resident: list[tuple[str, bytes, int]] = []  # (adapter name, digest, bytes in the arena)
+    arena_bytes: int = 0
+    arena_used: int = 0
+    placements: int = 0
+    evictions: int = 0
+
+
+class AdapterStatus(Struct, frozen=True):
+    """One adapter that the exchange knows."""
+
+    name: str  # as the client named it
+    source: str
+    digest: bytes | None
+    state: Literal["fetching", "parsing", "ready", "failed"]
+    data_bytes: int
+    max_rank: int
+    targets: list[str]
+    base_model: str | None
+    leases: int  # open requests that use it
+    seconds: dict[str, float]  # stage -> seconds of the last load: fetch, parse
+    error: dict[str, Any] | None = None

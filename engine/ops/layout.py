@@ -13,6 +13,9 @@ the base model, whose records are all zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 ALIGN = 16  # bytes
 MAX_TARGETS = 3  # per group
 MAX_RANK = 65535  # a rank is a uint16 in the record
@@ -35,3 +38,50 @@ def padded(num_bytes: int) -> int:
 def row_stride(length: int, element_size: int) -> int:
     """Elements from one row of A or B to the next."""
     return padded(length * element_size) // element_size
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One linear of the checkpoint that an adapter can adapt."""
+
+    name: str  # as in PEFT's target_modules: "q_proj"
+    module: str  # its path in the transformers model: "model.layers.{layer}.self_attn.q_proj"
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One linear of the engine, fused from the linears of its targets: they read the same x."""
+
+    name: str  # "qkv"
+    in_features: int  # K; of an embedding: the vocabulary
+    targets: tuple[Target, ...]
+    embedding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """Every place where an adapter of this base model can act."""
+
+    dtype: str  # "float32" | "bfloat16" | "float16": of every matrix in the arena
+    num_layers: int
+    groups: tuple[Group, ...]  # of each decoder layer; the index is the group number
+    ends: tuple[Group, ...]  # embedding and head: groups of the layer numbered `num_layers`
+
+    @property
+    def num_groups(self) -> int:
+        """Second dimension of a slot's records."""
+        return max(len(self.groups), len(self.ends))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one adapter's records."""
+        return (self.num_layers + 1) * self.num_groups * RECORD_WORDS * 4
+
+    def places(self) -> Iterator[tuple[int, int, Group]]:
+        """(layer, group number, group) of every group of every layer, the ends last."""
+        for layer in range(self.num_layers):
+            for number, group in enumerate(self.groups):
+                yield layer, number, group
+        for number, group in enumerate(self.ends):
+            yield self.num_layers, number, group
