@@ -1,0 +1,69 @@
+# Every target sets up what it needs: .venv with the pinned versions of constraints.txt.
+#
+#   make demo    install, start a server, talk to the base and every adapter    (ONCE=1: then exit)
+#   make test    the tests that need no GPU                                     (ARGS="tests/cli -k help")
+
+PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3))
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+SOURCES := $(shell find engine/csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-gpu lint format type docs completions build demo-model bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the extension is built against it.
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py) $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt $(TORCH) numpy setuptools wheel ninja
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(INSTALLED) ## make .venv and install everything into it
+
+demo: $(INSTALLED) ## start a server and ask the base model and every adapter (ONCE=1: then exit)
+	$(BIN)/lorax demo $(if $(filter 1,$(ONCE)),--once)
+
+test: $(INSTALLED) ## run the tests that need no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(INSTALLED) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m 'gpu or multi_gpu' $(ARGS)
+
+lint: $(INSTALLED) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(INSTALLED) ## check types
+	$(BIN)/mypy
+
+docs: $(INSTALLED) ## generate the reference pages
+	$(BIN)/python tools/docs.py pages
+
+completions: $(INSTALLED) ## generate the shell completions
+	$(BIN)/python tools/docs.py completions
+
+build: $(INSTALLED) ## build the wheel into dist/
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+demo-model: $(INSTALLED) ## train the demo model and its adapters anew
+	$(BIN)/python -m tools.demo
+
+bench: $(INSTALLED) ## measure the demo model, base and adapters (ARGS="--batch 16 --adapters 16")
+	$(BIN)/lorax bench $(ARGS)
+
+clean: ## remove what was built, .venv included
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find engine lorax_cli tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find engine -name '*.so' -delete
