@@ -27,6 +27,7 @@ class Option:
 
     help: str
     env: tuple[str, ...] = ()  # further environment names, tried after FIELD_NAME
+    env_name: str | None = None  # instead of FIELD_NAME, where that name already means something
     secret: bool = False  # never printed
 
 
@@ -133,7 +134,9 @@ class MemoryConfig:
     cuda_memory_fraction: Annotated[float, Option("Share of the GPU's memory to use.")] = 0.9
     cpu_memory_gb: Annotated[
         float | None,
-        Option("GiB for KV cache and adapters on a CPU; unset: a quarter of free memory, 8 at most."),
+        Option(
+            "GiB for KV cache and adapters on a CPU; unset: a quarter of what is free, 4 at most."
+        ),
     ] = None
     num_threads: Annotated[
         int | None, Option("Threads of the compute process on a CPU; unset: one per core.")
@@ -144,7 +147,8 @@ class MemoryConfig:
 class ServerConfig:
     """The HTTP front."""
 
-    hostname: Annotated[str, Option("Address to listen on.")] = "0.0.0.0"
+    # Shells and containers set HOSTNAME to the machine's own name.
+    hostname: Annotated[str, Option("Address to listen on.", env_name="LORAX_HOSTNAME")] = "0.0.0.0"
     port: Annotated[int, Option("Port to listen on; 0: any free one.")] = 3000
     max_concurrent_requests: Annotated[
         int, Option("Open requests beyond which new ones are answered with 429.")
@@ -190,7 +194,7 @@ class Setting:
 
     @property
     def environment(self) -> tuple[str, ...]:
-        return (self.name.upper(), *self.option.env)
+        return (self.option.env_name or self.name.upper(), *self.option.env)
 
     @property
     def choices(self) -> tuple[str, ...]:
