@@ -1,0 +1,51 @@
+"""Attention over the paged KV cache: one fused projection in, rotation and store, attention, one projection out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.layers.batch import Batch
+from engine.layers.linear import Linear
+
+ops = torch.ops.lorax
+
+
+class Attention:
+    def __init__(
+        self,
+        qkv: Linear,
+        out: Linear,
+        shape: tuple[int, int, int],
+        cos_sin: Tensor,
+        interleaved: bool,
+        scale: float,
+        softcap: float,
+        window: int,
+    ) -> None:
+        """`shape` is (heads, kv heads, head size); a `cos_sin` of width 0 rotates nothing."""
+        self.qkv, self.out = qkv, out
+        self.heads, self.kv_heads, self.head_dim = shape
+        self.cos_sin, self.interleaved = cos_sin, interleaved
+        self.scale, self.softcap, self.window = scale, softcap, window
+        self.layer = qkv.layer
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        heads = self.qkv(x, batch.lora).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        kv = batch.kv
+        ops.rope_store_kv_(
+            q, k, v, self.cos_sin, batch.positions, kv.cache, kv.places, self.layer, self.interleaved
+        )
+        y = ops.paged_attention(
+            q,
+            kv.cache,
+            self.layer,
+            kv.tables,
+            kv.starts,
+            kv.lengths,
+            self.scale,
+            self.softcap,
+            self.window,
+        )
+        return self.out(y.view(-1, self.heads * self.head_dim), batch.lora)

@@ -1,0 +1,42 @@
+"""The one argument of every layer beside x: what the tokens of a step are and where their state lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """The KV cache as one step sees it. S sequences, T tokens."""
+
+    cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
+    tables: Tensor  # [S, blocks of the longest] int32
+    starts: Tensor  # [S + 1] int32: first token of each sequence
+    lengths: Tensor  # [S] int32: positions in the cache, with those of this step
+    places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """Which tokens use which adapter: contiguous segments of one slot each."""
+
+    arena: Tensor  # [bytes] uint8
+    records: Tensor  # [slots, layers + 1, groups, 8] int32
+    slots: Tensor  # [S] int32
+    starts: Tensor  # [S + 1] int32
+    width: int  # columns of t: at least the largest stacked rank in the batch
+    touched: list[list[bool]]  # [layers + 1][groups]: does any adapter of the batch act there
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `lora` is None when every token is the base model's."""
+
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    kv: KVView
+    lora: LoraBatch | None
+    outputs: Tensor | None  # [O] int64: tokens whose logits are wanted; None: all
+    lora_outputs: LoraBatch | None  # `lora` over the wanted tokens only

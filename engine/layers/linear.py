@@ -1,0 +1,104 @@
+"""Linears: a method that multiplies, and the LoRA op split around it.
+
+A method has `allocate`, `load` and `matmul`; it knows nothing of LoRA. A linear is fused from the checkpoint's
+linears, and its group is the list of LoRA targets.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.layers.batch import LoraBatch
+from engine.ops.layout import Group
+
+ops = torch.ops.lorax
+
+
+class LinearMethod(Protocol):
+    """How a weight is held and multiplied: plain, or quantised."""
+
+    def allocate(self, rows: int, columns: int, bias: bool) -> None:
+        """Makes room for a `[rows, columns]` weight."""
+
+    def load(self, part: str, row: int, tensor: Tensor) -> None:
+        """Takes rows `row` .. of the weight (part "weight") or of the bias (part "bias")."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x[T, columns] -> [T, rows]."""
+
+
+class Plain:
+    """Weights as they are."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+
+    def allocate(self, rows: int, columns: int, bias: bool) -> None:
+        self.weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        self.bias = torch.empty(rows, dtype=self.dtype, device=self.device) if bias else None
+
+    def load(self, part: str, row: int, tensor: Tensor) -> None:
+        whole = self.weight if part == "weight" else self.bias
+        assert whole is not None
+        whole[row : row + tensor.shape[0]].copy_(tensor)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Linear:
+    """y = x W.T + b, and every token's own adapter on top."""
+
+    def __init__(
+        self, method: LinearMethod, group: Group, place: tuple[int, int], bias: bool
+    ) -> None:
+        """`place` is (layer, group number): the address of the group's records."""
+        self.group = group
+        self.layer, self.number = place
+        self.splits = [target.out_features for target in group.targets]
+        self.method = method
+        method.allocate(sum(self.splits), group.in_features, bias)
+
+    def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        if lora is None or not lora.touched[self.layer][self.number]:
+            return self.method.matmul(x)
+        where = (lora.arena, lora.records, lora.slots, lora.starts, self.layer, self.number)
+        t = ops.lora_shrink(x, *where, lora.width)
+        y = self.method.matmul(x)
+        ops.lora_expand_(y, t, *where, self.splits)
+        return y
+
+
+class Head(Linear):
+    """The vocabulary projection; shares the embedding's table when they are tied."""
+
+    def __init__(self, method: Plain, group: Group, place: tuple[int, int], table: Tensor | None) -> None:
+        if table is None:
+            super().__init__(method, group, place, bias=False)
+            return
+        self.group, self.method = group, method
+        self.layer, self.number = place
+        self.splits = [group.targets[0].out_features]
+        method.weight, method.bias = table, None
+
+
+class Embedding:
+    """Rows of a table by token id, and every token's own adapter on top."""
+
+    def __init__(
+        self, group: Group, place: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layer, self.number = place
+        self.splits = [group.targets[0].out_features]
+        self.table = torch.empty(group.in_features, self.splits[0], dtype=dtype, device=device)
+
+    def __call__(self, ids: Tensor, lora: LoraBatch | None) -> Tensor:
+        y = self.table[ids]
+        if lora is not None and lora.touched[self.layer][self.number]:
+            where = (lora.arena, lora.records, lora.slots, lora.starts, self.layer, self.number)
+            t = ops.lora_gather(ids, *where, lora.width, self.table.dtype)
+            ops.lora_expand_(y, t, *where, self.splits)
+        return y

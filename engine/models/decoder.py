@@ -1,0 +1,119 @@
+"""The one decoder of every family: parts are chosen once, in `__init__`, from the `ModelSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.layers.attention import Attention
+from engine.layers.batch import Batch
+from engine.layers.linear import Embedding, Head, Linear, LinearMethod, Plain
+from engine.layers.mlp import Mlp
+from engine.layers.norm import norm
+from engine.layers.rotary import cos_sin_table
+from engine.models.spec import DOWN, EMBEDDING, HEAD, OUT, QKV, UP, ModelSpec, Rope, layout_of
+from engine.ops.layout import AdapterLayout
+
+
+class Layer:
+    """One block: attention, then the feed-forward part, each behind a norm; sandwich norms its output too."""
+
+    def __init__(self, model: Decoder, layer: int) -> None:
+        spec, names = model.spec, model.spec.names
+        attention, mlp = spec.attention, spec.mlp
+        self.attention = Attention(
+            model.linear(layer, QKV, attention.qkv_bias),
+            model.linear(layer, OUT, attention.out_bias),
+            (attention.heads, attention.kv_heads, attention.head_dim),
+            model.cos_sin,
+            isinstance(spec.position, Rope) and spec.position.interleaved,
+            attention.scale,
+            attention.softcap,
+            attention.window(layer),
+        )
+        self.mlp = Mlp(
+            model.linear(layer, UP, mlp.bias), model.linear(layer, DOWN, mlp.bias), mlp.act, mlp.gated
+        )
+        self.attention_norm, self.mlp_norm = model.norm(), model.norm()
+        self.after_attention = model.norm() if names.after_attention_norm else None
+        self.after_mlp = model.norm() if names.after_mlp_norm else None
+
+    def __call__(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x is what the block before adds to the residual; returns the same pair."""
+        if residual is None:
+            residual, x = x, self.attention_norm(x)
+        else:
+            x = self.attention_norm(x, residual)
+        x = self.attention(x, batch)
+        if self.after_attention is not None:
+            x = self.after_attention(x)
+        x = self.mlp(self.mlp_norm(x, residual), batch.lora)
+        if self.after_mlp is not None:
+            x = self.after_mlp(x)
+        return x, residual
+
+
+class Decoder:
+    """Tokens in, logits out."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        method: Callable[[torch.dtype, torch.device], LinearMethod] = Plain,
+    ) -> None:
+        self.spec, self.dtype, self.device, self.method = spec, dtype, device, method
+        self.layout: AdapterLayout = layout_of(spec, str(dtype).removeprefix("torch."))
+        last = spec.num_layers
+        self.embedding = Embedding(self.layout.ends[EMBEDDING], (last, EMBEDDING), dtype, device)
+        self.position_table: Tensor | None = None
+        if isinstance(spec.position, Rope):
+            table = cos_sin_table(
+                spec.config, spec.position.parameters, spec.position.rotary_dim, spec.max_positions
+            )
+            self.cos_sin = table.to(device)
+        else:
+            shape = (spec.max_positions, spec.hidden)
+            self.position_table = torch.empty(shape, dtype=dtype, device=device)
+            self.cos_sin = torch.empty(spec.max_positions, 0, device=device)
+        self.layers = [Layer(self, number) for number in range(spec.num_layers)]
+        self.final_norm = self.norm()
+        self.head = Head(
+            Plain(dtype, device),
+            self.layout.ends[HEAD],
+            (last, HEAD),
+            self.embedding.table if spec.tied else None,
+        )
+
+    def linear(self, layer: int, number: int, bias: bool) -> Linear:
+        method = self.method(self.dtype, self.device)
+        return Linear(method, self.layout.groups[number], (layer, number), bias)
+
+    def norm(self):  # type: ignore[no-untyped-def]
+        spec = self.spec
+        return norm(spec.norm.kind, spec.norm.eps, spec.hidden, self.dtype, self.device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Logits of the wanted tokens, [O, vocab] float32."""
+        scales = self.spec.scales
+        x = self.embedding(batch.ids, batch.lora)
+        if scales.embedding != 1.0:
+            x = x * torch.tensor(scales.embedding, dtype=x.dtype)
+        if self.position_table is not None:
+            x = x + self.position_table[batch.positions]
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch)
+        assert residual is not None
+        if batch.outputs is not None:
+            x, residual = x[batch.outputs], residual[batch.outputs]
+        x = self.final_norm(x, residual)
+        logits = self.head(x, batch.lora_outputs).float()
+        if scales.logits != 1.0:
+            logits = logits * scales.logits
+        if scales.softcap:
+            logits = scales.softcap * torch.tanh(logits / scales.softcap)
+        return logits

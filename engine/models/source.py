@@ -1,0 +1,72 @@
+"""Where base models come from: the embedded demo, a local folder, the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.config import ModelConfig
+from engine.errors import ModelError
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def folder_of(config: ModelConfig, weights: bool = True) -> Path:
+    """The folder with config, tokenizer and (if wanted) weights of `--model-id`, downloaded if need be.
+
+    Raises ModelError that says what is missing: the folder, the repository, the permission, the network.
+    """
+    if config.model_id == DEMO:
+        return DEMO_FOLDER / "base"
+    local = Path(config.model_id).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_absolute() or config.model_id.startswith("."):
+        raise ModelError(f"there is no folder {config.model_id}", field="model_id")
+    repository, _, revision = config.model_id.partition("@")
+    if revision and config.revision:
+        raise ModelError("give the revision in --model-id or in --revision", field="revision")
+    return _download(config, repository, revision or config.revision, weights)
+
+
+def _download(config: ModelConfig, repository: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                token=config.hub_token,
+                cache_dir=config.huggingface_hub_cache,
+                allow_patterns=patterns,
+            )
+        )
+    except HFValidationError as error:
+        raise ModelError(
+            f"{repository!r} is neither a folder nor a hub id: {error}", field="model_id"
+        ) from None
+    except GatedRepoError:
+        raise ModelError(
+            f"access to {repository} is restricted", field="model_id", hint="set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{repository} has no revision {revision!r}", field="revision") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"there is no folder and no hub model {repository!r}",
+            field="model_id",
+            hint="a private model needs HF_TOKEN",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(f"cannot download {repository}: {error}", field="model_id") from None

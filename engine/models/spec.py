@@ -1,0 +1,146 @@
+"""What a model is: everything that one decoder needs to know to be llama, gemma or gpt2.
+
+A family is a function from its Hugging Face config to a `ModelSpec` (see `architectures.py`); parts are chosen by
+the spec once, when the model is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.ops.layout import AdapterLayout, Group, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention (Ainslie et al. 2023)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    softcap: float = 0.0  # of the scores; 0: none
+    windows: tuple[int, ...] = ()  # sliding window of each layer; 0 or empty: none
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions; `parameters` is transformers' `rope_parameters` of the config."""
+
+    rotary_dim: int
+    parameters: dict[str, Any]
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A table of position embeddings, added to the input (gpt2)."""
+
+    name: str  # of the table in the checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    kind: Literal["rms", "layer"]
+    eps: float
+    plus_one: bool = False  # the checkpoint stores weight - 1 (gemma)
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    act: str  # silu | gelu | gelu_tanh | relu
+    size: int
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Constant factors; 1 (softcap: 0) is none."""
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Checkpoint names. `{layer}` stands for the layer's number; each linear lists what it is fused from."""
+
+    layer: str = "model.layers.{layer}"
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out: str = "self_attn.o_proj"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    after_attention_norm: str | None = None  # sandwich: norms of the outputs too
+    after_mlp_norm: str | None = None
+    transposed: bool = False  # linears are stored [in, out] (Conv1D)
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # endings of tensors that are not weights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    model_type: str
+    num_layers: int
+    hidden: int
+    vocab: int
+    max_positions: int
+    attention: Attention
+    position: Rope | Learned
+    norm: Norm
+    mlp: Mlp
+    tied: bool  # the head is the embedding
+    config: Any  # the Hugging Face config it was made from
+    scales: Scales = Scales()
+    names: Names = field(default_factory=Names)
+
+
+def _group(spec: ModelSpec, name: str, width: int, modules: tuple[str, ...], sizes: list[int]) -> Group:
+    """One fused linear of a layer; `sizes` has one entry if the checkpoint stores it fused."""
+    prefix = spec.names.layer
+    targets = tuple(
+        Target(module.rsplit(".", 1)[-1], f"{prefix}.{module}", size)
+        for module, size in zip(modules, sizes, strict=True)
+    )
+    return Group(name, width, targets)
+
+
+QKV, OUT, UP, DOWN = range(4)  # group numbers of a layer
+EMBEDDING, HEAD = range(2)  # group numbers of the ends
+
+
+def layout_of(spec: ModelSpec, dtype: str) -> AdapterLayout:
+    """Every linear, as groups and targets: the model is built from it, and adapters are checked against it."""
+    names, attention = spec.names, spec.attention
+    q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    qkv = [q, kv, kv] if len(names.qkv) == 3 else [q + 2 * kv]
+    wide = spec.mlp.size
+    up = [wide, wide] if spec.mlp.gated and len(names.up) == 2 else [wide * (1 + spec.mlp.gated)]
+    groups = (
+        _group(spec, "qkv", spec.hidden, names.qkv, qkv),
+        _group(spec, "o", q, (names.out,), [spec.hidden]),
+        _group(spec, "gate_up" if spec.mlp.gated else "up", spec.hidden, names.up, up),
+        _group(spec, "down", wide, (names.down,), [spec.hidden]),
+    )
+    table = names.embedding
+    ends = (
+        Group(
+            "embedding",
+            spec.vocab,
+            (Target(table.rsplit(".", 1)[-1], table, spec.hidden),),
+            embedding=True,
+        ),
+        Group("head", spec.hidden, (Target(names.head, names.head, spec.vocab),)),
+    )
+    return AdapterLayout(dtype, spec.num_layers, groups, ends)

@@ -1,0 +1,156 @@
+"""Weights: streamed from safetensors straight into their place, fused while they are read, or made up.
+
+Every tensor of the checkpoint has one destination; a tensor with none, or a destination left empty, is an error
+that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import ModelError
+from engine.layers.linear import Linear
+from engine.models.decoder import Decoder
+from engine.models.spec import Learned
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where one tensor of the checkpoint goes; `shape` is its shape there."""
+
+    shape: tuple[int, ...]
+    store: Callable[[Tensor], None]
+
+
+def destinations(model: Decoder) -> dict[str, Destination]:
+    """Every tensor that the model needs, by its name in the checkpoint."""
+    spec, names = model.spec, model.spec.names
+    found: dict[str, Destination] = {}
+
+    def whole(name: str, tensor: Tensor, plus: float = 0.0) -> None:
+        found[name] = Destination(tuple(tensor.shape), lambda new: _copy(tensor, new, plus))
+
+    def fused(linear: Linear, bias: bool) -> None:
+        row = 0
+        for target in linear.group.targets:
+            module = target.module.format(layer=linear.layer)
+            shape = (target.out_features, linear.group.in_features)
+            found[f"{module}.weight"] = Destination(
+                shape[::-1] if names.transposed else shape,
+                lambda new, row=row, linear=linear: linear.method.load(
+                    "weight", row, new.T if names.transposed else new
+                ),
+            )
+            if bias:
+                found[f"{module}.bias"] = Destination(
+                    shape[:1],
+                    lambda new, row=row, linear=linear: linear.method.load("bias", row, new),
+                )
+            row += target.out_features
+
+    def normed(name: str, norm) -> None:  # type: ignore[no-untyped-def]
+        whole(f"{name}.weight", norm.weight, 1.0 if spec.norm.plus_one else 0.0)
+        if norm.bias is not None:
+            whole(f"{name}.bias", norm.bias)
+
+    whole(f"{names.embedding}.weight", model.embedding.table)
+    if model.position_table is not None:
+        assert isinstance(spec.position, Learned)
+        whole(f"{spec.position.name}.weight", model.position_table)
+    for number, layer in enumerate(model.layers):
+        prefix = names.layer.format(layer=number)
+        fused(layer.attention.qkv, spec.attention.qkv_bias)
+        fused(layer.attention.out, spec.attention.out_bias)
+        fused(layer.mlp.up, spec.mlp.bias)
+        fused(layer.mlp.down, spec.mlp.bias)
+        normed(f"{prefix}.{names.attention_norm}", layer.attention_norm)
+        normed(f"{prefix}.{names.mlp_norm}", layer.mlp_norm)
+        if layer.after_attention is not None:
+            normed(f"{prefix}.{names.after_attention_norm}", layer.after_attention)
+        if layer.after_mlp is not None:
+            normed(f"{prefix}.{names.after_mlp_norm}", layer.after_mlp)
+    normed(names.norm, model.final_norm)
+    if not spec.tied:
+        whole(f"{names.head}.weight", model.head.method.weight)
+    return found
+
+
+def _copy(target: Tensor, new: Tensor, plus: float) -> None:
+    target.copy_(new.float() + plus if plus else new)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sharded or not."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise ModelError(
+                f"{file} does not exist",
+                field="model_id",
+                hint="weights are read from safetensors; convert other formats with save_pretrained",
+            )
+    return files
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    yield name, opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{file} is not a valid safetensors file: {error}") from None
+
+
+def load(model: Decoder, folder: Path) -> None:
+    """Fills the model from a checkpoint; raises ModelError that names a missing, unknown or misshapen tensor."""
+    spec = model.spec
+    wanted = destinations(model)
+    prefix = spec.names.embedding.partition(".")[0] + "."
+    missing = set(wanted)
+    tied_head = f"{spec.names.head}.weight" if spec.tied else ""
+    for name, tensor in _tensors(weight_files(folder)):
+        # Checkpoints saved from the bare model lack the first part of the name (gpt2 on the hub).
+        place = name if name in wanted else prefix + name
+        if place not in wanted:
+            if name == tied_head or name.endswith(spec.names.ignored):
+                continue
+            raise ModelError(
+                f"tensor {name!r} has no place in a {spec.model_type} model", field="model_id"
+            )
+        destination = wanted[place]
+        if tuple(tensor.shape) != destination.shape:
+            raise ModelError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(destination.shape)}",
+                field="model_id",
+            )
+        destination.store(tensor)
+        missing.discard(place)
+    if missing:
+        raise ModelError(
+            f"the checkpoint lacks {len(missing)} tensors, first {min(missing)!r}", field="model_id"
+        )
+
+
+def make_up(model: Decoder, seed: int = 0) -> None:
+    """Random weights at the real shape (`--load-format dummy`): activations keep a sane scale, norms are near one."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for name, destination in destinations(model).items():
+        new = torch.empty(destination.shape, device=model.device)
+        if "norm" in name or "ln_" in name:
+            new.fill_(0.0 if model.spec.norm.plus_one or name.endswith("bias") else 1.0)
+        else:
+            new.normal_(0.0, 0.02, generator=generator)
+        destination.store(new.to(model.dtype))

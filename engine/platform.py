@@ -1,0 +1,81 @@
+"""What the machine is: one frozen object, made once. The only module of its level that imports torch."""
+
+from __future__ import annotations
+
+import os
+import platform as host
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+
+GIB = 1 << 30
+MAX_CPU_BUDGET = 4 * GIB  # unless the user says otherwise: a laptop has other things to do
+MAX_HOST_TIER = 4 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """The compute device of this process and the memory that the engine may plan with."""
+
+    device: torch.device
+    name: str
+    budget: int  # bytes for weights, KV cache and arena on a GPU; for KV cache and arena on a CPU
+    num_threads: int
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def free_host_memory() -> int:
+    """Bytes that a process can still take: the machine's, or the container's where that is less."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
+def host_tier_bytes(config: EngineConfig) -> int:
+    """Size of the shared region that holds adapters ready to be placed."""
+    if config.adapters.host_cache_gb is not None:
+        if config.adapters.host_cache_gb <= 0:
+            raise ConfigError("--host-cache-gb must be above 0", field="host_cache_gb")
+        return int(config.adapters.host_cache_gb * GIB)
+    return min(MAX_HOST_TIER, free_host_memory() // 4)
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return host.processor() or host.machine()
+
+
+def detect(config: EngineConfig) -> Platform:
+    """The GPU where torch sees one, else the CPU."""
+    threads = config.memory.num_threads or len(os.sched_getaffinity(0))
+    if torch.cuda.is_available():
+        fraction = config.memory.cuda_memory_fraction
+        if not 0 < fraction <= 1:
+            raise ConfigError(
+                "--cuda-memory-fraction must be above 0 and at most 1", field="cuda_memory_fraction"
+            )
+        device = torch.device("cuda", torch.cuda.current_device())
+        free, _ = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        return Platform(device, name, int(free * fraction), threads)
+    given = config.memory.cpu_memory_gb
+    budget = int(given * GIB) if given else min(MAX_CPU_BUDGET, free_host_memory() // 4)
+    return Platform(torch.device("cpu"), _processor_name(), budget, threads)
