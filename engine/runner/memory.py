@@ -1,0 +1,117 @@
+"""The memory plan: what the budget is spent on, decided once before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.models.spec import ModelSpec
+from engine.platform import Platform
+
+DEFAULT_TOTAL_TOKENS = 4096
+DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
+DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
+DEFAULT_BLOCK = 16
+ARENA_UNIT = 1 << 20  # the arena is a whole number of these
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes of everything the engine holds, and the limits that follow from them."""
+
+    weights: int  # bytes
+    kv_block: int  # bytes of one block over all layers
+    num_blocks: int  # with the scratch block
+    block_size: int  # positions
+    arena: int  # bytes
+    records: int  # bytes
+    host_tier: int  # bytes
+    max_rows: int
+    max_step_tokens: int
+    max_total_tokens: int
+    max_input_length: int
+
+    @property
+    def lines(self) -> list[tuple[str, int]]:
+        """(what, bytes), as shown at start."""
+        return [
+            ("weights", self.weights),
+            (f"KV cache, {(self.num_blocks - 1) * self.block_size} tokens", self.num_blocks * self.kv_block),
+            ("adapter arena", self.arena + self.records),
+            ("adapters in host memory, at most", self.host_tier),
+        ]
+
+
+def _positive(value: int | None, default: int, name: str) -> int:
+    if value is not None and value < 1:
+        raise ConfigError(f"--{name.replace('_', '-')} must be above 0", field=name)
+    return value or default
+
+
+def plan_memory(
+    config: EngineConfig,
+    platform: Platform,
+    spec: ModelSpec,
+    itemsize: int,
+    sizes: tuple[int, int, int],
+) -> MemoryPlan:
+    """Splits the budget; `sizes` are bytes of weights, of one slot's records, and of the host tier.
+
+    Raises ConfigError that names the flag to change when something does not fit.
+    """
+    weights, record, host_tier = sizes
+    scheduler, device = config.scheduler, platform.device.type
+    block = _positive(scheduler.block_size, DEFAULT_BLOCK, "block_size")
+    rows = _positive(scheduler.max_batch_size, DEFAULT_ROWS[device], "max_batch_size")
+    step = _positive(
+        scheduler.max_batch_prefill_tokens, DEFAULT_STEP_TOKENS[device], "max_batch_prefill_tokens"
+    )
+    fraction = config.adapters.adapter_memory_fraction
+    if not 0 <= fraction < 1:
+        raise ConfigError(
+            "--adapter-memory-fraction must be at least 0 and below 1", field="adapter_memory_fraction"
+        )
+    budget = platform.budget - (weights if platform.is_cuda else 0)
+    arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
+    records = record * (config.adapters.max_active_adapters + 1)
+    attention = spec.attention
+    kv_block = spec.num_layers * 2 * block * attention.kv_heads * attention.head_dim * itemsize
+    room = max(budget - arena - records, 0) // kv_block
+    total = _total_tokens(config, spec, (room - 1) * block)
+    blocks = min(room, rows * -(-total // block) + 1)
+    if scheduler.max_batch_total_tokens is not None:
+        blocks = min(blocks, scheduler.max_batch_total_tokens // block + 1)
+        if (blocks - 1) * block < total:
+            raise ConfigError(
+                f"--max-batch-total-tokens {scheduler.max_batch_total_tokens} is less than one sequence"
+                f" of --max-total-tokens {total}",
+                field="max_batch_total_tokens",
+            )
+    longest = _positive(scheduler.max_input_length, total - 1, "max_input_length")
+    if longest >= total:
+        raise ConfigError(
+            f"--max-input-length {longest} must be below --max-total-tokens {total}",
+            field="max_input_length",
+        )
+    return MemoryPlan(
+        weights, kv_block, blocks, block, arena, records, host_tier, rows, max(step, rows), total, longest
+    )
+
+
+def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int) -> int:
+    """Longest sequence: what the user says, else what model and memory allow."""
+    given = config.scheduler.max_total_tokens
+    if given is not None and given > spec.max_positions:
+        raise ConfigError(
+            f"--max-total-tokens {given} is more than the model's {spec.max_positions} positions",
+            field="max_total_tokens",
+        )
+    total = _positive(given, min(spec.max_positions, DEFAULT_TOTAL_TOKENS), "max_total_tokens")
+    if room < (2 if given is None else total):
+        raise ConfigError(
+            f"the KV cache has room for {max(room, 0)} tokens only",
+            field="cpu_memory_gb",
+            hint="raise --cpu-memory-gb or --cuda-memory-fraction, or lower --max-total-tokens",
+        )
+    return min(total, room)

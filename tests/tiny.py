@@ -1,0 +1,122 @@
+"""Tiny random models and adapters, made with transformers and peft and written to a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+VOCAB = 160
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama3-rope": lambda: LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama-yarn-bias": lambda: LlamaConfig(
+        **(SMALL | {"tie_word_embeddings": True}),
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=24,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=24),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "gemma2": lambda: Gemma2Config(
+        **(SMALL | {"tie_word_embeddings": True}),
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        sliding_window=20,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=256, eos_token_id=1
+    ),
+}
+
+TARGETS = {
+    "attention": ["q_proj", "v_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "mlp": ["gate_proj", "down_proj"],
+    "ends": ["k_proj", "o_proj", "lm_head", "embed_tokens"],
+}
+GPT2_TARGETS = {
+    "attention": ["c_attn"],
+    "all": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+    "mlp": ["c_fc"],
+    "ends": ["attn.c_proj", "lm_head", "wte"],
+}
+
+
+def make_model(family: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with weights large enough that its text is not one repeated token."""
+    torch.manual_seed(seed)
+    config = CONFIGS[family]()
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name:
+                parameter.normal_(0.0, 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def make_adapter(
+    model: PreTrainedModel, folder: Path, seed: int, rank: int = 8, targets: str = "all", **options: Any
+) -> PeftModel:
+    """A random adapter whose A and B are both non-zero; the wrapped model is returned, the files are in `folder`.
+
+    The base weights are shared with `model`; call `.unload()` on the result before wrapping `model` again.
+    """
+    torch.manual_seed(seed)
+    names = GPT2_TARGETS if model.config.model_type == "gpt2" else TARGETS
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=names[targets], **options
+    )
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.2 if "lora_A" in name or "embedding_A" in name else 0.1)
+    wrapped.eval().save_pretrained(folder)
+    return wrapped
