@@ -1,0 +1,184 @@
+"""Adapters in host memory: one shared region, and who lies where in it.
+
+`HostRegion` is memory that several processes map; the exchange writes images into it, the shards copy out of it.
+`HostTier` is its bookkeeping, plain integers: intervals by first fit, leases by open requests, eviction of what
+nobody leases, least recently used first. One task owns a tier; it is not thread-safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+UNIT = 256  # images start at multiples of it
+
+
+class HostRegion:
+    """Shared memory of a fixed size. Pages are taken when they are first written, so a large region costs nothing."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+        self.view = memoryview(self._map)
+
+    @classmethod
+    def create(cls, size: int) -> HostRegion:
+        """A new region of `size` bytes: anonymous (memfd), so that a small /dev/shm is no limit; else an unlinked
+        file.
+
+        Other processes map it by `fd`, which must be passed to them (`pass_fds`, or over a socket).
+        """
+        size = max(size, UNIT) // UNIT * UNIT
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("lorax-adapters", os.MFD_CLOEXEC)
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        try:
+            os.ftruncate(fd, size)
+            return cls(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int) -> HostRegion:
+        """The region behind another process's `fd`; takes the descriptor over."""
+        return cls(fd, os.fstat(fd).st_size)
+
+    def close(self) -> None:
+        """Unmaps the region. Memory that a tensor still shows stays mapped until the tensor goes."""
+        if self.fd < 0:
+            return
+        self.view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+
+@dataclass(slots=True)
+class HostImage:
+    """One image in the region."""
+
+    digest: bytes
+    offset: int  # bytes
+    num_bytes: int
+    leases: int = 0
+    doomed: bool = False  # freed with its last lease
+
+
+class HostTier:
+    """Which bytes of the region hold which image.
+
+    An interval is *reserved* while an image is written, then *committed* under its digest. Leases keep an image
+    where it is; without leases it may be evicted.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity // UNIT * UNIT
+        self.evictions = 0
+        self._images: OrderedDict[bytes, HostImage] = OrderedDict()  # least recently used first
+        self._doomed: dict[int, HostImage] = {}  # by offset: no longer found, still leased
+        self._reserved: dict[int, int] = {}  # offset -> bytes
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._images
+
+    def __iter__(self) -> Iterator[HostImage]:
+        return iter(tuple(self._images.values()))
+
+    @property
+    def used(self) -> int:
+        """Bytes taken, by images and reservations."""
+        return sum(size for _, size in self._intervals())
+
+    def _intervals(self, leased_only: bool = False) -> list[tuple[int, int]]:
+        """(offset, bytes) of everything in the region, or of what cannot be evicted; sorted."""
+        images = [image for image in self._images.values() if image.leases or not leased_only]
+        taken = [(image.offset, image.num_bytes) for image in (*images, *self._doomed.values())]
+        return sorted([*taken, *self._reserved.items()])
+
+    def _first_fit(self, size: int, leased_only: bool = False) -> int | None:
+        end = 0
+        for offset, taken in self._intervals(leased_only):
+            if offset - end >= size:
+                return end
+            end = offset + taken
+        return end if self.capacity - end >= size else None
+
+    def reserve(self, num_bytes: int) -> int | None:
+        """Offset of `num_bytes` for an image to be written; evicts as little as it must, the least recent first.
+
+        None if leases are in the way: nothing is evicted then. Raises ValueError if it can never fit.
+        """
+        size = max(1, -(-num_bytes // UNIT)) * UNIT
+        if size > self.capacity:
+            raise ValueError(f"{num_bytes} bytes do not fit a tier of {self.capacity}")
+        if self._first_fit(size, leased_only=True) is None:
+            return None
+        while (offset := self._first_fit(size)) is None:
+            victim = next(image for image in self._images.values() if not image.leases)
+            del self._images[victim.digest]
+            self.evictions += 1
+        self._reserved[offset] = size
+        return offset
+
+    def commit(self, offset: int, digest: bytes) -> HostImage:
+        """The image at a reserved offset is complete. If the same image is there already, that one is kept."""
+        size = self._reserved.pop(offset)
+        if digest not in self._images:
+            self._images[digest] = HostImage(digest, offset, size)
+        self._images.move_to_end(digest)
+        return self._images[digest]
+
+    def abandon(self, offset: int) -> None:
+        """Gives a reservation back."""
+        del self._reserved[offset]
+
+    def lease(self, digest: bytes) -> HostImage | None:
+        """Keeps an image where it is until `release`; None if it is not in the tier."""
+        image = self._images.get(digest)
+        if image is not None:
+            image.leases += 1
+            self._images.move_to_end(digest)
+        return image
+
+    def release(self, image: HostImage) -> None:
+        """Ends one lease."""
+        assert image.leases > 0, "a lease is released once"
+        image.leases -= 1
+        if image.doomed and not image.leases:
+            del self._doomed[image.offset]
+
+    def drop(self, digest: bytes) -> bool:
+        """Forgets an image; its bytes are free with its last lease. False if it is not in the tier."""
+        image = self._images.pop(digest, None)
+        if image is None:
+            return False
+        if image.leases:
+            image.doomed = True
+            self._doomed[image.offset] = image
+        return True
+
+    def check(self) -> None:
+        """Asserts the invariants: intervals are aligned, within the region and apart; leases are counted."""
+        end = 0
+        for offset, size in self._intervals():
+            assert offset % UNIT == 0 and size % UNIT == 0 and size > 0
+            assert offset >= end, "intervals overlap"
+            end = offset + size
+        assert end <= self.capacity
+        for digest, image in self._images.items():
+            assert image.digest == digest and image.leases >= 0 and not image.doomed
+        for offset, image in self._doomed.items():
+            assert image.offset == offset and image.leases > 0 and image.doomed

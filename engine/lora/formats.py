@@ -1,0 +1,294 @@
+"""From the files of an adapter to `LoraWeights` that fit the base model, or to every reason why they do not.
+
+One function per format: `load_peft` today. The tensors decide which modules are adapted, the layout says which can
+be; what is left over is refused by name, never dropped. Matrices are PEFT's: A `[r, in]` and B `[out, r]` also for
+GPT-2's Conv1D (PEFT keeps its factors as ordinary linears whatever `fan_in_fan_out` says); an embedding's are
+`lora_embedding_A [r, vocab]` and `lora_embedding_B [hidden, r]`. Scales are alpha / r without the base model's own
+embedding scale (Gemma), which the model applies to the sum, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.errors import AdapterIncompatible
+from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
+from engine.lora.tensors import DTYPES, TensorFile, TensorInfo, open_tensors
+from engine.lora.weights import LoraWeights, Pair, Place
+from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of preference
+
+_HALF = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
+)
+_BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+_TRAINING_ONLY = re.compile(r"\.lora_(velora|monteclora)_")  # PEFT does not read them at inference
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """Where in the layout a module lies."""
+
+    place: Place
+    group: Group
+    target: Target
+
+
+@dataclass(slots=True)
+class _Problems:
+    """Problems by kind: one message for the same problem in many layers."""
+
+    kinds: dict[str, list[AdapterIncompatible]] = field(default_factory=dict)
+
+    def add(self, kind: str, problem: AdapterIncompatible) -> None:
+        self.kinds.setdefault(kind, []).append(problem)
+
+    def errors(self) -> list[AdapterIncompatible]:
+        """One error per kind, with the number of further cases."""
+        found = []
+        for first, *rest in self.kinds.values():
+            more = f", and {len(rest)} more like it" if rest else ""
+            found.append(
+                AdapterIncompatible(first.message + more, field=first.field, hint=first.hint)
+            )
+        return found
+
+
+def load_peft(
+    config: Path,
+    weights: Path,
+    layout: AdapterLayout,
+    *,
+    max_rank: int = MAX_RANK,
+    base_model: str | None = None,
+) -> LoraWeights:
+    """The LoRA in a PEFT folder's `config` and `weights` (.safetensors or .bin), open; close it after use.
+
+    `base_model` is the served model's id: another name in the adapter is only a note, since the shapes decide.
+    Values are not looked at; `write_image` refuses those that are not finite. Raises AdapterIncompatible with the
+    reasons, or AdapterLoadFailed.
+    """
+    found, problems = check_peft(config, weights, layout, max_rank=max_rank, base_model=base_model)
+    if found is None:
+        raise summary(problems)
+    return found
+
+
+def summary(problems: Sequence[AdapterIncompatible]) -> AdapterIncompatible:
+    """All problems as one error: up to three in full."""
+    first = problems[0]
+    text = "; ".join(problem.message for problem in problems[:3])
+    if len(problems) > 3:
+        text += f"; and {len(problems) - 3} more problems"
+    return AdapterIncompatible(text, field=first.field, hint=first.hint)
+
+
+def check_peft(
+    config: Path,
+    weights: Path,
+    layout: AdapterLayout,
+    *,
+    max_rank: int = MAX_RANK,
+    base_model: str | None = None,
+) -> tuple[LoraWeights | None, list[AdapterIncompatible]]:
+    """As `load_peft`, but returns every problem instead of raising; the weights are None if there is any."""
+    parsed, refused = check_config(read_config(config))
+    problems = _Problems({f"config {number}": [error] for number, error in enumerate(refused)})
+    if parsed is None:
+        return None, problems.errors()
+    file = open_tensors(weights)
+    keep = False
+    try:
+        reader = _Reader(file, parsed, layout, max_rank, problems)
+        pairs = reader.pairs()
+        errors = problems.errors()
+        if errors:
+            return None, errors
+        notes = reader.notes
+        if base_model and parsed.base_model and parsed.base_model != base_model:
+            notes.append(
+                f"made for {parsed.base_model}, served with {base_model}; the shapes agree"
+            )
+        keep = True
+        return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
+    finally:
+        if not keep:
+            file.close()
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Matches the tensors of one file with the layout."""
+
+    file: TensorFile
+    config: PeftConfig
+    layout: AdapterLayout
+    max_rank: int
+    problems: _Problems
+    notes: list[str] = field(default_factory=list)
+
+    def pairs(self) -> dict[Place, Pair]:
+        """The pairs that are right; everything else becomes a problem."""
+        halves: dict[str, dict[str, str]] = {}  # module -> half -> tensor's name
+        others = []
+        for key in self.file.infos:
+            if match := _HALF.fullmatch(key):
+                half = match["half"] or "embedding " + match["table"]
+                halves.setdefault(match["module"], {})[half] = key
+            elif not _TRAINING_ONLY.search(key):
+                others.append(key)
+        spots = self._spots()
+        self._leftover(others, spots, halves)
+        pairs = {}
+        for module, names in halves.items():
+            spot = spots.get(module)
+            if spot is None:
+                self._no_such_module(module, spots)
+            elif (pair := self._pair(module, names, spot)) is not None:
+                pairs[spot.place] = pair
+        if not halves:
+            self.problems.add(
+                "empty",
+                AdapterIncompatible(
+                    "the weight file holds no LoRA tensors",
+                    hint="save the adapter with PEFT's save_pretrained",
+                ),
+            )
+        return pairs
+
+    def _spots(self) -> dict[str, _Spot]:
+        """Module path -> spot, for every target of every layer."""
+        return {
+            target.module.format(layer=layer): _Spot((layer, number, index), group, target)
+            for layer, number, group in self.layout.places()
+            for index, target in enumerate(group.targets)
+        }
+
+    def _pair(self, module: str, names: dict[str, str], spot: _Spot) -> Pair | None:
+        """One module's two halves, checked: dtype, shape, rank."""
+        kind, wanted = spot.target.name, ("A", "B")
+        if spot.group.embedding:
+            wanted = ("embedding A", "embedding B")
+        missing = [half for half in wanted if half not in names]
+        if missing or len(names) > 2:
+            text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
+            if not missing:
+                text = f"{module} has both kinds of LoRA, of a linear and of an embedding"
+            self._add(f"half {kind}", text, module, "save the adapter again, whole")
+            return None
+        a, b = (self.file.infos[names[half]] for half in wanted)
+        if not self._shapes_fit(module, a, b, spot):
+            return None
+        rank, said = a.shape[0], self.config.rank(module)
+        if rank != said:
+            self._add(
+                f"rank {kind}",
+                f"{module} has rank {rank}, adapter_config.json says {said}",
+                "rank_pattern",
+                "put the rank into r or rank_pattern: the scale depends on it",
+            )
+            return None
+        if rank > min(self.max_rank, MAX_RANK):
+            self._add(
+                "max rank",
+                f"{module} has rank {rank}, this server takes up to {self.max_rank}",
+                "r",
+                f"start the server with --max-adapter-rank {rank}",
+            )
+            return None
+        matrices = [self.file.matrix(names[half]) for half in wanted]
+        return Pair(matrices[0], matrices[1], self.config.scale(module), module)
+
+    def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, spot: _Spot) -> bool:
+        kind = spot.target.name
+        for info in (a, b):
+            if info.dtype not in DTYPES:
+                hint = f"save the adapter as one of {', '.join(DTYPES)}"
+                self._add(
+                    f"dtype {info.dtype}", f"{module} is stored as {info.dtype}", module, hint
+                )
+                return False
+        if (
+            len(a.shape) != 2
+            or len(b.shape) != 2
+            or a.shape[0] != b.shape[1]
+            or 0 in a.shape + b.shape
+        ):
+            text = (
+                f"{module} has shapes {list(a.shape)} and {list(b.shape)}, which are no LoRA pair"
+            )
+            hint = "gather sharded weights (ZeRO-3, FSDP) before saving"
+            self._add(f"shape {kind}", text, module, hint)
+            return False
+        have = (a.shape[1], b.shape[0])
+        want = (spot.group.in_features, spot.target.out_features)
+        if have == want:
+            return True
+        hint = "use an adapter of this base model, or serve the adapter's base model"
+        base = f" ({self.config.base_model})" if self.config.base_model else ""
+        self._add(
+            f"base {kind}",
+            f"made for another base model{base}: {module} of the adapter maps {have[0]} to {have[1]},"
+            f" of the served model {want[0]} to {want[1]}",
+            module,
+            hint,
+        )
+        return False
+
+    def _add(self, kind: str, text: str, where: str, hint: str) -> None:
+        self.problems.add(kind, AdapterIncompatible(text, field=where, hint=hint))
+
+    def _no_such_module(self, module: str, spots: Iterable[str]) -> None:
+        last = module.rsplit(".", 1)[-1]
+        similar = sorted({spot.rsplit(".", 1)[-1] for spot in spots})
+        kind = _NUMBER.sub("", module)
+        if "expert" in module:
+            why = "adapts an expert of a mixture"
+            hint = "train on the attention's linear layers only"
+        elif last in similar:
+            why = "is not in the served model"
+            hint = "use an adapter of this base model, or serve the adapter's base model"
+        else:
+            why = "is no linear that can be adapted in the served model"
+            hint = f"train on {', '.join(similar)} only"
+        self._add(f"module {kind}", f"{module} {why}", module, hint)
+
+    def _leftover(
+        self, keys: list[str], spots: dict[str, _Spot], halves: dict[str, dict[str, str]]
+    ) -> None:
+        """Tensors that are no half of a pair. A copy of the frozen base of an adapted embedding is only noted."""
+        for key in keys:
+            match = _BASE_COPY.fullmatch(key)
+            if match and match["module"] in halves and match["module"] in spots:
+                self._base_copy(match["module"], self.file.infos[key], spots[match["module"]])
+                continue
+            kind = _NUMBER.sub("", key)
+            if known := describe_key(key):
+                self._add(f"left {known[1]}", f"{key} is {known[0]}", known[1], known[2])
+            elif key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
+                text = f"{key} is a whole matrix, of a resized or trained vocabulary"
+                hint = "if it was not trained, save with save_embedding_layers=False"
+                self._add(f"left {kind}", text, "modules_to_save", hint)
+            else:
+                hint = "save the adapter with PEFT's save_pretrained"
+                self._add(f"left {kind}", f"{key} is no part of a LoRA", key, hint)
+
+    def _base_copy(self, module: str, info: TensorInfo, spot: _Spot) -> None:
+        shape = (spot.target.out_features, spot.group.in_features)
+        if spot.group.embedding:
+            shape = (spot.group.in_features, spot.target.out_features)
+        if info.shape == shape:
+            self.notes.append(f"the file's copy of the base's own {module} is not used")
+            return
+        self._add(
+            f"base copy {module}",
+            f"{module} was resized to {list(info.shape)}, the served model's is {list(shape)}",
+            module,
+            "train without added tokens, or serve the resized base model",
+        )
