@@ -102,7 +102,12 @@ def make_model(family: str, folder: Path, seed: int = 0) -> PreTrainedModel:
 
 
 def make_adapter(
-    model: PreTrainedModel, folder: Path, seed: int, rank: int = 8, targets: str = "all", **options: Any
+    model: PreTrainedModel,
+    folder: Path,
+    seed: int,
+    rank: int = 8,
+    targets: str = "all",
+    **options: Any,
 ) -> PeftModel:
     """A random adapter whose A and B are both non-zero; the wrapped model is returned, the files are in `folder`.
 

@@ -35,7 +35,15 @@ class Attention:
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         kv = batch.kv
         ops.rope_store_kv_(
-            q, k, v, self.cos_sin, batch.positions, kv.cache, kv.places, self.layer, self.interleaved
+            q,
+            k,
+            v,
+            self.cos_sin,
+            batch.positions,
+            kv.cache,
+            kv.places,
+            self.layer,
+            self.interleaved,
         )
         y = ops.paged_attention(
             q,

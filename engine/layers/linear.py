@@ -33,12 +33,22 @@ class LinearMethod(Protocol):
 class Plain:
     """Weights as they are."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, weight: Tensor | None = None
+    ) -> None:
+        """`weight`: a matrix that is held elsewhere too (tied embeddings)."""
         self.dtype, self.device = dtype, device
+        if weight is not None:
+            self.weight = weight
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
-        self.weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
-        self.bias = torch.empty(rows, dtype=self.dtype, device=self.device) if bias else None
+        if not hasattr(self, "weight"):
+            self.weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        if bias:
+            self.bias = torch.empty(rows, dtype=self.dtype, device=self.device)
 
     def load(self, part: str, row: int, tensor: Tensor) -> None:
         whole = self.weight if part == "weight" else self.bias
@@ -53,7 +63,11 @@ class Linear:
     """y = x W.T + b, and every token's own adapter on top."""
 
     def __init__(
-        self, method: LinearMethod, group: Group, place: tuple[int, int], bias: bool
+        self,
+        method: LinearMethod,
+        group: Group,
+        place: tuple[int, int],
+        bias: bool,
     ) -> None:
         """`place` is (layer, group number): the address of the group's records."""
         self.group = group
@@ -70,19 +84,6 @@ class Linear:
         y = self.method.matmul(x)
         ops.lora_expand_(y, t, *where, self.splits)
         return y
-
-
-class Head(Linear):
-    """The vocabulary projection; shares the embedding's table when they are tied."""
-
-    def __init__(self, method: Plain, group: Group, place: tuple[int, int], table: Tensor | None) -> None:
-        if table is None:
-            super().__init__(method, group, place, bias=False)
-            return
-        self.group, self.method = group, method
-        self.layer, self.number = place
-        self.splits = [group.targets[0].out_features]
-        method.weight, method.bias = table, None
 
 
 class Embedding:

@@ -12,7 +12,7 @@ ops = torch.ops.lorax
 class RmsNorm:
     def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         self.weight = torch.empty(width, dtype=dtype, device=device)
-        self.bias = None
+        self.bias: Tensor | None = None
         self.eps = eps
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -37,4 +37,5 @@ def norm(
     kind: str, eps: float, width: int, dtype: torch.dtype, device: torch.device
 ) -> RmsNorm | LayerNorm:
     """`kind` is rms or layer."""
-    return {"rms": RmsNorm, "layer": LayerNorm}[kind](width, eps, dtype, device)
+    make = RmsNorm if kind == "rms" else LayerNorm
+    return make(width, eps, dtype, device)

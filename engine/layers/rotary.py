@@ -10,7 +10,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.errors import ModelError
 
-STATIC = ("linear", "llama3", "yarn")  # scalings whose frequencies do not depend on the length of a sequence
+STATIC = (
+    "linear",
+    "llama3",
+    "yarn",
+)  # scalings whose frequencies do not depend on the length of a sequence
 
 
 def cos_sin_table(

@@ -41,7 +41,9 @@ def dtype_of(config: ModelConfig, hf_config: Any, device: torch.device) -> torch
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def adapter_layout(config: ModelConfig, device: str = "cpu") -> tuple[AdapterLayout, ModelSpec, Path]:
+def adapter_layout(
+    config: ModelConfig, device: str = "cpu"
+) -> tuple[AdapterLayout, ModelSpec, Path]:
     """What adapters of a base model look like, without loading its weights."""
     folder = folder_of(config, weights=False)
     spec = spec_from(folder)

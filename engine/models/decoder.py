@@ -9,9 +9,9 @@ from torch import Tensor
 
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
-from engine.layers.linear import Embedding, Head, Linear, LinearMethod, Plain
+from engine.layers.linear import Embedding, Linear, LinearMethod, Plain
 from engine.layers.mlp import Mlp
-from engine.layers.norm import norm
+from engine.layers.norm import LayerNorm, RmsNorm, norm
 from engine.layers.rotary import cos_sin_table
 from engine.models.spec import DOWN, EMBEDDING, HEAD, OUT, QKV, UP, ModelSpec, Rope, layout_of
 from engine.ops.layout import AdapterLayout
@@ -34,7 +34,10 @@ class Layer:
             attention.window(layer),
         )
         self.mlp = Mlp(
-            model.linear(layer, UP, mlp.bias), model.linear(layer, DOWN, mlp.bias), mlp.act, mlp.gated
+            model.linear(layer, UP, mlp.bias),
+            model.linear(layer, DOWN, mlp.bias),
+            mlp.act,
+            mlp.gated,
         )
         self.attention_norm, self.mlp_norm = model.norm(), model.norm()
         self.after_attention = model.norm() if names.after_attention_norm else None
@@ -81,18 +84,14 @@ class Decoder:
             self.cos_sin = torch.empty(spec.max_positions, 0, device=device)
         self.layers = [Layer(self, number) for number in range(spec.num_layers)]
         self.final_norm = self.norm()
-        self.head = Head(
-            Plain(dtype, device),
-            self.layout.ends[HEAD],
-            (last, HEAD),
-            self.embedding.table if spec.tied else None,
-        )
+        self.vocabulary = Plain(dtype, device, self.embedding.table if spec.tied else None)
+        self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD), bias=False)
 
     def linear(self, layer: int, number: int, bias: bool) -> Linear:
         method = self.method(self.dtype, self.device)
         return Linear(method, self.layout.groups[number], (layer, number), bias)
 
-    def norm(self):  # type: ignore[no-untyped-def]
+    def norm(self) -> RmsNorm | LayerNorm:
         spec = self.spec
         return norm(spec.norm.kind, spec.norm.eps, spec.hidden, self.dtype, self.device)
 

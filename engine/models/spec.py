@@ -106,7 +106,9 @@ class ModelSpec:
     names: Names = field(default_factory=Names)
 
 
-def _group(spec: ModelSpec, name: str, width: int, modules: tuple[str, ...], sizes: list[int]) -> Group:
+def _group(
+    spec: ModelSpec, name: str, width: int, modules: tuple[str, ...], sizes: list[int]
+) -> Group:
     """One fused linear of a layer; `sizes` has one entry if the checkpoint stores it fused."""
     prefix = spec.names.layer
     targets = tuple(

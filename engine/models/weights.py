@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import ModelError
 from engine.layers.linear import Linear
+from engine.layers.norm import LayerNorm, RmsNorm
 from engine.models.decoder import Decoder
 from engine.models.spec import Learned
 
@@ -35,7 +37,7 @@ def destinations(model: Decoder) -> dict[str, Destination]:
     found: dict[str, Destination] = {}
 
     def whole(name: str, tensor: Tensor, plus: float = 0.0) -> None:
-        found[name] = Destination(tuple(tensor.shape), lambda new: _copy(tensor, new, plus))
+        found[name] = Destination(tuple(tensor.shape), partial(_copy, tensor, plus))
 
     def fused(linear: Linear, bias: bool) -> None:
         row = 0
@@ -44,18 +46,15 @@ def destinations(model: Decoder) -> dict[str, Destination]:
             shape = (target.out_features, linear.group.in_features)
             found[f"{module}.weight"] = Destination(
                 shape[::-1] if names.transposed else shape,
-                lambda new, row=row, linear=linear: linear.method.load(
-                    "weight", row, new.T if names.transposed else new
-                ),
+                partial(_load, linear, "weight", row, names.transposed),
             )
             if bias:
                 found[f"{module}.bias"] = Destination(
-                    shape[:1],
-                    lambda new, row=row, linear=linear: linear.method.load("bias", row, new),
+                    shape[:1], partial(_load, linear, "bias", row, False)
                 )
             row += target.out_features
 
-    def normed(name: str, norm) -> None:  # type: ignore[no-untyped-def]
+    def normed(name: str, norm: RmsNorm | LayerNorm) -> None:
         whole(f"{name}.weight", norm.weight, 1.0 if spec.norm.plus_one else 0.0)
         if norm.bias is not None:
             whole(f"{name}.bias", norm.bias)
@@ -78,12 +77,16 @@ def destinations(model: Decoder) -> dict[str, Destination]:
             normed(f"{prefix}.{names.after_mlp_norm}", layer.after_mlp)
     normed(names.norm, model.final_norm)
     if not spec.tied:
-        whole(f"{names.head}.weight", model.head.method.weight)
+        whole(f"{names.head}.weight", model.vocabulary.weight)
     return found
 
 
-def _copy(target: Tensor, new: Tensor, plus: float) -> None:
+def _copy(target: Tensor, plus: float, new: Tensor) -> None:
     target.copy_(new.float() + plus if plus else new)
+
+
+def _load(linear: Linear, part: str, row: int, transposed: bool, new: Tensor) -> None:
+    linear.method.load(part, row, new.T if transposed else new)
 
 
 def weight_files(folder: Path) -> list[Path]:

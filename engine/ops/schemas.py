@@ -19,7 +19,7 @@ SCHEMAS = {
     "add_rms_norm": "(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor",
     # x[T, 2I] -> act(x[:, :I]) * x[:, I:];  act: silu | gelu | gelu_tanh
     "act_and_mul": "(Tensor x, str act) -> Tensor",
-    # rotates q and k in place by cos_sin[position] = [cos | sin] (width 0: no rotation), then stores k and v at `places`
+    # rotates q and k in place by cos_sin[position] = [cos | sin] (width 0: not at all), then stores k and v at `places`
     "rope_store_kv_": (
         "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(c!) kv, Tensor places,"
         " int layer, bool interleaved) -> ()"

@@ -80,7 +80,9 @@ class BatchBuilder:
         starts = torch.zeros(len(row_list) + 1, dtype=torch.int64, device=device)
         starts[1:] = ends
         of_token = torch.repeat_interleave(counts)
-        positions = torch.arange(of_token.shape[0], device=device) - starts[of_token] + first[of_token]
+        positions = (
+            torch.arange(of_token.shape[0], device=device) - starts[of_token] + first[of_token]
+        )
         token_rows = rows[of_token]
         lengths = first + counts
         places = table.blocks[token_rows, positions // self.block] * self.block

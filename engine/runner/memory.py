@@ -37,7 +37,10 @@ class MemoryPlan:
         """(what, bytes), as shown at start."""
         return [
             ("weights", self.weights),
-            (f"KV cache, {(self.num_blocks - 1) * self.block_size} tokens", self.num_blocks * self.kv_block),
+            (
+                f"KV cache, {(self.num_blocks - 1) * self.block_size} tokens",
+                self.num_blocks * self.kv_block,
+            ),
             ("adapter arena", self.arena + self.records),
             ("adapters in host memory, at most", self.host_tier),
         ]
@@ -70,7 +73,8 @@ def plan_memory(
     fraction = config.adapters.adapter_memory_fraction
     if not 0 <= fraction < 1:
         raise ConfigError(
-            "--adapter-memory-fraction must be at least 0 and below 1", field="adapter_memory_fraction"
+            "--adapter-memory-fraction must be at least 0 and below 1",
+            field="adapter_memory_fraction",
         )
     budget = platform.budget - (weights if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
@@ -95,7 +99,17 @@ def plan_memory(
             field="max_input_length",
         )
     return MemoryPlan(
-        weights, kv_block, blocks, block, arena, records, host_tier, rows, max(step, rows), total, longest
+        weights,
+        kv_block,
+        blocks,
+        block,
+        arena,
+        records,
+        host_tier,
+        rows,
+        max(step, rows),
+        total,
+        longest,
     )
 
 

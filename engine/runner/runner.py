@@ -36,7 +36,9 @@ class Placer(Protocol):
 class Runner:
     """`launch` starts a step, `collect` waits for its result; on a CPU the first does all the work."""
 
-    def __init__(self, model: Model, rows: RowTable, cache: Tensor, adapters: Adapters, placer: Placer):
+    def __init__(
+        self, model: Model, rows: RowTable, cache: Tensor, adapters: Adapters, placer: Placer
+    ):
         self.model, self.rows, self.placer = model, rows, placer
         self.adapters = adapters
         self.builder = BatchBuilder(rows, cache, adapters)
@@ -100,8 +102,12 @@ class Runner:
         first = 0
         for i, chunk in enumerate(chunks):
             if chunk.prompt_logprobs:
-                known = chunk.count - chunk.sample  # the token after the last position is not the prompt's
-                after = self.rows.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + known].long()
+                known = (
+                    chunk.count - chunk.sample
+                )  # the token after the last position is not the prompt's
+                after = self.rows.tokens[
+                    chunk.row, chunk.start + 1 : chunk.start + 1 + known
+                ].long()
                 rows = logits[first : first + known].log_softmax(-1)
                 found[i] = rows.gather(1, after[:, None])[:, 0].tolist()
                 first += chunk.count

@@ -22,12 +22,12 @@ MASK = 0xFFFFFFFF
 NUCLEUS = 1024  # most likely tokens to look for a top-p set in before all of them are sorted
 
 
-def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, of int64 seeds and positions: Philox4x32-10, its first two words."""
-    counter = [positions & MASK, positions >> 32, torch.zeros_like(seeds), torch.zeros_like(seeds)]
-    key = [seeds & MASK, (seeds >> 32) & MASK]
+def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10: four words of counter and two of key to four random words, all 32 bits held in int64."""
     for _ in range(PHILOX_ROUNDS):
-        first = counter[0] * PHILOX_MULTIPLIERS[0]  # wraps as two's complement; the halves stay right
+        first = (
+            counter[0] * PHILOX_MULTIPLIERS[0]
+        )  # wraps as two's complement; the halves stay right
         second = counter[2] * PHILOX_MULTIPLIERS[1]
         counter = [
             ((second >> 32) & MASK) ^ counter[1] ^ key[0],
@@ -36,7 +36,16 @@ def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
             first & MASK,
         ]
         key = [(key[0] + PHILOX_WEYL[0]) & MASK, (key[1] + PHILOX_WEYL[1]) & MASK]
-    bits = (counter[0] << 20) | (counter[1] >> 12)  # 52 bits
+    return counter
+
+
+def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float64, of int64 seeds (the key) and positions (the counter)."""
+    zero = torch.zeros_like(seeds)
+    words = philox(
+        [positions & MASK, positions >> 32, zero, zero], [seeds & MASK, (seeds >> 32) & MASK]
+    )
+    bits = (words[0] << 20) | (words[1] >> 12)
     return (bits.double() + 0.5) / float(1 << 52)
 
 
@@ -97,34 +106,33 @@ class _Filters:
 def distribution(logits: Tensor, filters: _Filters) -> Tensor:
     """Probabilities [n, vocab] after temperature and filters; filtered tokens have none, rows sum to one."""
     probs = (logits / filters.temperature[:, None]).softmax(-1)
-    if filters.top_k is not None:
-        count = filters.top_k.clamp(max=probs.shape[1])
-        values = probs.topk(int(count.max())).values
-        least = values.gather(1, (count.clamp(min=1) - 1)[:, None])
-        keep = (probs >= least) | (filters.top_k == 0)[:, None]
-        probs = _renormalise(probs, keep)
-    if filters.top_p is not None:
-        least = _keep_top_p(probs, filters.top_p)
-        probs = _renormalise(probs, (probs >= least) | (filters.top_p >= 1)[:, None])
-    if filters.typical_p is not None:
-        keep = _typical(probs, filters.typical_p) | (filters.typical_p >= 1)[:, None]
-        probs = _renormalise(probs, keep)
-    if filters.min_p is not None:
-        least = probs.amax(-1, keepdim=True) * filters.min_p[:, None]
-        probs = _renormalise(probs, probs >= least)
+    if (top_k := filters.top_k) is not None:
+        values = probs.topk(min(int(top_k.max()), probs.shape[1])).values
+        last = (top_k - 1).clamp(0, values.shape[1] - 1)[:, None]
+        probs = _restrict(probs, probs >= values.gather(1, last), top_k > 0)
+    if (top_p := filters.top_p) is not None:
+        probs = _restrict(probs, probs >= _keep_top_p(probs, top_p), top_p < 1)
+    if (typical_p := filters.typical_p) is not None:
+        probs = _restrict(probs, _typical(probs, typical_p), typical_p < 1)
+    if (min_p := filters.min_p) is not None:
+        least = probs.amax(-1, keepdim=True) * min_p[:, None]
+        probs = _restrict(probs, probs >= least, min_p > 0)
     return probs
 
 
-def _renormalise(probs: Tensor, keep: Tensor) -> Tensor:
+def _restrict(probs: Tensor, keep: Tensor, on: Tensor) -> Tensor:
+    """Rows that are `on` keep the marked tokens and sum to one again; the others keep every bit."""
     kept = torch.where(keep, probs, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    return torch.where(on[:, None], kept / kept.sum(-1, keepdim=True), probs)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Token of each row of [n, vocab] at `uniform` [n] float64 of its cumulative sum."""
     cumulative = probs.double().cumsum(-1)
     goal = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)
+    return (
+        torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)
+    )
 
 
 class SamplePlan:
@@ -161,11 +169,15 @@ class SamplePlan:
             temperature=self._floats([p.temperature for p in drawn]),
             seeds=self._indices([p.seed for p in drawn]),
             top_k=self._indices([p.top_k for p in drawn]) if any(p.top_k for p in drawn) else None,
-            top_p=self._floats([p.top_p for p in drawn]) if any(p.top_p < 1 for p in drawn) else None,
+            top_p=self._floats([p.top_p for p in drawn])
+            if any(p.top_p < 1 for p in drawn)
+            else None,
             typical_p=self._floats([p.typical_p for p in drawn])
             if any(p.typical_p < 1 for p in drawn)
             else None,
-            min_p=self._floats([p.min_p for p in drawn]) if any(p.min_p > 0 for p in drawn) else None,
+            min_p=self._floats([p.min_p for p in drawn])
+            if any(p.min_p > 0 for p in drawn)
+            else None,
         )
 
     def sample(
