@@ -1,0 +1,6 @@
+"""`lorax bench`."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None: ...

@@ -1,0 +1,124 @@
+"""`lorax generate`: one prompt, in this process or at a server."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any
+
+import typer
+
+from engine.config import EngineConfig
+from lorax_cli.client import Client
+from lorax_cli.options import with_config
+from lorax_cli.output import JsonFlag, Output, QuietFlag, examples
+
+
+async def stream_answer(
+    client: Client, prompt: str, parameters: dict[str, Any], out: Output
+) -> None:
+    """Prints the answer as it comes, then what it cost."""
+    start = time.perf_counter()
+    first: float | None = None
+    text, details, num_tokens = "", {}, 0
+    async for event in client.stream(prompt, {**parameters, "details": True}):
+        first = first or time.perf_counter() - start
+        num_tokens += 1
+        if not event.special:
+            out.stream(event.text)
+            text += event.text
+        if event.generated_text is not None:
+            text, details = event.generated_text, dict(event.details or {})
+    seconds = time.perf_counter() - start
+    out.stream("\n")
+    answer = {
+        "generated_text": text,
+        "details": details,
+        "time_to_first_token_s": first,
+        "total_s": seconds,
+    }
+    if out.mode == "json":
+        out.result(answer, view=lambda: text)
+    out.note(
+        f"[dim]{num_tokens} tokens, first after {(first or seconds) * 1000:.0f} ms, "
+        f"{num_tokens / seconds:.1f} tokens/s[/dim]"
+    )
+
+
+def parameters_of(config: EngineConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The `parameters` of a request: what was given, and the adapter."""
+    parameters = {name: value for name, value in given.items() if value is not None and value != []}
+    if config.adapters.adapter_id:
+        parameters["adapter_id"] = config.adapters.adapter_id
+        if config.adapters.adapter_source != "hub":  # else wherever the server looks by default
+            parameters["adapter_source"] = config.adapters.adapter_source
+    return parameters
+
+
+@with_config("model", "adapters", "scheduler", "memory")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    config: EngineConfig,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask the server at this address instead of starting an engine here."),
+    ] = None,
+    api_token: Annotated[
+        str | None, typer.Option(help="Token for a private adapter, sent to the server of --url.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample at this temperature; unset: greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this total.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many likeliest tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop after this text; repeat for more.")
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Generate text from one prompt, with or without an adapter.
+
+    Without --url the model runs inside this command; nothing listens, and nothing stays behind.
+    """
+    out = Output.of(as_json, quiet)
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop,
+    }
+    parameters = parameters_of(config, given)
+
+    async def ask() -> None:
+        opened: AbstractAsyncContextManager[Client]
+        if url:
+            opened = Client(url, api_token)
+        else:
+            from lorax_cli.serving import local_client
+
+            opened = local_client(config)
+        async with opened as client:
+            await stream_answer(client, prompt, parameters, out)
+
+    import asyncio
+
+    asyncio.run(ask())
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog=examples(
+            'lorax generate "Once upon a time"',
+            'lorax generate --model-id ./model --adapter-source local --adapter-id ./sql "List all"',
+            'lorax generate --url http://localhost:3000 --adapter-id pirate "Hello" --json',
+        )
+    )(generate)

@@ -1,0 +1,70 @@
+"""`lorax launch`: the server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from engine.config import EngineConfig
+from lorax_cli.options import with_config
+from lorax_cli.output import Output, examples
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from engine.messages import EngineInfo
+
+GIB = 1 << 30
+
+
+def memory_table(info: EngineInfo) -> Table:
+    """Where the memory goes."""
+    from rich.table import Table
+
+    table = Table("Memory", "GiB", title=f"{info.model_id} on {info.device_name} ({info.dtype})")
+    table.columns[1].justify = "right"
+    for what, num_bytes in info.memory_plan:
+        table.add_row(what, f"{num_bytes / GIB:.3f}")
+    return table
+
+
+def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
+    """What was started, on stderr: the memory plan, the backends, where adapters may come from."""
+    out.note(memory_table(info))
+    by_backend: dict[str, list[str]] = {}
+    for op, backend in info.backends.items():
+        by_backend.setdefault(backend, []).append(op)
+    for backend, ops in by_backend.items():
+        out.note(f"{backend}: {', '.join(ops)}")
+    out.note(f"local adapters: {', '.join(config.adapters.adapter_root)}")
+
+
+@with_config("model", "adapters", "scheduler", "memory", "server", legacy=True)
+def launch(config: EngineConfig) -> None:
+    """Serve a base model and its adapters over HTTP.
+
+    Requests name their adapter by `adapter_id` or, on the OpenAI routes, by `model`; it is fetched on first use.
+    """
+    from lorax_cli.serving import serve
+
+    out = Output()
+
+    def started(info: EngineInfo, address: str) -> None:
+        announce(out, info, config)
+        out.note(f"listening on {address}")
+
+    import asyncio
+
+    asyncio.run(serve(config, started))
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog=examples(
+            "lorax launch",
+            "lorax launch --model-id Qwen/Qwen2.5-0.5B-Instruct --port 8080",
+            "lorax launch --model-id ./model --adapter-root ./adapters --preloaded-adapter-ids sql",
+            "lorax launch --config lorax.yaml",
+        )
+    )(launch)

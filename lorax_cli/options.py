@@ -1,0 +1,129 @@
+"""Command-line options made from the fields of `engine.config`; no command declares a setting by hand.
+
+A command asks for the concerns that it needs, `@with_config("model", "adapters")`, and receives a resolved
+`EngineConfig`. Every setting is optional on the command line: what is not given comes from the environment, the
+file of `--config`, or the default, in that order (`engine.config.resolve`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import typer
+
+from engine.config import EngineConfig, Setting, resolve, settings
+from lorax_cli.legacy import LEGACY, check_environment, check_flags
+from lorax_cli.output import warn
+
+CONFIG_FILE = "config_file"
+_METAVARS: dict[Any, str | None] = {bool: None, int: "INT", float: "NUMBER"}
+
+
+def describe(setting: Setting) -> str:
+    """The choices, the environment names and the default, in the brackets that end a help text."""
+    default = setting.default
+    if default is None or default == ():
+        shown = ""
+    elif setting.repeated:
+        shown = ",".join(default)
+    elif setting.type is bool:
+        shown = "on" if default else "off"
+    else:
+        shown = str(default)
+    parts = ["|".join(setting.choices)] if setting.choices else []
+    parts.append(f"env {', '.join(setting.environment)}")
+    if shown:
+        parts.append(f"default {shown}")
+    return f"({'; '.join(parts)})"
+
+
+def concern_titles() -> dict[str, str]:
+    """Attribute of `EngineConfig` -> what the concern is, for headings."""
+    hints = get_type_hints(EngineConfig)
+    return {name: (cls.__doc__ or name).splitlines()[0].rstrip(".") for name, cls in hints.items()}
+
+
+def _option(setting: Setting, panel: str) -> inspect.Parameter:
+    flags = setting.flag
+    annotation: Any = setting.type
+    if setting.type is bool:
+        flags = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
+    elif setting.repeated:
+        annotation = list[str]
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Option(
+            None,
+            flags,
+            help=f"{setting.option.help} {describe(setting)}",
+            rich_help_panel=panel,
+            show_default=False,
+            metavar=_METAVARS.get(annotation, "CHOICE" if setting.choices else "TEXT"),
+        ),
+        annotation=annotation | None,
+    )
+
+
+def _config_file() -> inspect.Parameter:
+    return inspect.Parameter(
+        CONFIG_FILE,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Option(
+            None,
+            "--config",
+            help="YAML file of settings; flags and environment come first.",
+            dir_okay=False,
+            show_default=False,
+        ),
+        annotation=Path | None,
+    )
+
+
+def _legacy_options() -> Iterable[inspect.Parameter]:
+    for flag in LEGACY:
+        annotation: Any = str if flag.takes_value else bool
+        names = flag.flag if flag.takes_value else f"{flag.flag}/--no-{flag.flag[2:]}"
+        yield inspect.Parameter(
+            flag.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Option(None, names, hidden=True, show_default=False),
+            annotation=annotation | None,
+        )
+
+
+def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[..., None]]:
+    """Adds the options of `concerns` to a command, which receives `config: EngineConfig` in their place.
+
+    `legacy` also accepts the launcher flags of LoRAX that mean nothing here (`lorax_cli.legacy`).
+    """
+    titles = concern_titles()
+    wanted = [setting for setting in settings() if setting.concern in concerns]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            file = given.pop(CONFIG_FILE)
+            chosen = {setting.name: given.pop(setting.name) for setting in wanted}
+            if legacy:
+                flags = {flag.name: given.pop(flag.name) for flag in LEGACY}
+                for warning in [*check_flags(flags), *check_environment()]:
+                    warn(warning)
+            command(**given, config=resolve(chosen, file=file))
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.name != "config"]
+        parameters += [_config_file(), *(_option(one, titles[one.concern]) for one in wanted)]
+        if legacy:
+            parameters += _legacy_options()
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+        )
+        run.__annotations__ = {}
+        return run
+
+    return decorate

@@ -1,0 +1,46 @@
+"""The generated pages and completions are those that the code of today makes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from engine.config import settings
+from tools.docs import ROOT, generated
+
+FILES = generated("pages", "completions")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_generated_file_is_fresh(path: Path) -> None:
+    assert path.read_text() == FILES[path](), "run: make docs completions"
+
+
+def test_every_setting_has_a_row() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for setting in settings():
+        assert f"| `{setting.flag}` | `{setting.environment[0]}`" in page
+
+
+def test_architecture_is_short() -> None:
+    assert len((ROOT / "docs" / "architecture.md").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Links between our own files; addresses elsewhere are not looked at."""
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in headings(path), f"{page.name}: {target}"
+
+
+def headings(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", title.lower()) for title in titles)
+    return {title.replace(" ", "-") for title in kept}

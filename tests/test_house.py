@@ -1,0 +1,189 @@
+"""Rules of the house: who may import whom, what is imported when, how long files and functions may be."""
+
+from __future__ import annotations
+
+import ast
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# docs/architecture.md, "Who may import whom": a module imports its own package and those of lower levels; siblings
+# never import each other, but at the bottom.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("engine.config", "engine.errors", "engine.messages", "engine.metrics", "engine.platform"),
+    ("engine.ops",),
+    ("engine.layers",),
+    ("engine.models",),
+    ("engine.scheduler", "engine.runner", "engine.adapters", "engine.lora", "engine.grammar"),
+    ("engine.engine", "engine.exchange"),
+    ("engine.server", "engine.process"),
+    ("lorax_cli",),
+)
+LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+
+
+TORCH_FREE = (
+    "lorax_cli.app",
+    "engine.config",
+    "engine.errors",
+    "engine.messages",
+    "engine.scheduler",
+    "engine.adapters",
+)
+
+# What is longer than the rule says, and why.
+LONG_FILES = {
+    "tools/demo/base_text.py": "text that the demo's base model is trained on",
+    "tools/demo/task_math.py": "text that a demo adapter is trained on",
+}
+LONG_FUNCTIONS: dict[str, str] = {}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(module: str) -> str | None:
+    """The package of `LEVELS` that a module belongs to."""
+    parts = module.split(".")
+    return next(
+        (name for size in (2, 1) if (name := ".".join(parts[:size])) in LEVEL_OF),
+        None,
+    )
+
+
+def imports_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import of ours, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def violations(module: str, tree: ast.Module) -> Iterator[str]:
+    own = package_of(module)
+    for line, imported in imports_of(tree):
+        other = package_of(imported)
+        if own is None or other is None or other == own:
+            continue
+        if LEVEL_OF[other] > LEVEL_OF[own] or LEVEL_OF[other] == LEVEL_OF[own] > 0:
+            yield f"{module}:{line} imports {imported}"
+
+
+@pytest.mark.parametrize("path", list(sources("engine", "lorax_cli")), ids=module_of)
+def test_import_rule(path: Path) -> None:
+    assert not list(violations(module_of(path), ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("engine.scheduler.blocks", "from engine.adapters.ref import AdapterRef"),
+        ("engine.config", "import engine.ops"),
+        ("engine.ops.schemas", "from engine import layers"),
+        ("engine.engine", "def f():\n    import engine.exchange"),
+        ("engine.server.app", "from engine.process import start"),
+        ("engine.runner.rows", "from lorax_cli import app"),
+    ],
+)
+def test_import_rule_sees_violations(module: str, line: str) -> None:
+    assert list(violations(module, ast.parse(line)))
+
+
+def test_every_package_has_a_level() -> None:
+    unknown = {
+        module_of(path) for path in sources("engine", "lorax_cli") if module_of(path) != "engine"
+    }
+    assert not sorted(module for module in unknown if package_of(module) is None)
+
+
+def run_python(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, text=True, check=True, capture_output=True
+    ).stdout
+
+
+def test_torch_free_packages_do_not_import_torch() -> None:
+    """Every module of them in one process, so that the order of imports cannot hide one."""
+    modules = [
+        module_of(path)
+        for path in sources("engine", "lorax_cli")
+        if module_of(path).startswith(tuple(name.removesuffix(".app") for name in TORCH_FREE))
+    ]
+    program = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+    program += "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert run_python(program).strip() == "[]"
+
+
+def test_help_is_quick() -> None:
+    """Under half a second. On a loaded machine the processor's time counts, not the wait for a processor."""
+    best = 9.0
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
+        text = run_python(
+            "import sys; sys.argv = ['lorax', '--help']; from lorax_cli.app import main; main()"
+        )
+        wall = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        assert "Usage" in text
+        best = min(best, wall, busy)
+    assert best < 0.5
+
+
+@pytest.mark.parametrize(
+    "path",
+    list(sources("engine", "lorax_cli", "tools")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_size(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    text = path.read_text()
+    if name not in LONG_FILES:
+        assert len(text.splitlines()) <= MAX_FILE_LINES, (
+            "split it, or name the reason in LONG_FILES"
+        )
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if f"{name}:{node.name}" not in LONG_FUNCTIONS:
+                assert length <= MAX_FUNCTION_LINES, f"{node.name}, line {node.lineno}"
+
+
+def test_size_exceptions_are_needed() -> None:
+    for name in LONG_FILES:
+        assert len((ROOT / name).read_text().splitlines()) > MAX_FILE_LINES, f"{name} is short now"
+
+
+FORBIDDEN = ("TO" + "DO", "FIX" + "ME", "X" * 3 + ":", "break" + "point(")
+
+
+def test_no_forbidden_words() -> None:
+    """Work that is not done belongs in the tracker."""
+    found = []
+    for path in sources("engine", "lorax_cli", "tools", "tests"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found += [
+                f"{path.relative_to(ROOT)}:{number}: {word}" for word in FORBIDDEN if word in line
+            ]
+    assert not found
