@@ -1,0 +1,116 @@
+"""Tiny base models, PEFT adapters made from them, and the layouts that the engine would have for them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from engine.ops.layout import AdapterLayout, Group, Target
+
+HIDDEN, INNER, VOCAB, LAYERS, HEADS, KV_HEADS = 24, 40, 50, 3, 4, 2
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def llama(hidden: int = HIDDEN) -> nn.Module:
+    """A llama of odd sizes: rows of its matrices are no multiples of 16 bytes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    """A GPT-2: Conv1D layers, a fused c_attn."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=32
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def llama_layout(dtype: str = "float32") -> AdapterLayout:
+    kv = HIDDEN // HEADS * KV_HEADS
+
+    def target(block: str, name: str, out_features: int) -> Target:
+        return Target(name, f"model.layers.{{layer}}.{block}.{name}", out_features)
+
+    qkv = (
+        target("self_attn", "q_proj", HIDDEN),
+        target("self_attn", "k_proj", kv),
+        target("self_attn", "v_proj", kv),
+    )
+    gate_up = (target("mlp", "gate_proj", INNER), target("mlp", "up_proj", INNER))
+    return AdapterLayout(
+        dtype=dtype,
+        num_layers=LAYERS,
+        groups=(
+            Group("qkv", HIDDEN, qkv),
+            Group("o", HIDDEN, (target("self_attn", "o_proj", HIDDEN),)),
+            Group("gate_up", HIDDEN, gate_up),
+            Group("down", INNER, (target("mlp", "down_proj", HIDDEN),)),
+        ),
+        ends=(
+            Group("embed", VOCAB, (Target("embed_tokens", "model.embed_tokens", HIDDEN),), True),
+            Group("head", HIDDEN, (Target("lm_head", "lm_head", VOCAB),)),
+        ),
+    )
+
+
+def gpt2_layout(dtype: str = "float32") -> AdapterLayout:
+    def group(path: str, in_features: int, out_features: int) -> Group:
+        target = Target(path.split(".")[-1], f"transformer.h.{{layer}}.{path}", out_features)
+        return Group(path, in_features, (target,))
+
+    return AdapterLayout(
+        dtype=dtype,
+        num_layers=LAYERS,
+        groups=(
+            group("attn.c_attn", HIDDEN, 3 * HIDDEN),
+            group("attn.c_proj", HIDDEN, HIDDEN),
+            group("mlp.c_fc", HIDDEN, 4 * HIDDEN),
+            group("mlp.c_proj", 4 * HIDDEN, HIDDEN),
+        ),
+        ends=(Group("wte", VOCAB, (Target("wte", "transformer.wte", HIDDEN),), True),),
+    )
+
+
+def adapt(model: nn.Module, seed: int = 1, **fields: Any) -> PeftModel:
+    """The model with a LoRA whose halves are both random, so that nothing is zero."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**fields)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return adapted
+
+
+def save(adapted: PeftModel, folder: Path, safetensors: bool = True) -> Path:
+    """Saves the adapter as PEFT does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(str(folder), safe_serialization=safetensors)
+    return folder
+
+
+def files(folder: Path) -> tuple[Path, Path]:
+    """Configuration and weights of a saved adapter."""
+    weights = folder / "adapter_model.safetensors"
+    return folder / "adapter_config.json", weights if weights.exists() else weights.with_suffix(
+        ".bin"
+    )
