@@ -54,6 +54,8 @@ def _option(setting: Setting, panel: str) -> inspect.Parameter:
         flags = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
     elif setting.repeated:
         annotation = list[str]
+    elif setting.type in _METAVARS:
+        annotation = str  # `engine.config` reads numbers, and says the same wherever they come from
     return inspect.Parameter(
         setting.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -63,7 +65,7 @@ def _option(setting: Setting, panel: str) -> inspect.Parameter:
             help=f"{setting.option.help} {describe(setting)}",
             rich_help_panel=panel,
             show_default=False,
-            metavar=_METAVARS.get(annotation, "CHOICE" if setting.choices else "TEXT"),
+            metavar=_METAVARS.get(setting.type, "CHOICE" if setting.choices else "TEXT"),
         ),
         annotation=annotation | None,
     )

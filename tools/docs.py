@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -119,7 +120,7 @@ def _command(path: str, command: Any) -> Iterator[str]:
 
 
 def _metavar(argument: Any) -> str:
-    return argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return str(argument.name).upper() + ("..." if argument.nargs == -1 else "")
 
 
 def _anchor(title: str) -> str:
@@ -180,7 +181,7 @@ def generated(*what: str) -> dict[Path, Callable[[], str]]:
         files[ROOT / "docs" / "cli.md"] = cli
     if "completions" in what:
         for shell, name in SHELLS.items():
-            files[ROOT / "completions" / name] = lambda shell=shell: completion(shell)
+            files[ROOT / "completions" / name] = partial(completion, shell)
     return files
 
 

@@ -1,0 +1,195 @@
+"""Every setting, by every way to give it: flag before environment before YAML before default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from engine.config import EngineConfig, Setting, settings
+from engine.errors import ConfigError
+from lorax_cli import legacy
+from lorax_cli.app import ErrorTable
+from lorax_cli.options import with_config
+
+SETTINGS = list(settings())
+every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
+    """What commands received; the environment holds no setting."""
+    for setting in SETTINGS:
+        for name in setting.environment:
+            monkeypatch.delenv(name, raising=False)
+    for flag in legacy.LEGACY:
+        monkeypatch.delenv(flag.name.upper(), raising=False)
+    return []
+
+
+@pytest.fixture
+def app(seen: list[EngineConfig]) -> typer.Typer:
+    """A command that takes every setting and keeps what it gets."""
+    app = typer.Typer(cls=ErrorTable)
+    app.callback()(lambda: None)
+
+    @app.command()
+    @with_config(*dict.fromkeys(setting.concern for setting in SETTINGS), legacy=True)
+    def take(config: EngineConfig) -> None:
+        seen.append(config)
+
+    return app
+
+
+def run(app: typer.Typer, *arguments: str, env: dict[str, str] | None = None) -> Any:
+    return CliRunner().invoke(app, ["take", *arguments], env=env)
+
+
+def values_of(setting: Setting) -> tuple[Any, Any, Any]:
+    """Three values that differ from each other and, but for choices and bools, from the default."""
+    if setting.choices:
+        others = [one for one in setting.choices if one != setting.default]
+        return others[0], others[-1], setting.choices[0]
+    if setting.type is bool:
+        return not setting.default, setting.default, not setting.default
+    if setting.repeated:
+        return ("a", "b"), ("c",), ("d", "e")
+    return {int: (7, 8, 9), float: (0.25, 0.5, 0.75), str: ("a", "b", "c")}[setting.type]
+
+
+def as_flags(setting: Setting, value: Any) -> list[str]:
+    if setting.type is bool:
+        return [setting.flag if value else f"--no-{setting.flag[2:]}"]
+    if setting.repeated:
+        return [part for item in value for part in (setting.flag, item)]
+    return [setting.flag, str(value)]
+
+
+def as_text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value).lower()
+
+
+def value_in(config: EngineConfig, setting: Setting) -> Any:
+    return getattr(getattr(config, setting.concern), setting.name)
+
+
+@every_setting
+def test_precedence(
+    app: typer.Typer, seen: list[EngineConfig], setting: Setting, tmp_path: Path
+) -> None:
+    by_flag, by_environment, by_file = values_of(setting)
+    file = tmp_path / "lorax.yaml"
+    in_yaml = list(by_file) if setting.repeated else by_file
+    file.write_text(yaml.safe_dump({setting.flag[2:]: in_yaml}))
+    env = {setting.environment[0]: as_text(by_environment)}
+    config = ["--config", str(file)]
+    for arguments, variables, expected in (
+        ([*config, *as_flags(setting, by_flag)], env, by_flag),
+        (config, env, by_environment),
+        (config, {}, by_file),
+        ([], {}, setting.default),
+    ):
+        result = run(app, *arguments, env=variables)
+        assert result.exit_code == 0, result.output
+        assert value_in(seen[-1], setting) == expected
+
+
+@every_setting
+def test_further_environment_names(
+    app: typer.Typer, seen: list[EngineConfig], setting: Setting
+) -> None:
+    value = values_of(setting)[0]
+    for name in setting.environment:
+        assert run(app, env={name: as_text(value)}).exit_code == 0
+        assert value_in(seen[-1], setting) == value
+
+
+numbers = [setting for setting in SETTINGS if setting.type in (int, float, bool)]
+choosers = [setting for setting in SETTINGS if setting.choices]
+
+
+@pytest.mark.parametrize("setting", numbers + choosers, ids=lambda setting: setting.name)
+def test_bad_values_are_named(app: typer.Typer, setting: Setting, tmp_path: Path) -> None:
+    bad = run(app, env={setting.environment[0]: "nonsense"})
+    assert bad.exit_code == 2
+    assert f"{setting.environment[0]}: 'nonsense'" in bad.stderr
+    file = tmp_path / "lorax.yaml"
+    file.write_text(f"{setting.name}: nonsense\n")
+    bad = run(app, "--config", str(file))
+    assert bad.exit_code == 2
+    assert f"{setting.name}: 'nonsense'" in bad.stderr
+    if setting.type is not bool:
+        bad = run(app, setting.flag, "nonsense")
+        assert bad.exit_code == 2
+        assert setting.flag in bad.stderr and "nonsense" in bad.stderr
+
+
+def test_hostname_of_a_container_is_not_the_address(
+    app: typer.Typer, seen: list[EngineConfig]
+) -> None:
+    run(app, env={"HOSTNAME": "3f2a9c"})
+    assert seen[-1].server.hostname == "0.0.0.0"
+    run(app, env={"HOSTNAME": "3f2a9c", "LORAX_HOSTNAME": "127.0.0.1"})
+    assert seen[-1].server.hostname == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_tokens: 5", "unknown setting 'max_tokens'"),
+        ("- a", "not a mapping"),
+        ("a: [", "cannot read"),
+    ],
+)
+def test_bad_files_are_named(app: typer.Typer, text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "lorax.yaml"
+    file.write_text(text)
+    result = run(app, "--config", str(file))
+    assert result.exit_code == 2
+    assert words in result.stderr and str(file) in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flag", [one for one in legacy.LEGACY if not one.refused], ids=lambda flag: flag.name
+)
+def test_legacy_flag_without_effect(
+    app: typer.Typer, seen: list[EngineConfig], flag: legacy.LegacyFlag
+) -> None:
+    result = run(app, flag.flag, *(["1"] if flag.takes_value else []))
+    assert result.exit_code == 0
+    assert seen[-1] == EngineConfig()
+    assert result.stderr == f"warning: {flag.flag} has no effect: {flag.why}\n"
+
+
+@pytest.mark.parametrize(
+    "flag", [one for one in legacy.LEGACY if one.refused], ids=lambda flag: flag.name
+)
+def test_legacy_flag_that_is_refused(
+    app: typer.Typer, seen: list[EngineConfig], flag: legacy.LegacyFlag
+) -> None:
+    result = run(app, flag.flag, *(["3"] if flag.takes_value else []))
+    assert result.exit_code == ConfigError.exit_code
+    assert result.stderr.startswith(f"error: {flag.flag}: {flag.why}\n")
+    assert seen == []
+    for value in filter(None, flag.harmless):
+        assert run(app, flag.flag, value).exit_code == 0
+    if not flag.takes_value:
+        assert run(app, f"--no-{flag.flag[2:]}").exit_code == 0
+
+
+def test_legacy_environment(app: typer.Typer) -> None:
+    result = run(app, env={"QUANTIZE": "awq"})
+    assert result.exit_code == 2 and "QUANTIZE" in result.stderr
+    assert (
+        run(app, env={"NUM_SHARD": "1", "SHARDED": "false", "TRUST_REMOTE_CODE": "0"}).exit_code
+        == 0
+    )
+    assert run(app, env={"TRUST_REMOTE_CODE": "true"}).exit_code == 2
+
+
+def test_legacy_names_are_free() -> None:
+    assert not {flag.name for flag in legacy.LEGACY} & {setting.name for setting in SETTINGS}
