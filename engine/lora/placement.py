@@ -1,7 +1,8 @@
 """Copies images from the host region into the arena, a bounded piece per step, and their records into the slots.
 
-`CpuPlacer` copies with the caller's thread. A device with copy streams gets its own class with the same three
-methods: it starts copies in `advance` and reports a slot when the event behind its last copy has completed.
+`Placer` copies with the caller's thread, between host tensors. A device with copy streams gets its own class with
+the same three methods: it starts copies in `advance` and reports a slot when the event behind its last copy has
+completed.
 """
 
 from __future__ import annotations
@@ -35,29 +36,13 @@ class Region(Protocol):
     def view(self) -> memoryview: ...
 
 
-class Placer(Protocol):
-    """What the runner asks of a placer. Slots are those of the plan's placements."""
-
-    def start(self, placement: Placement) -> None:
-        """Takes a placement on; nothing of it is visible before `advance` returns its slot."""
-        ...
-
-    def advance(self, max_bytes: int) -> list[int]:
-        """Copies at most `max_bytes` more (at least one piece), oldest placement first; slots now resident."""
-        ...
-
-    def unplace(self, slot: int) -> None:
-        """The slot is the base model again; a placement under way is dropped."""
-        ...
-
-
 @dataclass(slots=True)
 class _Copy:
     placement: Placement
     done: int = 0  # bytes of data copied
 
 
-class CpuPlacer:
+class Placer:
     """Placements in host memory."""
 
     def __init__(self, arena: Tensor, records: Tensor, region: Region) -> None:
@@ -71,12 +56,14 @@ class CpuPlacer:
         self._copies: deque[_Copy] = deque()
 
     def start(self, placement: Placement) -> None:
+        """Takes a placement on; nothing of it is visible before `advance` returns its slot."""
         assert placement.offset % ALIGN == 0, "placements are aligned"
         assert placement.offset + placement.image.data_bytes <= self.arena.numel()
         assert all(copy.placement.slot != placement.slot for copy in self._copies)
         self._copies.append(_Copy(placement))
 
     def advance(self, max_bytes: int) -> list[int]:
+        """Copies at most `max_bytes` more, the oldest placement first; returns the slots that are now resident."""
         resident = []
         budget = max(max_bytes, 1)
         while self._copies and budget > 0:
@@ -107,6 +94,7 @@ class CpuPlacer:
         )
 
     def unplace(self, slot: int) -> None:
+        """The slot is the base model again; a placement under way is dropped."""
         self._copies = deque(copy for copy in self._copies if copy.placement.slot != slot)
         self.records[slot].zero_()
 

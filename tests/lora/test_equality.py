@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.lora.formats import load_peft
 from engine.lora.image import image_size, read_image, write_image
-from engine.lora.placement import CpuPlacer
+from engine.lora.placement import Placer
 from engine.messages import AdapterImageRef, Placement
 from engine.ops import reference
 from engine.ops.layout import ALIGN, AdapterLayout, Group
@@ -41,7 +41,7 @@ def place(
     offset = ALIGN * chance.randrange(100)
     arena = torch.full((offset + size.data_bytes + 64,), 255, dtype=torch.uint8)
     records = torch.zeros((4, layout.num_layers + 1, layout.num_groups, 8), dtype=torch.int32)
-    placer = CpuPlacer(arena, records, region)
+    placer = Placer(arena, records, region)
     placer.start(
         Placement(slot, offset, AdapterImageRef(digest, start, size.data_bytes, size.max_rank))
     )

@@ -1,0 +1,284 @@
+"""Adapters of the Hugging Face hub, or of anything that speaks its protocol.
+
+Two files of a repository are fetched and nothing else. Everything goes by commit: a branch is resolved again and
+again, so its updates are seen, and what was downloaded for a commit is never asked for again. Private and gated
+repositories are checked with every tenant's own token. What a tenant's token unlocked is kept apart on disk, so that
+nobody else is given it when the hub cannot be asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import ModelInfo
+
+from engine.adapters.ref import AdapterRef
+from engine.adapters.sources import (
+    CONFIG_NAME,
+    WEIGHT_NAMES,
+    AdapterFiles,
+    Progress,
+    Version,
+    find_weights,
+    token_hash,
+)
+from engine.errors import (
+    AdapterError,
+    AdapterForbidden,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    AdapterTooLarge,
+)
+
+T = TypeVar("T")
+
+API_TIMEOUT_S = 10.0
+TENANT_FOLDER = "lorax-tenants"
+# httpx in hub 1.x, httpx2 in 2.x: the base of everything that goes wrong on the wire
+_TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
+_NETWORK = (_TRANSPORT, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
+
+logger = logging.getLogger(__name__)
+
+
+class HubSource:
+    """See the module. `token` is the operator's own: it serves requests that bring none."""
+
+    def __init__(
+        self,
+        token: str | None = None,
+        cache: str | Path | None = None,
+        *,
+        endpoint: str | None = None,
+        max_file_bytes: int | None = None,
+        ttl_s: float = 60.0,
+        attempts: int = 4,
+        backoff_s: float = 0.5,
+    ) -> None:
+        """`max_file_bytes`: larger weight files are refused before they are downloaded."""
+        self.ttl_s = ttl_s
+        self._token = token
+        self._cache = str(cache or constants.HF_HUB_CACHE)
+        self._max_file_bytes = max_file_bytes
+        self._attempts = attempts
+        self._backoff_s = backoff_s
+        self._api = HfApi(endpoint=endpoint)
+
+    def tenant(self, token: str | None) -> bytes:
+        effective = token or self._token
+        return token_hash(effective) if effective else b""
+
+    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        tenant_cache = self._tenant_cache(token)
+        try:
+            info = self._try(lambda: self._info(ref, token))
+        except AdapterLoadFailed as error:
+            if (cached := self._cached(ref, token, tenant_cache)) is None:
+                raise
+            logger.warning("%s: using the downloaded copy: %s", ref.name, error.message)
+            return cached
+        except _Refusal as refusal:
+            raise self._explain(refusal.error, ref, token) from None
+        private = bool(info.private or info.gated)
+        siblings = info.siblings or []
+        weights = find_weights((file.rfilename for file in siblings), f"{ref.name} on the hub")
+        size = next((file.size for file in siblings if file.rfilename == weights), None) or 0
+        if self._max_file_bytes is not None and size > self._max_file_bytes:
+            raise AdapterTooLarge(
+                f"{weights} of {ref.name} has {size} bytes, at most {self._max_file_bytes} are taken",
+                field="adapter_id",
+                hint="raise --host-cache-gb",
+            )
+        cache = tenant_cache if private and token else self._cache
+        self._remember(ref, info.sha or "", cache)
+        salt = self.tenant(token) if private else b""
+        return Version("hub", ref.id, info.sha or "", weights, cache, salt)
+
+    def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
+        ref = AdapterRef((version.id,), "hub", version.revision)
+
+        def download(name: str) -> Path:
+            path = self._api.hf_hub_download(
+                version.id,
+                name,
+                revision=version.revision,
+                cache_dir=version.cache,
+                token=self._effective(token),
+                tqdm_class=_reporter(progress),
+            )
+            return Path(path)
+
+        try:
+            config = self._try(lambda: download(CONFIG_NAME))
+            weights = self._try(lambda: download(version.weights))
+        except _Refusal as refusal:
+            raise self._explain(refusal.error, ref, token) from None
+        return AdapterFiles(config.parent, config, weights, version.revision)
+
+    def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
+        """What the hub tells this tenant; for gated repositories, whether it may have the files."""
+        effective = self._effective(token)
+        info = self._api.model_info(
+            ref.id,
+            revision=ref.revision,
+            files_metadata=True,
+            timeout=API_TIMEOUT_S,
+            token=effective,
+        )
+        if info.gated:
+            self._api.auth_check(ref.id, token=effective)
+        return info
+
+    def _effective(self, token: str | None) -> str | bool:
+        """Never the login of whoever runs the server: only what the request or the configuration gave."""
+        return token or self._token or False
+
+    def _tenant_cache(self, token: str | None) -> str:
+        if not token:
+            return self._cache
+        return str(Path(self._cache) / TENANT_FOLDER / token_hash(token).hex())
+
+    def _remember(self, ref: AdapterRef, commit: str, cache: str) -> None:
+        """Notes the commit of a branch where the hub's own tools look for it, for times without network."""
+        revision = ref.revision or constants.DEFAULT_REVISION
+        if revision == commit or ".." in revision:
+            return
+        path = Path(cache) / repo_folder_name(repo_id=ref.id, repo_type="model") / "refs" / revision
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(commit)
+        except OSError as error:  # a cache that can only be read
+            logger.debug("cannot write %s: %s", path, error)
+
+    def _cached(self, ref: AdapterRef, token: str | None, tenant_cache: str) -> Version | None:
+        """The downloaded copy that this tenant may have: its own, or what the operator's token unlocked."""
+        for cache in dict.fromkeys((tenant_cache, self._cache)):
+
+            def find(name: str, cache: str = cache) -> str | None:
+                path = try_to_load_from_cache(
+                    ref.id, name, cache_dir=cache, revision=ref.revision or None
+                )
+                return path if isinstance(path, str) else None
+
+            config = find(CONFIG_NAME)
+            weights = next((name for name in WEIGHT_NAMES if find(name)), None)
+            if config and weights:
+                salt = self.tenant(token) if cache != self._cache else b""
+                return Version("hub", ref.id, Path(config).parent.name, weights, cache, salt)
+        return None
+
+    def _try(self, call: Callable[[], T]) -> T:
+        """Calls again after passing failures. Raises _Refusal for an answer that will not change."""
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return call()
+            except (HFValidationError, EntryNotFoundError) as error:
+                if not isinstance(error, LocalEntryNotFoundError):
+                    raise _Refusal(error) from None
+                failure: Exception = error
+            except HfHubHTTPError as error:
+                if not _passing(error):
+                    raise _Refusal(error) from None
+                failure = error
+            except OfflineModeIsEnabled as error:
+                raise AdapterLoadFailed(f"the hub is not asked: {error}") from None
+            except _NETWORK as error:
+                failure = error
+            except ValueError as error:  # an answer that is not JSON
+                failure = error
+            if attempt < self._attempts:
+                time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+        raise AdapterLoadFailed(
+            f"the hub did not deliver: {_first_line(failure)}",
+            hint="try again; without network only adapters that were downloaded before can be served",
+        )
+
+    def _explain(self, error: Exception, ref: AdapterRef, token: str | None) -> AdapterError:
+        """The hub's refusal in our words."""
+        whose = "the request's api_token" if token else "the server's token"
+        hint = f"check {whose}" if token or self._token else "send an api_token that may read it"
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 404
+        if isinstance(error, HFValidationError):
+            return AdapterNotFound(f"{ref.id!r} is no hub id", field="adapter_id")
+        if isinstance(error, RevisionNotFoundError):
+            return AdapterNotFound(
+                f"{ref.id} has no revision {ref.revision!r} on the hub", field="adapter_id"
+            )
+        if isinstance(error, GatedRepoError):
+            return AdapterForbidden(
+                f"access to {ref.id} is granted by its owner, and not to {whose}",
+                field="api_token",
+                hint=f"ask for access at {self._api.endpoint}/{ref.id}",
+            )
+        if status in (401, 403):
+            return AdapterForbidden(
+                f"the hub does not show {ref.id}: it is private, or does not exist",
+                field="api_token",
+                hint=hint,
+            )
+        if isinstance(error, EntryNotFoundError):
+            return AdapterIncompatible(f"a file of {ref.name} is missing on the hub")
+        if status == 404:
+            return AdapterNotFound(
+                f"there is no {ref.id} on the hub",
+                field="adapter_id",
+                hint="if it is private, " + hint,
+            )
+        return AdapterLoadFailed(f"the hub refuses {ref.name}: {_first_line(error)}")
+
+
+class _Refusal(Exception):
+    """An answer of the hub that asking again will not change."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _passing(error: HfHubHTTPError) -> bool:
+    return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reporter(progress: Progress) -> Any:
+    """A progress bar's class, as the hub's client wants it, that draws nothing."""
+
+    class Reporter:
+        def __init__(self, *args: Any, **fields: Any) -> None:
+            self.total = int(fields.get("total") or 0)
+            self.n = int(fields.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            progress(self.n, self.total)
+
+        def __enter__(self) -> Reporter:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *args, **fields: None
+
+    return Reporter

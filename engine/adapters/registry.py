@@ -1,0 +1,104 @@
+"""Which source a name belongs to, and the sources that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.adapters.hub import HubSource
+from engine.adapters.ref import AdapterRef, SourceName, refuse_merged
+from engine.adapters.sources import DemoSource, LocalSource, Source, Version
+from engine.config import EngineConfig
+from engine.errors import AdapterError, AdapterForbidden, AdapterNotFound, InvalidRequest
+
+DEMO_MODEL = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "adapters"
+
+
+def make_sources(
+    config: EngineConfig, max_file_bytes: int | None = None, endpoint: str | None = None
+) -> dict[SourceName, Source]:
+    """The sources of a server. Another source is one more entry."""
+    sources: dict[SourceName, Source] = {
+        "local": LocalSource(config.adapters.adapter_root),
+        "hub": HubSource(
+            config.model.hub_token,
+            config.model.huggingface_hub_cache,
+            endpoint=endpoint,
+            max_file_bytes=max_file_bytes,
+        ),
+    }
+    if config.model.model_id == DEMO_MODEL:
+        sources["demo"] = DemoSource(DEMO_FOLDER)
+    return sources
+
+
+class Registry:
+    """Finds the source of a reference that names none.
+
+    In this order: names that were registered at start, the demo's adapters, folders below an adapter root, the
+    default source. A reference that names its source is looked for there and nowhere else.
+    """
+
+    def __init__(self, sources: Mapping[SourceName, Source], default: SourceName) -> None:
+        self.sources = sources
+        self.default = default
+        self._registered: dict[str, AdapterRef] = {}
+
+    def register(self, ref: AdapterRef) -> None:
+        """Makes the name of a reference with a definite source known."""
+        assert ref.source is not None
+        self._registered[ref.name] = ref
+
+    def candidates(self, ref: AdapterRef) -> list[AdapterRef]:
+        """The same adapter in every source where it is to be looked for, in order.
+
+        Raises InvalidRequest for merged adapters and sources that this server does not have.
+        """
+        refuse_merged(ref)
+        if ref.source is not None:
+            if ref.source not in self.sources:
+                raise InvalidRequest(
+                    f"adapter_source {ref.source!r} is not available on this server",
+                    field="adapter_source",
+                    hint=f"use one of {', '.join(self.sources)}",
+                )
+            return [ref]
+        if (known := self._registered.get(ref.name)) is not None:
+            return [known]
+        order: list[SourceName] = ["demo", "local", self.default]
+        return [ref.at(name) for name in dict.fromkeys(order) if name in self.sources]
+
+    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        """The version in the first source that has the adapter. Blocks.
+
+        Raises AdapterNotFound that lists where it was looked for, or what the only source said.
+        """
+        candidates = self.candidates(ref)
+        refusals: list[AdapterError] = []
+        for candidate in candidates:
+            assert candidate.source is not None
+            try:
+                return self.sources[candidate.source].resolve(candidate, token)
+            except AdapterNotFound as error:
+                refusals.append(error)
+            except AdapterForbidden as error:
+                if candidate is candidates[-1] and len(candidates) == 1:
+                    raise
+                refusals.append(error)
+        if len(refusals) == 1:
+            raise refusals[0]
+        raise self._not_found(ref, refusals)
+
+    def _not_found(self, ref: AdapterRef, refusals: list[AdapterError]) -> AdapterError:
+        """What was tried, in order; forbidden if it may exist somewhere that was closed to the caller."""
+        tried = [f"no preloaded adapter of that name ({', '.join(self._registered) or 'none'})"]
+        tried += [error.message for error in refusals]
+        hints = dict.fromkeys(error.hint for error in refusals if error.hint)
+        last = refusals[-1]
+        kind = AdapterForbidden if isinstance(last, AdapterForbidden) else AdapterNotFound
+        return kind(
+            f"adapter {ref.name!r} was not found: {'; '.join(tried)}",
+            field="adapter_id",
+            hint="; or ".join(hints),
+        )

@@ -1,0 +1,216 @@
+"""Where adapters come from: a reference and a token in, files on disk out.
+
+A source works in two steps, both blocking and both called from threads. `resolve` finds out which exact version a
+reference means and whether the caller may see it; it is asked again whenever `ttl_s` has passed. `fetch` brings that
+version's two files. A new source (an object store) is one class with these methods and one line in `make_sources`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from engine.adapters.ref import AdapterRef, SourceName
+from engine.errors import (
+    AdapterError,
+    AdapterForbidden,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterNotFound,
+)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of preference
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One exact version of an adapter, which the caller may see."""
+
+    source: SourceName
+    id: str  # of the repository, or the folder's real path
+    revision: str  # commit, or a fingerprint of the files
+    weights: str  # name of the weight file
+    cache: str = ""  # folder of downloads that it belongs to
+    salt: bytes = b""  # of the tenant, if not everybody may see it
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter on disk."""
+
+    folder: Path
+    config: Path
+    weights: Path
+    revision: str  # commit, or a fingerprint of the files
+
+
+class Source(Protocol):
+    """See the module."""
+
+    @property
+    def ttl_s(self) -> float:
+        """Seconds for which a version may be taken for the newest, and a tenant for authorised."""
+        ...
+
+    def tenant(self, token: str | None) -> bytes:
+        """What the caller's token means here: calls of equal tenants have equal answers."""
+        ...
+
+    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        """Raises AdapterNotFound, AdapterForbidden, AdapterIncompatible or AdapterLoadFailed."""
+        ...
+
+    def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
+        """Raises as `resolve`."""
+        ...
+
+
+def token_hash(token: str) -> bytes:
+    """A token's name in keys and salts; the token itself is kept nowhere."""
+    return hashlib.blake2b(token.encode(), digest_size=16).digest()
+
+
+def find_weights(names: Iterable[str], where: str) -> str:
+    """The weight file among `names`. Raises AdapterIncompatible if this is no PEFT adapter."""
+    present = set(names)
+    if CONFIG_NAME not in present:
+        raise AdapterIncompatible(
+            f"{where} has no {CONFIG_NAME}",
+            field=CONFIG_NAME,
+            hint="only adapters saved with PEFT's save_pretrained are served",
+        )
+    for name in WEIGHT_NAMES:
+        if name in present:
+            return name
+    raise AdapterIncompatible(
+        f"{where} has neither {' nor '.join(WEIGHT_NAMES)}",
+        field=WEIGHT_NAMES[0],
+        hint="only adapters saved with PEFT's save_pretrained are served",
+    )
+
+
+class LocalSource:
+    """Folders beneath the roots that the operator named, symbolic links followed before they are judged."""
+
+    ttl_s = 1.0
+    name: SourceName = "local"
+
+    def __init__(self, roots: Iterable[str | Path]) -> None:
+        self.roots = tuple(Path(root).expanduser().resolve() for root in roots)
+
+    def tenant(self, token: str | None) -> bytes:
+        return b""
+
+    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        folder = self._folder(ref)
+        try:
+            names = os.listdir(folder)
+            weights = find_weights(names, str(folder))
+            files = [self._inside(folder / name) for name in (CONFIG_NAME, weights)]
+            return Version(self.name, str(folder), fingerprint(files), weights)
+        except OSError as error:
+            raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
+
+    def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
+        folder = Path(version.id)
+        try:
+            config = self._inside(folder / CONFIG_NAME)
+            weights = self._inside(folder / version.weights)
+            if fingerprint([config, weights]) != version.revision:
+                raise AdapterLoadFailed(
+                    f"{folder} changed while it was loaded",
+                    hint="write adapters under another name and rename them when complete",
+                )
+        except OSError as error:
+            raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
+        return AdapterFiles(folder, config, weights, version.revision)
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        """The real folder. Outside the roots it is forbidden, whether it exists or not."""
+        names = [ref.name, ref.id] if ref.revision else [ref.id]  # a folder's name may contain @
+        seen_outside = False
+        for name in names:
+            for root in self.roots:
+                try:
+                    folder = (root / Path(name).expanduser()).resolve()
+                except (OSError, RuntimeError):  # a loop of links
+                    continue
+                if not self._allowed(folder):
+                    seen_outside = True
+                elif folder.is_dir():
+                    if name != ref.name:
+                        raise AdapterNotFound(
+                            f"{ref.id} is a local folder and has no revision {ref.revision!r}",
+                            field="adapter_id",
+                            hint="leave the revision out",
+                        )
+                    return folder
+        if seen_outside:
+            raise self._forbidden(ref.name)
+        raise AdapterNotFound(
+            f"there is no folder {ref.name} in {self.described}",
+            field="adapter_id",
+            hint="name another --adapter-root, or give the folder's path below one of them",
+        )
+
+    @property
+    def described(self) -> str:
+        """The roots, for messages."""
+        return ", ".join(map(str, self.roots)) or "any --adapter-root (there is none)"
+
+    def _allowed(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self.roots)
+
+    def _inside(self, path: Path) -> Path:
+        """The real path of a file; raises AdapterForbidden if a link leads outside or it is no plain file."""
+        real = path.resolve(strict=True)
+        if not self._allowed(real):
+            raise self._forbidden(str(path))
+        if not stat.S_ISREG(real.stat().st_mode):
+            raise AdapterIncompatible(f"{path} is not a plain file", field=path.name)
+        return real
+
+    def _forbidden(self, name: str) -> AdapterError:
+        return AdapterForbidden(
+            f"{name} is outside the folders that adapters may be read from",
+            field="adapter_id",
+            hint=f"start the server with --adapter-root for its folder (now: {self.described})",
+        )
+
+
+class DemoSource(LocalSource):
+    """The adapters that come with the demo model, by their plain names."""
+
+    ttl_s = 3600.0
+    name: SourceName = "demo"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__([folder])
+
+    def names(self) -> list[str]:
+        """The adapters that there are."""
+        return sorted(path.parent.name for path in self.roots[0].glob(f"*/{CONFIG_NAME}"))
+
+    def _folder(self, ref: AdapterRef) -> Path:
+        known = self.names()
+        if ref.name in known:
+            return self.roots[0] / ref.name
+        raise AdapterNotFound(
+            f"the demo has no adapter {ref.name!r}",
+            field="adapter_id",
+            hint=f"it has {', '.join(known)}" if known else "its adapters are not installed",
+        )
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Changes whenever one of the files is written or replaced."""
+    stats = [path.stat() for path in files]
+    return "-".join(f"{s.st_ino:x}.{s.st_size:x}.{s.st_mtime_ns:x}" for s in stats)
