@@ -1,0 +1,297 @@
+"""Which adapter is in which slot, and where in the arena its bytes lie.
+
+Slot 0 is the base model: no bytes, always there. An adapter is *placing* from the plan that carries its placement
+until the runner reports it resident; it is *pinned* while a running sequence uses it, and for good if it was preloaded.
+Intervals start at multiples of 256 bytes and never overlap. An adapter is evicted only when nobody pins it and every
+launched step that could read it has been committed, because copies into the arena are not ordered with the steps.
+
+Room is found first-fit; if there is none, the least recently used idle adapters are taken for gone, one more at a time,
+until a gap is wide enough, and only those that really lie in that gap are evicted. A *reservation* promises an interval
+to an adapter once its present users have left; nothing else is placed there meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from engine.messages import AdapterImageRef, Placement
+
+ALIGN = 256  # bytes
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    image: AdapterImageRef
+    slot: int
+    start: int  # bytes into the arena
+    since: float  # time of placement
+    resident: bool = False
+    permanent: bool = False
+    pins: int = 0
+    used: int = 0  # tick of the last use
+    last_step: int = 0  # the last launched step that could read it, once unpinned
+
+    @property
+    def end(self) -> int:
+        return self.start + self.image.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Reservation:
+    start: int
+    end: int
+    leaving: tuple[bytes, ...]  # digests of the adapters that lie there now
+
+
+class SlotTable:
+    """`num_slots` counts slot 0, so `num_slots - 1` adapters can be placed at one time."""
+
+    def __init__(self, num_slots: int, arena_bytes: int) -> None:
+        self.num_slots = num_slots
+        self.arena_bytes = arena_bytes
+        self.num_placements = 0
+        self.num_evictions = 0
+        self._entries: dict[bytes, _Entry] = {}
+        self._by_slot: dict[int, _Entry] = {}
+        self._free_slots = list(range(1, num_slots))
+        heapify(self._free_slots)
+        self._reserved: dict[bytes, _Reservation] = {}
+        self._unplaced: list[int] = []
+        self._tick = 0
+        self._committed = 0
+        self._idle_after = 0  # the last step that could read an adapter that nobody pins any more
+
+    # -- questions
+
+    def fits(self, image: AdapterImageRef) -> bool:
+        """Whether the image could be placed if nobody used any but the preloaded adapters."""
+        if image.digest in self._entries:
+            return True
+        permanent = [entry for entry in self._entries.values() if entry.permanent]
+        if len(permanent) + 2 > self.num_slots:
+            return False
+        intervals = [(entry.start, entry.end) for entry in permanent]
+        return self._gap(image.data_bytes, intervals) is not None
+
+    def slot_of(self, digest: bytes) -> int | None:
+        """The slot of a resident adapter; None if it is absent or still placing."""
+        entry = self._entries.get(digest)
+        return entry.slot if entry is not None and entry.resident else None
+
+    def is_placing(self, digest: bytes) -> bool:
+        entry = self._entries.get(digest)
+        return entry is not None and not entry.resident
+
+    def placing(self) -> list[Placement]:
+        """Placements that were not reported resident yet."""
+        entries = self._entries.values()
+        return [Placement(e.slot, e.start, e.image) for e in entries if not e.resident]
+
+    def residents(self) -> list[tuple[str, bytes, int]]:
+        """(name, digest, bytes in the arena) of every resident adapter."""
+        entries = [entry for entry in self._entries.values() if entry.resident]
+        return [(e.image.name, e.image.digest, e.image.data_bytes) for e in entries]
+
+    def pins(self, slot: int) -> int:
+        """Running sequences that use the slot."""
+        return self._by_slot[slot].pins
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(entry.image.data_bytes for entry in self._entries.values())
+
+    # -- changes
+
+    def place(
+        self,
+        image: AdapterImageRef,
+        now: float,
+        keep: Set[bytes] = frozenset(),
+        permanent: bool = False,
+    ) -> Placement | None:
+        """Give the image a slot and an interval, evicting idle adapters not in `keep` if need be; None: no room."""
+        assert image.digest not in self._entries, "placed twice"
+        reserved = self._reserved.get(image.digest)
+        if reserved is not None and all(self._evictable(d) for d in reserved.leaving):
+            start, victims = reserved.start, [self._entries[d] for d in reserved.leaving]
+        else:
+            taken = self._leaving() | keep
+            movable = [
+                entry
+                for entry in sorted(self._entries.values(), key=lambda entry: entry.used)
+                if entry.image.digest not in taken and self._evictable(entry.image.digest)
+            ]
+            found = self._find(image, movable)
+            if found is None:
+                return None
+            start, victims = found
+        self._reserved.pop(image.digest, None)
+        for victim in victims:
+            self._evict(victim)
+        entry = _Entry(image, heappop(self._free_slots), start, now, permanent=permanent)
+        self._entries[image.digest] = self._by_slot[entry.slot] = entry
+        self.num_placements += 1
+        return Placement(entry.slot, entry.start, image)
+
+    def reserve(
+        self, image: AdapterImageRef, keep: Set[bytes] = frozenset()
+    ) -> list[tuple[bytes, float]] | None:
+        """Promise the image an interval that adapters in use must leave: idle ones first, then the longest placed.
+
+        Returns (digest, time of placement) of those that must leave; None if other reservations, adapters in `keep`
+        and preloaded ones are in the way.
+        """
+        assert image.digest not in self._entries and image.digest not in self._reserved
+        taken = self._leaving() | keep
+
+        def order(entry: _Entry) -> tuple[bool, float]:
+            active = entry.pins > 0 or not entry.resident
+            return (active, entry.since if active else entry.used)
+
+        movable = [
+            entry
+            for entry in sorted(self._entries.values(), key=order)
+            if entry.image.digest not in taken and not entry.permanent
+        ]
+        found = self._find(image, movable)
+        if found is None:
+            return None
+        start, victims = found
+        leaving = tuple(victim.image.digest for victim in victims)
+        self._reserved[image.digest] = _Reservation(start, start + image.data_bytes, leaving)
+        return [(victim.image.digest, victim.since) for victim in victims]
+
+    def cancel_reservation(self, digest: bytes) -> None:
+        self._reserved.pop(digest, None)
+
+    def make_permanent(self, digest: bytes) -> None:
+        self._entries[digest].permanent = True
+
+    def pin(self, slot: int) -> None:
+        """One more running sequence uses the slot."""
+        entry = self._by_slot[slot]
+        assert entry.resident, "pinned an adapter that is not resident"
+        entry.pins += 1
+
+    def unpin(self, slot: int, step: int) -> None:
+        """One less; `step` is the last launched step, the last that could read the adapter for that sequence."""
+        entry = self._by_slot[slot]
+        assert entry.pins > 0, "unpinned more often than pinned"
+        entry.pins -= 1
+        entry.last_step = self._idle_after = step
+        self._touch(entry)
+
+    def mark_resident(self, slot: int) -> bytes | None:
+        """The runner reported the slot; returns the digest. A report for a slot that was given up is ignored."""
+        entry = self._by_slot.get(slot)
+        if entry is None:
+            return None
+        entry.resident = True
+        self._touch(entry)
+        return entry.image.digest
+
+    def commit(self, step: int) -> bool:
+        """No step up to `step` reads the arena any more; returns whether an idle adapter became evictable."""
+        freed = self._committed < self._idle_after <= step
+        self._committed = step
+        return freed
+
+    def take_unplaced(self) -> list[int]:
+        """Slots whose adapters were evicted since the last call."""
+        taken, self._unplaced = self._unplaced, []
+        return taken
+
+    # -- inside
+
+    def _touch(self, entry: _Entry) -> None:
+        self._tick += 1
+        entry.used = self._tick
+
+    def _leaving(self) -> set[bytes]:
+        return {digest for one in self._reserved.values() for digest in one.leaving}
+
+    def _evictable(self, digest: bytes) -> bool:
+        entry = self._entries[digest]
+        idle = entry.resident and not entry.pins and not entry.permanent
+        return idle and entry.last_step <= self._committed
+
+    def _evict(self, entry: _Entry) -> None:
+        del self._entries[entry.image.digest]
+        del self._by_slot[entry.slot]
+        heappush(self._free_slots, entry.slot)
+        self._unplaced.append(entry.slot)
+        self.num_evictions += 1
+
+    def _find(
+        self, image: AdapterImageRef, movable: list[_Entry]
+    ) -> tuple[int, list[_Entry]] | None:
+        """Where the image could lie and which of `movable`, in order of preference, would have to leave."""
+        moving = set(movable)
+        fixed = [(e.start, e.end) for e in self._entries.values() if e not in moving]
+        others = (one for digest, one in self._reserved.items() if digest != image.digest)
+        fixed += [(one.start, one.end) for one in others]
+
+        def without(count: int) -> int | None:
+            staying = [(entry.start, entry.end) for entry in movable[count:]]
+            return self._gap(image.data_bytes, fixed + staying)
+
+        count = _first(without, len(movable))
+        if count is None:
+            return None
+        start = without(count)
+        assert start is not None
+        end = start + image.data_bytes
+        victims = [entry for entry in movable[:count] if entry.start < end and start < entry.end]
+        if not self._free_slots and not victims:
+            if not movable:
+                return None
+            victims = movable[:1]
+        return start, victims
+
+    def _gap(self, size: int, intervals: list[tuple[int, int]]) -> int | None:
+        """Start of the first aligned gap of `size` bytes between `intervals`."""
+        start = 0
+        for taken_start, taken_end in sorted(intervals):
+            if taken_start - start >= size:
+                return start
+            start = max(start, -(-taken_end // ALIGN) * ALIGN)
+        return start if self.arena_bytes - start >= size else None
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        entries = list(self._entries.values())
+        assert len(entries) == len(self._by_slot)
+        for digest, entry in self._entries.items():
+            assert entry.image.digest == digest and self._by_slot[entry.slot] is entry
+            assert entry.start % ALIGN == 0 and entry.start >= 0
+            assert entry.end <= self.arena_bytes, "an adapter lies outside the arena"
+            assert entry.pins >= 0 and (entry.resident or not entry.pins)
+        ordered = sorted(entries, key=lambda entry: (entry.start, entry.end))
+        for left, right in zip(ordered, ordered[1:], strict=False):
+            assert left.end <= right.start, "two adapters overlap"
+        slots = sorted([*self._by_slot, *self._free_slots])
+        assert slots == list(range(1, self.num_slots)), "a slot is lost or in two states"
+        leaving = [digest for one in self._reserved.values() for digest in one.leaving]
+        assert len(leaving) == len(set(leaving)), "an adapter must leave for two others"
+        assert set(leaving) <= self._entries.keys() and not self._reserved.keys() & self._entries
+        promised = sorted((one.start, one.end) for one in self._reserved.values())
+        for (_, left_end), (right_start, _) in zip(promised, promised[1:], strict=False):
+            assert left_end <= right_start, "two reservations overlap"
+
+
+def _first(probe: Callable[[int], int | None], most: int) -> int | None:
+    """The least count in 0 .. most for which `probe` finds something; more is never worse."""
+    if probe(0) is not None:
+        return 0
+    if probe(most) is None:
+        return None
+    low, high = 0, most  # fails at low, succeeds at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if probe(middle) is None:
+            low = middle
+        else:
+            high = middle
+    return high

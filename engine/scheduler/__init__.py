@@ -1,0 +1,7 @@
+"""Decides what each step computes: sequences, KV blocks, run-ahead, fairness between adapters. No torch."""
+
+from engine.scheduler.blocks import BlockPool
+from engine.scheduler.fairness import Slots
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+
+__all__ = ["BlockPool", "Scheduler", "SchedulerLimits", "Slots"]

@@ -1,0 +1,128 @@
+"""Which adapters hold the arena when not all that are wanted fit.
+
+A sequence whose adapter finds no room is *starving*. Once it has waited one cycle it gets a *turn*: an interval is
+reserved, and the adapters that lie there must give way, idle ones first, then the longest placed. Each of them admits
+for at least one cycle from its placement, then stops admitting and drains; one more cycle later its running sequences
+are paused. Turns go by time spent waiting, not by arrival: a paused sequence waits anew, so adapters rotate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from math import inf
+from typing import Protocol
+
+from engine.messages import AdapterImageRef, Placement
+from engine.scheduler.sequence import Sequence
+
+
+class Slots(Protocol):
+    """What the scheduler needs of the slot table; `engine.adapters.slots` documents the semantics."""
+
+    arena_bytes: int
+    num_placements: int
+    num_evictions: int
+
+    @property
+    def used_bytes(self) -> int: ...
+    def fits(self, image: AdapterImageRef) -> bool: ...
+    def slot_of(self, digest: bytes) -> int | None: ...
+    def is_placing(self, digest: bytes) -> bool: ...
+    def placing(self) -> list[Placement]: ...
+    def residents(self) -> list[tuple[str, bytes, int]]: ...
+    def pins(self, slot: int) -> int: ...
+    def place(
+        self,
+        image: AdapterImageRef,
+        now: float,
+        keep: Set[bytes] = ...,
+        permanent: bool = ...,
+    ) -> Placement | None: ...
+    def reserve(
+        self, image: AdapterImageRef, keep: Set[bytes] = ...
+    ) -> list[tuple[bytes, float]] | None: ...
+    def cancel_reservation(self, digest: bytes) -> None: ...
+    def pin(self, slot: int) -> None: ...
+    def unpin(self, slot: int, step: int) -> None: ...
+    def mark_resident(self, slot: int) -> bytes | None: ...
+    def commit(self, step: int) -> bool: ...
+    def take_unplaced(self) -> list[int]: ...
+    def check(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One sequence's right to room for its adapter, from the reservation until it is admitted or gone."""
+
+    sequence: Sequence
+    leaving: tuple[bytes, ...]  # digests of the adapters that give way
+
+
+class Rotation:
+    """The turns under way. `cycle_time` is in seconds of the scheduler's clock."""
+
+    def __init__(self, slots: Slots, cycle_time: float) -> None:
+        self.turns: dict[bytes, Turn] = {}  # by digest of the adapter that is to come
+        self.next_due = inf  # when the next starving sequence has waited a cycle
+        self._slots = slots
+        self._cycle_time = cycle_time
+        self._drain_from: dict[bytes, float] = {}  # digest of a leaving adapter -> time
+
+    def drains(self, digest: bytes, now: float) -> bool:
+        """Whether the adapter admits no more sequences."""
+        return bool(self._drain_from) and now >= self._drain_from.get(digest, inf)
+
+    def overdue(self, now: float) -> set[bytes]:
+        """Adapters whose running sequences must be paused."""
+        limits = self._drain_from.items()
+        return {digest for digest, start in limits if now >= start + self._cycle_time}
+
+    def give_turns(self, starving: list[Sequence], now: float) -> None:
+        """Reserve room for those that have waited a cycle, the longest waiting first.
+
+        If that one's reservation fails (others are in the way), nobody behind it gets one: a large adapter would never
+        find its interval between small ones otherwise.
+        """
+        self.next_due = inf
+        for sequence in sorted(starving, key=lambda sequence: sequence.waiting_since):
+            image = sequence.adapter
+            assert image is not None
+            if image.digest in self.turns:
+                continue
+            due = sequence.waiting_since + self._cycle_time
+            if now < due:
+                self.next_due = due
+                return
+            leaving = self._slots.reserve(image, self.turns.keys())
+            if leaving is None:
+                return
+            self.turns[image.digest] = Turn(sequence, tuple(digest for digest, _ in leaving))
+            for digest, since in leaving:
+                self._drain_from[digest] = max(now, since + self._cycle_time)
+
+    def placed(self, digest: bytes) -> None:
+        """The adapter got its room, so nobody has to leave for it any more."""
+        turn = self.turns.get(digest)
+        if turn is not None:
+            for leaving in turn.leaving:
+                self._drain_from.pop(leaving, None)
+
+    def left_waiting(self, sequence: Sequence) -> bool:
+        """The sequence was admitted or ended; returns whether it had a turn, which is over."""
+        image = sequence.adapter
+        turn = self.turns.get(image.digest) if image is not None else None
+        if image is None or turn is None or turn.sequence is not sequence:
+            return False
+        self.placed(image.digest)
+        self._slots.cancel_reservation(image.digest)
+        del self.turns[image.digest]
+        return True
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        leaving = {digest for turn in self.turns.values() for digest in turn.leaving}
+        assert self._drain_from.keys() <= leaving, "an adapter drains for nobody"
+        for digest, turn in self.turns.items():
+            assert turn.sequence.row == 0, "a running sequence has a turn"
+            assert turn.sequence.adapter is not None and turn.sequence.adapter.digest == digest

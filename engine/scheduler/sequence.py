@@ -1,0 +1,74 @@
+"""A sequence: the mutable state of one open request, the only mutable noun of the scheduler.
+
+Positions are counted from the start of the prompt. Of the positions of a sequence
+
+    0 .. committed        have their KV entries written by steps whose results are known,
+    committed .. computed are being written by steps in flight,
+    computed .. length    are still to be computed, where length = len(tokens) + inflight.
+
+A token in flight is being sampled by a launched step; its id is not known here yet, only on the device. A *decoding*
+sequence has exactly one position to compute, and the id of its token is in the row's table on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.messages import AdapterImageRef, Request, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`row` 0 means waiting; a waiting sequence that has blocks was paused and keeps what it computed."""
+
+    request: Request
+    number: int  # order of submission
+    limit: int  # tokens of prompt and output at which it ends
+    root: bytes  # where its chain of block keys starts
+    waiting_since: float  # seconds of the scheduler's clock
+    tokens: list[int]  # prompt and known output
+    keys: list[bytes] = field(
+        default_factory=list
+    )  # of the full blocks of `tokens`, from the first
+    computed: int = 0
+    committed: int = 0
+    inflight: int = 0
+    blocks: list[int] = field(default_factory=list)
+    capacity: int = 0  # positions that `blocks` hold
+    registered: int = 0  # leading blocks that the prefix cache was told of
+    row: int = 0
+    slot: int = 0  # 0: the base model
+    epoch: int = 0  # counts the rows it left; a result for an older epoch is dropped
+    decoding: bool = False
+    preempted: bool = False  # waits in front of those that never ran
+    preemptions: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
+    admitted: float | None = None  # time of the first admission
+    announced: bool = False  # an update carried `admitted`
+    prompt_logprobs: list[float] | None = None  # collected so far; None: not wanted, or sent
+
+    @property
+    def adapter(self) -> AdapterImageRef | None:
+        return self.request.adapter
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """Smaller is older."""
+        return (self.request.arrival, self.number)
+
+    @property
+    def turn(self) -> tuple[bool, float, int]:
+        """The order of waiting: preempted sequences first, then by arrival."""
+        return (not self.preempted, self.request.arrival, self.number)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=len(self.tokens) - self.prompt_length,
+            preemptions=self.preemptions,
+        )
