@@ -1,0 +1,241 @@
+"""Prometheus metrics: LoRAX's names, and what they leave out.
+
+Counted by the HTTP front (one call for each thing that happened) and read from the engine's own counters when they are
+scraped, never in between. Each `Metrics` has its own registry; nothing is global.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from engine.messages import AdapterStatus, EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_ADAPTER_LABELS = 200  # adapters with a label of their own; the others are counted as `other`
+
+DURATIONS = [0.00015 * 1.5**index for index in range(35)]  # seconds, as LoRAX
+WAITS = [0.001 * 1.6**index for index in range(25)]  # seconds: 1 ms to 80 s
+
+# LoRAX's counters have no `_total` at the end, which prometheus_client always adds.
+_PLAIN_COUNTERS = (
+    "lorax_request_count",
+    "lorax_request_success",
+    "lorax_request_failure",
+    "lorax_batch_inference_count",
+    "lorax_batch_inference_success",
+)
+_TOTAL = re.compile(rf"\b({'|'.join(_PLAIN_COUNTERS)})_total\b")
+
+# The type of an error -> the `err` label of lorax_request_failure, where LoRAX has another word.
+_FAILURES = {
+    "malformed_request": "bad_request",
+    "request_too_large": "bad_request",
+    "adapter_not_found": "download_adapter",
+    "adapter_forbidden": "download_adapter",
+    "adapter_load_failed": "download_adapter",
+    "adapter_incompatible": "load_adapter",
+    "adapter_too_large": "load_adapter",
+}
+
+
+def _linear(most: int, count: int = 100) -> list[float]:
+    return [most * (index + 1) / count for index in range(count)]
+
+
+class _Collector(Protocol):
+    def collect(self) -> Iterable[Metric]: ...
+
+
+class Metrics:
+    """Everything that this server counts. `max_total_tokens` sets the buckets of lengths."""
+
+    def __init__(self, max_total_tokens: int = 4096) -> None:
+        self.registry = CollectorRegistry()
+        self._adapters: set[str] = set()
+        self._loads: dict[str, dict[str, float]] = {}
+        self._engine = _EngineCollector()
+        self.registry.register(self._engine)
+        lengths = _linear(max_total_tokens)
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(name, help, labels, registry=self.registry)
+
+        def histogram(name: str, help: str, buckets: list[float], *labels: str) -> Histogram:
+            return Histogram(name, help, labels, buckets=buckets, registry=self.registry)
+
+        self._count = counter("lorax_request_count", "Requests that came in.")
+        self._success = counter("lorax_request_success", "Requests answered in full.")
+        self._failure = counter("lorax_request_failure", "Requests that failed, by cause.", "err")
+        self._by_adapter = counter(
+            "lorax_adapter_requests", "Requests by adapter; `base` has none.", "adapter"
+        )
+        duration = "lorax_request_duration"
+        self._duration = histogram(duration, "Seconds from request to last byte.", DURATIONS)
+        self._phases = {
+            phase: histogram(f"lorax_request_{phase}_duration", help, DURATIONS)
+            for phase, help in (
+                ("validation", "Seconds to parse, check and tokenize."),
+                ("queue", "Seconds to wait for adapter and admission."),
+                ("inference", "Seconds from admission to the last token."),
+                ("mean_time_per_token", "Seconds per token, mean of a request."),
+            )
+        }
+        self._lengths = {
+            what: histogram(f"lorax_request_{what}", help, lengths)
+            for what, help in (
+                ("input_length", "Tokens of the prompt."),
+                ("generated_tokens", "Tokens of the answer."),
+                ("max_new_tokens", "Tokens that were allowed."),
+            )
+        }
+        self._first = histogram(
+            "lorax_time_to_first_token_seconds", "Seconds from request to first token.", WAITS
+        )
+        self._gap = histogram(
+            "lorax_inter_token_latency_seconds", "Seconds between tokens of one stream.", WAITS
+        )
+        self._load = histogram(
+            "lorax_adapter_load_seconds", "Seconds to load an adapter, by stage.", WAITS, "stage"
+        )
+
+    # -- the front
+
+    def request(self) -> None:
+        self._count.inc()
+
+    def success(self, seconds: float) -> None:
+        self._success.inc()
+        self._duration.observe(seconds)
+
+    def failure(self, error_type: str) -> None:
+        self._failure.labels(_FAILURES.get(error_type, error_type)).inc()
+
+    def adapter(self, name: str) -> None:
+        """A request for `name`. The label is the adapter's own for the first few hundred adapters only."""
+        if name not in self._adapters and len(self._adapters) >= MAX_ADAPTER_LABELS:
+            name = "other"
+        else:
+            self._adapters.add(name)
+        self._by_adapter.labels(name).inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def tokens(self, count: int, seconds: float) -> None:
+        """`count` tokens that arrived `seconds` after the one before."""
+        gap = seconds / count
+        for _ in range(count):
+            self._gap.observe(gap)
+
+    def phase(self, phase: str, seconds: float) -> None:
+        self._phases[phase].observe(max(0.0, seconds))
+
+    def length(self, what: str, value: int) -> None:
+        self._lengths[what].observe(value)
+
+    # -- scraping
+
+    def render(self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int) -> bytes:
+        """The Prometheus text format (0.0.4)."""
+        self._read(stats, adapters, block_size)
+        lines = generate_latest(self.registry).decode().splitlines(keepends=True)
+        text = "".join(line for line in lines if "_created" not in line.split("{")[0])
+        return _TOTAL.sub(r"\1", text).encode()
+
+    def render_json(
+        self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int
+    ) -> dict[str, Any]:
+        """The same as an object: metric -> type, help and samples."""
+        self._read(stats, adapters, block_size)
+        return {
+            family.name: {
+                "type": family.type,
+                "help": family.documentation,
+                "samples": [
+                    {
+                        "name": _TOTAL.sub(r"\1", sample.name),
+                        "labels": sample.labels,
+                        "value": sample.value,
+                    }
+                    for sample in family.samples
+                    if not sample.name.endswith("_created")
+                ],
+            }
+            for family in self.registry.collect()
+        }
+
+    def _read(self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int) -> None:
+        self._engine.stats, self._engine.adapters = stats, adapters
+        self._engine.block_size = block_size
+        loads: dict[str, dict[str, float]] = {}
+        for status in adapters:
+            before = self._loads.get(status.name, {})
+            for stage, seconds in status.seconds.items():
+                if before.get(stage) != seconds:
+                    self._load.labels(stage).observe(seconds)
+            loads[status.name] = dict(status.seconds)
+        self._loads = loads
+
+
+class _EngineCollector(_Collector):
+    """The engine's counters and levels, as of the newest stats."""
+
+    def __init__(self) -> None:
+        self.stats = EngineStats()
+        self.adapters: list[AdapterStatus] = []
+        self.block_size = 0
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats
+        used = stats.total_blocks - stats.free_blocks
+        ready = [status for status in self.adapters if status.state == "ready"]
+        levels = (
+            ("lorax_queue_length", "Requests that wait.", stats.waiting),
+            ("lorax_batch_current_size", "Sequences in the batch.", stats.running),
+            (
+                "lorax_batch_current_max_tokens",
+                "Tokens that the blocks in use can hold.",
+                used * self.block_size,
+            ),
+            ("lorax_kv_blocks_used", "KV blocks in use.", used),
+            ("lorax_kv_blocks", "KV blocks.", stats.total_blocks),
+            ("lorax_kv_blocks_cached", "KV blocks kept for reuse.", stats.cached_blocks),
+            ("lorax_adapters_resident", "Adapters on the device.", len(stats.resident)),
+            ("lorax_adapter_arena_bytes", "Bytes for adapters on the device.", stats.arena_bytes),
+            (
+                "lorax_adapter_arena_used_bytes",
+                "Bytes of the adapters on the device.",
+                stats.arena_used,
+            ),
+            ("lorax_adapters_host", "Adapters ready in host memory.", len(ready)),
+            (
+                "lorax_adapter_host_bytes",
+                "Bytes of the adapters in host memory.",
+                sum(status.data_bytes for status in ready),
+            ),
+        )
+        for name, help, level in levels:
+            yield GaugeMetricFamily(name, help, value=level)
+        counters = (
+            ("lorax_preemptions", "Sequences that lost their blocks.", stats.preemptions),
+            ("lorax_prefix_cache_hit_tokens", "Prompt tokens found.", stats.prefix_hits),
+            (
+                "lorax_prefix_cache_lookup_tokens",
+                "Prompt tokens looked up.",
+                stats.prefix_lookups,
+            ),
+            ("lorax_step_tokens", "Tokens computed.", stats.step_tokens),
+            ("lorax_adapter_placements", "Adapters put on the device.", stats.placements),
+            ("lorax_adapter_evictions", "Adapters taken off the device.", stats.evictions),
+        )
+        for name, help, count in counters:
+            yield CounterMetricFamily(name, help, value=count)
+        for name in ("lorax_batch_inference_count", "lorax_batch_inference_success"):
+            steps = CounterMetricFamily(name, "Steps of the engine.", labels=["method"])
+            steps.add_metric(["step"], stats.steps)
+            yield steps

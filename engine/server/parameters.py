@@ -1,0 +1,237 @@
+"""What a client asked for, whichever route it came by, and every limit on it.
+
+Routes turn their own names into `Parameters`; `names` turns them back, so that an error
+speaks of what the client wrote.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.adapters.ref import AdapterRef
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest
+from engine.messages import EngineInfo, SamplingParams
+
+BASE_NAMES = ("base", "__base_model__")  # adapter names that mean: no adapter
+GREEDY_BELOW = 1e-5  # temperatures under it are greedy: dividing by them would overflow
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this server allows."""
+
+    max_input_length: int
+    max_total_tokens: int
+    vocab_size: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_num_alternatives: int
+    max_sequences: int  # of one request: prompts x choices
+
+    @classmethod
+    def of(cls, info: EngineInfo, config: EngineConfig) -> Limits:
+        return cls(
+            max_input_length=info.max_input_length,
+            max_total_tokens=info.max_total_tokens,
+            vocab_size=info.vocab_size,
+            max_best_of=config.server.max_best_of,
+            max_stop_sequences=config.server.max_stop_sequences,
+            max_num_alternatives=config.server.max_num_alternatives,
+            max_sequences=config.server.max_concurrent_requests,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """One request's parameters. None: the client did not say."""
+
+    adapter: AdapterRef | None = None  # None: the base model
+    api_token: str | None = None
+    sample: bool = False  # else greedy
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None  # None: as many as fit
+    stop: Sequence[str] = ()
+    keep_stop: bool = False  # the stop sequence is part of the text
+    ignore_eos: bool = False
+    truncate: int | None = None  # keep so many of the prompt's last tokens
+    best_of: int = 1  # sequences to generate for each prompt
+    logprobs: bool = False
+    num_alternatives: int | None = None
+    prompt_logprobs: bool = False
+    special: bool = True  # a prompt given as text begins with the model's own beginning (BOS)
+    names: Mapping[str, str] = field(default_factory=dict)  # field -> what the client calls it
+
+    def name(self, what: str) -> str:
+        return self.names.get(what, what)
+
+    @property
+    def greedy(self) -> bool:
+        return not self.sample or (self.temperature is not None and self.temperature < GREEDY_BELOW)
+
+    def sampling(self, seed: int, limits: Limits) -> SamplingParams:
+        """For the engine. `seed` is this sequence's own."""
+        off = self.greedy
+        return SamplingParams(
+            temperature=0.0 if off else _or(self.temperature, 1.0),
+            top_k=0 if off else min(self.top_k or 0, limits.vocab_size),
+            top_p=1.0 if off else _or(self.top_p, 1.0),
+            typical_p=1.0 if off else _or(self.typical_p, 1.0),
+            min_p=0.0 if off else _or(self.min_p, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            seed=seed & (2**63 - 1),
+            logprobs=self.logprobs or self.prompt_logprobs,
+            num_alternatives=self.num_alternatives or 0,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+    def seeds(self) -> list[int]:
+        """One for each of `best_of` sequences: the client's own, or a drawn one, and numbers derived from it."""
+        first = random.getrandbits(63) if self.seed is None else self.seed & MAX_SEED
+        return [first, *(_mix(first, index) for index in range(1, self.best_of))]
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _mix(seed: int, index: int) -> int:
+    """SplitMix64 (Steele et al. 2014): the `index`-th number after `seed`."""
+    z = (seed + index * 0x9E3779B97F4A7C15) & MAX_SEED
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
+    return (z ^ (z >> 31)) & MAX_SEED
+
+
+_Check = tuple[str, Callable[[Any], bool], str, str | None]
+_CHECKS: tuple[_Check, ...] = (
+    ("temperature", lambda v: v >= 0, "must be 0 or more", "0 is greedy"),
+    ("top_k", lambda v: v > 0, "must be 1 or more", "leave it out to turn it off"),
+    ("top_p", lambda v: 0 < v <= 1, "must be more than 0 and at most 1", None),
+    ("typical_p", lambda v: 0 < v < 1, "must be between 0 and 1", "leave it out to turn it off"),
+    ("min_p", lambda v: 0 <= v <= 1, "must be between 0 and 1", "0 turns it off"),
+    ("repetition_penalty", lambda v: v > 0, "must be more than 0", "1 is none"),
+    ("frequency_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 is none"),
+    ("presence_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 is none"),
+    ("max_new_tokens", lambda v: v > 0, "must be 1 or more", "leave it out for as many as fit"),
+    ("best_of", lambda v: v > 0, "must be 1 or more", None),
+)
+
+
+def check(parameters: Parameters, limits: Limits) -> None:
+    """Every limit that needs no prompt; raises InvalidRequest that names the parameter and the remedy."""
+    for what, allowed, rule, hint in _CHECKS:
+        value = getattr(parameters, what)
+        if value is not None and not allowed(value):
+            raise invalid(parameters.name(what), f"{rule}, not {value}", hint)
+    _check_most(parameters, "best_of", limits.max_best_of, "--max-best-of")
+    alternatives = parameters.num_alternatives
+    if alternatives is not None and alternatives < 0:
+        raise invalid(parameters.name("num_alternatives"), f"must be 0 or more, not {alternatives}")
+    _check_most(
+        parameters, "num_alternatives", limits.max_num_alternatives, "--max-num-alternatives"
+    )
+    if parameters.seed is not None and not -(2**63) <= parameters.seed <= MAX_SEED:
+        raise invalid(parameters.name("seed"), "must fit in 64 bits")
+    if len(parameters.stop) > limits.max_stop_sequences:
+        raise invalid(
+            parameters.name("stop"),
+            f"has {len(parameters.stop)} sequences, at most {limits.max_stop_sequences} are allowed",
+            "send fewer, or start the server with a larger --max-stop-sequences",
+        )
+    if not all(parameters.stop):
+        raise invalid(parameters.name("stop"), "has an empty sequence", "leave it out")
+    if parameters.truncate is not None and not 1 <= parameters.truncate <= limits.max_input_length:
+        raise invalid(
+            parameters.name("truncate"),
+            f"must be between 1 and {limits.max_input_length}, not {parameters.truncate}",
+        )
+    most = limits.max_total_tokens - 1
+    if parameters.max_new_tokens is not None and parameters.max_new_tokens > most:
+        raise invalid(
+            parameters.name("max_new_tokens"),
+            f"must be at most {most}, not {parameters.max_new_tokens}",
+            f"prompt and output together may have {limits.max_total_tokens} tokens",
+        )
+
+
+def _check_most(parameters: Parameters, what: str, most: int, flag: str) -> None:
+    value = getattr(parameters, what)
+    if value is not None and value > most:
+        raise invalid(
+            parameters.name(what),
+            f"must be at most {most}, not {value}",
+            f"ask for less, or start the server with a larger {flag}",
+        )
+
+
+def check_prompt(num_tokens: int, parameters: Parameters, limits: Limits) -> int:
+    """The most tokens that may follow a prompt of `num_tokens`; raises InvalidRequest if it does not fit."""
+    name = parameters.name("inputs")
+    if num_tokens == 0:
+        raise invalid(name, "is empty", "send at least one token")
+    if num_tokens > limits.max_input_length:
+        remedy = "" if "truncate" in parameters.names else ", or set `truncate` to keep its end"
+        raise invalid(
+            name,
+            f"has {num_tokens} tokens, at most {limits.max_input_length} are allowed",
+            f"shorten it{remedy}",
+        )
+    room = limits.max_total_tokens - num_tokens
+    wanted = parameters.max_new_tokens
+    if room < 1 or (wanted is not None and wanted > room):
+        raise invalid(
+            parameters.name("max_new_tokens"),
+            f"and the prompt's {num_tokens} tokens make {num_tokens + (wanted or 1)}, "
+            f"at most {limits.max_total_tokens} are allowed",
+            f"ask for at most {room}, or shorten the prompt" if room > 0 else "shorten the prompt",
+        )
+    return wanted or room
+
+
+def invalid(name: str, problem: str, hint: str | None = None) -> InvalidRequest:
+    """`name` must be ..., for the client."""
+    return InvalidRequest(f"`{name}` {problem}", field=name, hint=hint)
+
+
+def refuse(**given: Any) -> None:
+    """Raises InvalidRequest for the first parameter that was given and that this server does not have."""
+    for name, value in given.items():
+        if value:
+            raise invalid(name, "is not supported by this server", "leave it out")
+
+
+def refuse_format(response_format: Mapping[str, Any] | None) -> None:
+    """Raises InvalidRequest for a response format other than text."""
+    if response_format is not None and response_format.get("type") != "text":
+        raise invalid(
+            "response_format",
+            f"{response_format.get('type')!r} is not supported by this server",
+            "leave it out, or use type text",
+        )
+
+
+def resolve_adapter(
+    name: str | None, source: str | None, base_id: str, config: EngineConfig
+) -> AdapterRef | None:
+    """The adapter that a request means; None for the base model. No name means the server's --adapter-id, if any."""
+    if not name:
+        default = config.adapters.adapter_id
+        return AdapterRef.parse(default, config.adapters.adapter_source) if default else None
+    if name in (base_id, config.model.model_id, *BASE_NAMES):
+        return None
+    return AdapterRef.parse(name, source)

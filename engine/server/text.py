@@ -1,0 +1,315 @@
+"""Text to tokens and back: the tokenizer, the chat template, and text that arrives token by token.
+
+The only module that imports transformers. Encoding and decoding go straight to the Rust tokenizer; transformers finds
+and converts it, and renders chat templates. Special tokens are never part of the text of an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msgspec import Struct
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from engine.errors import ConfigError, InvalidRequest, ModelError
+
+LONG_TEXT = 4096  # characters from which encoding leaves the event loop: about 1 ms of work
+NUM_THREADS = 2
+NUM_CONTEXT = 6  # tokens of the prompt that decide how the answer begins (a leading space or none)
+MAX_PENDING = 8  # tokens without a whole character, after which the bytes are taken as invalid
+MAX_STRADDLING = 64  # tokens after which even a split character is given up
+REPLACEMENT = "\ufffd"
+
+T = TypeVar("T")
+
+
+class Span(Struct, frozen=True):
+    """A token and the characters `start .. stop` of the text that it came from; empty for added tokens."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level BPE (Radford et al. 2019, GPT-2)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    alphabet = {chr(byte): byte for byte in shown}
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_alphabet()
+
+
+class TextStream:
+    """The text of tokens as they arrive. The pieces and `flush()`, joined, are the text; no piece splits a character.
+
+    `DecodeStream` waits until the bytes make characters; what it cannot read (invalid UTF-8, which a model may well
+    produce) is given out here with replacement characters, so that nothing waits for ever and nothing raises.
+    """
+
+    __slots__ = ("_pending", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(list(context), True) if context else DecodeStream(None, True)
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; often its own, sometimes none."""
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._tokenizer, token)
+        except (
+            Exception
+        ):  # tokenizers raises nothing narrower; the text so far turned out to be invalid
+            return self._restart(len(self._pending), [token])
+        if piece is not None:
+            self._pending.clear()
+            return str(piece)
+        if len(self._pending) > MAX_PENDING:
+            return self._settle()
+        return ""
+
+    def flush(self) -> str:
+        """What is left at the end: an incomplete character becomes a replacement character."""
+        text = self._decode(self._pending)
+        self._pending.clear()
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+
+    def _settle(self) -> str:
+        """Gives out pending tokens that no later token can change: all but the last few, split between characters."""
+        whole = self._decode(self._pending)
+        for keep in range(4, MAX_PENDING):
+            head, tail = self._pending[:-keep], self._pending[-keep:]
+            if self._decode(head) + self._decode(tail) == whole:
+                return self._restart(len(head), [])
+        if len(self._pending) > MAX_STRADDLING:
+            return self._restart(len(self._pending), [])
+        return ""
+
+    def _restart(self, num_out: int, context: list[int]) -> str:
+        """Gives out the first `num_out` pending tokens and reads on from the others with a new stream."""
+        text = self._decode(self._pending[:num_out])
+        rest = self._pending[num_out:]
+        self._stream = DecodeStream(context, True) if context else DecodeStream(None, True)
+        self._pending = []
+        return text + "".join([self.push(token) for token in rest])
+
+
+class Text:
+    """One tokenizer with its chat template.
+
+    `source` is a folder or a hub id; `chat_template` a tokenizer_config.json or a Jinja file whose template replaces
+    the model's own. Raises ModelError or ConfigError.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        chat_template: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache}
+        try:
+            loaded: Any = AutoTokenizer.from_pretrained(source, **where)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"cannot load the tokenizer of {source}: {error}") from None
+        if not getattr(loaded, "is_fast", False):
+            raise ModelError(
+                f"the tokenizer of {source} has no fast version",
+                hint="convert it and save it as tokenizer.json",
+            )
+        self._loaded = loaded
+        self._tokenizer: Tokenizer = loaded.backend_tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        if chat_template:
+            self._loaded.chat_template = read_chat_template(Path(chat_template))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, entry in added.items() if entry.special)
+        self.eos_token_ids = self._find_eos(source, where)
+        self._token_texts: dict[int, str] = {}
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- to tokens
+
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The tokens of `text`, with the model's own beginning (BOS) if `special`."""
+        if len(text) < LONG_TEXT:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        return await self._in_thread(lambda: self._encode_batch(text, special))
+
+    def _encode_batch(self, text: str, special: bool) -> list[int]:
+        # encode_batch releases the interpreter while it works, encode does not: measured 50 ms against 2 s
+        (found,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
+        return list(found.ids)
+
+    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The tokens of a conversation that the model is to answer; raises InvalidRequest if it cannot be rendered."""
+        size = sum(len(str(message.get("content") or "")) for message in messages)
+        if size < LONG_TEXT:
+            return await self.encode(self.render_chat(messages), special=False)
+        prompt = await self._in_thread(lambda: self.render_chat(messages))
+        return await self.encode(prompt, special=False)
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """The conversation as the chat template writes it, up to where the answer begins."""
+        import jinja2
+
+        if not self._loaded.chat_template:
+            raise InvalidRequest(
+                "the model has no chat template",
+                field="messages",
+                hint="use /v1/completions or /generate, or start with --tokenizer-config-path",
+            )
+        try:
+            return str(
+                self._loaded.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+            raise InvalidRequest(
+                f"the model's chat template refused the messages: {error}",
+                field="messages",
+                hint="check the roles, their order, and that every message has text content",
+            ) from None
+
+    async def tokenize(self, text: str, *, special: bool = True) -> list[Span]:
+        """Every token with its place in `text`, counted in characters."""
+
+        def spans() -> list[Span]:
+            (found,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
+            places = zip(found.ids, found.tokens, found.offsets, strict=True)
+            return [
+                Span(id, text[start:stop] if stop > start else token, start, stop)
+                for id, token, (start, stop) in places
+            ]
+
+        return spans() if len(text) < LONG_TEXT else await self._in_thread(spans)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    # -- to text
+
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """A stream of the text that follows `prompt`."""
+        return TextStream(self._tokenizer, self._context(prompt))
+
+    def decode(self, tokens: Iterable[int], prompt: Sequence[int] = ()) -> str:
+        """The text of `tokens` where they follow `prompt`, without special tokens."""
+        context = self._context(prompt)
+        before = self._tokenizer.decode(context, skip_special_tokens=True) if context else ""
+        whole = str(self._tokenizer.decode([*context, *tokens], skip_special_tokens=True))
+        return whole[len(before) :]
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        context = list(prompt[-NUM_CONTEXT:])
+        if context and self._tokenizer.decode(context, skip_special_tokens=True).endswith(
+            REPLACEMENT
+        ):
+            return []  # the prompt ends inside a character: there is no clean place to go on from
+        return context
+
+    def token_text(self, token: int) -> str:
+        """One token on its own, special ones by name. Parts of characters are replacement characters."""
+        text = self._token_texts.get(token)
+        if text is None:
+            # Some decoders drop the space of a first word, so the token is read as the second of two.
+            text = str(self._tokenizer.decode([token, token], skip_special_tokens=False))
+            alone = str(self._tokenizer.decode([token], skip_special_tokens=False))
+            text = text[len(alone) :] if text.startswith(alone) else alone
+            self._token_texts[token] = text
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, also where they are only a part of a character."""
+        text = self.token_text(token)
+        if REPLACEMENT not in text:
+            return text.encode()
+        piece = self._tokenizer.id_to_token(token) or ""
+        if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+            return bytes([int(match[1], 16)])
+        if all(char in _BYTES for char in piece):
+            return bytes(_BYTES[char] for char in piece)
+        return text.encode()
+
+    # -- what the model's files say
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def first_token(self) -> int:
+        """A token that may stand at the beginning of any prompt."""
+        bos = self._loaded.bos_token_id
+        return int(bos) if bos is not None else (self.eos_token_ids or [0])[0]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._loaded.chat_template)
+
+    def _find_eos(self, source: str, where: dict[str, Any]) -> list[int]:
+        """Every token that ends a sequence: the generation config's, else the config's, and the tokenizer's."""
+        from transformers.utils import cached_file
+
+        def ids_in(name: str) -> list[int]:
+            path = cached_file(
+                source,
+                name,
+                **where,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+            try:
+                found = json.loads(Path(path).read_text()).get("eos_token_id") if path else None
+            except (OSError, ValueError) as error:
+                raise ModelError(f"cannot read {name} of {source}: {error}") from None
+            return [found] if isinstance(found, int) else list(found or [])
+
+        ids = ids_in("generation_config.json") or ids_in("config.json")
+        own = self._loaded.eos_token_id
+        return sorted({*ids, *([own] if own is not None else [])})
+
+
+def read_chat_template(path: Path) -> str:
+    """The template in a tokenizer_config.json, or a Jinja file; raises ConfigError."""
+    try:
+        text = path.read_text()
+        if path.suffix != ".json":
+            return text
+        found = json.loads(text).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"cannot read the chat template in {path}: {error}", field="tokenizer_config_path"
+        ) from None
+    if isinstance(found, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in found}
+        found = named.get("default")
+    if not isinstance(found, str):
+        raise ConfigError(f"{path} has no chat_template", field="tokenizer_config_path")
+    return found
