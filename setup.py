@@ -29,6 +29,7 @@ CPU_SOURCES = Path("engine/csrc/cpu")
 CPU_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-trapping-math", "-Wall", "-Wextra", "-Wno-ignored-attributes", "-Wno-psabi"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 in its own intrinsics
 ]
 # Lowest first, also in the link: where two objects hold the same inline function, the linker keeps the first, which
 # every machine can run.

@@ -19,6 +19,7 @@
 #endif
 
 #define LORAX_INLINE inline __attribute__((always_inline))
+#define LORAX_LAMBDA __attribute__((always_inline))
 
 namespace lorax::LORAX_ISA {
 namespace {
@@ -175,6 +176,11 @@ LORAX_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
 // The first `count` < kLanes elements; the other lanes are 0.
+#if defined(__AVX512F__)
+LORAX_INLINE Vec load_partial(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+}
+#endif
 template <class T>
 LORAX_INLINE Vec load_partial(const T* p, int64_t count) {
   T lanes[kLanes] = {};
@@ -206,6 +212,33 @@ LORAX_INLINE float reduce_max(Vec v) {
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   }
   return lanes[0];
+}
+
+// out[0..3] = the lane sums of four vectors, plus onto[0..3] unless it is null; each sum is taken in the same order
+// whatever the other three hold.
+LORAX_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, const float* onto, float* out) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four sums, before;
+#if defined(__AVX512F__)
+  const Vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const Vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const Vec abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
+  sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#elif defined(__AVX2__)
+  const Vec ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+  const Vec cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const Vec abcd = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+  sums = _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1);
+#else
+  sums = Four{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
+              (d[0] + d[2]) + (d[1] + d[3])};
+#endif
+  if (onto) {
+    std::memcpy(&before, onto, sizeof before);
+    sums = before + sums;
+  }
+  std::memcpy(out, &sums, sizeof sums);
 }
 
 // ---- functions ----
