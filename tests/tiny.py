@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,13 @@ def make_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=names[targets], **options
     )
-    wrapped = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.2 if "lora_A" in name or "embedding_A" in name else 0.1)
-    wrapped.eval().save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice on tied weights, and its calls of deprecated functions
+        wrapped = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    factor_a = "lora_A" in name or "embedding_A" in name
+                    parameter.normal_(0.0, 0.2 if factor_a else 0.1)
+        wrapped.eval().save_pretrained(folder)
     return wrapped

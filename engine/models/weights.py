@@ -7,6 +7,7 @@ that names it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -157,3 +158,9 @@ def make_up(model: Decoder, seed: int = 0) -> None:
         else:
             new.normal_(0.0, 0.02, generator=generator)
         destination.store(new.to(model.dtype))
+
+
+def size(model: Decoder) -> int:
+    """Bytes of all weights."""
+    itemsize = model.dtype.itemsize
+    return sum(math.prod(found.shape) for found in destinations(model).values()) * itemsize

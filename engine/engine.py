@@ -1,0 +1,168 @@
+"""The engine: requests in, updates out, one synchronous step at a time. No processes, no threads of its own.
+
+`step` is plan, run, commit: the scheduler says what the next step holds, the runner computes it, and the result goes
+back to the scheduler, which says what each request learns of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine import models, ops
+from engine.adapters.slots import SlotTable
+from engine.adapters.tiers import HostRegion
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest, LoraxError
+from engine.lora.placement import Placer
+from engine.messages import EngineInfo, EngineStats, Request, Update
+from engine.models import weights
+from engine.models.decoder import Decoder
+from engine.ops.layout import RECORD_WORDS, AdapterLayout
+from engine.platform import Platform, detect
+from engine.runner.batch import Adapters
+from engine.runner.memory import MemoryPlan, plan_memory
+from engine.runner.rows import RowTable
+from engine.runner.runner import Runner
+from engine.scheduler.blocks import BlockPool
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One base model on one device, its KV cache, its adapters.
+
+    Not thread-safe: one thread calls it. Raises ModelError or ConfigError from the constructor.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        region: HostRegion,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        started = time.perf_counter()
+        self.platform = detect(config)
+        folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
+        self.spec = models.spec_from(folder)
+        dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
+        self.model = Decoder(self.spec, dtype, self.platform.device)
+        if config.model.load_format == "dummy":
+            weights.make_up(self.model)
+        else:
+            weights.load(self.model, folder)
+        self.layout: AdapterLayout = self.model.layout
+        self.plan = plan_memory(
+            config,
+            self.platform,
+            self.spec,
+            dtype.itemsize,
+            (weights.size(self.model), self.layout.record_bytes, region.size),
+        )
+        self._allocate(config, region, dtype)
+        self._start_scheduler(config, clock)
+        self.info = self._info(config)
+        logger.info("engine ready in %.1f s on %s", time.perf_counter() - started, self.platform.name)
+
+    def _allocate(self, config: EngineConfig, region: HostRegion, dtype: torch.dtype) -> None:
+        """KV cache, arena, records and rows: all memory that the engine will ever hold, touched now."""
+        plan, spec, device = self.plan, self.spec, self.platform.device
+        heads = (spec.attention.kv_heads, spec.attention.head_dim)
+        shape = (plan.num_blocks, spec.num_layers, 2, plan.block_size, *heads)
+        cache = torch.empty(shape, dtype=dtype, device=device).zero_()
+        arena = torch.empty(plan.arena, dtype=torch.uint8, device=device).zero_()
+        slots = config.adapters.max_active_adapters + 1
+        records = torch.empty(
+            (slots, spec.num_layers + 1, self.layout.num_groups, RECORD_WORDS),
+            dtype=torch.int32,
+            device=device,
+        ).zero_()
+        rows = RowTable(
+            plan.max_rows + 1,
+            plan.max_total_tokens,
+            -(-plan.max_total_tokens // plan.block_size),
+            device,
+        )
+        placer = Placer(arena, records, region)
+        self.runner = Runner(self.model, rows, cache, Adapters(arena, records), placer)
+
+    def _start_scheduler(self, config: EngineConfig, clock: Callable[[], float]) -> None:
+        plan = self.plan
+        limits = SchedulerLimits(
+            max_rows=plan.max_rows,
+            max_step_tokens=plan.max_step_tokens,
+            max_input_length=plan.max_input_length,
+            max_total_tokens=plan.max_total_tokens,
+            adapter_cycle_time=config.adapters.adapter_cycle_time_s,
+        )
+        self.blocks = BlockPool(plan.num_blocks, plan.block_size, config.scheduler.prefix_caching)
+        self.slots = SlotTable(config.adapters.max_active_adapters + 1, plan.arena)
+        self.scheduler = Scheduler(limits, self.blocks, self.slots, clock)
+
+    def _info(self, config: EngineConfig) -> EngineInfo:
+        plan, layout = self.plan, self.layout
+        device = self.platform.device.type
+        targets = {target.name for _, _, group in layout.places() for target in group.targets}
+        return EngineInfo(
+            model_id=config.model.model_id,
+            model_type=self.spec.model_type,
+            revision=config.model.revision,
+            dtype=layout.dtype,
+            device=device,
+            device_name=self.platform.name,
+            vocab_size=self.spec.vocab,
+            max_input_length=plan.max_input_length,
+            max_total_tokens=plan.max_total_tokens,
+            max_batch_total_tokens=(plan.num_blocks - 1) * plan.block_size,
+            max_batch_size=plan.max_rows,
+            max_step_tokens=plan.max_step_tokens,
+            block_size=plan.block_size,
+            adapter_bytes=plan.arena,
+            host_bytes=plan.host_tier,
+            backends={op: served[device] for op, served in ops.backends().items()},
+            memory_plan=plan.lines,
+            targets=sorted(targets),
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(self, request: Request) -> None:
+        """Takes a request; raises InvalidRequest or AdapterTooLarge, and then nothing has changed."""
+        vocab = self.spec.vocab
+        if any(not 0 <= token < vocab for token in request.tokens):
+            raise InvalidRequest(f"a prompt token is outside the vocabulary of {vocab}", field="tokens")
+        self.scheduler.add(request)
+
+    def cancel(self, id: str) -> None:
+        """Ends a request early; its last update says so. An unknown id is ignored."""
+        self.scheduler.cancel(id)
+
+    def step(self) -> list[Update]:
+        """One step of the batch, or nothing if there is nothing to do."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return self.scheduler.take_updates()
+        self.runner.launch(plan)
+        return self.scheduler.commit(self.runner.collect())
+
+    def fail(self, error: LoraxError) -> list[Update]:
+        """Ends the requests of a step that failed, with an error; all others go on."""
+        self.scheduler.fail(None, error)
+        return self.scheduler.take_updates()
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        del self.runner, self.model
+
+
+__all__ = ["Engine", "MemoryPlan", "Platform"]
