@@ -1,0 +1,67 @@
+"""How a child process begins: what it inherits, what it is told, and how it says that it cannot start.
+
+A child ends when its pipe does. The front decides about signals, so that a terminal's or a supervisor's, sent to every
+process of the group, ends nothing by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, LoraxError
+from engine.process.messages import Failed, Setup
+from engine.process.pipe import frame, read_message
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+
+logger = logging.getLogger(__name__)
+
+
+def join(role: str, socket_fd: int) -> tuple[socket.socket, Setup]:
+    """The pipe to the front and what it wants built. Ends the process if the front has ended already."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_NAME, f"lorax-{role}".encode())
+    end = socket.socket(fileno=socket_fd)
+    setup = read_message(end, Setup)
+    if setup is None:
+        raise SystemExit(0)
+    _log_to_stderr(setup.config, role)
+    return end, setup
+
+
+def cannot_start(role: str, error: Exception) -> tuple[msgspec.Struct, int]:
+    """What to tell the front of an error while starting, and the exit code."""
+    if not isinstance(error, LoraxError):
+        logger.error("the %s could not start", role, exc_info=error)
+        error = EngineDead(f"the {role} could not start: {error!r}")
+    return Failed(error.to_wire()), error.exit_code
+
+
+def refuse(end: socket.socket, role: str, error: Exception) -> int:
+    """`cannot_start` for who has no loop yet: tells the front and returns the exit code."""
+    message, code = cannot_start(role, error)
+    with end:
+        end.setblocking(True)
+        end.sendall(frame(message))
+    return code
+
+
+def _log_to_stderr(config: EngineConfig, role: str) -> None:
+    logging.basicConfig(
+        level=config.server.log_level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s {role}[{os.getpid()}] %(name)s: %(message)s",
+    )

@@ -1,0 +1,142 @@
+"""The exchange's process: answers the front's calls, one task each, and holds what was acquired until released."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from engine.adapters.tiers import HostRegion
+from engine.errors import AdapterLoadFailed, LoraxError
+from engine.ops.layout import AdapterLayout
+from engine.process import child
+from engine.process.messages import (
+    Acquire,
+    Acquired,
+    Adapters,
+    Begin,
+    ExchangeReady,
+    ListAdapters,
+    Refused,
+    Release,
+    Setup,
+    ToExchange,
+    Unload,
+    Unloaded,
+)
+from engine.process.parts import Exchange, Lease, load
+from engine.process.pipe import Pipe
+
+Call = Acquire | ListAdapters | Unload
+
+logger = logging.getLogger(__name__)
+
+
+def main(socket_fd: int, region_fd: int) -> int:
+    """Runs until the front ends the pipe; returns the exit code."""
+    end, setup = child.join("exchange", socket_fd)
+    try:
+        import torch
+
+        torch.set_num_threads(1)  # the cores are the engine's
+        factory = load(setup.parts.exchange)
+    except Exception as error:
+        return child.refuse(end, "exchange", error)
+
+    def build(layout: AdapterLayout) -> Exchange:
+        exchange: Exchange = factory(setup.config, layout, HostRegion.attach(region_fd))
+        return exchange
+
+    service = Service(build)
+    return asyncio.run(service.run(end))
+
+
+def stand_back() -> None:
+    """Leaves the cores to whoever else wants them: this thread, and every thread that it starts."""
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(19)
+
+
+class Service:
+    """One exchange behind a pipe."""
+
+    def __init__(self, build: Callable[[AdapterLayout], Exchange]) -> None:
+        self._build = build
+        self._exchange: Exchange | None = None
+        self._pipe: Pipe[Setup | Begin | Release | Call] = Pipe(ToExchange, self._take, self._end)
+        self._ended = asyncio.Event()
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._leases: dict[int, Lease] = {}
+        self._exit_code = 0
+
+    async def run(self, end: socket.socket) -> int:
+        """Serves until the pipe ends; returns the exit code."""
+        await self._pipe.connect(end)
+        await self._ended.wait()
+        calls = list(self._calls.values())
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        for lease in self._leases.values():
+            lease.release()
+        if self._exchange is not None:
+            await self._exchange.close()
+        return self._exit_code
+
+    def _end(self) -> None:
+        self._ended.set()
+
+    def _take(self, message: Setup | Begin | Release | Call) -> None:
+        if isinstance(message, Begin):
+            self._begin(message)
+        elif isinstance(message, Release):
+            self._release(message.call)
+        elif not isinstance(message, Setup):
+            task = asyncio.create_task(self._answer(message))
+            self._calls[message.call] = task
+            task.add_done_callback(lambda _: self._calls.pop(message.call))
+
+    def _begin(self, message: Begin) -> None:
+        try:
+            if message.device == "cpu":
+                stand_back()
+            layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
+            self._exchange = self._build(layout)
+        except Exception as error:
+            answer, self._exit_code = child.cannot_start("exchange", error)
+            self._pipe.send(answer)
+        else:
+            self._pipe.send(ExchangeReady())
+
+    def _release(self, call: int) -> None:
+        if call in self._leases:
+            self._leases.pop(call).release()
+        elif call in self._calls:
+            self._calls[call].cancel()
+
+    async def _answer(self, call: Call) -> None:
+        try:
+            self._pipe.send(await self._ask(call))
+        except LoraxError as error:
+            self._pipe.send(Refused(call.call, error.to_wire()))
+        except Exception as error:
+            logger.exception("a call failed")
+            failure = AdapterLoadFailed(f"the adapter could not be loaded: {error!r}")
+            self._pipe.send(Refused(call.call, failure.to_wire()))
+
+    async def _ask(self, call: Call) -> msgspec.Struct:
+        assert self._exchange is not None, "the front calls after ExchangeReady"
+        if isinstance(call, ListAdapters):
+            return Adapters(call.call, await self._exchange.adapters())
+        if isinstance(call, Unload):
+            return Unloaded(call.call, await self._exchange.unload(call.name))
+        lease = await self._exchange.acquire(call.ref, call.token)
+        self._leases[call.call] = lease
+        return Acquired(call.call, lease.image, lease.cache_salt)

@@ -1,0 +1,164 @@
+"""The engine and the exchange in this process: `engine.server.backend.Backend` without pipes.
+
+Every call of the engine comes from one worker thread, a turn at a time; the exchange lives on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from engine.adapters.ref import AdapterRef
+from engine.adapters.tiers import HostRegion
+from engine.config import EngineConfig
+from engine.errors import EngineDead
+from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
+from engine.process.messages import Cancel, Submit
+from engine.process.parts import Exchange, Lease, Parts, load
+from engine.process.stepper import Stepper, set_threads
+from engine.process.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+
+class LocalBackend:
+    """One engine and one exchange. Made by `start`."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        exchange: Exchange,
+        region: HostRegion,
+        worker: ThreadPoolExecutor,
+    ) -> None:
+        self.closed = asyncio.Event()  # the engine failed, or `close` was called
+        self.failure: EngineDead | None = None  # why the engine failed
+        self._stepper = stepper
+        self._exchange = exchange
+        self._region = region
+        self._worker = worker
+        self._streams = Streams(self._send)
+        self._inbox: list[Submit | Cancel] = []
+        self._mail = asyncio.Event()
+        self._info = stepper.engine.info
+        self._stats = stepper.engine.stats
+        self._running = asyncio.create_task(self._run())
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, config: EngineConfig, parts: Parts | None = None) -> LocalBackend:
+        """Builds both; raises what keeps one of them from starting."""
+        parts = parts or Parts()
+        worker = ThreadPoolExecutor(1, "engine")
+        try:
+            in_worker = asyncio.get_running_loop().run_in_executor
+            stepper, region = await in_worker(worker, _build, config, parts.engine)
+            try:
+                exchange = load(parts.exchange)(config, stepper.engine.layout, region)
+            except BaseException:
+                await in_worker(worker, stepper.engine.close)
+                region.close()
+                raise
+        except BaseException:
+            worker.shutdown(wait=False)
+            raise
+        return cls(stepper, exchange, region, worker)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def alive(self) -> bool:
+        return not self.closed.is_set()
+
+    def generate(self, request: Request) -> AsyncIterator[Update]:
+        """See `Backend.generate`. Ids are never used twice."""
+        return self._streams.generate(request)
+
+    async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
+        """See `Backend.acquire`."""
+        return await self._living_exchange().acquire(ref, token)
+
+    async def adapters(self) -> list[AdapterStatus]:
+        return await self._living_exchange().adapters()
+
+    async def unload(self, name: str) -> bool:
+        return await self._living_exchange().unload(name)
+
+    async def close(self) -> None:
+        """Fails what is open and ends the engine and the exchange. May be called again."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._fail(EngineDead("the engine is shutting down"))
+        self._running.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._running
+        try:
+            await self._exchange.close()
+        finally:
+            engine = self._stepper.engine
+            await asyncio.get_running_loop().run_in_executor(self._worker, engine.close)
+            self._worker.shutdown()
+            self._region.close()
+
+    def _living_exchange(self) -> Exchange:
+        if not self.alive:
+            raise EngineDead(str(self.failure or "the engine is shutting down"))
+        return self._exchange
+
+    def _send(self, message: Submit | Cancel) -> None:
+        self._inbox.append(message)
+        self._mail.set()
+
+    async def _run(self) -> None:
+        in_worker = asyncio.get_running_loop().run_in_executor
+        try:
+            while True:
+                await self._wait_for_mail(self._stepper.patience)
+                messages, self._inbox = self._inbox, []
+                updates, stats = await in_worker(self._worker, self._turn, messages)
+                self._stats = stats or self._stats
+                self._streams.deliver(updates)
+        except Exception as error:
+            logger.critical("the engine ends", exc_info=True)
+            self.failure = error if isinstance(error, EngineDead) else EngineDead(repr(error))
+            self._fail(self.failure)
+
+    async def _wait_for_mail(self, patience: float | None) -> None:
+        if patience != 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._mail.wait()
+        self._mail.clear()
+
+    def _turn(self, messages: list[Submit | Cancel]) -> tuple[list[Update], EngineStats | None]:
+        updates = self._stepper.turn(messages)
+        return updates, self._stepper.report()
+
+    def _fail(self, error: EngineDead) -> None:
+        """Nothing more is served."""
+        self.closed.set()
+        self._streams.fail(error)
+
+
+def _build(config: EngineConfig, engine: str) -> tuple[Stepper, HostRegion]:
+    from engine.platform import host_tier_bytes  # imports torch; a front with processes does not
+
+    set_threads(config)
+    region = HostRegion.create(host_tier_bytes(config))
+    try:
+        return Stepper(load(engine)(config, region)), region
+    except BaseException:
+        region.close()
+        raise

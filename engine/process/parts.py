@@ -1,0 +1,72 @@
+"""What the processes are made of, by name: a child can load it, and a test can put something else in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.adapters.ref import AdapterRef
+from engine.errors import LoraxError
+from engine.messages import (
+    AdapterImageRef,
+    AdapterStatus,
+    EngineInfo,
+    EngineStats,
+    Request,
+    Update,
+)
+
+if TYPE_CHECKING:  # a front does without torch
+    from engine.ops.layout import AdapterLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Each is `module:name` of a callable."""
+
+    engine: str = "engine.engine:Engine"  # (config, region)
+    exchange: str = "engine.exchange:Exchange"  # (config, layout, region)
+
+
+def load(factory: str) -> Callable[..., Any]:
+    """The object that `module:name` names."""
+    module, _, name = factory.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
+
+
+class Engine(Protocol):
+    """What is asked of `engine.engine.Engine`."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def layout(self) -> AdapterLayout: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def has_work(self) -> bool: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, id: str) -> None: ...
+    def step(self) -> list[Update]: ...
+    def fail(self, error: LoraxError) -> list[Update]: ...
+    def close(self) -> None: ...
+
+
+class Lease(Protocol):
+    @property
+    def image(self) -> AdapterImageRef: ...
+    @property
+    def cache_salt(self) -> bytes: ...
+    def release(self) -> None: ...
+
+
+class Exchange(Protocol):
+    """What is asked of `engine.exchange.Exchange`."""
+
+    async def acquire(self, ref: AdapterRef, token: str | None) -> Lease: ...
+    async def adapters(self) -> list[AdapterStatus]: ...
+    async def unload(self, name: str) -> bool: ...
+    async def close(self) -> None: ...

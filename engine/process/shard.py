@@ -1,0 +1,66 @@
+"""The shard's process: one engine, one loop, no other Python thread.
+
+While there is work the pipe is only looked at between steps; without work the loop sleeps on it. Nothing here waits for
+the front to read: what it has not taken is kept (`Port`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+
+import msgspec
+
+from engine.adapters.tiers import HostRegion
+from engine.errors import EngineDead
+from engine.platform import host_tier_bytes
+from engine.process import child
+from engine.process.messages import Cancel, Setup, ShardReady, Submit, ToShard, Updates
+from engine.process.parts import load
+from engine.process.pipe import Port
+from engine.process.stepper import Stepper, set_threads
+
+LAST_WORDS_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+def main(socket_fd: int, region_fd: int) -> int:
+    """Runs until the front ends the pipe or steps go on failing; returns the exit code."""
+    end, setup = child.join("shard", socket_fd)
+    try:
+        set_threads(setup.config)
+        os.ftruncate(region_fd, host_tier_bytes(setup.config))
+        region = HostRegion.attach(region_fd)
+        stepper = Stepper(load(setup.parts.engine)(setup.config, region))
+    except Exception as error:
+        return child.refuse(end, "shard", error)
+    # What is alive now stays alive: a full collection among a model's objects would stall a step for tens of ms.
+    gc.collect()
+    gc.freeze()
+    port: Port[Setup | Submit | Cancel] = Port(end, ToShard)
+    try:
+        engine = stepper.engine
+        port.send(ShardReady(engine.info, msgspec.msgpack.encode(engine.layout), engine.stats))
+        serve(port, stepper)
+        engine.close()
+        return 0
+    except EngineDead as error:
+        logger.critical("the shard ends: %s", error)
+        return error.exit_code
+    except Exception:
+        logger.critical("the shard ends", exc_info=True)
+        return 1
+    finally:
+        port.close(LAST_WORDS_S)
+
+
+def serve(port: Port[Setup | Submit | Cancel], stepper: Stepper) -> None:
+    """Messages in, one step, news out, until the front ends the pipe."""
+    while not port.ended:
+        messages = port.receive(stepper.patience)
+        updates = stepper.turn([m for m in messages if not isinstance(m, Setup)])
+        stats = stepper.report()
+        if updates or stats is not None:
+            port.send(Updates(updates, stats))

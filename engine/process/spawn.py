@@ -1,0 +1,100 @@
+"""Child processes: started with two inherited descriptors, ended through their pipe, killed if that takes too long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from engine.process.pipe import Pipe
+
+T = TypeVar("T")
+
+END_S = 10.0  # a child that takes longer to end is killed
+_LOOK_S = 0.01
+_STDERR = 2
+
+# The child imports from where its parent does. Arguments: role, descriptors of pipe and host region, parent's path.
+_BOOT = """\
+import sys
+sys.path[:] = sys.argv[4:]
+from importlib import import_module
+sys.exit(import_module("engine.process." + sys.argv[1]).main(int(sys.argv[2]), int(sys.argv[3])))
+"""
+
+logger = logging.getLogger(__name__)
+
+
+class Child(Generic[T]):
+    """One child and this process's end of its pipe. `on_end` is called once when the pipe ends."""
+
+    def __init__(
+        self,
+        role: str,
+        kind: Any,
+        on_message: Callable[[T], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.role = role
+        self._pipe: Pipe[T] = Pipe(kind, on_message, self._pipe_ended)
+        self._on_end = on_end
+        self._pipe_end = asyncio.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self, region_fd: int, setup: msgspec.Struct) -> None:
+        """Starts the process from the loop's own thread: Linux ends a child with the thread that started it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            await self._pipe.connect(ours)
+            fds = (theirs.fileno(), region_fd)
+            path = [entry or os.getcwd() for entry in sys.path]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, self.role, *map(str, fds), *path],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # stdout is for the data of commands
+                pass_fds=fds,
+            )
+        self._pipe.send(setup)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._pipe.send(message)
+
+    def finish(self) -> None:
+        """Tells the child to end."""
+        self._pipe.finish()
+
+    async def ended(self, timeout: float = END_S) -> int:
+        """Waits for the child to end, then kills it; returns its exit code (negative: of a signal)."""
+        process = self._process
+        if process is None:
+            self._pipe.close()
+            return 0
+        deadline = time.monotonic() + timeout
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            if process.poll() is None:
+                if timeout > 0:
+                    logger.warning("the %s does not end; it is killed", self.role)
+                process.kill()
+                process.wait()
+            self._pipe.close()
+        await self._pipe_end.wait()
+        return process.returncode
+
+    def _pipe_ended(self) -> None:
+        self._pipe_end.set()
+        self._on_end()

@@ -1,0 +1,233 @@
+"""Engines and exchanges without models and files, loaded by name in child processes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from engine.adapters.ref import AdapterRef
+from engine.adapters.tiers import HostRegion
+from engine.config import AdapterConfig, EngineConfig, ModelConfig
+from engine.errors import AdapterNotFound, InvalidRequest, LoraxError, ModelError
+from engine.messages import (
+    AdapterImageRef,
+    AdapterStatus,
+    EngineInfo,
+    EngineStats,
+    Request,
+    SamplingParams,
+    TokenOutput,
+    Update,
+    Usage,
+)
+from engine.ops.layout import AdapterLayout, Group, Target
+from engine.process import LocalBackend, Parts, ProcessBackend
+
+REFUSED, POISON, DEADLY, SLOW = (
+    900_001,
+    900_002,
+    900_003,
+    900_004,
+)  # first tokens of special prompts
+CONFIG = EngineConfig(ModelConfig(model_id="echo"), AdapterConfig(host_cache_gb=0.001))
+LAYOUT = AdapterLayout("float32", 2, (Group("qkv", 8, (Target("q_proj", "q", 8),)),), ())
+
+AnyBackend = ProcessBackend | LocalBackend
+
+
+def request(id: str, tokens: list[int], max_new_tokens: int | None = None) -> Request:
+    count = len(tokens) if max_new_tokens is None else max_new_tokens
+    return Request(id, tokens, SamplingParams(), count, [])
+
+
+def parts(engine: str = "EchoEngine", exchange: str = "NameExchange") -> Parts:
+    return Parts(f"{__name__}:{engine}", f"{__name__}:{exchange}")
+
+
+async def tokens_of(updates: AsyncIterator[Update]) -> list[int]:
+    return [output.token async for update in updates for output in update.tokens]
+
+
+async def leases_of(backend: AnyBackend) -> dict[str, int]:
+    """Adapter -> leases; `waiting` counts acquisitions that wait."""
+    return {adapter.name: adapter.leases for adapter in await backend.adapters()}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class EchoEngine:
+    """Says the prompt again, one token a step, over and over; ROWS requests at a time."""
+
+    ROWS = 64
+    DEVICE = "cuda"  # keeps the exchange at its ordinary priority
+    SLOW_S = 0.01  # of a step that holds a slow request
+
+    def __init__(self, config: EngineConfig, region: HostRegion) -> None:
+        region.view[:8] = b"from eng"
+        self._region = region
+        self._waiting: list[Request] = []
+        self._running: dict[str, Request] = {}
+        self._said: dict[str, int] = {}
+        self._cancelled: list[str] = []
+        self._steps = 0
+        self.layout = LAYOUT
+        self.info = EngineInfo(
+            config.model.model_id, "echo", None, "float32", self.DEVICE, "none", 1_000_000, 4096,
+            4096, 65536, self.ROWS, 512, 16, 1 << 20, region.size, {}, [("all", 1)], ["q_proj"],
+        )  # fmt: skip
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            waiting=len(self._waiting), running=len(self._running), steps=self._steps
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._cancelled)
+
+    def submit(self, request: Request) -> None:
+        if request.tokens[:1] == [REFUSED]:
+            raise InvalidRequest("no such token", field="tokens", hint="another one")
+        self._waiting.append(request)
+
+    def cancel(self, id: str) -> None:
+        if id in self._running or any(waiting.id == id for waiting in self._waiting):
+            self._cancelled.append(id)
+
+    def step(self) -> list[Update]:
+        self._steps += 1
+        updates = []
+        for id in self._cancelled:
+            self._waiting = [waiting for waiting in self._waiting if waiting.id != id]
+            self._running.pop(id, None)
+            updates.append(Update(id, [], finish="cancelled", usage=Usage(0, 0, 0)))
+        self._cancelled.clear()
+        while self._waiting and len(self._running) < self.ROWS:
+            admitted = self._waiting.pop(0)
+            self._running[admitted.id] = admitted
+            self._said[admitted.id] = 0
+        if any(running.tokens[0] == SLOW for running in self._running.values()):
+            time.sleep(self.SLOW_S)
+        for running in list(self._running.values()):
+            updates.append(self._say(running))
+        return updates
+
+    def _say(self, request: Request) -> Update:
+        if request.tokens[0] == POISON:
+            raise ValueError("a poisoned request")
+        if request.tokens[0] == DEADLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        said = self._said[request.id]
+        self._said[request.id] = said + 1
+        outputs = [TokenOutput(request.tokens[said % len(request.tokens)], -0.5)]
+        if said + 1 < request.max_new_tokens:
+            return Update(request.id, outputs)
+        del self._running[request.id]
+        usage = Usage(len(request.tokens), 0, said + 1)
+        return Update(request.id, outputs, finish="length", usage=usage)
+
+    def fail(self, error: LoraxError) -> list[Update]:
+        updates = [Update(id, [], error=error.to_wire()) for id in self._running]
+        self._running.clear()
+        return updates
+
+    def close(self) -> None:
+        self._region.close()
+
+
+class BrokenEngine(EchoEngine):
+    """Every step fails."""
+
+    def step(self) -> list[Update]:
+        raise RuntimeError("broken for good")
+
+
+class MissingModel:
+    def __init__(self, config: EngineConfig, region: HostRegion) -> None:
+        raise ModelError(f"no model {config.model.model_id}", hint="another one")
+
+
+class ClumsyEngine:
+    def __init__(self, config: EngineConfig, region: HostRegion) -> None:
+        raise ZeroDivisionError("clumsy")
+
+
+class DyingEngine:
+    def __init__(self, config: EngineConfig, region: HostRegion) -> None:
+        os._exit(7)
+
+
+class HangingEngine:
+    def __init__(self, config: EngineConfig, region: HostRegion) -> None:
+        time.sleep(600)
+
+
+@dataclass
+class NameLease:
+    exchange: NameExchange
+    image: AdapterImageRef
+    cache_salt: bytes
+
+    held: bool = True
+
+    def release(self) -> None:
+        self.exchange.leases[self.image.name] -= self.held
+        self.held = False
+
+
+class NameExchange:
+    """An adapter is its name. `missing` is not found, `slow` never comes, `clumsy` fails unforeseen."""
+
+    def __init__(self, config: EngineConfig, layout: AdapterLayout, region: HostRegion) -> None:
+        assert layout == LAYOUT and bytes(region.view[:8]) == b"from eng"
+        self.leases: dict[str, int] = {}
+        self.waiting = 0
+        self._offsets = itertools.count(0, 256)
+        self._region = region
+
+    async def acquire(self, ref: AdapterRef, token: str | None) -> NameLease:
+        if ref.id == "missing":
+            raise AdapterNotFound("no such adapter", field="adapter_id")
+        if ref.id == "clumsy":
+            raise ZeroDivisionError("clumsy")
+        if ref.id == "slow":
+            self.waiting += 1
+            try:
+                await asyncio.sleep(600)
+            finally:
+                self.waiting -= 1
+        await asyncio.sleep(0)
+        self.leases[ref.id] = self.leases.get(ref.id, 0) + 1
+        digest = hashlib.sha256(ref.id.encode()).digest()
+        image = AdapterImageRef(digest, next(self._offsets), 1024, 8, ref.id)
+        return NameLease(self, image, (token or "").encode())
+
+    async def adapters(self) -> list[AdapterStatus]:
+        leases = self.leases | {"waiting": self.waiting}
+        return [
+            AdapterStatus(name, "local", None, "ready", 1024, 8, [], None, count, {})
+            for name, count in leases.items()
+        ]
+
+    async def unload(self, name: str) -> bool:
+        return self.leases.pop(name, None) is not None
+
+    async def close(self) -> None:
+        assert not any(self.leases.values()) and not self.waiting
+        self._region.close()
+
+
+class ClumsyExchange:
+    def __init__(self, config: EngineConfig, layout: AdapterLayout, region: HostRegion) -> None:
+        raise ZeroDivisionError("clumsy")
