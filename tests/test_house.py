@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.models",),
     ("engine.scheduler", "engine.runner", "engine.adapters", "engine.lora", "engine.grammar"),
     ("engine.engine", "engine.exchange"),
-    ("engine.server", "engine.process"),
+    ("engine.server", "engine.process", "engine.bench"),
     ("lorax_cli",),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
