@@ -19,7 +19,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from msgspec import Struct
 
@@ -35,7 +35,7 @@ from engine.server.text import Text, TextStream
 log = logging.getLogger(__name__)
 
 FinishedBy = Literal["length", "eos_token", "stop_sequence"]
-Prompt = str | list[int] | list[dict[str, object]]  # text, tokens, or a conversation
+Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
 
 
 class Token(Struct):
@@ -99,6 +99,14 @@ class _Sequence:
     num_tokens: int = 0
     logprobs: float = 0.0
     last: float = 0.0  # when the newest token came
+
+    def end(self) -> str:
+        """The text that was held back, now that no more tokens come."""
+        tail = self.stops.push(self.stream.flush())
+        if self.stops.matched is None:
+            tail += self.stops.flush()
+        self.parts.append(tail)
+        return tail
 
 
 class Generation:
@@ -182,14 +190,19 @@ class Generation:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        else:
+            self._release()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._num_open -= 1
         if not self._num_open:
             self.timings.finished = time.monotonic()
-            if self._lease is not None:
-                self._lease.release()
+            self._release()
         self._wake()
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -204,9 +217,11 @@ class Generation:
             async with aclosing(updates):
                 async for update in updates:
                     finish = self._take(sequence, update)
+                    if finish is not None:
+                        self.finished[finish.choice] = finish
+                        self._events.append(finish)
                     self._wake()
                     if finish is not None:
-                        self._finish(finish)
                         return
             raise GenerationError("the engine ended the request without a result")
         except LoraxError as error:
@@ -242,15 +257,12 @@ class Generation:
             return None
         if update.finish == "cancelled":
             raise GenerationError("the engine cancelled the request")
-        tail = sequence.stops.push(sequence.stream.flush())
-        matched = sequence.stops.matched is not None
-        if not matched:
-            tail += sequence.stops.flush()
-        sequence.parts.append(tail)
+        tail = sequence.end()
         if token is not None:
             token.delta += tail
             tail = ""
         reason: FinishedBy = "eos_token" if ends else "length"
+        matched = sequence.stops.matched is not None
         return self._finish_of(
             sequence, "stop_sequence" if matched else reason, update.usage, delta=tail
         )
@@ -265,6 +277,9 @@ class Generation:
         if delta:
             sequence.parts.append(delta)
         own = text.token_text(id) if special else piece
+        if special and own in self.parameters.stop:  # a stop sequence may name a special token
+            delta = sequence.end()
+            sequence.stops.matched = own
         return Token(sequence.choice, id, own, delta, output.logprob, output.alternatives, special)
 
     def _finish_of(
@@ -280,11 +295,6 @@ class Generation:
             mean_logprob=sequence.logprobs / max(1, num_tokens),
             seed=sequence.seed,
         )
-
-    def _finish(self, finish: Finish) -> None:
-        """Hands a Finish to the reader once its sequence is closed at the engine."""
-        self.finished[finish.choice] = finish
-        self._events.append(finish)
 
 
 @dataclass(slots=True)
@@ -320,15 +330,13 @@ class Generator:
         tokens = [await self._tokenize(prompt, parameters) for prompt in prompts]
         room = [check_prompt(len(one), parameters, self.limits) for one in tokens]
         timings.validated = time.monotonic()
-        self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
         lease: Lease | None = None
         if parameters.adapter is not None:
             lease = await self.backend.acquire(parameters.adapter, parameters.api_token)
-        generation = Generation(
-            id or uuid.uuid4().hex, parameters, tokens, lease, timings, owner=self
-        )
-        generation.start(self._sequences(generation, room, lease))
+        self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
+        generation = Generation(id or uuid.uuid4().hex, parameters, tokens, lease, timings, self)
         try:
+            generation.start(self._sequences(generation, room, lease))
             yield generation
         finally:
             await generation.close()
@@ -365,7 +373,7 @@ class Generator:
         if isinstance(prompt, str):
             tokens = await self.text.encode(prompt, special=parameters.special)
         elif prompt and isinstance(prompt[0], dict):
-            tokens = await self.text.encode_chat(cast(list[dict[str, object]], prompt))
+            tokens = await self.text.encode_chat(prompt)
         else:
             tokens = cast(list[int], prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.limits.vocab_size:

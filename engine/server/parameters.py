@@ -185,7 +185,7 @@ def check_prompt(num_tokens: int, parameters: Parameters, limits: Limits) -> int
     if num_tokens == 0:
         raise invalid(name, "is empty", "send at least one token")
     if num_tokens > limits.max_input_length:
-        remedy = "" if "truncate" in parameters.names else ", or set `truncate` to keep its end"
+        remedy = "" if "inputs" in parameters.names else ", or set `truncate` to keep its end"
         raise invalid(
             name,
             f"has {num_tokens} tokens, at most {limits.max_input_length} are allowed",

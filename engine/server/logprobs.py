@@ -1,0 +1,96 @@
+"""Log-probabilities in OpenAI's two shapes, for exactly the tokens whose text was given out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.server.generation import Finish, Token
+from engine.server.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from engine.server.text import Text
+
+LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
+
+Placed = tuple[int, Token]  # where in the answer its text begins, and the token
+
+
+class TokenLog:
+    """The tokens of one answer, in step with its text.
+
+    Text that may begin a stop sequence is held back, and so are its tokens; those of the stop sequence itself, and the
+    token that ended the sequence, are never given out.
+    """
+
+    __slots__ = ("_length", "_num_out", "_waiting")
+
+    def __init__(self) -> None:
+        self._waiting: list[Placed] = []
+        self._length = 0  # characters of all tokens
+        self._num_out = 0  # characters of the answer so far
+
+    def push(self, token: Token) -> None:
+        self._waiting.append((self._length, token))
+        if not token.special:
+            self._length += len(token.text)
+        self._num_out += len(token.delta)
+
+    def end(self, finish: Finish) -> None:
+        self._num_out += len(finish.delta)
+        if finish.reason == "stop_sequence":
+            self._waiting = [entry for entry in self._waiting if entry[0] < self._num_out]
+        elif finish.reason == "eos_token" and self._waiting and self._waiting[-1][1].special:
+            self._waiting.pop()
+        self._num_out = self._length + 1  # whatever is left belongs to the answer
+
+    def take(self) -> list[Placed]:
+        """The tokens whose text began to come out since the last call."""
+        ready = [entry for entry in self._waiting if entry[0] < self._num_out]
+        self._waiting = self._waiting[len(ready) :]
+        return ready
+
+
+def chat(text: Text, tokens: Sequence[Placed]) -> ChatLogprobs:
+    """For /v1/chat/completions."""
+    return ChatLogprobs(
+        [
+            TokenLogprob(
+                text.token_text(token.id),
+                _finite(token.logprob),
+                list(text.token_bytes(token.id)),
+                [
+                    TopLogprob(text.token_text(id), _finite(logprob), list(text.token_bytes(id)))
+                    for id, logprob in token.alternatives or ()
+                ],
+            )
+            for _, token in tokens
+        ]
+    )
+
+
+def completion(
+    text: Text,
+    tokens: Sequence[Placed],
+    offset: int,
+    prompt: Sequence[tuple[int, float | None]] = (),
+) -> CompletionLogprobs:
+    """For /v1/completions; the answer begins at character `offset`, after an echoed `prompt`."""
+    made = CompletionLogprobs([], [], [], [])
+    at = 0
+    for id, logprob in prompt:
+        name = text.token_text(id)
+        made.tokens.append(name)
+        made.token_logprobs.append(None if logprob is None else _finite(logprob))
+        made.top_logprobs.append(None if logprob is None else {name: _finite(logprob)})
+        made.text_offset.append(min(at, offset))
+        at += 0 if id in text.special_ids else len(name)
+    for start, token in tokens:
+        name = text.token_text(token.id)
+        top = {text.token_text(id): _finite(logprob) for id, logprob in token.alternatives or ()}
+        made.tokens.append(name)
+        made.token_logprobs.append(_finite(token.logprob))
+        made.top_logprobs.append(top | {name: _finite(token.logprob)})
+        made.text_offset.append(offset + start)
+    return made
+
+
+def _finite(logprob: float | None) -> float:
+    return LEAST if logprob is None else max(logprob, LEAST)
