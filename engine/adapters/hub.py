@@ -158,7 +158,7 @@ class HubSource:
     def _remember(self, ref: AdapterRef, commit: str, cache: str) -> None:
         """Notes the commit of a branch where the hub's own tools look for it, for times without network."""
         revision = ref.revision or constants.DEFAULT_REVISION
-        if revision == commit or ".." in revision:
+        if revision == commit or ".." in revision or revision.startswith("/"):
             return
         path = Path(cache) / repo_folder_name(repo_id=ref.id, repo_type="model") / "refs" / revision
         try:

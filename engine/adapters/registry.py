@@ -9,7 +9,13 @@ from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef, SourceName, refuse_merged
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
 from engine.config import EngineConfig
-from engine.errors import AdapterError, AdapterForbidden, AdapterNotFound, InvalidRequest
+from engine.errors import (
+    AdapterError,
+    AdapterForbidden,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    InvalidRequest,
+)
 
 DEMO_MODEL = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "adapters"
@@ -51,7 +57,7 @@ class Registry:
         self._registered[ref.name] = ref
 
     def candidates(self, ref: AdapterRef) -> list[AdapterRef]:
-        """The same adapter in every source where it is to be looked for, in order.
+        """The same adapter in every source where it is to be looked for, in order; at least one.
 
         Raises InvalidRequest for merged adapters and sources that this server does not have.
         """
@@ -80,23 +86,26 @@ class Registry:
             assert candidate.source is not None
             try:
                 return self.sources[candidate.source].resolve(candidate, token)
-            except AdapterNotFound as error:
+            except (AdapterNotFound, AdapterForbidden, AdapterLoadFailed) as error:
                 refusals.append(error)
-            except AdapterForbidden as error:
-                if candidate is candidates[-1] and len(candidates) == 1:
-                    raise
-                refusals.append(error)
-        if len(refusals) == 1:
+        if len(candidates) == 1:
             raise refusals[0]
-        raise self._not_found(ref, refusals)
+        raise self._nowhere(ref, refusals)
 
-    def _not_found(self, ref: AdapterRef, refusals: list[AdapterError]) -> AdapterError:
-        """What was tried, in order; forbidden if it may exist somewhere that was closed to the caller."""
+    def _nowhere(self, ref: AdapterRef, refusals: list[AdapterError]) -> AdapterError:
+        """What was tried, in order. The last source's failure counts, and a path or repository that was closed to
+        the caller.
+
+        The hub answers a stranger's plain name with 401 whether there is such an adapter or not: that is "not found".
+        """
         tried = [f"no preloaded adapter of that name ({', '.join(self._registered) or 'none'})"]
         tried += [error.message for error in refusals]
         hints = dict.fromkeys(error.hint for error in refusals if error.hint)
-        last = refusals[-1]
-        kind = AdapterForbidden if isinstance(last, AdapterForbidden) else AdapterNotFound
+        kind: type[AdapterError] = AdapterNotFound
+        if isinstance(refusals[-1], AdapterLoadFailed):
+            kind = AdapterLoadFailed
+        elif "/" in ref.id and any(isinstance(error, AdapterForbidden) for error in refusals):
+            kind = AdapterForbidden
         return kind(
             f"adapter {ref.name!r} was not found: {'; '.join(tried)}",
             field="adapter_id",

@@ -153,6 +153,11 @@ class HostTier:
             self._images.move_to_end(digest)
         return image
 
+    def hold(self, image: HostImage) -> None:
+        """One more lease of an image that is leased."""
+        assert image.leases > 0, "an image without leases may be gone"
+        image.leases += 1
+
     def release(self, image: HostImage) -> None:
         """Ends one lease."""
         assert image.leases > 0, "a lease is released once"

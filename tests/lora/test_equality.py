@@ -138,7 +138,9 @@ def test_llama(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_proj", "c_fc", "wte"]])
 def test_gpt2(targets: list[str], tmp_path: Path) -> None:
     """Conv1D: PEFT stores the factors as of ordinary linears."""
-    adapted = tiny.adapt(tiny.gpt2(), r=3, lora_alpha=4, fan_in_fan_out=True, target_modules=targets)
+    adapted = tiny.adapt(
+        tiny.gpt2(), r=3, lora_alpha=4, fan_in_fan_out=True, target_modules=targets
+    )
     same_everywhere(adapted, tiny.gpt2_layout(), tmp_path / "gpt2")
 
 

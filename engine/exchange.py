@@ -1,0 +1,413 @@
+"""The exchange: from an adapter's name to its image in host memory, and nobody waits for somebody else's adapter.
+
+One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in two small pools of threads.
+Each version of an adapter is loaded once however many requests want it (*flight*); a failure reaches all who wait
+for it and is then forgotten, so the next request tries again. An image stays where it is while somebody holds a
+*lease* on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from engine.adapters.ref import AdapterRef, SourceName
+from engine.adapters.registry import Registry, make_sources
+from engine.adapters.sources import Source, Version
+from engine.adapters.tiers import HostImage, HostRegion, HostTier
+from engine.adapters.versions import Versions, share
+from engine.config import EngineConfig
+from engine.errors import (
+    AdapterLoadFailed,
+    AdapterNotFound,
+    AdapterTooLarge,
+    LoraxError,
+    Overloaded,
+)
+from engine.lora.formats import load_peft
+from engine.lora.image import ImageSize, image_size, write_image
+from engine.lora.report import AdapterReport, count_targets, inspect
+from engine.lora.weights import LoraWeights
+from engine.messages import AdapterImageRef, AdapterStatus
+from engine.ops.layout import AdapterLayout
+
+__all__ = ["AdapterReport", "Exchange", "Lease", "inspect"]
+
+T = TypeVar("T")
+
+FETCH_THREADS = 8  # they wait for the network
+PARSE_THREADS = 2  # they compute, on cores that the engine may want
+MAX_FORGOTTEN = 1024  # adapters that are no longer in host memory, or failed, and still remembered
+ROOM_PATIENCE_S = 30.0  # for leases to end, when they fill the host tier
+FILE_FACTOR = 8  # a file may be so many times the host tier: float64, and a copy of the embedding
+
+logger = logging.getLogger(__name__)
+
+
+class Lease:
+    """An adapter in host memory, kept there until `release`. A context manager."""
+
+    def __init__(
+        self, image: AdapterImageRef, cache_salt: bytes, release: Callable[[], None]
+    ) -> None:
+        self.image = image
+        self.cache_salt = cache_salt  # not empty for adapters that not everybody may see
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self._release is not None:
+            release, self._release = self._release, None
+            release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+@dataclass(slots=True)
+class _Adapter:
+    """What is known of one version of one adapter."""
+
+    name: str
+    source: str
+    state: Literal["fetching", "parsing", "ready", "failed"] = "fetching"
+    digest: bytes | None = None
+    size: ImageSize | None = None
+    targets: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One load under way. It holds a lease until everybody who waited has taken a lease of their own."""
+
+    task: asyncio.Task[HostImage]
+    waiters: int = 0
+    image: HostImage | None = None
+
+
+class Exchange:
+    """See the module. `start` loads what is preloaded; `close` ends it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: AdapterLayout,
+        region: HostRegion,
+        *,
+        sources: dict[SourceName, Source] | None = None,
+        room_patience_s: float = ROOM_PATIENCE_S,
+    ) -> None:
+        self._config = config
+        self._layout = layout
+        self._region = region
+        self.tier = HostTier(region.size)
+        if sources is None:
+            sources = make_sources(config, FILE_FACTOR * region.size)
+        adapters = config.adapters
+        self._registry = Registry(
+            sources, adapters.default_adapter_source or adapters.adapter_source
+        )
+        self._room_patience_s = room_patience_s
+        self._fetchers = ThreadPoolExecutor(FETCH_THREADS, "adapter-fetch")
+        self._parsers = ThreadPoolExecutor(PARSE_THREADS, "adapter-parse")
+        self._versions = Versions(self._registry, self._resolve)
+        self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()
+        self._flights: dict[Hashable, _Flight] = {}
+        self._preloaded: list[Lease] = []
+        self._freed = asyncio.Event()  # replaced whenever room may have been made
+        self._closing = False
+
+    async def start(self) -> None:
+        """Loads the adapters of --preloaded-adapter-ids and --adapter-id and keeps them in host memory.
+
+        They are looked for where a request's are, but for the last place, which --adapter-source says. Raises
+        AdapterError.
+        """
+        config = self._config.adapters
+        names = dict.fromkeys((*config.preloaded_adapter_ids, *filter(None, (config.adapter_id,))))
+        registry = Registry(self._registry.sources, config.adapter_source)
+
+        async def load(name: str) -> Lease:
+            ref = AdapterRef.parse(name)
+            version = await self._run(self._fetchers, registry.resolve, ref, None)
+            ref = ref.at(version.source)
+            lease = await self.acquire(ref, None)
+            self._registry.register(ref)
+            return lease
+
+        self._preloaded += await asyncio.gather(*map(load, names))
+
+    async def acquire(self, ref: AdapterRef, token: str | None = None) -> Lease:
+        """The adapter's image in host memory, held there. `token`: the tenant's own, for private adapters.
+
+        Raises InvalidRequest, AdapterError or, if leased images fill the host tier for too long, Overloaded.
+        """
+        version = await self._versions.get(ref, token)
+        try:
+            adapter, image = await self._leased(ref, version, token)
+        except (AdapterLoadFailed, AdapterNotFound):
+            # What was known of it may have been out of date: a file replaced, a commit gone.
+            newest = await self._versions.get(ref, token, fresh=True)
+            if newest == version:
+                raise
+            version = newest
+            adapter, image = await self._leased(ref, version, token)
+        assert adapter.size is not None
+        return Lease(
+            AdapterImageRef(
+                image.digest,
+                image.offset,
+                adapter.size.data_bytes,
+                adapter.size.max_rank,
+                ref.name,
+            ),
+            version.salt,
+            lambda: self._release(image),
+        )
+
+    async def _leased(
+        self, ref: AdapterRef, version: Version, token: str | None
+    ) -> tuple[_Adapter, HostImage]:
+        """The adapter and its image, leased; from the tier, or loaded first."""
+        key = (version.source, version.id, version.revision, version.cache)
+        adapter = self._adapters.get(key)
+        if adapter is not None and adapter.digest is not None:
+            image = self.tier.lease(adapter.digest)
+            if image is not None:
+                self._adapters.move_to_end(key)
+                return adapter, image
+        return await self._loaded(key, ref, version, token)
+
+    async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        return await self._run(self._fetchers, self._registry.resolve, ref, token)
+
+    async def adapters(self) -> list[AdapterStatus]:
+        """Adapters in host memory, on their way there, or refused a short time ago."""
+        leases = {image.digest: image.leases for image in self.tier}
+        return [
+            AdapterStatus(
+                name=adapter.name,
+                source=adapter.source,
+                digest=adapter.digest,
+                state=adapter.state,
+                data_bytes=adapter.size.data_bytes if adapter.size else 0,
+                max_rank=adapter.size.max_rank if adapter.size else 0,
+                targets=adapter.targets,
+                base_model=adapter.base_model,
+                leases=leases.get(adapter.digest or b"", 0),
+                seconds=dict(adapter.seconds),
+                error=adapter.error,
+            )
+            for adapter in self._adapters.values()
+            if adapter.state != "ready" or adapter.digest in leases
+        ]
+
+    async def unload(self, name: str) -> bool:
+        """Forgets every version of an adapter, preloaded or not; its memory is free once nobody uses it.
+
+        False if there is none of that name. A load under way goes on.
+        """
+        gone = [
+            key
+            for key, adapter in self._adapters.items()
+            if adapter.name == name and key not in self._flights
+        ]
+        digests = {self._adapters.pop(key).digest for key in gone}
+        found = any(digest is not None and digest in self.tier for digest in digests)
+        for digest in digests - {adapter.digest for adapter in self._adapters.values()}:
+            if digest is not None:
+                self.tier.drop(digest)
+        self._versions.forget(name)
+        for lease in [lease for lease in self._preloaded if lease.image.name == name]:
+            self._preloaded.remove(lease)
+            lease.release()
+        self._wake()
+        return found
+
+    async def close(self) -> None:
+        """Ends what is under way. Leases that are still held may be released afterwards."""
+        self._closing = True
+        for key, flight in self._flights.items():
+            if self._adapters[key].state == "fetching":
+                flight.task.cancel()
+        self._wake()  # who waits for room gives up; a thread that writes into the region stops at its next piece
+        tasks = [flight.task for flight in self._flights.values()]
+        await self._versions.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._parsers.shutdown(wait=True, cancel_futures=True)
+
+    async def _loaded(
+        self, key: Hashable, ref: AdapterRef, version: Version, token: str | None
+    ) -> tuple[_Adapter, HostImage]:
+        """The adapter and its image, leased; loads it, or waits for whoever does."""
+        flight = self._flights.get(key)
+        if flight is None:
+            adapter = self._remember(key, _Adapter(ref.name, version.source))
+            task = asyncio.create_task(self._fly(key, adapter, version, token))
+            flight = self._flights[key] = _Flight(task)
+        adapter = self._adapters[key]
+        flight.waiters += 1
+        try:
+            image = await share(flight.task)
+            self.tier.hold(image)
+            return adapter, image
+        finally:
+            flight.waiters -= 1
+            self._land(flight)
+
+    def _land(self, flight: _Flight) -> None:
+        if not flight.waiters and flight.image is not None:
+            image, flight.image = flight.image, None
+            self._release(image)
+
+    async def _fly(
+        self, key: Hashable, adapter: _Adapter, version: Version, token: str | None
+    ) -> HostImage:
+        """One load; the only place where its failure becomes one adapter's status."""
+        try:
+            image = await self._load(adapter, version, token)
+        except Exception as error:
+            if not isinstance(error, LoraxError):
+                logger.exception("loading %s failed", adapter.name)
+                error = AdapterLoadFailed(f"{adapter.name} could not be loaded: {error!r}")
+            adapter.state, adapter.error = "failed", error.to_wire()
+            del self._flights[key]
+            raise error from None
+        leased = self.tier.lease(image.digest)
+        assert leased is not None, "nothing ran since it was committed"
+        flight = self._flights.pop(key)
+        flight.image = leased
+        self._land(flight)
+        return leased
+
+    async def _load(self, adapter: _Adapter, version: Version, token: str | None) -> HostImage:
+        source = self._registry.sources[version.source]
+        clock = time.perf_counter
+        started = clock()
+        files = await self._run(self._fetchers, source.fetch, version, token, _no_progress)
+        adapter.seconds["fetch"] = clock() - started
+        adapter.state = "parsing"
+        started = clock()
+        weights = await self._run(self._parsers, self._open, files.config, files.weights)
+        try:
+            adapter.size = image_size(weights, self._layout)
+            opened = clock() - started
+            offset = await self._room(adapter.name, adapter.size.total)
+            started = clock() - opened
+            view = self._region.view[offset : offset + adapter.size.total]
+            try:
+                digest = await self._run(
+                    self._parsers, write_image, weights, self._layout, view, self._pause
+                )
+                # Files that were replaced meanwhile are another version: an old configuration may have met new
+                # weights.
+                await self._run(self._fetchers, source.fetch, version, token, _no_progress)
+            except BaseException:
+                self.tier.abandon(offset)
+                self._wake()
+                raise
+        finally:
+            weights.close()
+        image = self.tier.commit(offset, digest)
+        self._wake()
+        adapter.digest, adapter.state = digest, "ready"
+        adapter.targets = list(count_targets(weights, self._layout))
+        adapter.base_model = weights.base_model
+        adapter.seconds["parse"] = clock() - started
+        for note in weights.notes:
+            logger.info("%s: %s", adapter.name, note)
+        return image
+
+    def _open(self, config: Any, weights: Any) -> LoraWeights:
+        model = self._config.model.model_id.partition("@")[0]
+        return load_peft(
+            config,
+            weights,
+            self._layout,
+            max_rank=self._config.adapters.max_adapter_rank,
+            base_model=model,
+        )
+
+    def _pause(self) -> None:
+        """Between two pieces of work in a thread: lets others have the interpreter and the core."""
+        if self._closing:
+            raise AdapterLoadFailed("the server is shutting down")
+        time.sleep(0)
+
+    async def _room(self, name: str, num_bytes: int) -> int:
+        """Offset of so many reserved bytes, when leases have left room for them."""
+        if num_bytes > self.tier.capacity:
+            raise AdapterTooLarge(
+                f"{name} takes {num_bytes} bytes of host memory, there are {self.tier.capacity}",
+                field="adapter_id",
+                hint="raise --host-cache-gb",
+            )
+        deadline = time.monotonic() + self._room_patience_s
+        while (offset := self.tier.reserve(num_bytes)) is None:
+            patience = deadline - time.monotonic()
+            try:
+                await asyncio.wait_for(self._freed.wait(), max(patience, 0.0))
+            except TimeoutError:
+                raise Overloaded(
+                    f"no host memory for {name}: open requests use all of it",
+                    field="adapter_id",
+                    hint="try again, or raise --host-cache-gb",
+                ) from None
+            if self._closing:
+                raise AdapterLoadFailed("the server is shutting down")
+        return offset
+
+    def _release(self, image: HostImage) -> None:
+        self.tier.release(image)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Whoever waits for room looks again."""
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    def _remember(self, key: Hashable, adapter: _Adapter) -> _Adapter:
+        """Notes an adapter; forgets the oldest that are neither in host memory nor on their way."""
+        self._adapters[key] = adapter
+        self._adapters.move_to_end(key)
+        excess = len(self._adapters) - MAX_FORGOTTEN - len(self.tier) - len(self._flights)
+        if excess > 0:
+            for old, known in list(self._adapters.items()):
+                if (
+                    old != key
+                    and old not in self._flights
+                    and (known.digest is None or known.digest not in self.tier)
+                ):
+                    del self._adapters[old]
+                    excess -= 1
+                if excess <= 0:
+                    break
+        return adapter
+
+    async def _run(self, pool: ThreadPoolExecutor, call: Callable[..., T], *given: Any) -> T:
+        if self._closing:
+            raise AdapterLoadFailed("the server is shutting down")
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *given)
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass

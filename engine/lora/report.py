@@ -1,0 +1,100 @@
+"""What a user may want to know of an adapter before serving it: its shape, its size, and everything that is wrong
+with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import AdapterError
+from engine.lora.formats import CONFIG_NAME, WEIGHT_NAMES, check_peft
+from engine.lora.image import image_size, write_image
+from engine.lora.peft_config import read_config
+from engine.lora.weights import LoraWeights
+from engine.ops.layout import MAX_RANK, AdapterLayout
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """One adapter and one base model."""
+
+    folder: str
+    base_model: str | None  # as the adapter names it
+    base_matches: (
+        bool | None
+    )  # by name; None: one of the two has no name. The shapes decide, not this
+    targets: dict[str, int]  # name of the linear -> layers in which it is adapted
+    ranks: list[int]  # all that occur
+    scales: list[float]
+    data_bytes: int  # in the arena
+    image_bytes: int  # in host memory
+    digest: str | None  # None: values were not read
+    errors: list[AdapterError]
+    notes: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+
+def inspect(
+    folder: Path,
+    layout: AdapterLayout,
+    *,
+    max_rank: int = MAX_RANK,
+    base_model: str | None = None,
+    values: bool = True,
+) -> AdapterReport:
+    """Everything about the PEFT adapter in `folder`; never raises for what is wrong with it.
+
+    `values` reads the weights too: finds what is not finite, and the digest.
+    """
+    weights_path = next(
+        (folder / name for name in WEIGHT_NAMES if (folder / name).exists()),
+        folder / WEIGHT_NAMES[0],
+    )
+    named: str | None = None
+    found: LoraWeights | None = None
+    errors: list[AdapterError] = []
+    try:
+        named = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
+        found, problems = check_peft(
+            folder / CONFIG_NAME, weights_path, layout, max_rank=max_rank, base_model=base_model
+        )
+        errors.extend(problems)
+    except AdapterError as error:
+        errors.append(error)
+    matches = named == base_model if named and base_model else None
+    if found is None:
+        return AdapterReport(str(folder), named, matches, {}, [], [], 0, 0, None, errors, [])
+    digest = None
+    with found:
+        size = image_size(found, layout)
+        if values:
+            try:
+                digest = write_image(found, layout, memoryview(bytearray(size.total))).hex()
+            except AdapterError as error:
+                errors.append(error)
+    return AdapterReport(
+        folder=str(folder),
+        base_model=named,
+        base_matches=matches,
+        targets=count_targets(found, layout),
+        ranks=sorted({pair.rank for pair in found.pairs.values()}),
+        scales=sorted({pair.scale for pair in found.pairs.values()}),
+        data_bytes=size.data_bytes,
+        image_bytes=size.total,
+        digest=digest,
+        errors=errors,
+        notes=found.notes,
+    )
+
+
+def count_targets(weights: LoraWeights, layout: AdapterLayout) -> dict[str, int]:
+    """Name of the linear -> number of layers in which the adapter adapts it, in the order of the layout."""
+    counts: dict[str, int] = {}
+    for layer, number, group in layout.places():
+        for index, target in enumerate(group.targets):
+            if (layer, number, index) in weights.pairs:
+                counts[target.name] = counts.get(target.name, 0) + 1
+    return counts

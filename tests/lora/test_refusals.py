@@ -1,0 +1,330 @@
+"""What cannot be served exactly is refused with the module, the field and the remedy; nothing is dropped silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
+from engine.lora import peft_config
+from engine.lora.formats import check_peft, load_peft
+from engine.lora.image import image_size, write_image
+from engine.lora.patterns import compile_pattern
+from engine.lora.report import inspect
+from engine.lora.weights import LoraWeights, Pair, TensorMatrix
+from engine.ops.layout import AdapterLayout, Group, Target
+from tests.lora import tiny
+
+Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound adapter of rank 4 on q_proj and up_proj."""
+    adapted = tiny.adapt(tiny.llama(), r=4, target_modules=["q_proj", "up_proj"])
+    return tiny.save(adapted, tmp_path_factory.mktemp("plain"))
+
+
+def changed(
+    plain: Path,
+    folder: Path,
+    fields: dict[str, Any] | None = None,
+    tensors: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None,
+) -> Path:
+    """A copy of an adapter with other fields and other tensors."""
+    folder.mkdir(exist_ok=True)
+    config = json.loads((plain / "adapter_config.json").read_text()) | (fields or {})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    loaded = load_file(plain / "adapter_model.safetensors")
+    tensors(loaded)
+    save_file(loaded, folder / "adapter_model.safetensors")
+    return folder
+
+
+def refused(folder: Path, **given: Any) -> AdapterIncompatible:
+    layout = tiny.llama_layout()
+    with (
+        pytest.raises(AdapterIncompatible) as caught,
+        load_peft(*tiny.files(folder), layout, **given) as weights,
+    ):
+        write_image(weights, layout, memoryview(bytearray(image_size(weights, layout).total)))
+    assert not inspect(folder, layout, **given).ok
+    return caught.value
+
+
+def test_a_sound_adapter_is_taken(plain: Path) -> None:
+    with load_peft(*tiny.files(plain), tiny.llama_layout()) as weights:
+        assert len(weights.pairs) == 2 * tiny.LAYERS and not weights.notes
+
+
+def test_every_field_of_peft_has_its_place() -> None:
+    tables = [peft_config.HONOURED, peft_config.WITHOUT_EFFECT, set(peft_config.REFUSED), {"bias"}]
+    known = set().union(*tables)
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    assert sum(map(len, tables)) == len(known), "a field is in two tables"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("trainable_token_indices", [5]),
+        ("trainable_token_indices", {"embed_tokens": [5]}),
+        ("layer_replication", [[0, 4], [2, 5]]),
+        ("ensure_weight_tying", True),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 2}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("megatron_config", {"a": 1}),
+        ("some_future_field", {"x": 1}),
+        ("peft_type", "ADALORA"),
+        ("peft_type", "IA3"),
+        ("peft_type", None),
+        *(
+            ("init_lora_weights", init)
+            for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new")
+        ),
+        ("r", 0),
+        ("r", "8"),
+        ("r", 4.5),
+        ("r", True),
+        ("lora_alpha", None),
+        ("lora_alpha", float("nan")),
+        ("rank_pattern", {"(a+)+": 4}),
+        ("rank_pattern", {"(": 4}),
+        ("rank_pattern", {"q_proj": -1}),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", {"q_proj": "4"}),
+        ("alpha_pattern", {".*.*.*.*.*": 4}),
+    ],
+)
+def test_a_field_that_cannot_be_honoured(
+    field: str, value: Any, plain: Path, tmp_path: Path
+) -> None:
+    error = refused(changed(plain, tmp_path, {field: value}))
+    assert error.field == field and field in error.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("init_lora_weights", "gaussian"),
+        ("init_lora_weights", "eva"),
+        ("init_lora_weights", "orthogonal"),
+        ("init_lora_weights", "MiCA"),
+        ("init_lora_weights", False),
+        ("lora_dropout", 0.5),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("eva_config", {"rho": 2.0}),
+        ("velora_config", {"num_groups": 64}),
+        ("modules_to_save", []),
+        ("merge_weights", True),
+        ("enable_lora", None),
+        ("some_future_field", None),
+        ("some_future_field", False),
+        ("target_modules", "all-linear"),
+        ("peft_type", "lora"),
+    ],
+)
+def test_a_field_without_effect_is_taken(
+    field: str, value: Any, plain: Path, tmp_path: Path
+) -> None:
+    with load_peft(*tiny.files(changed(plain, tmp_path, {field: value})), tiny.llama_layout()):
+        pass
+
+
+def put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Any], None]:
+    return lambda tensors: tensors.update({name: torch.ones(shape, dtype=dtype)})
+
+
+E = "base_model.model.model.layers.0.block_sparse_moe.experts.3.w1.lora_{}.weight"
+TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "half missing": (lambda t: t.pop(Q.format(1, "B")), "layers.1.self_attn.q_proj", "not B"),
+    "no such layer": (put(Q.format(9, "A"), 4, 24), "layers.9", "not in the served"),
+    "expert": (put(E.format("A"), 4, 24), "experts.3", "expert of a mixture"),
+    "unknown linear": (put(Q.format(0, "A").replace("q_proj", "router"), 4, 24), "router", "no lin"),
+    "other inputs": (put(Q.format(0, "A"), 4, 32), "q_proj", "made for another base model"),
+    "other outputs": (put(Q.format(0, "B"), 32, 4), "q_proj", "made for another base model"),
+    "rank differs": (put(Q.format(0, "B"), 24, 5), "q_proj", "no LoRA pair"),
+    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "no LoRA pair"),
+    "flat": (put(Q.format(0, "A"), 96), "q_proj", "no LoRA pair"),
+    "dtype": (put(Q.format(0, "A"), 4, 24, dtype=torch.float8_e4m3fn), "q_proj", "F8_E4M3"),
+    "dora": (put(Q.format(0, "magnitude_vector"), 24), "use_dora", "DoRA"),
+    "bias of B": (put(Q.format(0, "B").replace("weight", "bias"), 24), "lora_bias", "bias"),
+    "bias": (put("base_model.model.model.layers.0.self_attn.q_proj.bias", 24), "bias", "bias"),
+    "head": (put("base_model.model.lm_head.weight", 50, 24), "modules_to_save", "whole matrix"),
+    "saved": (put("base_model.model.score.modules_to_save.weight", 2, 24), "modules_to_save", "whole"),
+    "tokens": (
+        put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 24),
+        "trainable_token_indices",
+        "rows of the embedding",
+    ),
+    "anything": (put("something", 3), "something", "no part of a LoRA"),
+    "embedding half": (put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 50), "embed", "B"),
+    "wrong kind": (put(Q.format(0, "A").replace("lora_A.weight", "lora_embedding_A"), 4, 24), "q_", "both"),
+    "nothing": (lambda t: t.clear() or put("velora.lora_velora_embed", 1)(t), "", "no LoRA tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_do_not_fit(case: str, plain: Path, tmp_path: Path) -> None:
+    change, field, words = TENSORS[case]
+    error = refused(changed(plain, tmp_path, None, change))
+    assert field in (error.field or "") and words in error.message and error.hint
+
+
+def test_another_base_model_is_told_once_per_linear(tmp_path: Path) -> None:
+    adapted = tiny.adapt(tiny.llama(hidden=32), r=2, target_modules=["q_proj", "o_proj"])
+    folder = tiny.save(adapted, tmp_path)
+    found, problems = check_peft(*tiny.files(folder), tiny.llama_layout())
+    assert found is None and len(problems) == 2
+    assert all("made for another base model" in error.message for error in problems)
+    assert "and 2 more like it" in problems[0].message and "maps 32 to 32" in problems[0].message
+
+
+def test_all_problems_are_reported(plain: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        put("something", 3)(tensors)
+        tensors.pop(Q.format(1, "B"))
+
+    report = inspect(changed(plain, tmp_path, {"use_dora": True}, change), tiny.llama_layout())
+    assert [error.field for error in report.errors] == [
+        "use_dora",
+        "something",
+        "model.layers.1.self_attn.q_proj",
+    ]
+
+
+def test_rank_beyond_the_limit(plain: Path) -> None:
+    assert "--max-adapter-rank 4" in (refused(plain, max_rank=3).hint or "")
+
+
+def test_rank_that_the_configuration_does_not_say(plain: Path, tmp_path: Path) -> None:
+    """alpha / r would be of the wrong r."""
+    error = refused(changed(plain, tmp_path, {"r": 8}))
+    assert "has rank 4, adapter_config.json says 8" in error.message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_values_that_are_not_finite(value: float, half: str, plain: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[Q.format(2, half)][1, 1] = value
+
+    error = refused(changed(plain, tmp_path, None, change))
+    assert error.field == "model.layers.2.self_attn.q_proj"
+
+
+def test_values_beyond_the_dtype(plain: Path, tmp_path: Path) -> None:
+    """1e6 is finite in the file and infinite in float16."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[Q.format(2, "A")][1, 1] = 1e6
+
+    folder, layout = changed(plain, tmp_path, None, change), tiny.llama_layout("float16")
+    assert inspect(folder, tiny.llama_layout()).ok
+    assert "not finite in float16" in inspect(folder, layout).errors[0].message
+
+
+def test_another_name_of_the_base_is_a_note(plain: Path, tmp_path: Path) -> None:
+    folder = changed(plain, tmp_path, {"base_model_name_or_path": "org/other"})
+    report = inspect(folder, tiny.llama_layout(), base_model="org/served")
+    assert report.ok and report.base_matches is False and "org/other" in report.notes[0]
+    assert report.targets == {"q_proj": 3, "up_proj": 3} and report.ranks == [4]
+    assert report.digest and report.data_bytes > 0
+
+
+def test_a_copy_of_the_frozen_embedding_is_a_note(tmp_path: Path) -> None:
+    """PEFT saves the base embedding beside its LoRA; a resized one means another vocabulary."""
+    adapted = tiny.adapt(tiny.llama(), r=2, target_modules=["embed_tokens", "lm_head"])
+    folder = tiny.save(adapted, tmp_path / "a")
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert any("base_layer" in name for name in names), "PEFT saves it"
+    report = inspect(folder, tiny.llama_layout())
+    assert report.ok and len(report.notes) == 2
+
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    error = refused(changed(folder, tmp_path / "b", None, put(key, 51, 24)))
+    assert "resized to [51, 24]" in error.message
+
+
+def test_unfit_files(plain: Path, tmp_path: Path) -> None:
+    """Damaged headers, truncated data, code in a .bin, no JSON: typed errors, never a crash."""
+    layout = tiny.llama_layout()
+    config, good = tiny.files(plain)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = good.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    bad_header = whole.replace(b'"data_offsets":[0,', b'"data_offsets":[9,')
+    for data in (b"", b"abc", whole[:100], struct.pack("<Q", 1 << 60), bad_header,
+                 struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": [1]}',
+                 whole[: 8 + length]):  # fmt: skip
+        weights.write_bytes(data)
+        with pytest.raises(AdapterIncompatible):
+            load_peft(config, weights, layout)
+    with pytest.raises(AdapterLoadFailed):
+        load_peft(config, tmp_path / "none.safetensors", layout)
+    with pytest.raises(AdapterLoadFailed):
+        load_peft(tmp_path / "none.json", good, layout)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterIncompatible):
+        load_peft(tmp_path / "adapter_config.json", good, layout)
+    for content in ({"a": os.system}, [torch.ones(1)], {"a": "text"}):
+        torch.save(content, tmp_path / "adapter_model.bin")
+        with pytest.raises(AdapterIncompatible, match=r"adapter_model\.bin"):
+            load_peft(config, tmp_path / "adapter_model.bin", layout)
+    (tmp_path / "adapter_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(AdapterIncompatible):
+        load_peft(config, tmp_path / "adapter_model.bin", layout)
+
+
+def test_a_file_that_changes_while_it_is_read(plain: Path, tmp_path: Path) -> None:
+    """A trainer that writes over its file is an error, not the end of the process."""
+    layout = tiny.llama_layout()
+    for spoil in (lambda path: os.truncate(path, 3000), lambda path: os.utime(path, (1, 1))):
+        folder = changed(plain, tmp_path)
+        with load_peft(*tiny.files(folder), layout) as weights:
+            spoil(folder / "adapter_model.safetensors")
+            with pytest.raises(AdapterLoadFailed):
+                write_image(
+                    weights, layout, memoryview(bytearray(image_size(weights, layout).total))
+                )
+
+
+def test_patterns_are_pefts() -> None:
+    from peft.utils.other import get_pattern_key
+
+    rules = {"q_proj": 1, r"layers\.[0-2]\..*v": 2, "^model.a": 3, "a|b.c": 4, r"x.(1|2)": 5}
+    pattern = compile_pattern(rules, 99)
+    modules = ["q_proj", "model.q_proj", "aq_proj", "m.layers.1.av", "model.a", "b.model.a",
+               "z.a", "k.b.c", "x.2", "y.x.1", "x.3", "qXproj"]  # fmt: skip
+    for module in modules:
+        assert pattern.value(module) == rules.get(get_pattern_key(rules, module), 99), module
+    with pytest.raises(ValueError, match="entries"):
+        compile_pattern({f"m{number}": 1 for number in range(5000)}, 1)
+    with pytest.raises(ValueError, match="characters"):
+        compile_pattern({"a" * 600: 1}, 1)
+
+
+def test_what_records_cannot_address() -> None:
+    layout = AdapterLayout("float32", 1, (Group("g", 1 << 34, (Target("t", "t", 4),)),), ())
+    pair = Pair(TensorMatrix(torch.ones(1, 1)), TensorMatrix(torch.ones(4, 1)), 1.0, "t")
+    with pytest.raises(AdapterTooLarge):
+        image_size(LoraWeights({(0, 0, 0): pair}), layout)
