@@ -49,16 +49,16 @@ type: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
 docs: $(INSTALLED) ## generate the reference pages
-	$(BIN)/python tools/docs.py pages
+	$(BIN)/python -m tools.docs pages
 
 completions: $(INSTALLED) ## generate the shell completions
-	$(BIN)/python tools/docs.py completions
+	$(BIN)/python -m tools.docs completions
 
 build: $(INSTALLED) ## build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 demo-model: $(INSTALLED) ## train the demo model and its adapters anew
-	$(BIN)/python -m tools.demo
+	$(BIN)/python -m tools.demo.build
 
 bench: $(INSTALLED) ## measure the demo model, base and adapters (ARGS="--batch 16 --adapters 16")
 	$(BIN)/lorax bench $(ARGS)

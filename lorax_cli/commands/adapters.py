@@ -1,6 +1,249 @@
-"""`lorax bench`."""
+"""`lorax adapters`: fetch adapters, and check them before they are served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.config import EngineConfig
+from engine.errors import AdapterError, LoraxError
+from lorax_cli.options import with_config
+from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail
 
-def register(app: typer.Typer) -> None: ...
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from engine.lora.report import AdapterReport
+    from engine.ops.layout import AdapterLayout
+
+Progress = Callable[[int, int], None]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """One adapter on disk."""
+
+    name: str  # as the user named it
+    source: str
+    revision: str
+    folder: Path
+    num_bytes: int  # of its two files
+
+
+Finder = Callable[[str, Progress], Fetched]
+
+
+def finder(config: EngineConfig) -> Finder:
+    """Finds adapters by name as a server of this configuration would; downloads what is not there."""
+    from engine.adapters.ref import AdapterRef
+    from engine.adapters.registry import Registry, make_sources
+
+    sources = make_sources(config)
+    default = config.adapters.default_adapter_source or config.adapters.adapter_source
+    registry = Registry(sources, default)
+
+    def find(name: str, progress: Progress) -> Fetched:
+        version = registry.resolve(AdapterRef.parse(name), None)
+        files = sources[version.source].fetch(version, None, progress)
+        num_bytes = files.config.stat().st_size + files.weights.stat().st_size
+        return Fetched(name, version.source, files.revision, files.folder, num_bytes)
+
+    return find
+
+
+@contextmanager
+def bar(out: Output, name: str) -> Iterator[Progress]:
+    """A progress bar for one adapter."""
+    with out.progress() as progress:
+        if progress is None:
+            yield lambda done, total: None
+            return
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+def each(
+    names: list[str], run: Callable[[str], dict[str, Any]], failures: list[AdapterError]
+) -> list[dict[str, Any]]:
+    """`run` of every name. One that fails is told, kept in `failures`, and does not stop the others."""
+    rows = []
+    for name in names:
+        try:
+            rows.append(run(name))
+        except AdapterError as error:
+            fail(f"{name}: {error.message}", error.hint)
+            rows.append({"adapter": name, "ok": False, "errors": [error_entry(error)]})
+            failures.append(error)
+    return rows
+
+
+def error_entry(error: LoraxError) -> dict[str, Any]:
+    return {
+        "error_type": error.error_type,
+        "message": error.message,
+        "field": error.field,
+        "hint": error.hint,
+    }
+
+
+def end(failures: list[AdapterError]) -> None:
+    """Exits with the code of the first failure, if any."""
+    if failures:
+        raise typer.Exit(failures[0].exit_code)
+
+
+def pulled_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("adapter", "source", "revision", "MiB", "folder")
+    for row in rows:
+        if row["ok"]:
+            size = f"{row['bytes'] / MIB:.1f}"
+            cells = (row["adapter"], row["source"], row["revision"][:12], size, row["folder"])
+            table.add_row(*map(escape, cells))
+    return table
+
+
+AdapterNames = Annotated[
+    list[str],
+    typer.Argument(help="Adapters: a folder, or a name as in `adapter_id`.", show_default=False),
+]
+
+
+@with_config("model", "adapters")
+def pull(
+    adapter: AdapterNames,
+    config: EngineConfig,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Download adapters, so that a server starts with them at hand.
+
+    Quiet prints their folders, one a line. The exit code is that of the first adapter that failed.
+    """
+    out = Output.of(as_json, quiet)
+    find = finder(config)
+
+    def run(name: str) -> dict[str, Any]:
+        with bar(out, name) as progress:
+            found = find(name, progress)
+        return {
+            "adapter": found.name,
+            "ok": True,
+            "source": found.source,
+            "revision": found.revision,
+            "folder": str(found.folder),
+            "bytes": found.num_bytes,
+        }
+
+    failures: list[AdapterError] = []
+    rows = each(adapter, run, failures)
+    folders = [row["folder"] for row in rows if row["ok"]]
+    if folders or as_json:
+        out.result(rows, view=lambda: pulled_table(rows), bare="\n".join(folders))
+    end(failures)
+
+
+def report_entry(name: str, report: AdapterReport) -> dict[str, Any]:
+    return {
+        "adapter": name,
+        "ok": report.ok,
+        "folder": report.folder,
+        "base_model": report.base_model,
+        "base_matches": report.base_matches,
+        "targets": report.targets,
+        "ranks": report.ranks,
+        "scales": report.scales,
+        "bytes": report.data_bytes,
+        "digest": report.digest,
+        "notes": report.notes,
+        "errors": [error_entry(error) for error in report.errors],
+    }
+
+
+def report_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("adapter", "base", "ranks", "targets (layers)", "MiB", "verdict")
+    matches = {True: "same name", False: "other name", None: "unknown"}
+    for row in rows:
+        verdict = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
+        targets = ", ".join(f"{name} ({num})" for name, num in row.get("targets", {}).items())
+        table.add_row(
+            escape(row["adapter"]),
+            escape(f"{row.get('base_model') or ''} ({matches[row.get('base_matches')]})"),
+            ", ".join(map(str, row.get("ranks", []))),
+            targets,
+            f"{row.get('bytes', 0) / MIB:.1f}",
+            verdict,
+        )
+    return table
+
+
+@with_config("model", "adapters")
+def validate(
+    adapter: AdapterNames,
+    config: EngineConfig,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Check that adapters can be served exactly with the base model of --model-id; its weights are not loaded.
+
+    Every problem is told with the module, the field and the remedy. The exit code is 0 if all can be served, else that
+    of the first problem, so a script can tell a missing adapter (11) from an incompatible one (13).
+    """
+    from engine.lora.report import inspect
+    from engine.models import adapter_layout
+
+    out = Output.of(as_json, quiet)
+    layout: AdapterLayout = adapter_layout(config.model)[0]
+    find = finder(config)
+    failures: list[AdapterError] = []
+
+    def run(name: str) -> dict[str, Any]:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            with bar(out, name) as progress:
+                folder = find(name, progress).folder
+        report = inspect(
+            folder,
+            layout,
+            max_rank=config.adapters.max_adapter_rank,
+            base_model=config.model.model_id.partition("@")[0],
+        )
+        failures.extend(report.errors)
+        for error in report.errors:
+            fail(f"{name}: {error.message}", error.hint)
+        for note in report.notes:
+            out.hint(f"{name}: {note}")
+        return report_entry(name, report)
+
+    rows = each(adapter, run, failures)
+    bare = "\n".join(row["adapter"] for row in rows if row["ok"]) or None
+    out.result(rows, view=lambda: report_table(rows), bare=bare)
+    end(failures)
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="Fetch adapters and check them.", no_args_is_help=True)
+    group.command(
+        epilog=examples(
+            "lorax adapters pull user/adapter",
+            "lorax adapters pull user/adapter@v2 user/other --quiet",
+        )
+    )(pull)
+    group.command(
+        epilog=examples(
+            "lorax adapters validate ./adapters/sql --model-id ./model",
+            "lorax adapters validate user/adapter --model-id Qwen/Qwen2.5-0.5B-Instruct --json",
+        )
+    )(validate)
+    app.add_typer(group, name="adapters")

@@ -1,6 +1,185 @@
-"""`lorax bench`."""
+"""`lorax demo`: a server on the demo model, one prompt to the base and to every adapter at once, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import engine
+from engine.config import AdapterConfig, EngineConfig, ModelConfig
+from engine.errors import ModelError
+from lorax_cli.client import Client
+from lorax_cli.options import with_config
+from lorax_cli.output import JsonFlag, Output, examples
 
-def register(app: typer.Typer) -> None: ...
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from engine.messages import EngineInfo
+
+DEMO_FILE = Path(engine.__file__).parent / "demo" / "demo.json"
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt and who is asked."""
+
+    adapter: str | None  # None: the base model
+    prompt: str
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back, and how fast."""
+
+    question: Question
+    text: str
+    num_tokens: int
+    first_s: float  # until the first token
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """From the first token to the last."""
+        return (self.num_tokens - 1) / max(self.total_s - self.first_s, 1e-9)
+
+
+async def ask(client: Client, question: Question, max_new_tokens: int) -> Answer:
+    """One question, streamed."""
+    parameters: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    if question.adapter:
+        parameters["adapter_id"] = question.adapter
+    start = time.perf_counter()
+    first, num_tokens, text = 0.0, 0, ""
+    async for event in client.stream(question.prompt, parameters):
+        num_tokens += 1
+        first = first or time.perf_counter() - start
+        if event.generated_text is not None:
+            text = event.generated_text
+        elif not event.special:
+            text += event.text
+    return Answer(question, text.strip(), num_tokens, first, time.perf_counter() - start)
+
+
+def read_demo(file: Path = DEMO_FILE) -> dict[str, Any]:
+    """What the demo model has: `base`, `adapters` by name, and a `prompt` for all. Raises ModelError."""
+    try:
+        demo: dict[str, Any] = json.loads(file.read_text())
+    except OSError:
+        raise ModelError(
+            "the demo model is not installed", hint="in a checkout: make demo-model"
+        ) from None
+    return demo
+
+
+def questions_of(demo: dict[str, Any], prompt: str | None) -> list[Question]:
+    """One prompt to the base and to every adapter."""
+    prompt = prompt or str(demo["prompt"])
+    asked = [Question(None, prompt, demo["base"].get("description", ""))]
+    for name, adapter in demo["adapters"].items():
+        asked.append(Question(name, prompt, adapter.get("description", "")))
+    return asked
+
+
+def side_by_side(answers: Sequence[Answer]) -> RenderableType:
+    """One column for each model."""
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.text import Text
+
+    panels = []
+    for answer in answers:
+        speed = f"first token {answer.first_s * 1000:.0f} ms, {answer.tokens_per_s:.0f} tokens/s"
+        body = Text.assemble((answer.question.prompt + "\n\n", "dim"), answer.text)
+        name = answer.question.adapter or BASE
+        title = f"{name}: {answer.question.description}" if answer.question.description else name
+        panels.append(Panel(body, title=title, subtitle=speed, width=46))
+    return Columns(panels)
+
+
+def next_steps(address: str, adapter: str, prompt: str) -> list[str]:
+    """Three commands to try against the running server."""
+    body = json.dumps({"inputs": prompt, "parameters": {"adapter_id": adapter}})
+    chat = json.dumps({"model": adapter, "messages": [{"role": "user", "content": prompt}]})
+    kind = "-H 'Content-Type: application/json'"
+    return [
+        f"lorax generate --url {address} --adapter-id {adapter} {shlex.quote(prompt)}",
+        f"curl {address}/generate {kind} -d {shlex.quote(body)}",
+        f"curl {address}/v1/chat/completions {kind} -d {shlex.quote(chat)}",
+    ]
+
+
+@with_config("scheduler", "memory", "server")
+def demo(
+    config: EngineConfig,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; unset: the demo's own prompt.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 64,
+    once: Annotated[bool, typer.Option("--once", help="Exit after the answers.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve the demo model, and ask the base and every adapter at once over HTTP.
+
+    Everything ships with the code: nothing is downloaded and no GPU is needed. It goes on serving until Ctrl-C.
+    """
+    import asyncio
+
+    from lorax_cli.commands.launch import announce
+    from lorax_cli.serving import serve_while
+
+    out = Output.of(as_json)
+    known = read_demo()
+    questions = questions_of(known, prompt)
+    config = dataclasses.replace(config, model=ModelConfig(), adapters=AdapterConfig())
+
+    async def show(address: str) -> bool:
+        async with Client(address) as client:
+            asked = [ask(client, question, max_new_tokens) for question in questions]
+            answers = await asyncio.gather(*asked)
+        out.result([entry(answer) for answer in answers], view=lambda: side_by_side(answers))
+        if once:
+            return False
+        name = next(iter(known["adapters"]))
+        commands = next_steps(address, name, known["adapters"][name]["prompt"])
+        out.note("\nServing until Ctrl-C. In another terminal:")
+        for command in commands:
+            out.hint(command)
+        return True
+
+    def started(info: EngineInfo, address: str) -> None:
+        announce(out, info, config)
+        out.note(f"listening on {address}\n")
+
+    asyncio.run(serve_while(config, started, show))
+
+
+def entry(answer: Answer) -> dict[str, Any]:
+    return {
+        "adapter": answer.question.adapter,
+        "prompt": answer.question.prompt,
+        "generated_text": answer.text,
+        "tokens": answer.num_tokens,
+        "time_to_first_token_s": answer.first_s,
+        "tokens_per_s": answer.tokens_per_s,
+    }
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog=examples(
+            "lorax demo",
+            "lorax demo --once --port 0",
+            'lorax demo --once --json --prompt "Hello there"',
+        )
+    )(demo)

@@ -48,6 +48,7 @@ async def stream_answer(
 def parameters_of(config: EngineConfig, given: dict[str, Any]) -> dict[str, Any]:
     """The `parameters` of a request: what was given, and the adapter."""
     parameters = {name: value for name, value in given.items() if value is not None and value != []}
+    parameters["do_sample"] = any(given.get(name) for name in ("temperature", "top_p", "top_k"))
     if config.adapters.adapter_id:
         parameters["adapter_id"] = config.adapters.adapter_id
         if config.adapters.adapter_source != "hub":  # else wherever the server looks by default

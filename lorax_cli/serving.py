@@ -1,0 +1,123 @@
+"""Starts what the commands serve with: a server on an address, or an engine in this process behind a private socket.
+
+Both are the same HTTP application; `lorax generate` without `--url` asks it over a Unix socket that only this command
+can see, so there is one way from a prompt to its text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from lorax_cli.client import Client
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from engine.messages import EngineInfo
+
+Started = Callable[["EngineInfo", str], None]
+
+
+@asynccontextmanager
+async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
+    """The application on a started engine: in processes of its own, or in this one. Closed at the end."""
+    from engine.models import folder_of
+    from engine.process import LocalBackend, ProcessBackend
+    from engine.server.app import build_app
+    from engine.server.text import Text
+
+    # Before the processes start: a download happens once, and a wrong name fails at once.
+    folder = await asyncio.to_thread(folder_of, config.model, False)
+    start = LocalBackend.start if local else ProcessBackend.start
+    backend = await start(config)
+    try:
+        text = await asyncio.to_thread(Text, str(folder), config.model.tokenizer_config_path)
+        try:
+            yield build_app(backend, text, config)
+        finally:
+            text.close()
+    finally:
+        await backend.close()
+
+
+async def serve(config: EngineConfig, started: Started) -> None:
+    """Serves over HTTP until a signal; `started` is told the engine and the address.
+
+    Raises what keeps the server from starting, and EngineDead.
+    """
+    from engine.server.app import run
+    from engine.server.front import FRONT
+    from engine.server.logs import configure_logging
+
+    configure_logging(config.server)
+    async with opened(config, local=False) as app:
+        try:
+            await run(app, lambda address: started(app[FRONT].backend.info, address))
+        except OSError as error:
+            raise _listening(config, error) from None
+
+
+async def serve_while(
+    config: EngineConfig, started: Started, work: Callable[[str], Awaitable[bool]]
+) -> None:
+    """As `serve`, with `work` beside it, which gets the address; serving ends early if it returns False."""
+    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def announce(info: EngineInfo, where: str) -> None:
+        started(info, where)
+        address.set_result(where)
+
+    server = asyncio.create_task(serve(config, announce))
+    try:
+        await asyncio.wait({server, address}, return_when=asyncio.FIRST_COMPLETED)
+        if not server.done() and await work(reachable(address.result())):
+            await server
+    finally:
+        if not server.done():
+            server.cancel()
+            await asyncio.wait({server})
+    if not server.cancelled():
+        server.result()
+
+
+def reachable(address: str) -> str:
+    """Where a client on this machine finds a server that listens on every address."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+@asynccontextmanager
+async def local_client(config: EngineConfig) -> AsyncIterator[Client]:
+    """A client of an engine in this process."""
+    from aiohttp import UnixConnector, web
+
+    async with opened(config, local=True) as app:
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        await runner.setup()
+        try:
+            with tempfile.TemporaryDirectory(prefix="lorax-") as folder:
+                socket = str(Path(folder) / "socket")
+                await web.UnixSite(runner, socket).start()
+                async with Client("http://lorax", connector=UnixConnector(socket)) as client:
+                    yield client
+        finally:
+            await runner.cleanup()
+
+
+def _listening(config: EngineConfig, error: OSError) -> Exception:
+    """Why the address cannot be listened on, or the error itself if it is of another kind."""
+    where = f"{config.server.hostname}:{config.server.port}"
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"{where} is taken by another program", field="port", hint="use --port 0 for a free one"
+        )
+    if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
+        return ConfigError(f"cannot listen on {where}: {error.strerror}", field="hostname")
+    return error
