@@ -59,6 +59,7 @@ class SlotTable:
         heapify(self._free_slots)
         self._reserved: dict[bytes, _Reservation] = {}
         self._unplaced: list[int] = []
+        self._num_placing = 0
         self._tick = 0
         self._committed = 0
         self._idle_after = 0  # the last step that could read an adapter that nobody pins any more
@@ -99,6 +100,10 @@ class SlotTable:
         return self._by_slot[slot].pins
 
     @property
+    def num_placing(self) -> int:
+        return self._num_placing
+
+    @property
     def used_bytes(self) -> int:
         return sum(entry.image.data_bytes for entry in self._entries.values())
 
@@ -133,6 +138,7 @@ class SlotTable:
         entry = _Entry(image, heappop(self._free_slots), start, now, permanent=permanent)
         self._entries[image.digest] = self._by_slot[entry.slot] = entry
         self.num_placements += 1
+        self._num_placing += 1
         return Placement(entry.slot, entry.start, image)
 
     def reserve(
@@ -183,12 +189,12 @@ class SlotTable:
         entry.last_step = self._idle_after = step
         self._touch(entry)
 
-    def mark_resident(self, slot: int) -> bytes | None:
-        """The runner reported the slot; returns the digest. A report for a slot that was given up is ignored."""
-        entry = self._by_slot.get(slot)
-        if entry is None:
-            return None
+    def mark_resident(self, slot: int) -> bytes:
+        """The runner reported that the copy into the slot has completed; returns the adapter's digest."""
+        entry = self._by_slot[slot]
+        assert not entry.resident, "reported resident twice"
         entry.resident = True
+        self._num_placing -= 1
         self._touch(entry)
         return entry.image.digest
 
@@ -263,6 +269,7 @@ class SlotTable:
         """Assert every invariant."""
         entries = list(self._entries.values())
         assert len(entries) == len(self._by_slot)
+        assert self._num_placing == sum(not entry.resident for entry in entries)
         for digest, entry in self._entries.items():
             assert entry.image.digest == digest and self._by_slot[entry.slot] is entry
             assert entry.start % ALIGN == 0 and entry.start >= 0

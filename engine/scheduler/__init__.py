@@ -2,6 +2,7 @@
 
 from engine.scheduler.blocks import BlockPool
 from engine.scheduler.fairness import Slots
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 
 __all__ = ["BlockPool", "Scheduler", "SchedulerLimits", "Slots"]

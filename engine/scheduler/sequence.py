@@ -25,11 +25,11 @@ class Sequence:
     number: int  # order of submission
     limit: int  # tokens of prompt and output at which it ends
     root: bytes  # where its chain of block keys starts
-    waiting_since: float  # seconds of the scheduler's clock
     tokens: list[int]  # prompt and known output
     keys: list[bytes] = field(
         default_factory=list
     )  # of the full blocks of `tokens`, from the first
+    waiting_since: float = 0.0  # seconds of the scheduler's clock
     computed: int = 0
     committed: int = 0
     inflight: int = 0

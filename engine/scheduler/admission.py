@@ -1,0 +1,173 @@
+"""The waiting sequences, and which of them go on in a step.
+
+A sequence whose adapter is not resident is passed over, never waited for; its placement is started if there is room. A
+sequence that lacks a row, blocks or budget ends admission, so that nobody overtakes it for memory.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from math import inf
+from operator import attrgetter
+from typing import Literal
+
+from engine.messages import Admit
+from engine.scheduler.draft import Draft
+from engine.scheduler.fairness import Rotation, Slots
+from engine.scheduler.rows import Rows
+from engine.scheduler.sequence import Sequence
+from engine.scheduler.tables import BlockTables
+
+HEADROOM = 32  # decode steps of the running sequences that an admission leaves blocks for
+MAX_PLACING = 32  # copies under way at one time; more would only evict earlier
+
+_age = attrgetter("age")
+_turn = attrgetter("turn")
+
+
+class Admission:
+    """Owns the queue. It is looked through only after `wake`, or when a starving sequence's time has come."""
+
+    def __init__(self, rows: Rows, tables: BlockTables, slots: Slots, rotation: Rotation) -> None:
+        self.waiting: list[Sequence] = []  # in the order of `turn`
+        self.prefix_hits = 0  # prompt tokens, ever
+        self.prefix_lookups = 0
+        self._rows = rows
+        self._tables = tables
+        self._pool = tables.pool
+        self._slots = slots
+        self._rotation = rotation
+        self._awake = False
+
+    def wake(self) -> None:
+        """Something happened that may let a waiting sequence go on."""
+        self._awake = True
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        sequence.waiting_since = now
+        insort(self.waiting, sequence, key=_turn)
+        self.wake()
+
+    def remove(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self._rotation.left_waiting(sequence)
+        self.wake()
+
+    def paused(self) -> list[Sequence]:
+        """Those that keep blocks while they wait, the youngest first."""
+        return sorted((s for s in self.waiting if s.blocks and not s.row), key=_age, reverse=True)
+
+    def admit(self, draft: Draft, now: float) -> None:
+        """Let the draft admit whom it can, and start the placements that the others wait for."""
+        if not self._awake and now < self._rotation.next_due:
+            return
+        self._awake = False
+        keep = set(self._rotation.turns)  # adapters that earlier sequences wait for
+        refused = inf  # the smallest image that found no room: larger ones need not try
+        starving: list[Sequence] = []
+        stopped = False
+        for sequence in self.waiting:
+            image, slot = sequence.adapter, 0
+            if image is not None:
+                digest = image.digest
+                found = self._slots.slot_of(digest)
+                if found is None:
+                    if self._slots.num_placing < MAX_PLACING and not self._slots.is_placing(digest):
+                        may = image.data_bytes < refused or digest in self._rotation.turns
+                        placement = self._slots.place(image, now, keep) if may else None
+                        if placement is not None:
+                            draft.placements.append(placement)
+                            self._rotation.placed(digest)
+                        elif stopped:
+                            break  # nobody behind can be admitted, and there is no room to prepare
+                        else:
+                            refused = min(refused, image.data_bytes)
+                            starving.append(sequence)
+                    keep.add(digest)
+                    continue
+                if self._rotation.drains(digest, now):
+                    continue
+                keep.add(digest)
+                slot = found
+            if not stopped:
+                stopped = self._try(sequence, slot, draft, now) == "stopped"
+        if draft.admit:
+            self.waiting = [sequence for sequence in self.waiting if not sequence.row]
+        self._rotation.give_turns(starving, now)
+
+    def _try(
+        self, sequence: Sequence, slot: int, draft: Draft, now: float
+    ) -> Literal["admitted", "deferred", "stopped"]:
+        """Give the sequence a row, blocks for its known tokens and its first chunk, if all can be had."""
+        if not self._rows.any_free:
+            return "stopped"
+        found = [] if sequence.blocks else self._tables.find_prefix(sequence)
+        if found is None:
+            return "deferred"
+        start = sequence.computed or len(found) * self._pool.block_size
+        count = draft.chunk_size(start, len(sequence.tokens))
+        if not count:
+            self.wake()  # only this step is full
+            return "stopped"
+        self._pool.share(found)
+        missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) - len(found)
+        if not self._reclaim(missing, sequence):
+            self._pool.free(found)
+            return "stopped"
+        if not sequence.blocks:
+            self._tables.start_behind(sequence, found)
+        self._tables.append(sequence, found + self._pool.allocate(missing))
+        self._take_row(sequence, slot, draft, now)
+        draft.compute(sequence, count)
+        return "admitted"
+
+    def _reclaim(self, missing: int, sequence: Sequence) -> bool:
+        """Whether `missing` blocks are available, if need be by taking those of paused sequences.
+
+        While others run, some blocks are left for them to grow into: an admission that has to be preempted right away
+        helps nobody.
+        """
+        needed = missing + len(self._rows.running) * HEADROOM // self._pool.block_size
+        if needed <= self._pool.available:
+            return True
+        paused = [other for other in self.paused() if other is not sequence]
+        if needed > self._pool.available + sum(len(other.blocks) for other in paused):
+            return False
+        for victim in paused:
+            self._tables.drop(victim)
+            if needed <= self._pool.available:
+                return True
+        return False  # they shared blocks with others
+
+    def _take_row(self, sequence: Sequence, slot: int, draft: Draft, now: float) -> None:
+        self._rows.take(sequence, slot)
+        sequence.preempted = False
+        if slot:
+            self._slots.pin(slot)
+            if self._rotation.left_waiting(sequence):
+                self.wake()  # the next may have its turn
+        if sequence.admitted is None:
+            sequence.admitted = now
+            sequence.cached_tokens = sequence.computed
+            if sequence.prompt_logprobs is None and self._pool.prefix_caching:
+                self.prefix_lookups += sequence.prompt_length
+                self.prefix_hits += sequence.cached_tokens
+        draft.admit.append(
+            Admit(
+                row=sequence.row,
+                slot=slot,
+                tokens=list(sequence.tokens),
+                prompt_length=sequence.prompt_length,
+                computed=sequence.computed,
+                blocks=list(sequence.blocks),
+                sampling=sequence.request.sampling,
+            )
+        )
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        assert sorted(self.waiting, key=_turn) == self.waiting, "the queue is out of order"
+        for sequence in self.waiting:
+            assert not sequence.row and not sequence.slot
+            assert not sequence.inflight and not sequence.decoding
+            assert sequence.committed == sequence.computed

@@ -1,0 +1,80 @@
+"""The plan being made, and the step in flight that it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.messages import Admit, Chunk, Placement, StepPlan
+from engine.scheduler.rows import Rows
+from engine.scheduler.sequence import Sequence
+from engine.scheduler.tables import BlockTables
+
+CHUNK_TILE = 64  # positions; a chunk that does not reach the end stops at a multiple of this
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step. Each sequence is noted with its epoch: if that has changed, its result is dropped."""
+
+    plan: StepPlan
+    decode: list[tuple[Sequence, int]]
+    chunks: list[tuple[Sequence, int, Chunk]]
+
+
+@dataclass(slots=True)
+class Draft:
+    """`budget` is what the step can still take, in tokens."""
+
+    budget: int
+    rows: Rows
+    tables: BlockTables
+    placements: list[Placement] = field(default_factory=list)
+    admit: list[Admit] = field(default_factory=list)
+    extend: list[tuple[int, list[int]]] = field(default_factory=list)
+    chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list)
+
+    def grow(self, sequence: Sequence) -> None:
+        """One more block for a running sequence."""
+        blocks = self.tables.pool.allocate(1)
+        self.tables.append(sequence, blocks)
+        self.extend.append((sequence.row, blocks))
+
+    def chunk_size(self, start: int, end: int) -> int:
+        """How many of the positions start .. end the step computes; 0: none, a later step has more room."""
+        if end - start <= self.budget:
+            return end - start
+        tile = min(self.tables.pool.block_size, CHUNK_TILE)
+        aligned = (start + self.budget) // tile * tile - start
+        if aligned > 0:
+            return aligned
+        return 0 if self.chunks else self.budget  # a fragment only if there is no other chunk
+
+    def compute(self, sequence: Sequence, count: int) -> None:
+        """Compute the next `count` known positions of a running sequence; sample if they are the last."""
+        start, end = sequence.computed, sequence.computed + count
+        self.tables.fill(sequence, start, end)
+        sequence.computed = end
+        sample = end == len(sequence.tokens)
+        if sample:
+            sequence.inflight += 1
+            self.rows.start_decoding(sequence)
+        wanted = sequence.prompt_logprobs is not None
+        self.chunks.append((sequence, Chunk(sequence.row, start, count, sample, wanted)))
+        self.budget -= count
+
+    def launch(
+        self, step: int, unplace: list[int], decode: list[tuple[Sequence, int]], same: bool
+    ) -> Flight:
+        """The finished plan. `same`: it decodes the rows of the plan before."""
+        self.chunks.sort(key=lambda entry: entry[0].slot)
+        plan = StepPlan(
+            step=step,
+            release=self.rows.take_released(),
+            unplace=unplace,
+            placements=self.placements,
+            admit=self.admit,
+            extend=self.extend,
+            decode=None if same else [sequence.row for sequence, _ in decode],
+            chunks=[chunk for _, chunk in self.chunks],
+        )
+        return Flight(plan, decode, [(s, s.epoch, chunk) for s, chunk in self.chunks])

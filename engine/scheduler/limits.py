@@ -1,0 +1,70 @@
+"""What a step and a request may hold, and the refusals that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import AdapterTooLarge, ConfigError, InvalidRequest
+from engine.messages import AdapterImageRef, Request
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Lengths are in tokens."""
+
+    max_rows: int  # sequences that run at one time
+    max_step_tokens: int
+    max_input_length: int
+    max_total_tokens: int
+    adapter_cycle_time: float  # seconds
+
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < self.max_rows:
+            raise ConfigError(
+                f"a step of {self.max_step_tokens} tokens cannot decode {self.max_rows} sequences",
+                field="max_batch_prefill_tokens",
+                hint="raise --max-batch-prefill-tokens or lower --max-batch-size",
+            )
+
+    def validate(self, request: Request, kv_positions: int) -> None:
+        """Raises InvalidRequest for what can never be served; `kv_positions` is the size of the whole KV cache."""
+        length = len(request.tokens)
+        if not length:
+            raise InvalidRequest(
+                "the prompt is empty", field="inputs", hint="send at least one token"
+            )
+        if request.max_new_tokens < 1:
+            raise InvalidRequest(
+                f"max_new_tokens is {request.max_new_tokens}",
+                field="max_new_tokens",
+                hint="ask for at least one token",
+            )
+        for most, what, remedy in (
+            (self.max_input_length, "a prompt may have", "raise --max-input-length"),
+            (self.max_total_tokens - 1, "leave room for output", "raise --max-total-tokens"),
+            (
+                kv_positions,
+                "fit into the KV cache",
+                "raise --max-batch-total-tokens or give it memory",
+            ),
+        ):
+            if length > most:
+                raise InvalidRequest(
+                    f"the prompt has {length} tokens, more than the {most} that {what}",
+                    field="inputs",
+                    hint=f"shorten the prompt, or {remedy}",
+                )
+
+    def last_length(self, request: Request, kv_positions: int) -> int:
+        """Tokens of prompt and output at which the request ends. The last one needs no KV entry."""
+        asked = len(request.tokens) + request.max_new_tokens
+        return min(asked, self.max_total_tokens, kv_positions + 1)
+
+
+def adapter_too_large(image: AdapterImageRef, arena_bytes: int) -> AdapterTooLarge:
+    return AdapterTooLarge(
+        f"adapter {image.name or image.digest.hex()} needs {image.data_bytes} bytes and a slot; the arena of "
+        f"{arena_bytes} bytes cannot give them beside the preloaded adapters",
+        field="adapter_id",
+        hint="raise --adapter-memory-fraction or --max-active-adapters, or preload fewer adapters",
+    )
