@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "reduce.h"
+#include "share.h"
 #include "vec.h"
 
 namespace lorax::LORAX_ISA {
@@ -22,34 +23,24 @@ constexpr int64_t kColumns = 64;                 // unit of expand
 constexpr int kTokens = kLanes == 16 ? 4 : 2;    // tokens of a register tile
 constexpr int kVectors = kColumns / kLanes < 4 ? kColumns / kLanes : 4;  // vectors of columns of a register tile
 
-LORAX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls f(piece, first token, tokens, first unit, units) for chunks of at most `chunk` tokens, in parallel. A piece has
 // units(piece) units per chunk, of weights(piece) weights each. Walks pieces, then chunks, then units.
 template <class Piece, class Units, class Weights, class F>
-void share(Piece* pieces, int64_t num_pieces, int64_t chunk, const Units& units, const Weights& weights, const F& f) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < num_pieces; ++i) {
-    Piece& piece = pieces[i];
-    piece.work = total;
-    piece.unit_work = weights(piece) * (kReadCost + std::min(chunk, piece.tokens));
-    total += piece.unit_work * units(piece) * ceil_div(piece.tokens, chunk);
-  }
-  parallel_for(total, kLeastWeights * (kReadCost + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < num_pieces && pieces[i].work < end; ++i) {
-      const Piece& piece = pieces[i];
-      const int64_t per_chunk = units(piece);
-      const int64_t all = per_chunk * ceil_div(piece.tokens, chunk);
-      int64_t unit = ceil_div(std::max<int64_t>(begin - piece.work, 0), piece.unit_work);
-      const int64_t last = std::min(all, ceil_div(end - piece.work, piece.unit_work));
-      while (unit < last) {
-        const int64_t token = unit / per_chunk * chunk, first = unit % per_chunk;
-        const int64_t count = std::min(per_chunk - first, last - unit);
-        f(piece, token, std::min(chunk, piece.tokens - token), first, count);
-        unit += count;
-      }
-    }
-  });
+void share_chunks(Piece* pieces, int64_t num_pieces, int64_t chunk, const Units& units, const Weights& weights,
+                  const F& f) {
+  share(
+      pieces, num_pieces, kLeastWeights * (kReadCost + 1),
+      [&](const Piece& piece) { return units(piece) * ceil_div(piece.tokens, chunk); },
+      [&](const Piece& piece) { return weights(piece) * (kReadCost + std::min(chunk, piece.tokens)); },
+      [&](const Piece& piece, int64_t unit, int64_t count) {
+        const int64_t per_chunk = units(piece), last = unit + count;
+        while (unit < last) {
+          const int64_t token = unit / per_chunk * chunk, first = unit % per_chunk;
+          const int64_t some = std::min(per_chunk - first, last - unit);
+          f(piece, token, std::min(chunk, piece.tokens - token), first, some);
+          unit += some;
+        }
+      });
 }
 
 // t[tokens, rows] = x @ A.T for `tokens` tokens by `rows` rows of A, walking k by kLanes. A sum is kLanes partial sums,
@@ -221,7 +212,7 @@ void lora_shrink(const ShrinkArgs& args) {
   const int64_t chunk = std::clamp<int64_t>(65536 / std::max<int64_t>(args.k, 1), 8, 64);
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    share(
+    share_chunks(
         args.pieces, args.num_pieces, chunk, [](const ShrinkPiece& piece) { return ceil_div(piece.rank, kRanks); },
         [&](const ShrinkPiece&) { return kRanks * std::max<int64_t>(args.k, 1); },
         [&](const ShrinkPiece& piece, int64_t token, int64_t tokens, int64_t unit, int64_t units) {
@@ -248,7 +239,7 @@ void lora_gather(const GatherArgs& args) {
 void lora_expand(const ExpandArgs& args) {
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    share(
+    share_chunks(
         args.pieces, args.num_pieces, 64, [](const ExpandPiece& piece) { return ceil_div(piece.columns, kColumns); },
         [](const ExpandPiece& piece) { return kColumns * piece.rank; },
         [&](const ExpandPiece& piece, int64_t token, int64_t tokens, int64_t unit, int64_t units) {

@@ -1,0 +1,245 @@
+"""The CPU's paged attention against the float32 reference, and against itself in another batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.ops import extension, reference
+
+status = extension.load()
+pytestmark = pytest.mark.skipif(status.path is None, reason=status.reason or "")
+
+ops = torch.ops.lorax
+LAYERS, LAYER = 3, 1
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Cache:
+    """Sequences of (queries, length) with fresh keys and values; every place that no sequence owns holds NaN."""
+
+    def __init__(
+        self,
+        sequences: list[tuple[int, int]],
+        heads: int,
+        groups: int,
+        size: int,
+        block: int,
+        dtype: torch.dtype,
+        *,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        needed = [(length + block - 1) // block for _, length in sequences]
+        order = list(range(1, sum(needed) + 3))
+        random.shuffle(order)
+        self.kv = torch.full(
+            (len(order) + 1, LAYERS, 2, block, groups, size), float("nan"), dtype=kv_dtype or dtype
+        )
+        self.tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
+        for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
+            table, order = order[:count], order[count:]
+            self.tables[s, :count] = torch.tensor(table, dtype=torch.int32)
+            for i, index in enumerate(table):
+                used = min(block, length - i * block)
+                self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(self.kv.dtype)
+        self.lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
+        counts = [queries for queries, _ in sequences]
+        self.starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
+        # a view of a fused projection, as the model passes it
+        fused = torch.randn(sum(counts), (heads + 2 * groups) * size).to(dtype)
+        self.q = fused[:, : heads * size].unflatten(1, (heads, size))
+
+    def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
+        where = (self.kv, LAYER, self.tables, self.starts, self.lengths)
+        return ops.paged_attention(self.q, *where, scale, softcap, window)
+
+    def expected(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
+        tables = self.tables.clamp(min=0)
+        where = (self.kv, LAYER, tables, self.starts, self.lengths)
+        return reference.paged_attention(self.q, *where, scale, softcap, window)
+
+    def part(self, s: int, first: int, last: int) -> Tensor:
+        """Queries first .. last of sequence s computed alone, as if the later ones were still to come."""
+        begin, end = self.starts[s].item(), self.starts[s + 1].item()
+        length = self.lengths[s].item() - (end - begin) + last
+        return ops.paged_attention(
+            self.q[begin + first : begin + last],
+            self.kv,
+            LAYER,
+            self.tables[s : s + 1],
+            torch.tensor([0, last - first], dtype=torch.int32),
+            torch.tensor([length], dtype=torch.int32),
+            0.125,
+            0.0,
+            0,
+        )
+
+
+def check(cache: Cache, **options: float) -> None:
+    before = cache.kv.clone()
+    actual, expected = cache(**options), cache.expected(**options)
+    assert actual.is_contiguous()
+    assert actual.dtype == cache.q.dtype
+    places = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
+    torch.testing.assert_close(actual, expected, rtol=places, atol=places)
+    assert torch.equal(cache.kv.nan_to_num(1234.0), before.nan_to_num(1234.0))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")  # shown when the test fails
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs with the kernels of every instruction set that this machine has."""
+    if not extension.use_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    extension.use_isa(status.isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 32, 256])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
+def test_mixed_batch(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+    """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
+    sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
+    check(Cache(sequences, heads, groups, size, block, dtype))
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112, 120, 160, 192, 256, 5, 33])
+def test_head_sizes(size: int, isa: str) -> None:
+    check(Cache([(1, 37), (3, 20), (19, 50)], 4, 2, size, 16, random.choice(DTYPES)), scale=size**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 1, 7, 64, 100])
+def test_softcap_and_window(dtype: torch.dtype, softcap: float, window: int) -> None:
+    sequences = [(1, 1), (1, 600), (3, 65), (90, 90), (40, 300)]
+    check(Cache(sequences, 6, 2, 32, 32, dtype), softcap=softcap, window=window, scale=0.6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 700])
+def test_long_sequences(dtype: torch.dtype, window: int) -> None:
+    """Past the fixed split of the keys, where a decode is cut into parts and put together again."""
+    sequences = [(1, 2100), (4, 1025), (1, 1024), (1, 513), (1, 512), (45, 1100)]
+    check(Cache(sequences, 4, 2, 64, 32, dtype), window=window)
+
+
+def test_cache_of_another_dtype() -> None:
+    for kv_dtype in DTYPES:
+        check(Cache([(1, 50), (6, 40)], 4, 2, 32, 16, torch.float32, kv_dtype=kv_dtype))
+    check(Cache([(1, 50), (6, 40)], 4, 2, 32, 16, torch.bfloat16, kv_dtype=torch.float32))
+
+
+def test_large_scores() -> None:
+    """Scores in the thousands: the softmax is one key, and nothing overflows."""
+    cache = Cache([(1, 200), (9, 70)], 4, 2, 32, 16, torch.float32)
+    check(cache, scale=400.0)
+    check(cache, scale=400.0, softcap=50.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
+    """Bit for bit: whatever the other sequences and the number of threads."""
+    sequences = [(1, 700), (1, 40), (20, 90), (1, 1030), (130, 530), (1, 5)]
+    cache = Cache(sequences, 6, 2, 64, 16, dtype)
+    whole = cache()
+    for s, (queries, _) in enumerate(sequences):
+        begin = cache.starts[s].item()
+        assert torch.equal(cache.part(s, 0, queries), whole[begin : begin + queries])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert torch.equal(cache(), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunked_is_whole(dtype: torch.dtype, isa: str) -> None:
+    """Bit for bit: a prompt in chunks of any size, down to one token at a time."""
+    cache = Cache([(600, 1100)], 4, 2, 64, 32, dtype)
+    whole = cache()
+    for chunk in (1, 2, 17, 64, 256, 599):
+        for first in range(0, 600, chunk) if chunk > 16 else random.sample(range(0, 600 - chunk), 25):
+            last = min(600, first + chunk)
+            assert torch.equal(cache.part(0, first, last), whole[first:last])
+
+
+def test_block_size_and_place_do_not_matter() -> None:
+    """Bit for bit: the same keys and values in blocks of 16, 32 and 256."""
+    caches = [Cache([(3, 400), (1, 77)], 4, 2, 64, block, torch.float32) for block in (16, 32, 256)]
+    first = caches[0]
+    for other in caches[1:]:
+        other.q.copy_(first.q)
+        for s, length in enumerate(first.lengths.tolist()):
+            for at in range(length):
+                source = first.kv[first.tables[s, at // 16], LAYER, :, at % 16]
+                block = other.kv.shape[3]
+                other.kv[other.tables[s, at // block], LAYER, :, at % block] = source
+        assert torch.equal(other(), first())
+
+
+def test_no_queries() -> None:
+    cache = Cache([(0, 40), (0, 3)], 4, 2, 32, 16, torch.float32)
+    assert cache().shape == (0, 4, 32)
+
+
+BAD = [
+    ({"q": torch.zeros(4, 4, 32, dtype=torch.float64)}, "q must"),
+    ({"q": torch.zeros(4, 128)}, "q must"),
+    ({"q": torch.zeros(4, 5, 32)}, "heads"),
+    ({"q": torch.zeros(4, 4, 24)}, "head size"),
+    ({"q": torch.zeros(4, 32, 4).mT}, "of q must"),
+    ({"q": torch.zeros(3, 4, 32)}, "starts must"),
+    ({"kv": torch.zeros(9, 3, 2, 16, 2, 32, dtype=torch.uint8)}, "kv must"),
+    ({"kv": torch.zeros(9, 3, 16, 2, 32)}, "kv must"),
+    ({"kv": torch.zeros(9, 3, 3, 16, 2, 32)}, "kv must"),
+    ({"layer": 3}, "layer 3"),
+    ({"layer": -1}, "layer -1"),
+    ({"tables": torch.zeros(2, 3, dtype=torch.int64)}, "block_tables must"),
+    ({"tables": torch.zeros(1, 3, dtype=torch.int32)}, "block_tables must"),
+    ({"tables": torch.zeros(2, 2, dtype=torch.int32)}, "blocks of a sequence of 40"),
+    ({"tables": torch.full((2, 3), 9, dtype=torch.int32)}, "block 9"),
+    ({"tables": torch.full((2, 3), -1, dtype=torch.int32)}, "block -1"),
+    ({"starts": torch.tensor([0, 4], dtype=torch.int32)}, "starts must"),
+    ({"starts": torch.tensor([0, 1, 2], dtype=torch.int32)}, "starts must"),
+    ({"starts": torch.tensor([0, 5, 4], dtype=torch.int32)}, "starts must"),
+    ({"starts": torch.tensor([0, 1, 4])}, "starts must"),
+    ({"lengths": torch.tensor([40, 2], dtype=torch.int32)}, "3 queries"),
+    ({"lengths": torch.tensor([40], dtype=torch.int32)}, "starts must"),
+    ({"lengths": torch.tensor([[40, 9]], dtype=torch.int32)}, "lengths must"),
+    ({"lengths": torch.tensor([40, 9])}, "lengths must"),
+    ({"window": -1}, "window"),
+    ({"softcap": -1.0}, "softcap"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD, ids=[f"{next(iter(c))}-{m}" for c, m in BAD])
+def test_bad_input_is_refused(changed: dict[str, object], message: str) -> None:
+    good: dict[str, object] = {
+        "q": torch.zeros(4, 4, 32),
+        "kv": torch.zeros(9, 3, 2, 16, 2, 32),
+        "layer": 1,
+        "tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
+        "starts": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "lengths": torch.tensor([40, 9], dtype=torch.int32),
+        "scale": 0.1,
+        "softcap": 0.0,
+        "window": 0,
+    }
+    ops.paged_attention(*good.values())
+    with pytest.raises(RuntimeError, match=message):
+        ops.paged_attention(*{**good, **changed}.values())
