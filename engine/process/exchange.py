@@ -52,8 +52,8 @@ def main(socket_fd: int, region_fd: int) -> int:
         exchange: Exchange = factory(setup.config, layout, HostRegion.attach(region_fd))
         return exchange
 
-    service = Service(build)
-    return asyncio.run(service.run(end))
+    # Not asyncio.run: it would wait for threads that read adapters which nobody wants any more.
+    return asyncio.new_event_loop().run_until_complete(Service(build).run(end))
 
 
 def stand_back() -> None:
@@ -72,6 +72,7 @@ class Service:
         self._exchange: Exchange | None = None
         self._pipe: Pipe[Setup | Begin | Release | Call] = Pipe(ToExchange, self._take, self._end)
         self._ended = asyncio.Event()
+        self._starting: asyncio.Task[None] | None = None
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._leases: dict[int, Lease] = {}
         self._exit_code = 0
@@ -80,10 +81,10 @@ class Service:
         """Serves until the pipe ends; returns the exit code."""
         await self._pipe.connect(end)
         await self._ended.wait()
-        calls = list(self._calls.values())
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        tasks = [*self._calls.values(), *filter(None, (self._starting,))]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for lease in self._leases.values():
             lease.release()
         if self._exchange is not None:
@@ -95,7 +96,7 @@ class Service:
 
     def _take(self, message: Setup | Begin | Release | Call) -> None:
         if isinstance(message, Begin):
-            self._begin(message)
+            self._starting = asyncio.create_task(self._begin(message))
         elif isinstance(message, Release):
             self._release(message.call)
         elif not isinstance(message, Setup):
@@ -103,12 +104,13 @@ class Service:
             self._calls[message.call] = task
             task.add_done_callback(lambda _: self._calls.pop(message.call))
 
-    def _begin(self, message: Begin) -> None:
+    async def _begin(self, message: Begin) -> None:
         try:
             if message.device == "cpu":
                 stand_back()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
             self._exchange = self._build(layout)
+            await self._exchange.start()
         except Exception as error:
             answer, self._exit_code = child.cannot_start("exchange", error)
             self._pipe.send(answer)

@@ -57,7 +57,8 @@ class LocalBackend:
             in_worker = asyncio.get_running_loop().run_in_executor
             stepper, region = await in_worker(worker, _build, config, parts.engine)
             try:
-                exchange = load(parts.exchange)(config, stepper.engine.layout, region)
+                exchange: Exchange = load(parts.exchange)(config, stepper.engine.layout, region)
+                await _started(exchange)
             except BaseException:
                 await in_worker(worker, stepper.engine.close)
                 region.close()
@@ -150,6 +151,14 @@ class LocalBackend:
         """Nothing more is served."""
         self.closed.set()
         self._streams.fail(error)
+
+
+async def _started(exchange: Exchange) -> None:
+    try:
+        await exchange.start()
+    except BaseException:
+        await exchange.close()
+        raise
 
 
 def _build(config: EngineConfig, engine: str) -> tuple[Stepper, HostRegion]:

@@ -24,10 +24,11 @@ _STDERR = 2
 
 # The child imports from where its parent does. Arguments: role, descriptors of pipe and host region, parent's path.
 _BOOT = """\
-import sys
+import os, sys
 sys.path[:] = sys.argv[4:]
 from importlib import import_module
-sys.exit(import_module("engine.process." + sys.argv[1]).main(int(sys.argv[2]), int(sys.argv[3])))
+code = import_module("engine.process." + sys.argv[1]).main(int(sys.argv[2]), int(sys.argv[3]))
+os._exit(code)  # taking down an interpreter with torch in it takes a second, and nothing depends on it
 """
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import pytest
 from engine.adapters.ref import AdapterRef
 from engine.errors import EngineDead, ModelError
 from engine.process import LocalBackend, ProcessBackend
-from tests.process.fakes import CONFIG, DEADLY, SLOW, AnyBackend, parts, request, tokens_of, until
+from tests.process.fakes import CONFIG, SLOW, AnyBackend, parts, request, tokens_of, until
 
 Start = Callable[..., Awaitable[AnyBackend]]
 
@@ -139,9 +139,14 @@ async def test_death_of_a_child_is_everybodys(victim: str, quiet: None) -> None:
     ]
     calls.append(asyncio.create_task(backend.acquire(AdapterRef(("slow",)), None)))
     await until(lambda: backend.stats.running == 8)
-    pid = backend.pids[victim]
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    for pid in backend.pids.values():
+        assert pid is not None
+        os.kill(
+            pid, signal.SIGINT
+        )  # as a terminal and a supervisor send them to every process: the front decides
+        os.kill(pid, signal.SIGTERM)
+    assert await tokens_of(backend.generate(request("a", [1, 2]))) == [1, 2]
+    os.kill(backend.pids[victim] or 0, signal.SIGKILL)
     async with asyncio.timeout(1):
         errors = await asyncio.gather(*calls, return_exceptions=True)
         await backend.closed.wait()
@@ -149,24 +154,6 @@ async def test_death_of_a_child_is_everybodys(victim: str, quiet: None) -> None:
     assert not backend.alive and victim in str(backend.failure)
     with pytest.raises(EngineDead, match=victim):
         await tokens_of(backend.generate(request("late", [1])))
-    await backend.close()
-
-
-async def test_engine_that_kills_itself(quiet: None) -> None:
-    backend = await ProcessBackend.start(CONFIG, parts())
-    with pytest.raises(EngineDead):
-        await tokens_of(backend.generate(request("a", [DEADLY])))
-    await backend.close()
-
-
-async def test_signals_of_the_group_end_no_child() -> None:
-    backend = await ProcessBackend.start(CONFIG, parts())
-    for pid in backend.pids.values():
-        assert pid is not None
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
-    await asyncio.sleep(0.1)
-    assert await tokens_of(backend.generate(request("a", [1, 2]))) == [1, 2]
     await backend.close()
 
 
