@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20
 KEEP_ALIVE_S = 15.0  # silence after which a stream gets a comment
-DRAIN_S = 90.0  # that open requests get to finish when the server stops
+DRAIN_S = 90.0  # that open requests get when the server stops; aiohttp spends it in two halves
 WATCH_S = 0.25  # between two looks at whether the engine is alive
 RETRY_AFTER_S = 1
 CLIENT_GONE = 499  # nobody reads this status; it is for the log
@@ -153,7 +153,7 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
     front = app[FRONT]
     config = front.config.server
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_S
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_S / 2
     )
     await runner.setup()
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()

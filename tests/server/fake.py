@@ -1,0 +1,263 @@
+"""A backend that says what a test tells it to, and counts what it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from engine.adapters.ref import AdapterRef
+from engine.errors import AdapterNotFound, EngineDead, LoraxError
+from engine.messages import (
+    AdapterImageRef,
+    AdapterStatus,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    TokenOutput,
+    Update,
+    Usage,
+)
+from engine.server.text import Text
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+EOS = 1
+CORPUS = [
+    "Hello world, how are you today? The quick brown fox jumps over the lazy dog.",
+    "Grüße aus München: ä ö ü ß é è ê ñ. Ça va? Être ou ne pas être.",
+    "日本語のテキスト。漢字とかな。中文字符。한국어 텍스트",
+    "😀 😃 👨‍👩‍👧 🎉🎉 ❤️ emoji everywhere 🚀",
+    "def main():\n    return {'a': [1, 2, 3]}\n\nUser: hi\nAssistant: hello\n",
+]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'forbidden' %}"
+    "{{ raise_exception('role ' + m['role'] + ' is not allowed') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path, *, chat: bool = True) -> Path:
+    """A byte-level BPE tokenizer of a few hundred tokens: most characters beyond ASCII take several."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = TEMPLATE if chat else None
+    fast.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    return folder
+
+
+def write_sentencepiece(folder: Path) -> Path:
+    """Like Llama 2: words begin with a mark for the space, unknown characters fall back to bytes."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for piece in ["▁", *"abcdefghijklmnopqrstuvwxyzé", "▁h", "▁w"]:
+        vocab[piece] = len(vocab)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[("▁", "h"), ("▁", "w")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+INFO = EngineInfo(
+    model_id="tiny/base",
+    model_type="llama",
+    revision=None,
+    dtype="float32",
+    device="cpu",
+    device_name="test",
+    vocab_size=400,
+    max_input_length=200,
+    max_total_tokens=256,
+    max_batch_total_tokens=4096,
+    max_batch_size=8,
+    max_step_tokens=64,
+    block_size=16,
+    adapter_bytes=1 << 20,
+    host_bytes=1 << 22,
+    backends={"attention": "reference"},
+    memory_plan=[("weights", 1000), ("kv", 2000)],
+    targets=["q_proj"],
+)
+
+
+@dataclass
+class FakeLease:
+    image: AdapterImageRef
+    cache_salt: bytes = b""
+    num_released: int = 0
+
+    def release(self) -> None:
+        self.num_released += 1
+
+
+@dataclass
+class FakeBackend:
+    """`answer` gives a request's tokens; the sequence ends there, with EOS if `finish` is eos."""
+
+    text: Text
+    answer: Callable[[Request], list[int]] | None = None
+    finish: FinishReason = "eos"
+    delay: float = 0.0  # before every update
+    first_delay: float = 0.0
+    burst: int = 1  # tokens of one update
+    bare_finish: bool = False  # the last update has no tokens
+    fail_after: int | None = None  # updates, after which the request fails
+    failure: LoraxError = field(default_factory=lambda: EngineDead("the engine died"))
+    adapter_errors: dict[str, LoraxError] = field(default_factory=dict)
+    acquire_delay: float = 0.0
+    info: EngineInfo = INFO
+    stats: EngineStats = EngineStats()
+    alive: bool = True
+    requests: list[Request] = field(default_factory=list)
+    open: set[str] = field(default_factory=set)
+    cancelled: list[str] = field(default_factory=list)
+    leases: list[FakeLease] = field(default_factory=list)
+    acquired: list[tuple[AdapterRef, str | None]] = field(default_factory=list)
+    waiting_acquires: int = 0
+
+    def say(self, text: str) -> None:
+        ids = self.text._tokenizer.encode(text, add_special_tokens=False).ids
+        self.answer = lambda request: list(ids)
+
+    def _tokens(self, request: Request) -> list[int]:
+        if self.answer is not None:
+            return self.answer(request)
+        chosen = random.Random(f"{request.tokens} {request.sampling.seed}")
+        return [chosen.randrange(4, 400) for _ in range(chosen.randrange(5, 30))]
+
+    def _output(self, request: Request, token: int) -> TokenOutput:
+        sampling = request.sampling
+        logprob = -0.01 * (1 + (token * 7 + sampling.seed) % 300)
+        alternatives = [(4 + index, -0.5 - index) for index in range(sampling.num_alternatives)]
+        return TokenOutput(
+            token,
+            logprob if sampling.logprobs else None,
+            alternatives if sampling.num_alternatives else None,
+        )
+
+    async def generate(self, request: Request) -> AsyncIterator[Update]:
+        if not self.alive:
+            raise EngineDead("the engine died")
+        assert request.id not in self.open
+        self.requests.append(request)
+        self.open.add(request.id)
+        ended = False
+        try:
+            wanted = self._tokens(request)
+            tokens, finish = wanted[: request.max_new_tokens], self.finish
+            if len(wanted) >= request.max_new_tokens and finish == "eos":
+                finish = "length"
+            elif finish == "eos" and not request.eos_token_ids:
+                finish = "length"
+            elif finish == "eos":
+                tokens = [*tokens, EOS]
+            outputs = [self._output(request, token) for token in tokens]
+            groups = [outputs[i : i + self.burst] for i in range(0, len(outputs), self.burst)]
+            if self.bare_finish or not groups:
+                groups.append([])
+            await asyncio.sleep(self.first_delay)
+            for index, group in enumerate(groups):
+                if self.fail_after == index:
+                    raise self.failure
+                await asyncio.sleep(self.delay)
+                ended = index == len(groups) - 1
+                prompt = [-0.1 * at for at in range(1, len(request.tokens))]
+                yield Update(
+                    request.id,
+                    group,
+                    finish=finish if ended else None,
+                    usage=Usage(len(request.tokens), 2, len(tokens)) if ended else None,
+                    admitted=time.monotonic() if index == 0 else None,
+                    prompt_logprobs=prompt
+                    if index == 0 and request.sampling.prompt_logprobs
+                    else None,
+                )
+            ended = True
+        finally:
+            self.open.remove(request.id)
+            if not ended:
+                self.cancelled.append(request.id)
+
+    async def acquire(self, ref: AdapterRef, token: str | None) -> FakeLease:
+        self.acquired.append((ref, token))
+        self.waiting_acquires += 1
+        try:
+            await asyncio.sleep(self.acquire_delay)
+        finally:
+            self.waiting_acquires -= 1
+        if ref.id in self.adapter_errors:
+            raise self.adapter_errors[ref.id]
+        if ref.id == "missing":
+            raise AdapterNotFound(f"no adapter {ref.id!r}", field="adapter_id")
+        lease = FakeLease(AdapterImageRef(ref.id.encode(), 0, 64, 8, ref.name), b"salt")
+        self.leases.append(lease)
+        return lease
+
+    async def adapters(self) -> list[AdapterStatus]:
+        names = dict.fromkeys(lease.image.name for lease in self.leases)
+        return [
+            AdapterStatus(
+                name, "hub", b"d", "ready", 64, 8, ["q_proj"], None, 0, {"fetch": 0.5, "parse": 0.1}
+            )
+            for name in names
+        ]
+
+    async def unload(self, name: str) -> bool:
+        return False
+
+    async def close(self) -> None:
+        self.alive = False
+
+    def check_idle(self) -> None:
+        """Nothing is open, and every lease was given back."""
+        assert not self.open
+        assert not self.waiting_acquires
+        assert all(lease.num_released for lease in self.leases)
+
+
+def events_of(raw: bytes) -> list[str]:
+    """The data of every event of a stream."""
+    lines = raw.decode().split("\n\n")
+    assert lines[-1] == ""
+    return [line.removeprefix("data:").strip() for line in lines[:-1] if line.startswith("data:")]
+
+
+Json = dict[str, Any]
