@@ -12,6 +12,7 @@ to an adapter once its present users have left; nothing else is placed there mea
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -55,6 +56,7 @@ class SlotTable:
         self.num_evictions = 0
         self._entries: dict[bytes, _Entry] = {}
         self._by_slot: dict[int, _Entry] = {}
+        self._intervals: list[tuple[int, int]] = []  # of the entries, in order
         self._free_slots = list(range(1, num_slots))
         heapify(self._free_slots)
         self._reserved: dict[bytes, _Reservation] = {}
@@ -74,7 +76,7 @@ class SlotTable:
         if len(permanent) + 2 > self.num_slots:
             return False
         intervals = [(entry.start, entry.end) for entry in permanent]
-        return self._gap(image.data_bytes, intervals) is not None
+        return self._gap(image.data_bytes, sorted(intervals)) is not None
 
     def slot_of(self, digest: bytes) -> int | None:
         """The slot of a resident adapter; None if it is absent or still placing."""
@@ -119,7 +121,11 @@ class SlotTable:
         """Give the image a slot and an interval, evicting idle adapters not in `keep` if need be; None: no room."""
         assert image.digest not in self._entries, "placed twice"
         reserved = self._reserved.get(image.digest)
-        if reserved is not None and all(self._evictable(d) for d in reserved.leaving):
+        free = self._free_gap(image)
+        victims: list[_Entry] = []
+        if free is not None:
+            start = free
+        elif reserved is not None and all(self._evictable(d) for d in reserved.leaving):
             start, victims = reserved.start, [self._entries[d] for d in reserved.leaving]
         else:
             taken = self._leaving() | keep
@@ -137,6 +143,7 @@ class SlotTable:
             self._evict(victim)
         entry = _Entry(image, heappop(self._free_slots), start, now, permanent=permanent)
         self._entries[image.digest] = self._by_slot[entry.slot] = entry
+        insort(self._intervals, (entry.start, entry.end))
         self.num_placements += 1
         self._num_placing += 1
         return Placement(entry.slot, entry.start, image)
@@ -226,9 +233,23 @@ class SlotTable:
     def _evict(self, entry: _Entry) -> None:
         del self._entries[entry.image.digest]
         del self._by_slot[entry.slot]
+        self._intervals.remove((entry.start, entry.end))
         heappush(self._free_slots, entry.slot)
         self._unplaced.append(entry.slot)
         self.num_evictions += 1
+
+    def _free_gap(self, image: AdapterImageRef) -> int | None:
+        """Where the image could lie without anybody leaving; the common case, so it is quick."""
+        if not self._free_slots:
+            return None
+        taken = self._intervals
+        if promised := self._promised_to_others(image):
+            taken = sorted(taken + promised)
+        return self._gap(image.data_bytes, taken)
+
+    def _promised_to_others(self, image: AdapterImageRef) -> list[tuple[int, int]]:
+        reserved = self._reserved.items()
+        return [(one.start, one.end) for digest, one in reserved if digest != image.digest]
 
     def _find(
         self, image: AdapterImageRef, movable: list[_Entry]
@@ -236,12 +257,11 @@ class SlotTable:
         """Where the image could lie and which of `movable`, in order of preference, would have to leave."""
         moving = set(movable)
         fixed = [(e.start, e.end) for e in self._entries.values() if e not in moving]
-        others = (one for digest, one in self._reserved.items() if digest != image.digest)
-        fixed += [(one.start, one.end) for one in others]
+        fixed += self._promised_to_others(image)
 
         def without(count: int) -> int | None:
             staying = [(entry.start, entry.end) for entry in movable[count:]]
-            return self._gap(image.data_bytes, fixed + staying)
+            return self._gap(image.data_bytes, sorted(fixed + staying))
 
         count = _first(without, len(movable))
         if count is None:
@@ -257,9 +277,9 @@ class SlotTable:
         return start, victims
 
     def _gap(self, size: int, intervals: list[tuple[int, int]]) -> int | None:
-        """Start of the first aligned gap of `size` bytes between `intervals`."""
+        """Start of the first aligned gap of `size` bytes between `intervals`, which are sorted but may overlap."""
         start = 0
-        for taken_start, taken_end in sorted(intervals):
+        for taken_start, taken_end in intervals:
             if taken_start - start >= size:
                 return start
             start = max(start, -(-taken_end // ALIGN) * ALIGN)
@@ -275,9 +295,9 @@ class SlotTable:
             assert entry.start % ALIGN == 0 and entry.start >= 0
             assert entry.end <= self.arena_bytes, "an adapter lies outside the arena"
             assert entry.pins >= 0 and (entry.resident or not entry.pins)
-        ordered = sorted(entries, key=lambda entry: (entry.start, entry.end))
-        for left, right in zip(ordered, ordered[1:], strict=False):
-            assert left.end <= right.start, "two adapters overlap"
+        assert self._intervals == sorted((entry.start, entry.end) for entry in entries)
+        for left, right in zip(self._intervals, self._intervals[1:], strict=False):
+            assert left[1] <= right[0], "two adapters overlap"
         slots = sorted([*self._by_slot, *self._free_slots])
         assert slots == list(range(1, self.num_slots)), "a slot is lost or in two states"
         leaving = [digest for one in self._reserved.values() for digest in one.leaving]
