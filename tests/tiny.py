@@ -120,7 +120,9 @@ def make_adapter(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=names[targets], **options
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's advice on tied weights, and its calls of deprecated functions
+        warnings.simplefilter(
+            "ignore"
+        )  # peft's advice on tied weights, and its calls of deprecated functions
         wrapped = get_peft_model(model, config)
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():

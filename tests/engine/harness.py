@@ -27,7 +27,9 @@ def config_of(model: Path, arena_mib: int = 8, **scheduler: object) -> EngineCon
     return EngineConfig(
         model=ModelConfig(model_id=str(model), dtype="float32"),
         adapters=AdapterConfig(
-            adapter_memory_fraction=arena_mib / 32, max_active_adapters=64, adapter_cycle_time_s=0.02
+            adapter_memory_fraction=arena_mib / 32,
+            max_active_adapters=64,
+            adapter_cycle_time_s=0.02,
         ),
         scheduler=replace(SchedulerConfig(max_total_tokens=200), **scheduler),  # type: ignore[arg-type]
         memory=MemoryConfig(cpu_memory_gb=32 / 1024),

@@ -33,7 +33,7 @@ class Scene:
                 str(i),
                 prompt,
                 image,
-                max_new_tokens=24,
+                max_new_tokens=12,
                 temperature=0.0 if i % 2 else 0.9,
                 seed=i,
                 repetition_penalty=1.2 if i % 3 == 0 else 1.0,
@@ -90,7 +90,10 @@ def assert_equal(outcomes: dict[str, Outcome], expected: dict[str, Outcome]) -> 
         assert outcome.error is None
         assert outcome.tokens == expected[id].tokens, id
         torch.testing.assert_close(
-            torch.tensor(outcome.logprobs), torch.tensor(expected[id].logprobs), atol=TOLERANCE, rtol=0
+            torch.tensor(outcome.logprobs),
+            torch.tensor(expected[id].logprobs),
+            atol=TOLERANCE,
+            rtol=0,
         )
 
 
@@ -108,7 +111,7 @@ def test_the_alone_runs_differ_from_each_other(scene: Scene) -> None:
 def test_mixed_batch(scene: Scene, make: Callable[..., Harness]) -> None:
     harness = make(arena_mib=16, max_batch_prefill_tokens=4096)
     assert_equal(harness.run(scene.requests(harness)), scene.alone)
-    assert harness.engine.stats.steps < 40  # they did share their steps
+    assert harness.engine.stats.steps < 30  # they did share their steps
     assert_idle(harness)
 
 
@@ -139,10 +142,22 @@ def test_no_prefix_cache(scene: Scene, make: Callable[..., Harness]) -> None:
 
 
 def test_preemption(scene: Scene, make: Callable[..., Harness]) -> None:
-    harness = make(arena_mib=16, max_batch_total_tokens=208, block_size=4, prefix_caching=False)
-    assert_equal(harness.run(scene.requests(harness)), scene.alone)
-    assert harness.engine.stats.preemptions > 0
-    assert_idle(harness)
+    def long_ones(harness: Harness) -> list[Request]:
+        images = [*map(harness.stage, scene.adapters[:5]), None]
+        return [
+            request(str(i), scene.prompts[i][:5], image, max_new_tokens=50)
+            for i, image in enumerate(images)
+        ]
+
+    roomy = make(arena_mib=16)
+    alone: dict[str, Outcome] = {}
+    for one in long_ones(roomy):
+        alone |= roomy.run([one])
+    for caching in (False, True):
+        tight = make(arena_mib=16, max_batch_total_tokens=200, block_size=4, prefix_caching=caching)
+        assert_equal(tight.run(long_ones(tight)), alone)
+        assert tight.engine.stats.preemptions > 0
+        assert_idle(tight)
 
 
 def test_adapters_exchanged_during_the_run(scene: Scene, make: Callable[..., Harness]) -> None:

@@ -31,7 +31,9 @@ class Family:
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Family]:
     folder = tmp_path_factory.mktemp("family")
     model = make_model(request.param, folder / "base")
     harness = Harness(config_of(folder / "base", max_batch_prefill_tokens=64))
@@ -52,7 +54,9 @@ class Recorder:
 
 
 def prompt_of(seed: int) -> list[int]:
-    return torch.randint(2, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        2, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def compare(family: Family, reference: torch.nn.Module, adapter: Path | None, seed: int) -> None:
@@ -74,7 +78,9 @@ def compare(family: Family, reference: torch.nn.Module, adapter: Path | None, se
     assert theirs.argmax(-1).tolist() == outcome.tokens
     expected = logits[: PROMPT - 1].log_softmax(-1).gather(1, text[0, 1:PROMPT, None])[:, 0]
     assert scored.prompt_logprobs is not None
-    torch.testing.assert_close(torch.tensor(scored.prompt_logprobs), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(scored.prompt_logprobs), expected, atol=TOLERANCE, rtol=0
+    )
 
 
 def test_base_is_that_of_transformers(family: Family) -> None:
@@ -113,7 +119,9 @@ def test_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
         ({"hidden_act": "tanh"}, "tanh"),
     ],
 )
-def test_what_cannot_be_served_is_named(change: dict[str, object], named: str, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_named(
+    change: dict[str, object], named: str, tmp_path: Path
+) -> None:
     import json
 
     make_model("llama", tmp_path)
