@@ -27,7 +27,15 @@ from setuptools.command.build_ext import build_ext
 TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11
 CPU_SOURCES = Path("engine/csrc/cpu")
 CPU_FLAGS = [
-    *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+    *(
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+    ),
     *("-fno-trapping-math", "-Wall", "-Wextra", "-Wno-ignored-attributes", "-Wno-psabi"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 in its own intrinsics
 ]
@@ -36,7 +44,13 @@ CPU_FLAGS = [
 ISA_FLAGS: dict[str, list[str]] = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    ISA_FLAGS["avx512"] = [
+        *ISA_FLAGS["avx2"],
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+    ]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
 
 
@@ -47,11 +61,15 @@ class BuildExtensions(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        builders = {"engine.ops._lorax_cpu": self.build_cpu}  # CUDA: engine/csrc/*.cu, with nvcc, goes here
+        builders = {
+            "engine.ops._lorax_cpu": self.build_cpu
+        }  # CUDA: engine/csrc/*.cu, with nvcc, goes here
         try:
             builders[ext.name]()
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            self.warn(f"{ext.name} was not built ({error}); the engine will run on its reference ops")
+            self.warn(
+                f"{ext.name} was not built ({error}); the engine will run on its reference ops"
+            )
 
     def build_cpu(self) -> None:
         """Compiles each kernel once per instruction set and the bindings once, then links."""
@@ -68,8 +86,13 @@ class BuildExtensions(build_ext):
         def compile_one(job: tuple[Path, str, list[str]]) -> str:
             source, name, flags = job
             output = objects / f"{name}.o"
-            if not output.exists() or output.stat().st_mtime <= max(headers, source.stat().st_mtime):
-                subprocess.run([*compiler, *CPU_FLAGS, *flags, "-c", str(source), "-o", str(output)], check=True)
+            if not output.exists() or output.stat().st_mtime <= max(
+                headers, source.stat().st_mtime
+            ):
+                subprocess.run(
+                    [*compiler, *CPU_FLAGS, *flags, "-c", str(source), "-o", str(output)],
+                    check=True,
+                )
             return str(output)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -86,9 +109,15 @@ class BuildExtensions(build_ext):
     def cpu_jobs(include: Path) -> Iterator[tuple[Path, str, list[str]]]:
         """(source, object name, flags), in the order of the link."""
         sources = sorted(CPU_SOURCES.glob("*.cpp"))
-        once = [path for path in sources if path.name.startswith("bind_") or path.stem == "dispatch"]
+        once = [
+            path for path in sources if path.name.startswith("bind_") or path.stem == "dispatch"
+        ]
         for path in once:
-            yield path, path.stem, [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-O2", f"-isystem{include}"]
+            yield (
+                path,
+                path.stem,
+                [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-O2", f"-isystem{include}"],
+            )
         for isa, flags in ISA_FLAGS.items():
             for path in sources:
                 if path not in once:
@@ -108,4 +137,6 @@ def extensions() -> list[Extension]:
     return [Extension("engine.ops._lorax_cpu", sources=[], optional=True)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions, "bdist_wheel": AnyPythonWheel})
+setup(
+    ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions, "bdist_wheel": AnyPythonWheel}
+)

@@ -39,7 +39,9 @@ def load(library: Path = CPU_LIBRARY) -> ExtensionStatus:
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return ExtensionStatus("cpu", None, None, frozenset(), f"{library.name} does not load: {error}")
+        return ExtensionStatus(
+            "cpu", None, None, frozenset(), f"{library.name} does not load: {error}"
+        )
     ops = frozenset(op for op in SCHEMAS if _registered(op, "CPU"))
     return ExtensionStatus("cpu", library, _functions(library).lorax_cpu_isa().decode(), ops, None)
 
@@ -49,7 +51,8 @@ def backends() -> MappingProxyType[str, MappingProxyType[str, Backend]]:
     served: dict[str, MappingProxyType[str, Backend]] = {}
     for op in SCHEMAS:
         by_device: dict[str, Backend] = {
-            device: "extension" if _registered(op, device.upper()) else "reference" for device in DEVICES
+            device: "extension" if _registered(op, device.upper()) else "reference"
+            for device in DEVICES
         }
         served[op] = MappingProxyType(by_device)
     return MappingProxyType(served)

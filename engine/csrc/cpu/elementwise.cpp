@@ -61,8 +61,8 @@ void norm_rows(const AddRmsNormArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Abramowitz and Stegun 7.1.26; absolute error below 2e-7.
-LORAX_INLINE Vec erf(Vec x) {
+// 1 + erf(x). Abramowitz and Stegun 7.1.26; absolute error below 2e-7, without cancellation for negative x.
+LORAX_INLINE Vec one_plus_erf(Vec x) {
   const Vec magnitude = max(x, -x);
   const Vec t = splat(1.0f) / fma(magnitude, splat(0.3275911f), splat(1.0f));
   Vec p = splat(1.061405429f);
@@ -70,17 +70,19 @@ LORAX_INLINE Vec erf(Vec x) {
   p = fma(p, t, splat(1.421413741f));
   p = fma(p, t, splat(-0.284496736f));
   p = fma(p, t, splat(0.254829592f));
-  const Vec positive = splat(1.0f) - p * t * exp(-magnitude * magnitude);
-  return x < splat(0.0f) ? -positive : positive;
+  const Vec tail = p * t * exp(-magnitude * magnitude);
+  return x < splat(0.0f) ? tail : splat(2.0f) - tail;
 }
+
+// x * sigmoid(z)
+LORAX_INLINE Vec times_sigmoid(Vec x, Vec z) { return x / (splat(1.0f) + exp(-z)); }
 
 template <Activation act>
 LORAX_INLINE Vec activate(Vec x) {
-  if constexpr (act == Activation::silu) return x / (splat(1.0f) + exp(-x));
-  const Vec half = splat(0.5f) * x;
-  if constexpr (act == Activation::gelu) return fma(half, erf(x * splat(0.70710678f)), half);
-  const Vec inner = splat(0.79788456f) * fma(splat(0.044715f) * x * x, x, x);
-  return fma(half, tanh(inner), half);
+  if constexpr (act == Activation::silu) return times_sigmoid(x, x);
+  if constexpr (act == Activation::gelu) return splat(0.5f) * x * one_plus_erf(x * splat(0.70710678f));
+  // (1 + tanh(z)) / 2 = sigmoid(2 z)
+  return times_sigmoid(x, splat(1.59576912f) * fma(splat(0.044715f) * x * x, x, x));
 }
 
 // As in the reference, the activation is rounded to the element type before the product.

@@ -1,0 +1,85 @@
+"""Loading the compiled ops, and running without them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.ops import extension
+from engine.ops.schemas import SCHEMAS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_status_names_what_serves() -> None:
+    status = extension.load()
+    assert extension.load() is status
+    if status.path is None:
+        assert status.reason and not status.ops and status.isa is None
+    else:
+        assert (
+            status.path.exists()
+            and status.isa in ("generic", "avx2", "avx512")
+            and status.reason is None
+        )
+        assert status.ops == set(SCHEMAS)
+    for op, served in extension.backends().items():
+        assert served["cpu"] == ("extension" if op in status.ops else "reference")
+
+
+def test_a_missing_or_broken_library_has_a_reason(tmp_path: Path) -> None:
+    missing = extension.load(tmp_path / "_lorax_cpu.so")
+    assert missing.path is None and "was not built" in (missing.reason or "")
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    assert "does not load" in (extension.load(broken).reason or "")
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    if extension.load().path is None:
+        pytest.skip("not built")
+    assert not extension.use_isa("avx1024")
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        f"--build-lib={tmp_path}/lib",
+        f"--build-temp={tmp_path}/temp",
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_installing_without_a_compiler_warns_and_succeeds(tmp_path: Path) -> None:
+    result = build(tmp_path, CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "_lorax_cpu was not built" in result.stdout + result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_building_can_be_switched_off(tmp_path: Path) -> None:
+    result = build(tmp_path, LORAX_BUILD_EXTENSIONS="0", CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "was not built" not in result.stdout + result.stderr
+
+
+def test_the_library_needs_nothing_newer_than_the_oldest_torch() -> None:
+    """No Python symbols, and from torch only its C interface."""
+    status = extension.load()
+    if status.path is None or sys.platform != "linux":
+        pytest.skip("not built")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", status.path], capture_output=True, text=True
+    )
+    names = [line.split()[-1].split("@")[0] for line in symbols.stdout.splitlines()]
+    assert names and not [
+        name for name in names if name.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch"))
+    ]
