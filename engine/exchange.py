@@ -9,6 +9,7 @@ for it and is then forgotten, so the next request tries again. An image stays wh
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from engine.adapters.ref import AdapterRef, SourceName
 from engine.adapters.registry import Registry, make_sources
 from engine.adapters.sources import Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
-from engine.adapters.versions import Versions, share
+from engine.adapters.versions import Lru, Versions, share
 from engine.config import EngineConfig
 from engine.errors import (
     AdapterLoadFailed,
@@ -44,7 +45,8 @@ T = TypeVar("T")
 
 FETCH_THREADS = 8  # they wait for the network
 PARSE_THREADS = 2  # they compute, on cores that the engine may want
-MAX_FORGOTTEN = 1024  # adapters that are no longer in host memory, or failed, and still remembered
+MAX_EVICTED = 1024  # adapters that are no longer in host memory and still remembered
+MAX_FAILED = 256  # adapters whose last load failed
 ROOM_PATIENCE_S = 30.0  # for leases to end, when they fill the host tier
 FILE_FACTOR = 8  # a file may be so many times the host tier: float64, and a copy of the embedding
 
@@ -130,6 +132,7 @@ class Exchange:
         self._parsers = ThreadPoolExecutor(PARSE_THREADS, "adapter-parse")
         self._versions = Versions(self._registry, self._resolve)
         self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()
+        self._failed: Lru[Hashable, _Adapter] = Lru(MAX_FAILED)
         self._flights: dict[Hashable, _Flight] = {}
         self._preloaded: list[Lease] = []
         self._freed = asyncio.Event()  # replaced whenever room may have been made
@@ -216,7 +219,7 @@ class Exchange:
                 seconds=dict(adapter.seconds),
                 error=adapter.error,
             )
-            for adapter in self._adapters.values()
+            for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases
         ]
 
@@ -261,7 +264,8 @@ class Exchange:
         """The adapter and its image, leased; loads it, or waits for whoever does."""
         flight = self._flights.get(key)
         if flight is None:
-            adapter = self._remember(key, _Adapter(ref.name, version.source))
+            adapter = _Adapter(ref.name, version.source)
+            self._remember(key, adapter)
             task = asyncio.create_task(self._fly(key, adapter, version, token))
             flight = self._flights[key] = _Flight(task)
         adapter = self._adapters[key]
@@ -290,6 +294,7 @@ class Exchange:
                 logger.exception("loading %s failed", adapter.name)
                 error = AdapterLoadFailed(f"{adapter.name} could not be loaded: {error!r}")
             adapter.state, adapter.error = "failed", error.to_wire()
+            self._failed.put(key, self._adapters.pop(key))
             del self._flights[key]
             raise error from None
         leased = self.tier.lease(image.digest)
@@ -385,23 +390,16 @@ class Exchange:
         self._freed.set()
         self._freed = asyncio.Event()
 
-    def _remember(self, key: Hashable, adapter: _Adapter) -> _Adapter:
-        """Notes an adapter; forgets the oldest that are neither in host memory nor on their way."""
+    def _remember(self, key: Hashable, adapter: _Adapter) -> None:
+        """Notes an adapter that is going to be loaded; forgets those that were not asked for for longest."""
+        self._failed.pop(key)
         self._adapters[key] = adapter
         self._adapters.move_to_end(key)
-        excess = len(self._adapters) - MAX_FORGOTTEN - len(self.tier) - len(self._flights)
+        excess = len(self._adapters) - MAX_EVICTED - len(self.tier) - len(self._flights)
         if excess > 0:
-            for old, known in list(self._adapters.items()):
-                if (
-                    old != key
-                    and old not in self._flights
-                    and (known.digest is None or known.digest not in self.tier)
-                ):
-                    del self._adapters[old]
-                    excess -= 1
-                if excess <= 0:
-                    break
-        return adapter
+            idle = (old for old in self._adapters if old != key and old not in self._flights)
+            for old in list(itertools.islice(idle, excess)):
+                del self._adapters[old]
 
     async def _run(self, pool: ThreadPoolExecutor, call: Callable[..., T], *given: Any) -> T:
         if self._closing:

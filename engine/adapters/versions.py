@@ -48,6 +48,14 @@ class Lru(Generic[K, V]):
         if len(self._items) > self.limit:
             self._items.popitem(last=False)
 
+    def pop(self, key: K) -> V | None:
+        """Forgets a key."""
+        return self._items.pop(key, None)
+
+    def values(self) -> list[V]:
+        """What is remembered, the least recently used first."""
+        return list(self._items.values())
+
     def drop_if(self, test: Callable[[K], bool]) -> None:
         """Forgets the keys for which `test` holds."""
         for key in [key for key in self._items if test(key)]:
@@ -122,7 +130,7 @@ class Versions:
         del self._asking[key]
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, AdapterLoadFailed):
-            self._known.drop_if(lambda known: known == key)
+            self._known.pop(key)
 
 
 async def share(task: asyncio.Task[T]) -> T:
