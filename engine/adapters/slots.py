@@ -1,13 +1,14 @@
 """Which adapter is in which slot, and where in the arena its bytes lie.
 
 Slot 0 is the base model: no bytes, always there. An adapter is *placing* from the plan that carries its placement
-until the runner reports it resident; it is *pinned* while a running sequence uses it, and for good if it was preloaded.
-Intervals start at multiples of 256 bytes and never overlap. An adapter is evicted only when nobody pins it and every
-launched step that could read it has been committed, because copies into the arena are not ordered with the steps.
+until the runner reports it resident; it is *pinned* while a running sequence uses it, and for good if it was
+preloaded. Intervals start at multiples of 256 bytes and never overlap. An adapter is evicted only when nobody pins
+it and every launched step that could read it has been committed, because copies into the arena are not ordered with
+the steps.
 
-Room is found first-fit; if there is none, the least recently used idle adapters are taken for gone, one more at a time,
-until a gap is wide enough, and only those that really lie in that gap are evicted. A *reservation* promises an interval
-to an adapter once its present users have left; nothing else is placed there meanwhile.
+Room is found first-fit; if there is none, the least recently used idle adapters are taken for gone, one more at a
+time, until a gap is wide enough, and only those that really lie in that gap are evicted. A *reservation* promises an
+interval to an adapter once its present users have left; nothing else is placed there meanwhile.
 """
 
 from __future__ import annotations

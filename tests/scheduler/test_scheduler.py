@@ -1,4 +1,4 @@
-"""The scheduler against a runner that trusts nothing."""
+"""The scheduler against a runner that trusts nothing: every way to the same answer gives the same answer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import random
 
 import pytest
 
-from tests.scheduler.fake import House, expected, image, random_prompt, request
+from engine.errors import AdapterTooLarge, ConfigError, GenerationError, InvalidRequest
+from engine.messages import Request
+from engine.scheduler import SchedulerLimits
+from tests.scheduler.fake import (
+    EOS,
+    House,
+    expected,
+    expected_logprobs,
+    image,
+    random_prompt,
+    request,
+)
 
 DEPTHS = pytest.mark.parametrize("depth", [0, 1])
+ERROR = GenerationError("injected")
 
 
 def batch(seed: int, count: int, adapters: int = 0, longest: int = 40, new: int = 20):
@@ -20,6 +32,14 @@ def batch(seed: int, count: int, adapters: int = 0, longest: int = 40, new: int 
         prompt = random_prompt(rng, rng.randrange(1, longest))
         made.append(request(f"r{index}", prompt, rng.randrange(1, new), adapter, arrival=index))
     return made
+
+
+def exact(house: House, requests: list[Request]) -> None:
+    for one in requests:
+        assert house.tokens[one.id] == expected(one), one.id
+
+
+# -- one request
 
 
 @DEPTHS
@@ -35,10 +55,526 @@ def test_one_request(depth: int) -> None:
 
 
 @DEPTHS
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_never_computes_beyond_max_new_tokens(depth: int, new: int) -> None:
+    house = House(depth=depth, prefix_caching=False)
+    house.generate([request("a", [1, 2, 3], new, eos=False)])
+    assert house.runner.computed_tokens == 3 + new - 1
+
+
+@DEPTHS
+def test_ends_at_an_end_of_sequence_token(depth: int) -> None:
+    rng = random.Random(1)
+    while True:
+        one = request("a", random_prompt(rng, 5), 200)
+        if 3 < len(expected(one)) < 100:
+            break
+    house = House(depth=depth)
+    tokens = house.generate([one])["a"]
+    assert tokens == expected(one) and tokens[-1] == EOS
+    assert house.last["a"].finish == "eos"
+    assert house.last["a"].tokens[0].token == EOS
+
+
+def test_ends_at_max_total_tokens() -> None:
+    house = House(max_total=10)
+    tokens = house.generate([request("a", [1, 2, 3], 50, eos=False)])["a"]
+    assert len(tokens) == 7 and house.last["a"].finish == "length"
+
+
+def test_ends_where_the_kv_cache_ends() -> None:
+    house = House(blocks=3, block_size=4)
+    tokens = house.generate([request("a", [1, 2, 3], 50, eos=False)])["a"]
+    assert len(tokens) == 6 and house.last["a"].finish == "length"
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    house = House()
+    assert house.scheduler.plan() is None and not house.scheduler.has_work
+    house.generate([request("a", [1])])
+    assert house.scheduler.plan() is None and not house.scheduler.has_work
+
+
+# -- equalities
+
+
+@DEPTHS
+@pytest.mark.parametrize("seed", range(5))
 def test_batch_equals_alone(depth: int, seed: int) -> None:
     requests = batch(seed, 12, adapters=3)
     house = House(depth=depth, delay=lambda: seed % 3)
-    tokens = house.generate(requests)
+    house.generate(requests)
+    exact(house, requests)
+
+
+@DEPTHS
+@pytest.mark.parametrize("step_tokens", [4, 5, 17, 1000])
+def test_chunked_equals_whole(depth: int, step_tokens: int) -> None:
+    requests = batch(3, 8, adapters=2)
+    house = House(depth=depth, step_tokens=step_tokens, blocks=200)
+    house.generate(requests)
+    exact(house, requests)
+    if step_tokens == 1000:
+        assert all(chunk.sample for plan in house.plans for chunk in plan.chunks)
+
+
+@DEPTHS
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted_equals_not(depth: int, prefix_caching: bool) -> None:
+    requests = [
+        request(f"r{i}", [i + 1] * 5, 50, image("a") if i % 2 else None, arrival=i, eos=False)
+        for i in range(8)
+    ]
+    house = House(depth=depth, blocks=24, prefix_caching=prefix_caching)
+    house.generate(requests)
+    exact(house, requests)
+    preemptions = house.scheduler.stats().preemptions
+    assert preemptions > 0
+    assert preemptions == sum(one.usage.preemptions for one in house.last.values() if one.usage)
+
+
+@DEPTHS
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_cached_equals_uncached(depth: int, prefix_caching: bool) -> None:
+    rng = random.Random(5)
+    stem = random_prompt(rng, 21)
+    requests = [
+        request(f"r{i}", stem + random_prompt(rng, i), 6, image(f"a{i % 2}") if i % 3 else None)
+        for i in range(12)
+    ]
+    house = House(depth=depth, prefix_caching=prefix_caching)
+    house.generate(requests)
+    exact(house, requests)
+    stats = house.scheduler.stats()
+    assert (stats.prefix_hits > 0) == prefix_caching
+    cached = sum(one.usage.cached_tokens for one in house.last.values() if one.usage)
+    assert cached == stats.prefix_hits
+
+
+@DEPTHS
+def test_exchanged_adapters_equal_all_resident(depth: int) -> None:
+    requests = batch(6, 20, adapters=8, longest=10)
+    roomy = House(depth=depth, slots=9, arena=4096)
+    tight = House(depth=depth, slots=9, arena=512, delay=lambda: 2)
+    assert roomy.generate(requests) == tight.generate(requests)
+    exact(tight, requests)
+    assert roomy.table.num_evictions == 0 < tight.table.num_evictions
+
+
+# -- the prefix cache
+
+
+def test_at_least_one_token_is_recomputed() -> None:
+    house = House(block_size=4)
+    house.generate([request("a", [1] * 8, 1, eos=False)])
+    house.generate([request("b", [1] * 8, 1, eos=False)])
+    usage = house.last["b"].usage
+    assert usage is not None and usage.cached_tokens == 4
+    assert house.runner.computed_tokens == 8 + 4
+
+
+def test_generated_tokens_are_cached_too() -> None:
+    house = House(block_size=4)
+    one = request("a", [1, 2, 3], 10, eos=False)
+    house.generate([one])
+    house.generate([request("b", [*one.tokens, *house.tokens["a"], 7], 2)])
+    usage = house.last["b"].usage
+    assert usage is not None and usage.cached_tokens == 12
+
+
+@DEPTHS
+def test_a_burst_of_equal_prompts_is_computed_once(depth: int) -> None:
+    house = House(rows=8, step_tokens=256, depth=depth)
+    prompt = random_prompt(random.Random(0), 41)
+    requests = [request(f"r{i}", prompt, 1, eos=False) for i in range(8)]
+    house.generate(requests)
+    exact(house, requests)
+    assert house.runner.computed_tokens == 41 + 7 * 1
+
+
+def test_a_sequence_that_waits_for_a_prefix_holds_up_nobody() -> None:
+    house = House(rows=8, step_tokens=16, depth=0)
+    prompt = random_prompt(random.Random(0), 41)
+    house.add(request("first", prompt, 1))
+    house.add(request("same", prompt, 1))
+    house.add(request("other", [7, 8], 1))
+    house.drain()
+    assert house.order[0] != "same" and house.last["same"].usage is not None
+    assert house.runner.computed_tokens == 41 + 1 + 2
+
+
+def test_a_prefix_is_shared_by_neither_adapters_nor_tenants() -> None:
+    house = House()
+    prompt = [1] * 9
+    for id, adapter, salt in (
+        ("base", None, b""),
+        ("a", image("a"), b""),
+        ("b", image("b"), b""),
+        ("a for tenant", image("a"), b"tenant"),
+    ):
+        house.generate([request(id, prompt, 1, adapter, salt=salt)])
+        usage = house.last[id].usage
+        assert usage is not None and usage.cached_tokens == 0, id
+    house.generate([request("again", prompt, 1, image("a"), salt=b"tenant")])
+    usage = house.last["again"].usage
+    assert usage is not None and usage.cached_tokens == 8
+
+
+@DEPTHS
+@pytest.mark.parametrize("step_tokens", [4, 7, 64])
+@pytest.mark.parametrize("blocks", [14, 64])
+def test_prompt_logprobs(depth: int, step_tokens: int, blocks: int) -> None:
+    house = House(step_tokens=step_tokens, depth=depth, blocks=blocks)
+    prompt = random_prompt(random.Random(7), 23)
+    requests = [
+        request(f"r{i}", prompt[: 23 - i], 9, arrival=i, prompt_logprobs=True) for i in range(5)
+    ]
+    requests.append(request("one", [5], 2, prompt_logprobs=True))
+    house.generate(requests)
+    exact(house, requests)
     for one in requests:
-        assert tokens[one.id] == expected(one), one.id
+        assert house.first[one.id].tokens and house.last[one.id].usage is not None
+        assert house.first[one.id].prompt_logprobs == expected_logprobs(one)
+        usage = house.last[one.id].usage
+        assert usage is not None and usage.cached_tokens == 0
+    assert house.scheduler.stats().prefix_lookups == 0
+    house.generate([request("after", prompt, 1)])
+    if blocks == 64:
+        assert house.scheduler.stats().prefix_hits == 20, "they feed the cache"
+
+
+# -- steps
+
+
+def test_decode_goes_on_beside_many_prefills() -> None:
+    house = House(rows=4, step_tokens=8, depth=0, blocks=200)
+    house.add(request("talks", [1], 40, eos=False))
+    house.step()
+    for index in range(3):
+        house.add(request(f"long{index}", [index + 2] * 60, 1, eos=False))
+    for _ in range(39):
+        house.step()
+    assert house.last["talks"].finish == "length"
+    house.drain()
+
+
+def test_chunks_are_first_come_first_served() -> None:
+    house = House(rows=4, step_tokens=16, blocks=200)
+    for index in range(4):
+        house.add(request(f"r{index}", [index + 1] * 50, 1, arrival=-index))
+    house.drain()
+    assert house.order == ["r3", "r2", "r1", "r0"]
+
+
+def test_a_chunk_ends_at_a_block_unless_it_reaches_the_end() -> None:
+    house = House(rows=4, step_tokens=19, block_size=8, blocks=200)
+    requests = [request(f"r{i}", [i + 1] * 61, 5, eos=False) for i in range(4)]
+    house.generate(requests)
+    exact(house, requests)
+    chunks = [chunk for plan in house.plans for chunk in plan.chunks]
+    assert len(chunks) > 8
+    for chunk in chunks:
+        assert chunk.sample or (chunk.start + chunk.count) % 8 == 0
+
+
+def test_a_budget_below_one_block_still_makes_progress() -> None:
+    house = House(rows=2, step_tokens=3, block_size=16)
+    requests = [request(f"r{i}", [i + 1] * 40, 5) for i in range(3)]
+    house.generate(requests)
+    exact(house, requests)
+
+
+@DEPTHS
+def test_decode_rows_are_named_only_when_they_change(depth: int) -> None:
+    house = House(depth=depth, block_size=4)
+    house.generate([request("a", [1], 30, eos=False), request("b", [2], 30, eos=False)])
+    named = [plan for plan in house.plans if plan.decode is not None]
+    assert [plan.decode for plan in named] == [[], [1, 2], []]
+    assert len(house.plans) == 31
+    assert house.plans[-1].release == [1, 2]
+
+
+def test_rows_are_sorted_by_slot_and_stable() -> None:
+    house = House(rows=6, slots=4, depth=0)
+    adapters = [image("b"), None, image("a"), image("b"), None, image("a")]
+    for index, adapter in enumerate(adapters):
+        house.add(request(f"r{index}", [1, index], 30, adapter, eos=False))
+    for _ in range(6):
+        house.step()
+    assert house.runner.decode is not None
+    slots = [house.runner.rows[row].slot for row in house.runner.decode]
+    assert slots == [0, 0, 1, 1, 2, 2]
+    house.drain()
+
+
+def test_a_row_that_ended_wastes_one_token_at_most() -> None:
+    rng = random.Random(2)
+    one = request("a", random_prompt(rng, 5), 200)
+    house = House(depth=1, prefix_caching=False)
+    house.generate([one])
+    needed = len(one.tokens) + len(expected(one)) - 1
+    assert house.last["a"].finish == "eos"
+    assert house.runner.computed_tokens == needed + 1
+
+
+def test_run_ahead_plans_before_the_result_is_known() -> None:
+    house = House(depth=1)
+    house.add(request("a", [1, 2], 5, eos=False))
+    first = house.scheduler.plan()
+    second = house.scheduler.plan()
+    assert first is not None and second is not None
+    assert first.chunks[0].sample and second.decode == [1]
+
+
+# -- memory
+
+
+def test_no_request_overtakes_another_for_memory() -> None:
+    house = House(rows=4, blocks=14, block_size=4, depth=0)
+    house.add(request("big", [1] * 40, 9, arrival=0, eos=False))
+    house.step()
+    house.add(request("bigger", [2] * 44, 1, arrival=1))
+    house.add(request("small", [3], 1, arrival=2))
+    house.drain()
+    assert house.order == ["big", "bigger", "small"]
+
+
+@DEPTHS
+def test_the_youngest_is_preempted_and_goes_on_first(depth: int) -> None:
+    house = House(rows=4, blocks=41, block_size=4, depth=depth, prefix_caching=False)
+    requests = [request(f"r{i}", [i + 1] * 12, 60, arrival=i, eos=False) for i in range(3)]
+    for one in requests:
+        house.add(one)
+    while not house.scheduler.stats().preemptions:
+        house.step()
+    house.add(request("new", [9], 1, arrival=-1))
+    house.drain()
+    exact(house, requests)
+    assert house.order[0] == "r0", "new needs one step only, but the preempted one goes before it"
+    usages = {one.id: one.usage for one in house.last.values()}
+    assert usages["r0"] is not None and usages["r0"].preemptions == 0
+    assert usages["r2"] is not None and usages["r2"].preemptions > 0
+
+
+def test_preemption_does_not_repeat_with_every_block() -> None:
+    house = House(rows=2, blocks=21, block_size=4, prefix_caching=False)
+    requests = [request(f"r{i}", [i + 1] * 8, 60, arrival=i, eos=False) for i in range(2)]
+    house.generate(requests)
+    exact(house, requests)
+    assert house.scheduler.stats().preemptions == 1
+
+
+# -- adapters
+
+
+def test_a_request_waits_only_for_its_own_adapter() -> None:
+    house = House(delay=lambda: 20, depth=0)
+    house.add(request("slow", [1], 2, image("a"), arrival=0, eos=False))
+    house.add(request("base", [1], 2, arrival=1, eos=False))
+    house.drain()
+    assert house.order == ["base", "slow"]
+    assert len(house.plans) > 20, "empty steps while the copy goes on"
+
+
+def test_preloaded_adapters_stay() -> None:
+    house = House(arena=512, slots=8)
+    house.scheduler.preload(image("p"))
+    house.scheduler.check()
+    house.drain()
+    assert house.table.slot_of(image("p").digest) is not None
+    requests = [request(f"r{i}", [1], 3, image(f"a{i}"), arrival=i) for i in range(5)]
+    requests.append(request("p", [1], 3, image("p")))
+    house.generate(requests)
+    exact(house, requests)
+    assert house.table.slot_of(image("p").digest) is not None
+    with pytest.raises(AdapterTooLarge):
+        house.scheduler.preload(image("q", 512))
+
+
+def test_adapters_of_later_requests_are_placed_while_rows_are_full() -> None:
+    house = House(rows=1, depth=0)
+    house.add(request("a", [1], 20, arrival=0, eos=False))
+    house.add(request("b", [1], 1, image("b"), arrival=1))
+    house.add(request("c", [1], 1, image("c"), arrival=2))
+    for _ in range(5):
+        house.step()
+    assert len(house.table.residents()) == 2
+    house.drain()
+
+
+def test_an_adapter_is_not_taken_from_an_earlier_request() -> None:
+    house = House(rows=1, depth=0, arena=256)
+    house.add(request("a", [1], 20, arrival=0, eos=False))
+    house.add(request("b", [1], 1, image("b"), arrival=1))
+    house.add(request("c", [1], 1, image("c"), arrival=2))
+    house.drain()
+    assert house.order == ["a", "b", "c"]
+    assert house.table.num_evictions == 1
+
+
+# -- cancelling and failing
+
+
+@DEPTHS
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_cancel(depth: int, steps: int) -> None:
+    house = House(depth=depth)
+    one, other = request("a", [1, 2], 20, eos=False), request("b", [3, 4], 20, eos=False)
+    house.add(one)
+    house.add(other)
+    for _ in range(steps):
+        house.step()
+    house.scheduler.cancel("a")
+    house.scheduler.cancel("a")
+    house.scheduler.cancel("nobody")
+    house.scheduler.check()
+    house.drain()
+    assert house.last["a"].finish == "cancelled"
+    got = house.tokens["a"]
+    assert got == expected(one)[: len(got)] and len(got) < 20
+    exact(house, [other])
+    house.scheduler.cancel("a")
+    assert house.scheduler.take_updates() == []
+
+
+def test_a_cancelled_request_is_told_without_any_step() -> None:
+    house = House()
+    house.add(request("a", [1]))
+    house.scheduler.cancel("a")
+    assert house.scheduler.has_work
+    (update,) = house.scheduler.take_updates()
+    assert (update.finish, update.admitted, update.tokens) == ("cancelled", None, [])
+    assert not house.scheduler.has_work
+
+
+def test_the_host_image_is_needed_until_the_copy_is_done() -> None:
+    house = House(delay=lambda: 5)
+    house.add(request("a", [1], 5, image("a")))
+    house.step()
+    house.scheduler.cancel("a")
+    assert house.scheduler.take_updates() == [] and house.scheduler.num_open == 1
+    house.drain()
+    assert house.last["a"].finish == "cancelled"
+    assert not house.runner.copying
+
+
+@DEPTHS
+def test_failing_named_requests_leaves_the_others(depth: int) -> None:
+    house = House(depth=depth)
+    requests = [request(f"r{i}", [i + 1], 10, eos=False) for i in range(3)]
+    for one in requests:
+        house.add(one)
+    for _ in range(3):
+        house.step()
+    house.scheduler.fail(["r1", "nobody"], ERROR)
+    house.drain()
+    assert house.last["r1"].error == ERROR.to_wire() and house.last["r1"].finish is None
+    exact(house, [requests[0], requests[2]])
+
+
+@DEPTHS
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_lost_step_fails_only_those_in_it(depth: int, reached: bool) -> None:
+    """Whether or not the plan had reached the runner when it failed."""
+    house = House(rows=2, depth=depth, arena=256, slots=2)
+    requests = [
+        request("a", [1] * 5, 10, arrival=0, eos=False),
+        request("b", [2] * 5, 10, arrival=1, eos=False),
+        request("waits", [3] * 5, 10, arrival=2, eos=False),
+        request("adapter", [4] * 5, 10, image("a"), arrival=3, eos=False),
+    ]
+    for one in requests:
+        house.add(one)
+    plan = house.scheduler.plan()
+    assert plan is not None and plan.placements
+    if reached:
+        house.runner.run(plan)
+        house.runner.lose()
+    else:
+        house.runner.last_step = plan.step
+    house.scheduler.fail(None, ERROR)
+    house.scheduler.check()
+    house.drain()
+    assert house.last["a"].error == house.last["b"].error == ERROR.to_wire()
+    exact(house, requests[2:])
+
+
+# -- refusals
+
+
+def refused(house: House, one: Request, cls: type[Exception], field: str, remedy: str) -> None:
+    before = house.scheduler.stats()
+    with pytest.raises(cls) as caught:
+        house.scheduler.add(one)
+    assert caught.value.field == field  # type: ignore[attr-defined]
+    assert remedy in caught.value.hint  # type: ignore[attr-defined]
+    assert house.scheduler.stats() == before
+    house.scheduler.check()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "new", "field", "remedy"),
+    [
+        ([], 1, "inputs", "at least one token"),
+        ([1], 0, "max_new_tokens", "at least one token"),
+        ([1] * 51, 1, "inputs", "--max-input-length"),
+        ([1] * 41, 1, "inputs", "--max-batch-total-tokens"),
+    ],
+)
+def test_refuses_lengths(tokens: list[int], new: int, field: str, remedy: str) -> None:
+    house = House(blocks=11, block_size=4, max_input=50, max_total=60)
+    refused(house, request("a", tokens, new), InvalidRequest, field, remedy)
+
+
+def test_refuses_a_prompt_that_leaves_no_room_for_output() -> None:
+    house = House(max_input=60, max_total=60)
+    refused(house, request("a", [1] * 60), InvalidRequest, "inputs", "--max-total-tokens")
+    house.generate([request("b", [1] * 59, 5, eos=False)])
+    assert len(house.tokens["b"]) == 1
+
+
+def test_refuses_an_id_that_is_open() -> None:
+    house = House()
+    house.add(request("a", [1]))
+    refused(house, request("a", [1]), InvalidRequest, "id", "another id")
+    house.drain()
+    assert house.scheduler.add(request("a", [1])) is None
+
+
+def test_refuses_an_adapter_that_cannot_fit() -> None:
+    house = House(arena=1000)
+    one = request("a", [1], adapter=image("a", 1001))
+    refused(house, one, AdapterTooLarge, "adapter_id", "--adapter-memory-fraction")
+    none = House(slots=1)
+    one = request("a", [1], adapter=image("a"))
+    refused(none, one, AdapterTooLarge, "adapter_id", "--max-active-adapters")
+
+
+def test_refuses_a_step_smaller_than_its_rows() -> None:
+    with pytest.raises(ConfigError, match="cannot decode") as caught:
+        SchedulerLimits(8, 7, 10, 10, 1.0)
+    assert caught.value.field == "max_batch_prefill_tokens"
+
+
+# -- views
+
+
+def test_stats() -> None:
+    house = House(rows=2, depth=0)
+    for index in range(3):
+        house.add(request(f"r{index}", [index + 1] * 5, 5, image("a"), eos=False))
+    stats = house.scheduler.stats()
+    assert (stats.waiting, stats.running, stats.rows) == (3, 0, 2)
+    for _ in range(4):
+        house.step()
+    stats = house.scheduler.stats()
+    assert (stats.waiting, stats.running) == (1, 2)
+    assert stats.resident == [("a", image("a").digest, 256)]
+    assert (stats.arena_bytes, stats.arena_used) == (1024, 256)
+    assert (stats.placements, stats.evictions) == (1, 0)
+    assert stats.steps == 4 and stats.step_tokens == house.runner.computed_tokens > 0
+    assert stats.free_blocks < stats.total_blocks == 63
+    house.drain()
+    stats = house.scheduler.stats()
+    assert stats.free_blocks == stats.total_blocks and stats.cached_blocks > 0
+    assert stats.step_tokens == house.runner.computed_tokens
