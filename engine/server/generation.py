@@ -159,15 +159,15 @@ class Generation:
 
         Raises the error of the first sequence that failed, after all events before it.
         """
-        if not self._events and self._error is None and self._num_open:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                async with asyncio.timeout(timeout):
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._events and self._error is None and self._num_open:
+                    self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
-            except TimeoutError:
-                return []
-            finally:
-                self._waiter = None
+        except TimeoutError:
+            return []
+        finally:
+            self._waiter = None
         if self._events:
             events, self._events = self._events, []
             return events

@@ -196,9 +196,10 @@ async def _collect(
 
 
 def _token(text: Text, token: Token) -> OutputToken:
-    shown = OutputToken(
-        token.id, token.text if token.special else token.delta, token.logprob, token.special
-    )
+    """As LoRAX shows it. The texts of all tokens that are not special are the answer: a special token that brings
+    text, because it ended an incomplete character, is shown as that text."""
+    special = token.special and not token.delta
+    shown = OutputToken(token.id, token.text if special else token.delta, token.logprob, special)
     if token.alternatives is not None:
         shown.alternative_tokens = [
             AlternativeToken(id, text.token_text(id), logprob) for id, logprob in token.alternatives

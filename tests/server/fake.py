@@ -183,12 +183,11 @@ class FakeBackend:
         try:
             wanted = self._tokens(request)
             tokens, finish = wanted[: request.max_new_tokens], self.finish
-            if len(wanted) >= request.max_new_tokens and finish == "eos":
-                finish = "length"
-            elif finish == "eos" and not request.eos_token_ids:
-                finish = "length"
-            elif finish == "eos":
-                tokens = [*tokens, EOS]
+            if finish == "eos":
+                if len(wanted) < request.max_new_tokens and request.eos_token_ids:
+                    tokens = [*tokens, EOS]
+                else:
+                    finish = "length"
             outputs = [self._output(request, token) for token in tokens]
             groups = [outputs[i : i + self.burst] for i in range(0, len(outputs), self.burst)]
             if self.bare_finish or not groups:
