@@ -43,7 +43,9 @@ __all__ = ["AdapterReport", "Exchange", "Lease", "inspect"]
 
 T = TypeVar("T")
 
-FETCH_THREADS = 8  # they wait for the network
+FETCH_THREADS = (
+    32  # of each source, so that a slow one holds up no other; they wait for network and disk
+)
 PARSE_THREADS = 2  # they compute, on cores that the engine may want
 MAX_EVICTED = 1024  # adapters that are no longer in host memory and still remembered
 MAX_FAILED = 256  # adapters whose last load failed
@@ -128,7 +130,9 @@ class Exchange:
             sources, adapters.default_adapter_source or adapters.adapter_source
         )
         self._room_patience_s = room_patience_s
-        self._fetchers = ThreadPoolExecutor(FETCH_THREADS, "adapter-fetch")
+        self._fetchers = {
+            name: ThreadPoolExecutor(FETCH_THREADS, f"adapter-{name}") for name in sources
+        }
         self._parsers = ThreadPoolExecutor(PARSE_THREADS, "adapter-parse")
         self._versions = Versions(self._registry, self._resolve)
         self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()
@@ -150,7 +154,7 @@ class Exchange:
 
         async def load(name: str) -> Lease:
             ref = AdapterRef.parse(name)
-            version = await self._run(self._fetchers, registry.resolve, ref, None)
+            version = await registry.resolve(ref, lambda one: self._resolve(one, None))
             ref = ref.at(version.source)
             lease = await self.acquire(ref, None)
             self._registry.register(ref)
@@ -200,7 +204,9 @@ class Exchange:
         return await self._loaded(key, ref, version, token)
 
     async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
-        return await self._run(self._fetchers, self._registry.resolve, ref, token)
+        assert ref.source is not None, "the registry has chosen"
+        source = self._registry.sources[ref.source]
+        return await self._run(self._fetchers[ref.source], source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
         """Adapters in host memory, on their way there, or refused a short time ago."""
@@ -255,7 +261,8 @@ class Exchange:
         tasks = [flight.task for flight in self._flights.values()]
         await self._versions.close()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        for pool in self._fetchers.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         self._parsers.shutdown(wait=True, cancel_futures=True)
 
     async def _loaded(
@@ -305,10 +312,10 @@ class Exchange:
         return leased
 
     async def _load(self, adapter: _Adapter, version: Version, token: str | None) -> HostImage:
-        source = self._registry.sources[version.source]
+        source, pool = self._registry.sources[version.source], self._fetchers[version.source]
         clock = time.perf_counter
         started = clock()
-        files = await self._run(self._fetchers, source.fetch, version, token, _no_progress)
+        files = await self._run(pool, source.fetch, version, token, _no_progress)
         adapter.seconds["fetch"] = clock() - started
         adapter.state = "parsing"
         started = clock()
@@ -325,7 +332,7 @@ class Exchange:
                 )
                 # Files that were replaced meanwhile are another version: an old configuration may have met new
                 # weights.
-                await self._run(self._fetchers, source.fetch, version, token, _no_progress)
+                await self._run(pool, source.fetch, version, token, _no_progress)
             except BaseException:
                 self.tier.abandon(offset)
                 self._wake()

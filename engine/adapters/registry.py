@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from engine.adapters.hub import HubSource
@@ -16,6 +16,8 @@ from engine.errors import (
     AdapterNotFound,
     InvalidRequest,
 )
+
+Ask = Callable[[AdapterRef], Awaitable[Version]]  # of a reference with a definite source
 
 DEMO_MODEL = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "adapters"
@@ -75,17 +77,16 @@ class Registry:
         order: list[SourceName] = ["demo", "local", self.default]
         return [ref.at(name) for name in dict.fromkeys(order) if name in self.sources]
 
-    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
-        """The version in the first source that has the adapter. Blocks.
+    async def resolve(self, ref: AdapterRef, ask: Ask) -> Version:
+        """The version in the first source that has the adapter; `ask` puts the question to one of them.
 
         Raises AdapterNotFound that lists where it was looked for, or what the only source said.
         """
         candidates = self.candidates(ref)
         refusals: list[AdapterError] = []
         for candidate in candidates:
-            assert candidate.source is not None
             try:
-                return self.sources[candidate.source].resolve(candidate, token)
+                return await ask(candidate)
             except (AdapterNotFound, AdapterForbidden, AdapterLoadFailed) as error:
                 refusals.append(error)
         if len(candidates) == 1:

@@ -24,7 +24,8 @@ STALE_FACTOR = (
     10  # so many times its time-to-live, what was known may serve while the source is slow or away
 )
 
-Resolve = Callable[[AdapterRef, str | None], Awaitable[Version]]  # in a thread
+# asks the source of a reference, in a thread
+Resolve = Callable[[AdapterRef, str | None], Awaitable[Version]]
 
 
 class Lru(Generic[K, V]):
@@ -122,7 +123,7 @@ class Versions:
 
     async def _ask(self, key: Key, token: str | None) -> Version:
         asked = time.monotonic()
-        version = await self._resolve(key[0], token)
+        version = await self._registry.resolve(key[0], lambda one: self._resolve(one, token))
         self._known.put(key, _Known(version, asked))
         return version
 

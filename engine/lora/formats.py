@@ -140,7 +140,9 @@ class _Reader:
         for key in self.file.infos:
             if match := _HALF.fullmatch(key):
                 half = match["half"] or "embedding " + match["table"]
-                halves.setdefault(match["module"], {})[half] = key
+                if half in halves.setdefault(match["module"], {}):
+                    others.append(key)  # with and without PEFT's prefix
+                halves[match["module"]].setdefault(half, key)
             elif not _TRAINING_ONLY.search(key):
                 others.append(key)
         spots = self._spots()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import Registry, make_sources
-from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Source
+from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Source, Version
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
     AdapterForbidden,
@@ -254,6 +255,14 @@ def test_hub_refuses_what_is_too_large(hub: FakeHub, tmp_path: Path) -> None:
 # -- registry
 
 
+def resolve(registry: Registry, ref: AdapterRef) -> Version:
+    async def ask(one: AdapterRef) -> Version:
+        assert one.source
+        return registry.sources[one.source].resolve(one, None)
+
+    return asyncio.run(registry.resolve(ref, ask))
+
+
 def config(saved: Path, model: str = "org/base", **fields: Any) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(model_id=model, huggingface_hub_cache=str(saved / "cache")),
@@ -270,16 +279,16 @@ def test_names_are_looked_for_in_order(hub: FakeHub, tmp_path: Path, saved: Path
         "hub": make(hub, tmp_path / "cache"),
     }
     registry = Registry(sources, "hub")
-    assert registry.resolve(AdapterRef.parse("a"), None).source == "demo"
-    assert registry.resolve(AdapterRef.parse("org/public"), None).source == "hub"
+    assert resolve(registry, AdapterRef.parse("a")).source == "demo"
+    assert resolve(registry, AdapterRef.parse("org/public")).source == "hub"
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "public").mkdir()
     for name, data in contents(saved / "a").items():
         (tmp_path / "org" / "public" / name).write_bytes(data)
-    assert registry.resolve(AdapterRef.parse("org/public"), None).source == "local"
-    assert registry.resolve(AdapterRef.parse("org/public", "hub"), None).source == "hub"
+    assert resolve(registry, AdapterRef.parse("org/public")).source == "local"
+    assert resolve(registry, AdapterRef.parse("org/public", "hub")).source == "hub"
     registry.register(AdapterRef.parse("org/public", "hub"))
-    assert registry.resolve(AdapterRef.parse("org/public"), None).source == "hub"
+    assert resolve(registry, AdapterRef.parse("org/public")).source == "hub"
 
 
 def test_not_found_says_where_it_was_looked_for(hub: FakeHub, tmp_path: Path, saved: Path) -> None:
@@ -291,16 +300,16 @@ def test_not_found_says_where_it_was_looked_for(hub: FakeHub, tmp_path: Path, sa
     registry = Registry(sources, "hub")
     registry.register(AdapterRef.parse("first", "local"))
     with pytest.raises(AdapterNotFound) as caught:
-        registry.resolve(AdapterRef.parse("pirat"), None)
+        resolve(registry, AdapterRef.parse("pirat"))
     for words in ("preloaded", "first", "the demo has no", str(tmp_path), "the hub does not show"):
         assert words in caught.value.message
     assert "it has a, b" in (caught.value.hint or "")
     for name in ("/etc/passwd", "org/private"):
         with pytest.raises(AdapterForbidden):
-            registry.resolve(AdapterRef.parse(name), None)
+            resolve(registry, AdapterRef.parse(name))
     hub.stop()
     with pytest.raises(AdapterLoadFailed, match="the demo has no"):
-        registry.resolve(AdapterRef.parse("pirat"), None)
+        resolve(registry, AdapterRef.parse("pirat"))
 
 
 def test_the_sources_of_a_server(saved: Path) -> None:
@@ -311,6 +320,6 @@ def test_the_sources_of_a_server(saved: Path) -> None:
         registry.candidates(AdapterRef(("x",), "demo"))
     with pytest.raises(InvalidRequest):
         registry.candidates(AdapterRef(("x", "y")))
-    assert registry.resolve(AdapterRef.parse("a"), None).source == "local"
+    assert resolve(registry, AdapterRef.parse("a")).source == "local"
     with pytest.raises(AdapterNotFound, match="no preloaded"):
-        Registry(make_sources(config(saved, "demo")), "local").resolve(AdapterRef.parse("z"), None)
+        resolve(Registry(make_sources(config(saved, "demo")), "local"), AdapterRef.parse("z"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
 from engine.lora.formats import load_peft
@@ -123,6 +124,9 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
         },
         alpha_pattern={"q_proj": 5, r".*\.2\.self_attn\.v_proj": 11, "proj": 100},
     ),
+    "velora": dict(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4)),
+    "monteclora": dict(r=4, target_modules=["q_proj"], monteclora_config=MontecloraConfig()),
+    "mica": dict(r=4, target_modules=["q_proj"], init_lora_weights="mica"),
     "rslora-patterns": dict(
         r=4, use_rslora=True, target_modules=["q_proj"], rank_pattern={r".*\.2\..*": 9}
     ),

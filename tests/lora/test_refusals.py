@@ -179,6 +179,7 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "anything": (put("something", 3), "something", "no part of a LoRA"),
     "embedding half": (put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 50), "embed", "B"),
     "wrong kind": (put(Q.format(0, "A").replace("lora_A.weight", "lora_embedding_A"), 4, 24), "q_", "both"),
+    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "no part"),
     "nothing": (lambda t: t.clear() or put("velora.lora_velora_embed", 1)(t), "", "no LoRA tensors"),
 }  # fmt: skip
 
@@ -188,6 +189,33 @@ def test_tensors_that_do_not_fit(case: str, plain: Path, tmp_path: Path) -> None
     change, field, words = TENSORS[case]
     error = refused(changed(plain, tmp_path, None, change))
     assert field in (error.field or "") and words in error.message and error.hint
+
+
+REAL: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "dora": ({"use_dora": True}, {"use_dora"}),
+    "lora bias": ({"lora_bias": True}, {"lora_bias"}),
+    "bias": ({"bias": "all"}, {"bias"}),
+    "saved module": ({"modules_to_save": ["lm_head"]}, {"modules_to_save"}),
+    "tokens": ({"trainable_token_indices": [3]}, {"trainable_token_indices"}),
+    "pissa": ({"init_lora_weights": "pissa"}, {"init_lora_weights"}),
+    "olora": ({"init_lora_weights": "olora"}, {"init_lora_weights"}),
+    "invocation": ({"alora_invocation_tokens": [1]}, {"alora_invocation_tokens"}),
+}
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_what_peft_really_saves(case: str, tmp_path: Path) -> None:
+    """By configuration and by tensors, and never for another reason."""
+    fields, names = REAL[case]
+    given = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | fields
+    folder = tiny.save(tiny.adapt(tiny.llama(), **given), tmp_path)
+    assert {error.field for error in inspect(folder, tiny.llama_layout()).errors} == names
+    neutral = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+    neutral |= {"trainable_token_indices": None}
+    with_tensors = {"use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
+    report = inspect(changed(folder, tmp_path / "b", neutral), tiny.llama_layout())
+    if names <= with_tensors:
+        assert {error.field for error in report.errors} == names, "the tensors tell too"
 
 
 def test_another_base_model_is_told_once_per_linear(tmp_path: Path) -> None:
