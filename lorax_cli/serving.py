@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -76,8 +76,9 @@ async def serve_while(
         address.set_result(where)
 
     server = asyncio.create_task(serve(config, announce))
+    either: list[asyncio.Future[Any]] = [server, address]
     try:
-        await asyncio.wait({server, address}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not server.done() and await work(reachable(address.result())):
             await server
     finally:

@@ -105,7 +105,7 @@ def pulled_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("adapter", "source", "revision", "MiB", "folder")
     for row in rows:
         if row["ok"]:
-            size = f"{row['bytes'] / MIB:.1f}"
+            size = f"{row['bytes'] / MIB:.2f}"
             cells = (row["adapter"], row["source"], row["revision"][:12], size, row["folder"])
             table.add_row(*map(escape, cells))
     return table
@@ -176,13 +176,16 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     matches = {True: "same name", False: "other name", None: "unknown"}
     for row in rows:
         verdict = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
-        targets = ", ".join(f"{name} ({num})" for name, num in row.get("targets", {}).items())
+        by_layers: dict[int, list[str]] = {}
+        for name, num_layers in row.get("targets", {}).items():
+            by_layers.setdefault(num_layers, []).append(name)
+        targets = "; ".join(f"{', '.join(names)} ({num})" for num, names in by_layers.items())
         table.add_row(
             escape(row["adapter"]),
             escape(f"{row.get('base_model') or ''} ({matches[row.get('base_matches')]})"),
             ", ".join(map(str, row.get("ranks", []))),
             targets,
-            f"{row.get('bytes', 0) / MIB:.1f}",
+            f"{row.get('bytes', 0) / MIB:.2f}",
             verdict,
         )
     return table

@@ -119,7 +119,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             'lorax generate "Once upon a time"',
-            'lorax generate --model-id ./model --adapter-source local --adapter-id ./sql "List all"',
+            'lorax generate --model-id ./model --adapter-id ./adapters/sql "List all users"',
             'lorax generate --url http://localhost:3000 --adapter-id pirate "Hello" --json',
         )
     )(generate)

@@ -22,7 +22,7 @@ def memory_table(info: EngineInfo) -> Table:
     """Where the memory goes."""
     from rich.table import Table
 
-    table = Table("Memory", "GiB", title=f"{info.model_id} on {info.device_name} ({info.dtype})")
+    table = Table("Memory", "GiB")
     table.columns[1].justify = "right"
     for what, num_bytes in info.memory_plan:
         table.add_row(what, f"{num_bytes / GIB:.3f}")
@@ -31,6 +31,7 @@ def memory_table(info: EngineInfo) -> Table:
 
 def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
     """What was started, on stderr: the memory plan, the backends, where adapters may come from."""
+    out.note(f"{info.model_id} on {info.device_name} ({info.dtype})")
     out.note(memory_table(info))
     by_backend: dict[str, list[str]] = {}
     for op, backend in info.backends.items():

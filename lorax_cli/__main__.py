@@ -1,0 +1,5 @@
+"""`python -m lorax_cli` is `lorax`."""
+
+from lorax_cli.app import main
+
+main()

@@ -1,0 +1,92 @@
+"""`lorax adapters`: what is found, what is wrong, and the exit code for scripts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lorax_cli.app import app
+
+
+@pytest.fixture(autouse=True)
+def here(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the model, its adapters and one that does not fit."""
+    shutil.copytree(demo_folder, tmp_path, dirs_exist_ok=True)
+    bad = tmp_path / "adapters" / "bad"
+    shutil.copytree(tmp_path / "adapters" / "one", bad)
+    config = json.loads((bad / "adapter_config.json").read_text())
+    (bad / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["adapters", *arguments, "--default-adapter-source", "local"])
+
+
+def validate(*arguments: str) -> Any:
+    return run("validate", "--model-id", "base", *arguments)
+
+
+def test_validate() -> None:
+    result = validate("adapters/one", "adapters/two")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("can be served") == 2
+    assert "q_proj" in result.stdout
+
+
+def test_validate_json() -> None:
+    result = validate("adapters/one", "adapters/bad", "nobody", "--json")
+    one, bad, nobody = json.loads(result.stdout)
+    assert one["ok"] and one["ranks"] == [4] and one["targets"]["q_proj"] == 3
+    assert one["bytes"] > 0 and len(one["digest"]) == 32
+    assert not bad["ok"] and bad["errors"][0]["error_type"] == "adapter_incompatible"
+    assert bad["errors"][0]["field"] == "use_dora"
+    assert not nobody["ok"] and nobody["errors"][0]["error_type"] == "adapter_not_found"
+    assert result.exit_code == 13
+    assert "error: adapters/bad: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [
+        (["nobody", "adapters/bad"], 11),
+        (["adapters/bad", "nobody"], 13),
+        (["adapters/one", "/etc/nobody"], 12),
+    ],
+)
+def test_exit_code_is_that_of_the_first_failure(names: list[str], code: int) -> None:
+    assert validate(*names).exit_code == code
+
+
+def test_rank_limit() -> None:
+    result = validate("adapters/two", "--max-adapter-rank", "4", "--quiet")
+    assert result.exit_code == 13
+    assert result.stdout == "" and "rank" in result.stderr
+
+
+def test_quiet_prints_what_can_be_served() -> None:
+    result = validate("adapters/one", "adapters/bad", "adapters/two", "--quiet")
+    assert result.stdout.split() == ["adapters/one", "adapters/two"]
+
+
+def test_pull() -> None:
+    result = run("pull", "adapters/one", "adapters/two", "--json")
+    assert result.exit_code == 0, result.output
+    one, two = json.loads(result.stdout)
+    assert one["source"] == "local" and Path(one["folder"]).samefile("adapters/one")
+    weights = Path("adapters/two/adapter_model.safetensors").stat().st_size
+    assert two["bytes"] == weights + Path("adapters/two/adapter_config.json").stat().st_size
+    assert "adapters/two" in run("pull", "adapters/two").stdout
+
+
+def test_pull_goes_on_after_a_failure() -> None:
+    result = run("pull", "nobody", "adapters/two", "--quiet")
+    assert result.exit_code == 11
+    assert Path(result.stdout.strip()).samefile("adapters/two")
+    assert "error: nobody: " in result.stderr

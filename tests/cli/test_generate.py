@@ -1,0 +1,107 @@
+"""`lorax generate`: at a server, and in this process with the same answer as the server's own way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lorax_cli.app import app
+from tests.cli.conftest import BUDGET, FakeServer
+
+
+def test_server(server: FakeServer) -> None:
+    result = CliRunner().invoke(app, ["generate", "--url", server.url, "Hi"])
+    assert result.exit_code == 0
+    assert result.stdout == "hello world\n"
+    assert "3 tokens" in result.stderr
+
+
+def test_parameters_are_those_given(server: FakeServer) -> None:
+    given = "--max-new-tokens 5 --temperature 0.5 --top-k 3 --seed 7 --stop a --stop b"
+    adapter = "--adapter-id x --adapter-source local --api-token mine"
+    command = ["generate", "--url", server.url, "Hi", *given.split(), *adapter.split()]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert server.bodies[-1]["parameters"] == {
+        "adapter_id": "x",
+        "adapter_source": "local",
+        "details": True,
+        "do_sample": True,
+        "max_new_tokens": 5,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "temperature": 0.5,
+        "top_k": 3,
+    }
+    assert server.headers[-1]["Authorization"] == "Bearer mine"
+
+
+def test_secrets_of_the_environment_stay_here(server: FakeServer) -> None:
+    command = ["generate", "--url", server.url, "Hi"]
+    assert CliRunner().invoke(app, command, env={"HF_TOKEN": "secret"}).exit_code == 0
+    assert "Authorization" not in server.headers[-1]
+    assert server.bodies[-1]["parameters"]["do_sample"] is False
+
+
+def test_json_and_quiet(server: FakeServer) -> None:
+    command = ["generate", "--url", server.url, "--adapter-id", "x", "Hi"]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    answer = json.loads(result.stdout)
+    assert answer["generated_text"] == "hello worldx"
+    assert answer["details"] == {"finish_reason": "eos_token"}
+    assert 0 < answer["time_to_first_token_s"] <= answer["total_s"]
+    assert result.stderr == ""
+    result = CliRunner().invoke(app, [*command, "--quiet"])
+    assert (result.stdout, result.stderr) == ("hello world\n", "")
+
+
+@pytest.mark.parametrize(("adapter", "code"), [("missing", 11), ("broken", 21)])
+def test_errors(server: FakeServer, adapter: str, code: int) -> None:
+    command = ["generate", "--url", server.url, "--adapter-id", adapter, "Hi", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == code
+    assert result.stdout == "" and result.stderr.startswith("error: ")
+
+
+def test_no_server() -> None:
+    result = CliRunner().invoke(app, ["generate", "--url", "http://127.0.0.1:9", "Hi"])
+    assert result.exit_code == 22
+    assert "hint: start one with: lorax launch" in result.stderr
+
+
+def test_in_this_process(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base, an adapter, and an adapter that is not there; greedy, so that twice is the same."""
+    monkeypatch.chdir(demo_folder)
+    command = [
+        "generate",
+        "--model-id",
+        "base",
+        "--max-new-tokens",
+        "6",
+        "--json",
+        *BUDGET,
+        "Hello",
+    ]
+
+    def answer(*more: str) -> str:
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        value = json.loads(result.stdout)
+        assert value["details"]["generated_tokens"] <= 6
+        return str(value["generated_text"])
+
+    base = answer()
+    assert answer() == base
+    assert answer("--adapter-id", "adapters/one") != base
+    result = CliRunner().invoke(
+        app, [*command, "--adapter-id", "nobody", "--adapter-source", "local"]
+    )
+    assert result.exit_code == 11 and "nobody" in result.stderr
+
+
+def test_unknown_model(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", "--model-id", str(tmp_path / "none"), "Hello"])
+    assert result.exit_code == 3
+    assert "none" in result.stderr

@@ -1,0 +1,126 @@
+"""`lorax launch`: what it serves with, what it tells, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from engine.config import EngineConfig
+from engine.messages import EngineInfo
+from lorax_cli import serving
+from lorax_cli.app import app
+from lorax_cli.client import Client
+from tests.cli.conftest import BUDGET
+
+INFO = EngineInfo(
+    model_id="base",
+    model_type="llama",
+    revision=None,
+    dtype="float32",
+    device="cpu",
+    device_name="a processor",
+    vocab_size=400,
+    max_input_length=10,
+    max_total_tokens=11,
+    max_batch_total_tokens=100,
+    max_batch_size=4,
+    max_step_tokens=16,
+    block_size=16,
+    adapter_bytes=1,
+    host_bytes=1,
+    backends={"lora_shrink": "extension", "linear": "reference"},
+    memory_plan=[("weights", 3 << 29)],
+    targets=["q_proj"],
+)
+
+
+def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EngineConfig] = []
+
+    async def serve(config: EngineConfig, started: serving.Started) -> None:
+        seen.append(config)
+        started(INFO, "http://127.0.0.1:1234")
+
+    monkeypatch.setattr(serving, "serve", serve)
+    command = [
+        "launch",
+        "--model-id",
+        "base",
+        "--port",
+        "0",
+        "--adapter-root",
+        "/a",
+        "--adapter-root",
+        "/b",
+    ]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
+    assert seen[0].model.model_id == "base" and seen[0].server.port == 0
+    assert result.stdout == ""
+    for words in (
+        "base on a processor (float32)",
+        "weights",
+        "1.500",
+        "extension: lora_shrink",
+        "reference: linear",
+        "local adapters: /a, /b",
+        "listening on http://127.0.0.1:1234",
+    ):
+        assert words in result.stderr
+
+
+async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
+    """The whole program, with its processes: prints its free port, answers, ends with 0 at SIGTERM."""
+    given = ["--model-id", "base", "--port", "0", "--hostname", "127.0.0.1", *BUDGET]
+    program = [sys.executable, "-m", "lorax_cli", "launch", *given]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        program, cwd=demo_folder, stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        try:
+            assert running.stderr is not None
+            told = ""
+            while (found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", told)) is None:
+                line = running.stderr.readline()
+                assert line, told
+                told += line
+            async with Client(found[1]) as client:
+                assert await client.health()
+                assert (await client.info())["model_id"] == "base"
+                answer = await client.generate("Hello", {"max_new_tokens": 3})
+                parameters = {"max_new_tokens": 3, "adapter_id": "adapters/one"}
+                events = [event async for event in client.stream("Hello", parameters)]
+            assert answer["generated_text"] is not None
+            assert len(events) <= 3 and events[-1].generated_text is not None
+            running.send_signal(signal.SIGTERM)
+            rest = running.stderr.read()
+            assert running.wait(30) == 0, told + rest
+        finally:
+            running.kill()
+
+
+def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [
+            "launch",
+            "--model-id",
+            "base",
+            "--hostname",
+            "127.0.0.1",
+            "--port",
+            port,
+            *BUDGET,
+        ]
+        result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert f"127.0.0.1:{port} is taken" in result.stderr and "hint: " in result.stderr
