@@ -50,11 +50,11 @@ def build_app(
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> web.Application:
     """The application on `backend`; whoever made backend and text also closes them."""
-    app = web.Application(middlewares=[_log_access, _errors], client_max_size=max_body_bytes)
+    middlewares = [_log_access, _preflight, _errors]
+    app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     metrics = Metrics(backend.info.max_total_tokens)
     app[FRONT] = Front(backend, text, config, metrics, keep_alive_s)
     app.add_routes([*native.routes(), *openai.routes()])
-    app.router.add_route("OPTIONS", "/{path:.*}", _preflight)
     app.on_response_prepare.append(_allow_origin)
     return app
 
@@ -117,8 +117,11 @@ async def _log_access(request: web.Request, handler: Handler) -> web.StreamRespo
 # -- CORS
 
 
-async def _preflight(request: web.Request) -> web.StreamResponse:
-    """A browser's question whether it may send a request from another origin."""
+@web.middleware
+async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answers a browser's question whether it may send a request from another origin."""
+    if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
+        return await handler(request)
     asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
     headers = {
         "Access-Control-Allow-Methods": "GET, POST, OPTIONS",

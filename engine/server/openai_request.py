@@ -49,9 +49,8 @@ def chat_parameters(body: ChatBody, front: Front, api_token: str | None) -> Para
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "needs `logprobs`", "set `logprobs` to true")
     names = {"inputs": "messages", "num_alternatives": "top_logprobs", "best_of": "n"}
-    names["max_new_tokens"] = (
-        "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    )
+    newer = body.max_completion_tokens is not None
+    names["max_new_tokens"] = "max_completion_tokens" if newer else "max_tokens"
     return _parameters(
         body,
         front,

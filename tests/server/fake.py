@@ -58,7 +58,10 @@ def write_tokenizer(folder: Path, *, chat: bool = True) -> Path:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = TEMPLATE if chat else None
     fast.save_pretrained(folder)

@@ -72,7 +72,10 @@ async def test_usage_of_a_stream(openai: AsyncOpenAI, backend: FakeBackend) -> N
 
 
 async def test_the_stream_is_done(client: TestClient) -> None:
-    for path, asked in (("chat/completions", {"messages": HELLO}), ("completions", {"prompt": "x"})):
+    for path, asked in (
+        ("chat/completions", {"messages": HELLO}),
+        ("completions", {"prompt": "x"}),
+    ):
         response = await client.post(f"/v1/{path}", json={"stream": True, **asked})
         assert response.headers["Content-Type"].startswith("text/event-stream")
         assert events_of(await response.read())[-1] == "[DONE]"
@@ -135,9 +138,7 @@ async def test_extras(openai: AsyncOpenAI, backend: FakeBackend) -> None:
         "user": "me",
         "nothing_we_know": {"a": 1},
     }
-    await chat(
-        openai, model="me/lora@v1", extra_body=extra, seed=-3, top_p=0.5, presence_penalty=1
-    )
+    await chat(openai, model="me/lora@v1", extra_body=extra, seed=-3, top_p=0.5, presence_penalty=1)
     ((ref, token),) = backend.acquired
     assert (ref.id, ref.revision, ref.source, token) == ("me/lora", "v1", "local", "t")
     (request,) = backend.requests

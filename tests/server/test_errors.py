@@ -1,0 +1,292 @@
+"""Everything a client can get wrong: the status, the type, the name of the parameter, on both families of routes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai as sdk
+import pytest
+from aiohttp.test_utils import TestClient
+from openai import AsyncOpenAI
+
+from engine.errors import (
+    AdapterForbidden,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterTooLarge,
+    EngineDead,
+    GenerationError,
+    LoraxError,
+)
+from tests.server.conftest import Start
+from tests.server.fake import FakeBackend, Json
+
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+
+NATIVE: list[tuple[Json, str]] = [
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_k": 0}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"typical_p": 0}, "typical_p"),
+    ({"typical_p": 1}, "typical_p"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"min_p": -1}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty"),
+    ({"presence_penalty": -2.1}, "presence_penalty"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"max_new_tokens": 256}, "max_new_tokens"),
+    ({"max_new_tokens": 255}, "max_new_tokens"),
+    ({"max_new_tokens": True}, "max_new_tokens"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": "a"}, "stop"),
+    ({"stop": [1]}, "stop[0]"),
+    ({"truncate": 0}, "truncate"),
+    ({"truncate": 201}, "truncate"),
+    ({"best_of": 0}, "best_of"),
+    ({"best_of": 5, "do_sample": True}, "best_of"),
+    ({"best_of": 2}, "best_of"),
+    ({"best_of": 2, "do_sample": True, "seed": 1}, "best_of"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"return_k_alternatives": 0}, "return_k_alternatives"),
+    ({"return_k_alternatives": 21}, "return_k_alternatives"),
+    ({"watermark": True}, "watermark"),
+    ({"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}}, "merged_adapters"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"adapter_id": " "}, "adapter_id"),
+    ({"adapter_id": "a", "adapter_source": "ftp"}, "adapter_source"),
+    ({"adapter_id": 3}, "adapter_id"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "field"), NATIVE)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+async def test_native_parameters(
+    client: TestClient, backend: FakeBackend, path: str, parameters: Json, field: str
+) -> None:
+    response = await client.post(path, json={"inputs": "Hello", "parameters": parameters})
+    body = await response.json()
+    assert response.status == 422, body
+    assert body["error_type"] == "validation"
+    assert body["field"] == field
+    assert field.split("[")[0] in body["error"]
+    assert not backend.requests
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"inputs": ""}, "inputs"),
+        ({}, "inputs"),
+        ({"inputs": 3}, "inputs"),
+        ({"inputs": "xyz " * 500}, "inputs"),
+        ({"inputs": "x", "parameters": []}, "parameters"),
+        ({"inputs": "x", "stream": "yes"}, "stream"),
+        (
+            {"inputs": "x", "stream": True, "parameters": {"best_of": 2, "do_sample": True}},
+            "best_of",
+        ),
+        (
+            {"inputs": "x", "stream": True, "parameters": {"decoder_input_details": True}},
+            "decoder_input_details",
+        ),
+    ],
+)
+async def test_native_bodies(client: TestClient, body: Json, field: str) -> None:
+    response = await client.post("/", json=body)
+    found = await response.json()
+    assert (response.status, found["error_type"], found["field"]) == (422, "validation", field)
+
+
+CHAT: list[tuple[Json, str]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 5}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 1000}, "max_completion_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_tokens": 255}, "max_tokens"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": 3}, "stop"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "forbidden", "content": "x"}]}, "messages"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}],
+                }
+            ]
+        },
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+    ),
+    ({"messages": [{"role": "user", "content": "xyz " * 500}]}, "messages"),
+    ({"model": "a", "adapter_source": "ftp"}, "adapter_source"),
+    ({"model": " "}, "model"),
+    ({"model": 7}, "model"),
+]
+
+COMPLETION: list[tuple[Json, str]] = [
+    ({"suffix": "x"}, "suffix"),
+    ({"n": 3, "best_of": 2}, "best_of"),
+    ({"n": 1, "best_of": 2, "stream": True}, "best_of"),
+    ({"best_of": 5}, "best_of"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [400]}, "prompt"),
+    ({"prompt": ["a", 5]}, "prompt"),
+    ({"prompt": {"a": 5}}, "prompt"),
+    ({"prompt": ["a"] * 2000}, "prompt"),
+    ({"prompt": [5] * 201}, "prompt"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "field"),
+    [("chat/completions", *case) for case in CHAT]
+    + [("completions", *case) for case in COMPLETION],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_openai_parameters(
+    client: TestClient, backend: FakeBackend, path: str, given: Json, field: str, stream: bool
+) -> None:
+    if stream and field == "stream_options":
+        return
+    asked = {"messages": HELLO, "prompt": "Hello", "stream": stream}
+    response = await client.post(f"/v1/{path}", json=asked | given)
+    body = await response.json()
+    assert response.status == 422, body
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", field)
+    assert error["code"] == "validation"
+    assert not backend.requests
+
+
+FAILURES: list[tuple[LoraxError, int, str]] = [
+    (AdapterForbidden("a"), 403, "adapter_forbidden"),
+    (AdapterIncompatible("a"), 422, "adapter_incompatible"),
+    (AdapterTooLarge("a"), 413, "adapter_too_large"),
+    (AdapterLoadFailed("a"), 424, "adapter_load_failed"),
+    (EngineDead("a"), 503, "engine_dead"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "kind"), FAILURES, ids=lambda value: str(value))
+async def test_adapter_errors(
+    client: TestClient, backend: FakeBackend, error: LoraxError, status: int, kind: str
+) -> None:
+    backend.adapter_errors["bad"] = error
+    for path in ("/generate", "/generate_stream"):
+        body = {"inputs": "x", "parameters": {"adapter_id": "bad"}}
+        response = await client.post(path, json=body)
+        assert response.status == status
+        assert (await response.json())["error_type"] == kind
+    for stream in (False, True):
+        body = {"messages": HELLO, "model": "bad", "stream": stream}
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status == status
+        found = (await response.json())["error"]
+        assert found["code"] == kind
+        assert found["param"] == (None if status == 503 else "model")
+
+
+async def test_an_unknown_adapter(client: TestClient, openai: AsyncOpenAI) -> None:
+    body = {"inputs": "x", "parameters": {"adapter_id": "missing"}}
+    response = await client.post("/generate_stream", json=body)
+    assert response.status == 404
+    assert (await response.json())["error_type"] == "adapter_not_found"
+    with pytest.raises(sdk.NotFoundError) as caught:
+        await openai.chat.completions.create(model="missing", messages=HELLO)
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize("fail", [GenerationError("broken"), RuntimeError("a bug")])
+async def test_the_engine_fails(
+    client: TestClient, backend: FakeBackend, fail: Exception, caplog: Any
+) -> None:
+    backend.fail_after, backend.failure = 0, fail  # type: ignore[assignment]
+    response = await client.post("/generate", json={"inputs": "x"})
+    assert response.status == 500
+    kind = "generation" if isinstance(fail, GenerationError) else "internal"
+    assert (await response.json())["error_type"] == kind
+    response = await client.post("/v1/completions", json={"prompt": "x"})
+    assert (response.status, (await response.json())["error"]["type"]) == (500, "server_error")
+    assert "a bug" not in await response.text()
+    assert ("a bug" in caplog.text) == isinstance(fail, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"nonsense", b"[]", b"3", b"\xff\xfe", b'{"inputs": NaN}']
+)
+@pytest.mark.parametrize("path", ["/generate", "/tokenize", "/v1/completions"])
+async def test_malformed_bodies(client: TestClient, path: str, body: bytes) -> None:
+    response = await client.post(path, data=body)
+    found = await response.json()
+    assert response.status == 400
+    kind = found["error"]["code"] if path.startswith("/v1") else found["error_type"]
+    assert kind == "malformed_request"
+
+
+@pytest.mark.parametrize("inputs", [r'"\ud800"', r'"a\u0000b"'])
+async def test_strange_strings(client: TestClient, inputs: str) -> None:
+    response = await client.post("/generate", data=b'{"inputs": %s}' % inputs.encode())
+    assert response.status in (200, 400)
+    assert response.status == 200 or json.loads(await response.read())["error_type"]
+
+
+async def test_a_body_that_is_too_large(start: Start) -> None:
+    client = await start(max_body_bytes=1000)
+    response = await client.post("/generate", json={"inputs": "x" * 2000})
+    assert response.status == 413
+    assert (await response.json())["error_type"] == "request_too_large"
+    response = await client.post("/v1/completions", json={"prompt": "x" * 2000})
+    assert response.status == 413
+    assert (await response.json())["error"]["code"] == "request_too_large"
+
+
+async def test_routes_that_are_not(client: TestClient) -> None:
+    response = await client.get("/nowhere")
+    assert (response.status, (await response.json())["error_type"]) == (404, "not_found")
+    response = await client.get("/v1/nowhere")
+    assert (response.status, (await response.json())["error"]["code"]) == (404, "not_found")
+    response = await client.get("/generate")
+    assert response.status == 405
+    assert "POST" in (await response.json())["error"]
+
+
+async def test_a_dead_engine(client: TestClient, backend: FakeBackend, openai: AsyncOpenAI) -> None:
+    backend.alive = False
+    response = await client.post("/generate", json={"inputs": "x"})
+    assert response.status == 503
+    with pytest.raises(sdk.InternalServerError) as caught:
+        await openai.chat.completions.create(model="", messages=HELLO)
+    assert caught.value.status_code == 503
+    assert (await client.get("/metrics")).status == 200
