@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from engine.adapters.ref import AdapterRef, SourceName
 from engine.adapters.registry import Registry, make_sources
+from engine.adapters.room import Room
 from engine.adapters.sources import Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
@@ -28,9 +29,7 @@ from engine.config import EngineConfig
 from engine.errors import (
     AdapterLoadFailed,
     AdapterNotFound,
-    AdapterTooLarge,
     LoraxError,
-    Overloaded,
 )
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
@@ -129,7 +128,7 @@ class Exchange:
         self._registry = Registry(
             sources, adapters.default_adapter_source or adapters.adapter_source
         )
-        self._room_patience_s = room_patience_s
+        self._room = Room(self.tier, room_patience_s)
         self._fetchers = {
             name: ThreadPoolExecutor(FETCH_THREADS, f"adapter-{name}") for name in sources
         }
@@ -139,7 +138,6 @@ class Exchange:
         self._failed: Lru[Hashable, _Adapter] = Lru(MAX_FAILED)
         self._flights: dict[Hashable, _Flight] = {}
         self._preloaded: list[Lease] = []
-        self._freed = asyncio.Event()  # replaced whenever room may have been made
         self._closing = False
 
     async def start(self) -> None:
@@ -187,7 +185,7 @@ class Exchange:
                 ref.name,
             ),
             version.salt,
-            lambda: self._release(image),
+            lambda: self._room.release(image),
         )
 
     async def _leased(
@@ -248,7 +246,7 @@ class Exchange:
         for lease in [lease for lease in self._preloaded if lease.image.name == name]:
             self._preloaded.remove(lease)
             lease.release()
-        self._wake()
+        self._room.freed()
         return found
 
     async def close(self) -> None:
@@ -257,7 +255,7 @@ class Exchange:
         for key, flight in self._flights.items():
             if self._adapters[key].state == "fetching":
                 flight.task.cancel()
-        self._wake()  # who waits for room gives up; a thread that writes into the region stops at its next piece
+        self._room.close()
         tasks = [flight.task for flight in self._flights.values()]
         await self._versions.close()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -288,7 +286,7 @@ class Exchange:
     def _land(self, flight: _Flight) -> None:
         if not flight.waiters and flight.image is not None:
             image, flight.image = flight.image, None
-            self._release(image)
+            self._room.release(image)
 
     async def _fly(
         self, key: Hashable, adapter: _Adapter, version: Version, token: str | None
@@ -323,7 +321,7 @@ class Exchange:
         try:
             adapter.size = image_size(weights, self._layout)
             opened = clock() - started
-            offset = await self._room(adapter.name, adapter.size.total)
+            offset = await self._room.reserve(adapter.name, adapter.size.total)
             started = clock() - opened
             view = self._region.view[offset : offset + adapter.size.total]
             try:
@@ -334,13 +332,12 @@ class Exchange:
                 # weights.
                 await self._run(pool, source.fetch, version, token, _no_progress)
             except BaseException:
-                self.tier.abandon(offset)
-                self._wake()
+                self._room.abandon(offset)
                 raise
         finally:
             weights.close()
         image = self.tier.commit(offset, digest)
-        self._wake()
+        self._room.freed()
         adapter.digest, adapter.state = digest, "ready"
         adapter.targets = list(count_targets(weights, self._layout))
         adapter.base_model = weights.base_model
@@ -364,38 +361,6 @@ class Exchange:
         if self._closing:
             raise AdapterLoadFailed("the server is shutting down")
         time.sleep(0)
-
-    async def _room(self, name: str, num_bytes: int) -> int:
-        """Offset of so many reserved bytes, when leases have left room for them."""
-        if num_bytes > self.tier.capacity:
-            raise AdapterTooLarge(
-                f"{name} takes {num_bytes} bytes of host memory, there are {self.tier.capacity}",
-                field="adapter_id",
-                hint="raise --host-cache-gb",
-            )
-        deadline = time.monotonic() + self._room_patience_s
-        while (offset := self.tier.reserve(num_bytes)) is None:
-            patience = deadline - time.monotonic()
-            try:
-                await asyncio.wait_for(self._freed.wait(), max(patience, 0.0))
-            except TimeoutError:
-                raise Overloaded(
-                    f"no host memory for {name}: open requests use all of it",
-                    field="adapter_id",
-                    hint="try again, or raise --host-cache-gb",
-                ) from None
-            if self._closing:
-                raise AdapterLoadFailed("the server is shutting down")
-        return offset
-
-    def _release(self, image: HostImage) -> None:
-        self.tier.release(image)
-        self._wake()
-
-    def _wake(self) -> None:
-        """Whoever waits for room looks again."""
-        self._freed.set()
-        self._freed = asyncio.Event()
 
     def _remember(self, key: Hashable, adapter: _Adapter) -> None:
         """Notes an adapter that is going to be loaded; forgets those that were not asked for for longest."""

@@ -1,0 +1,67 @@
+"""Room in the host tier for who must wait for it: until leases end, but not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from engine.adapters.tiers import HostImage, HostTier
+from engine.errors import AdapterLoadFailed, AdapterTooLarge, Overloaded
+
+
+class Room:
+    """Reservations in a tier, on one event loop. Whoever waits looks again whenever something was freed, oldest
+    first."""
+
+    def __init__(self, tier: HostTier, patience_s: float) -> None:
+        self.tier = tier
+        self._patience_s = patience_s
+        self._freed = asyncio.Event()  # replaced whenever it is set
+        self._closing = False
+
+    async def reserve(self, name: str, num_bytes: int) -> int:
+        """Offset of so many bytes for the image of `name`.
+
+        Raises AdapterTooLarge if the tier could never hold it, Overloaded if leases fill it for longer than
+        `patience_s`.
+        """
+        if num_bytes > self.tier.capacity:
+            raise AdapterTooLarge(
+                f"{name} takes {num_bytes} bytes of host memory, there are {self.tier.capacity}",
+                field="adapter_id",
+                hint="raise --host-cache-gb",
+            )
+        deadline = time.monotonic() + self._patience_s
+        while (offset := self.tier.reserve(num_bytes)) is None:
+            patience = deadline - time.monotonic()
+            try:
+                await asyncio.wait_for(self._freed.wait(), max(patience, 0.0))
+            except TimeoutError:
+                raise Overloaded(
+                    f"no host memory for {name}: open requests use all of it",
+                    field="adapter_id",
+                    hint="try again, or raise --host-cache-gb",
+                ) from None
+            if self._closing:
+                raise AdapterLoadFailed("the server is shutting down")
+        return offset
+
+    def abandon(self, offset: int) -> None:
+        """Gives a reservation back."""
+        self.tier.abandon(offset)
+        self.freed()
+
+    def release(self, image: HostImage) -> None:
+        """Ends one lease."""
+        self.tier.release(image)
+        self.freed()
+
+    def freed(self) -> None:
+        """Something may have become free: whoever waits looks again."""
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    def close(self) -> None:
+        """Whoever waits gives up."""
+        self._closing = True
+        self.freed()
