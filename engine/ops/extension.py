@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -30,7 +30,7 @@ class ExtensionStatus:
     reason: str | None  # why it is missing; None if it is loaded
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(library: Path = CPU_LIBRARY) -> ExtensionStatus:
     """Loads the CPU library once, which registers its ops. Never raises: a missing library has a reason."""
     if not library.exists():
@@ -67,7 +67,7 @@ def _registered(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _functions(library: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(library))
     functions.lorax_cpu_isa.restype = ctypes.c_char_p
