@@ -102,12 +102,13 @@ class ConfigError(LoraxError):
 
 
 def error_classes() -> dict[str, type[LoraxError]]:
-    """Every class of the tree by name."""
+    """Every class of the tree by name; what a module keeps to itself (`_Name`) is none."""
     found: dict[str, type[LoraxError]] = {}
     stack: list[type[LoraxError]] = [LoraxError]
     while stack:
         cls = stack.pop()
-        found[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            found[cls.__name__] = cls
         stack.extend(cls.__subclasses__())
     return found
 

@@ -41,15 +41,22 @@ Finder = Callable[[str, Progress], Fetched]
 
 def finder(config: EngineConfig) -> Finder:
     """Finds adapters by name as a server of this configuration would; downloads what is not there."""
+    import asyncio
+
     from engine.adapters.ref import AdapterRef
     from engine.adapters.registry import Registry, make_sources
+    from engine.adapters.sources import Version
 
     sources = make_sources(config)
     default = config.adapters.default_adapter_source or config.adapters.adapter_source
     registry = Registry(sources, default)
 
+    async def ask(ref: AdapterRef) -> Version:
+        assert ref.source is not None, "the registry asks one source at a time"
+        return sources[ref.source].resolve(ref, None)
+
     def find(name: str, progress: Progress) -> Fetched:
-        version = registry.resolve(AdapterRef.parse(name), None)
+        version = asyncio.run(registry.resolve(AdapterRef.parse(name), ask))
         files = sources[version.source].fetch(version, None, progress)
         num_bytes = files.config.stat().st_size + files.weights.stat().st_size
         return Fetched(name, version.source, files.revision, files.folder, num_bytes)
