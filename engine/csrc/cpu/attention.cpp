@@ -18,12 +18,14 @@ namespace {
 
 constexpr int64_t kTile = 32;               // keys per step of the softmax
 constexpr int64_t kSplit = 512;             // keys per softmax; a multiple of kTile
+constexpr int64_t kRun = 16;                // keys that lie in one block, wherever they begin
 constexpr int64_t kRows = 64;               // rows of a tile of queries, about
 constexpr int64_t kRowsTogether = 16;       // rows of several key-value heads that go through the keys together
+constexpr int64_t kRowsInPlace = 8;         // rows for which it does not pay to copy keys and values first
 constexpr int kBlock = 4;                   // rows of a register tile
 constexpr int64_t kLeastWork = 32768;       // keys x rows per thread, about
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-static_assert(kSplit % kTile == 0 && kTile % kLanes == 0);
+static_assert(kSplit % kTile == 0 && kTile % kRun == 0 && kRun % kLanes == 0);
 
 // A tile of queries of one sequence against the keys of splits [split, last_split).
 struct Piece {
@@ -54,37 +56,70 @@ struct Span {
   }
 };
 
-// keys[kTile, padded] and values likewise, in float32, zero beyond `count` and beyond the head size. Walks positions.
+// A tile of keys and values in float32: rows of `stride` floats, kRun rows from each base on; a key's value lies
+// `to_value` floats after it. Rows outside [first, last) are readable but not defined: no query sees them. What is to
+// come next is at `ahead`.
+struct Tile {
+  int64_t first, last;
+  int64_t stride, to_value;
+  const float* keys[kTile / kRun];
+  const float* ahead[kTile / kRun];
+};
+
 template <class T>
-void unpack(const Plan& plan, int64_t sequence, int64_t group, int64_t key, int64_t count, float* keys, float* values) {
+LORAX_INLINE const T* place(const AttentionArgs& args, int64_t sequence, int64_t group, int64_t key) {
+  const int64_t block = args.tables[sequence * args.table_stride + key / args.block];
+  return static_cast<const T*>(args.kv) + block * args.block_stride + key % args.block * args.position_stride +
+         group * args.kv_head_stride;
+}
+
+// The tile of keys [key, last) where it lies: for float32, whole vectors and blocks of whole runs. In place of a run that
+// is not there stands the nearest one that is.
+Tile in_place(const AttentionArgs& args, int64_t sequence, int64_t group, int64_t key, int64_t last,
+              const Span& span) {
+  const auto run_of = [&](int64_t at) {
+    const int64_t seen = std::clamp(at, span.first_key, span.last_key - 1);
+    return place<float>(args, sequence, group, seen / kRun * kRun);
+  };
+  const int64_t first = std::max<int64_t>(span.first_key - key, 0);
+  Tile tile{first, std::min(last - key, kTile), args.position_stride, args.value_stride, {}, {}};
+  for (int64_t i = 0; i < kTile / kRun; ++i) {
+    tile.keys[i] = run_of(key + i * kRun);
+    tile.ahead[i] = run_of(key + kTile + i * kRun);
+  }
+  return tile;
+}
+
+// The tile of keys [key, last) copied to `out`: [kTile, padded] keys and as many values, zero beyond the head size. Walks
+// positions, and asks for those of the next tile meanwhile.
+template <class T>
+Tile unpacked(const Plan& plan, int64_t sequence, int64_t group, int64_t key, int64_t last, const Span& span,
+              float* out) {
   const AttentionArgs& args = plan.args;
-  const int32_t* table = args.tables + sequence * args.table_stride;
   const int64_t whole = args.size / kLanes * kLanes, rest = args.size - whole;
-  const T* from = nullptr;
-  int64_t left = 0;  // positions in the block
-  for (int64_t j = 0; j < kTile; ++j, keys += plan.padded, values += plan.padded) {
-    if (j >= count) {
-      std::memset(keys, 0, size_t(plan.padded) * sizeof(float));
-      std::memset(values, 0, size_t(plan.padded) * sizeof(float));
-      continue;
-    }
-    if (left == 0) {
-      const int64_t offset = (key + j) % args.block;
-      from = static_cast<const T*>(args.kv) + table[(key + j) / args.block] * args.block_stride +
-             offset * args.position_stride + group * args.kv_head_stride;
-      left = args.block - offset;
-    }
+  const int64_t first = std::max<int64_t>(span.first_key - key, 0);
+  Tile tile{first, std::min(last - key, kTile), plan.padded, kTile * plan.padded, {}, {}};
+  for (int64_t i = 0; i < kTile / kRun; ++i) tile.keys[i] = out + i * kRun * plan.padded;
+  const T *from = nullptr, *ahead = nullptr;
+  for (int64_t j = tile.first; j < tile.last; ++j) {
+    const int64_t at = key + j, next = std::min(at + kTile, span.last_key - 1);
+    const bool turn = j == tile.first || at % args.block == 0;
+    from = turn ? place<T>(args, sequence, group, at) : from + args.position_stride;
+    ahead = turn || next % args.block == 0 ? place<T>(args, sequence, group, next) : ahead + args.position_stride;
+    float* keys = out + j * plan.padded;
+    float* values = keys + tile.to_value;
     for (int64_t d = 0; d < whole; d += kLanes) {
       store(keys + d, load(from + d));
       store(values + d, load(from + args.value_stride + d));
+      __builtin_prefetch(ahead + d, 0, 2);
+      __builtin_prefetch(ahead + args.value_stride + d, 0, 2);
     }
     if (rest) {
       store(keys + whole, load_partial(from + whole, rest));
       store(values + whole, load_partial(from + args.value_stride + whole, rest));
     }
-    from += args.position_stride;
-    --left;
   }
+  return tile;
 }
 
 // q[repeats * queries, padded] of one key-value head in float32, times the scale. Row: query * repeats + head.
@@ -141,33 +176,43 @@ void merge(const Plan& plan, float* states, const float* parts, int64_t rows) {
   }
 }
 
-// scores[rows, kTile] = q @ keys.T. Tile: one row by kLanes keys; walks the head size by kLanes, sums as in reduce.h.
-template <int rows>
-LORAX_INLINE void score_tile(const float* q, const float* keys, int64_t padded, float* scores) {
+// scores[rows, kTile] = q @ keys.T. Tile: one row by kLanes keys; walks keys, rows, then the head size by kLanes, with
+// sums as in reduce.h. With `prefetch`, the first rows ask for the keys and values of the next tile to the second-level
+// cache, a line at every multiplication: requests in a burst are dropped.
+template <int rows, bool prefetch>
+LORAX_INLINE void score_tile(const float* q, const Tile& tile, int64_t padded, float* scores) {
+  constexpr int value_row = rows > 1 ? 1 : 0;  // the row that asks for values
   for (int64_t j = 0; j < kTile; j += kLanes) {
+    const float* keys = tile.keys[j / kRun] + j % kRun * tile.stride;
+    const float* ahead = prefetch ? tile.ahead[j / kRun] + j % kRun * tile.stride : nullptr;
     for (int r = 0; r < rows; ++r) {
       Vec sum[kLanes] = {};
       for (int64_t d = 0; d < padded; d += kLanes) {
         const Vec v = load(q + r * padded + d);
-        for (int i = 0; i < kLanes; ++i) sum[i] = fma(v, load(keys + (j + i) * padded + d), sum[i]);
+        for (int i = 0; i < kLanes; ++i) {
+          sum[i] = fma(v, load(keys + i * tile.stride + d), sum[i]);
+          if (prefetch && r == 0) __builtin_prefetch(ahead + i * tile.stride + d, 0, 2);
+          if (prefetch && r == value_row) __builtin_prefetch(ahead + tile.to_value + i * tile.stride + d, 0, 2);
+        }
       }
       store(scores + r * kTile + j, sum_lanes(sum));
     }
   }
 }
 
-// outputs[rows, padded] = outputs * decay + weights[rows, count] @ values. Tile: `rows` rows by `vectors` vectors of the
-// head size; walks keys in order.
+// outputs[rows, columns] = outputs * decay + weights[rows, kTile] @ values. Tile: `rows` rows by `vectors` vectors of the
+// head size, from `column` on; walks keys in order.
 template <int rows, int vectors>
-LORAX_INLINE void value_tile(const float* weights, const float* decay, const float* values, int64_t padded,
-                             int64_t count, float* outputs, int64_t stride) {
+LORAX_INLINE void value_tile(const float* weights, const float* decay, const Tile& tile, int64_t column,
+                             float* outputs, int64_t stride) {
   Vec sum[rows][vectors];
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) sum[r][v] = load(outputs + r * stride + v * kLanes) * splat(decay[r]);
   }
-  for (int64_t j = 0; j < count; ++j) {
+  for (int64_t j = tile.first; j < tile.last; ++j) {
+    const float* values = tile.keys[j / kRun] + j % kRun * tile.stride + tile.to_value + column;
     Vec w[vectors];
-    for (int v = 0; v < vectors; ++v) w[v] = load(values + j * padded + v * kLanes);
+    for (int v = 0; v < vectors; ++v) w[v] = load(values + v * kLanes);
     for (int r = 0; r < rows; ++r) {
       const Vec weight = splat(weights[r * kTile + j]);
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(weight, w[v], sum[r][v]);
@@ -178,10 +223,10 @@ LORAX_INLINE void value_tile(const float* weights, const float* decay, const flo
   }
 }
 
-// One step of the softmax: `rows` rows against `count` keys from position `key` on. positions[r] is that of row r.
-template <int rows>
-void step(const Plan& plan, const float* q, const int64_t* positions, const float* keys, const float* values,
-          int64_t key, int64_t count, float* states) {
+// One step of the softmax: `rows` rows against the tile of keys from position `key` on. positions[r] is that of row r.
+template <int rows, bool prefetch>
+void step(const Plan& plan, const float* q, const int64_t* positions, const Tile& tile, int64_t key,
+          float* states) {
   const AttentionArgs& args = plan.args;
   float scores[rows * kTile], decay[rows];
   bool seen = false;
@@ -189,7 +234,7 @@ void step(const Plan& plan, const float* q, const int64_t* positions, const floa
     seen |= positions[r] >= key && (!args.window || positions[r] - args.window + 1 < key + kTile);
   }
   if (!seen) return;
-  score_tile<rows>(q, keys, plan.padded, scores);
+  score_tile<rows, prefetch>(q, tile, plan.padded, scores);
   float numbers[kLanes];
   for (int i = 0; i < kLanes; ++i) numbers[i] = float(i);
   for (int r = 0; r < rows; ++r) {
@@ -234,31 +279,32 @@ void step(const Plan& plan, const float* q, const int64_t* positions, const floa
   float* outputs = states + kLanes;
   int64_t d = 0;
   for (; d + vectors * kLanes <= plan.padded; d += vectors * kLanes) {
-    value_tile<rows, vectors>(scores, decay, values + d, plan.padded, count, outputs + d, plan.state);
+    value_tile<rows, vectors>(scores, decay, tile, d, outputs + d, plan.state);
   }
   for (; d < plan.padded; d += kLanes) {
-    value_tile<rows, 1>(scores, decay, values + d, plan.padded, count, outputs + d, plan.state);
+    value_tile<rows, 1>(scores, decay, tile, d, outputs + d, plan.state);
   }
 }
 
 // All rows of one key-value head against one tile of keys. Walks rows by kBlock.
-void step_rows(const Plan& plan, const float* q, const int64_t* positions, int64_t rows, const float* keys,
-               const float* values, int64_t key, int64_t count, float* states) {
+template <bool prefetch>
+void step_rows(const Plan& plan, const float* q, const int64_t* positions, int64_t rows, const Tile& tile, int64_t key,
+               float* states) {
   for (int64_t r = 0; r < rows; r += kBlock) {
     const float* some = q + r * plan.padded;
     float* state = states + r * plan.state;
     switch (std::min<int64_t>(rows - r, kBlock)) {
       case 1:
-        step<1>(plan, some, positions + r, keys, values, key, count, state);
+        step<1, prefetch>(plan, some, positions + r, tile, key, state);
         break;
       case 2:
-        step<2>(plan, some, positions + r, keys, values, key, count, state);
+        step<2, prefetch>(plan, some, positions + r, tile, key, state);
         break;
       case 3:
-        step<3>(plan, some, positions + r, keys, values, key, count, state);
+        step<3, prefetch>(plan, some, positions + r, tile, key, state);
         break;
       default:
-        step<kBlock>(plan, some, positions + r, keys, values, key, count, state);
+        step<kBlock, prefetch>(plan, some, positions + r, tile, key, state);
     }
   }
 }
@@ -270,6 +316,8 @@ void run_piece(const Plan& plan, const Piece& piece, int64_t group, int64_t grou
   const Span span(args, piece.sequence, piece.first, piece.queries);
   const int64_t token = args.starts[piece.sequence] + piece.first;
   const int64_t rows = piece.queries * plan.repeats, all = rows * groups;
+  const bool direct =
+      sizeof(T) == sizeof(float) && args.size == plan.padded && args.block % kRun == 0 && rows <= kRowsInPlace;
   const bool several = piece.last_split - piece.split > 1;
 
   const int64_t floats = all * plan.padded + 2 * all * plan.state + 2 * kTile * plan.padded;
@@ -278,9 +326,8 @@ void run_piece(const Plan& plan, const Piece& piece, int64_t group, int64_t grou
   float* q = reinterpret_cast<float*>(memory);
   float* states = q + all * plan.padded;
   float* totals = states + all * plan.state;
-  float* keys = totals + all * plan.state;
-  float* values = keys + kTile * plan.padded;
-  int64_t* positions = reinterpret_cast<int64_t*>(values + kTile * plan.padded);
+  float* copies = totals + all * plan.state;
+  int64_t* positions = reinterpret_cast<int64_t*>(copies + 2 * kTile * plan.padded);
 
   for (int64_t g = 0; g < groups; ++g) {
     load_queries<Q>(plan, token, piece.queries, group + g, q + g * rows * plan.padded);
@@ -292,11 +339,16 @@ void run_piece(const Plan& plan, const Piece& piece, int64_t group, int64_t grou
     const int64_t first = std::max(split * kSplit, span.first_key / kTile * kTile);
     const int64_t last = std::min((split + 1) * kSplit, span.last_key);
     for (int64_t key = first; key < last; key += kTile) {
-      const int64_t count = std::min(kTile, last - key);
       for (int64_t g = 0; g < groups; ++g) {
-        unpack<T>(plan, piece.sequence, group + g, key, count, keys, values);
-        step_rows(plan, q + g * rows * plan.padded, positions, rows, keys, values, key, count,
-                  states + g * rows * plan.state);
+        const float* head_q = q + g * rows * plan.padded;
+        float* head_states = states + g * rows * plan.state;
+        if (direct) {
+          const Tile tile = in_place(args, piece.sequence, group + g, key, last, span);
+          step_rows<true>(plan, head_q, positions, rows, tile, key, head_states);
+        } else {
+          const Tile tile = unpacked<T>(plan, piece.sequence, group + g, key, last, span, copies);
+          step_rows<false>(plan, head_q, positions, rows, tile, key, head_states);
+        }
       }
     }
     if (several) merge(plan, totals, states, all);
