@@ -11,6 +11,7 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+import engine
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
@@ -26,6 +27,7 @@ KEEP_ALIVE_S = 15.0  # silence after which a stream gets a comment
 DRAIN_S = 90.0  # that open requests get when the server stops; aiohttp spends it in two halves
 WATCH_S = 0.25  # between two looks at whether the engine is alive
 RETRY_AFTER_S = 1
+SERVER = f"lorax/{engine.__version__}"
 CLIENT_GONE = 499  # nobody reads this status; it is for the log
 
 # What aiohttp refuses by itself -> our type of error.
@@ -55,7 +57,7 @@ def build_app(
     metrics = Metrics(backend.info.max_total_tokens)
     app[FRONT] = Front(backend, text, config, metrics, keep_alive_s)
     app.add_routes([*native.routes(), *openai.routes()])
-    app.on_response_prepare.append(_allow_origin)
+    app.on_response_prepare.append(_sign)
     return app
 
 
@@ -131,8 +133,9 @@ async def _preflight(request: web.Request, handler: Handler) -> web.StreamRespon
     return web.Response(status=204, headers=headers)
 
 
-async def _allow_origin(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer says who may read it: any origin, or those of --cors-allow-origin."""
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    """Every answer says who made it, and who may read it: any origin, or those of --cors-allow-origin."""
+    response.headers["Server"] = SERVER
     origin = request.headers.get("Origin")
     if origin is None:
         return

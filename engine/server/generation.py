@@ -328,7 +328,6 @@ class Generator:
                 "send several requests",
             )
         tokens = [await self._tokenize(prompt, parameters) for prompt in prompts]
-        room = [check_prompt(len(one), parameters, self.limits) for one in tokens]
         timings.validated = time.monotonic()
         lease: Lease | None = None
         if parameters.adapter is not None:
@@ -336,23 +335,22 @@ class Generator:
         self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
         generation = Generation(id or uuid.uuid4().hex, parameters, tokens, lease, timings, self)
         try:
-            generation.start(self._sequences(generation, room, lease))
+            generation.start(self._sequences(generation, lease))
             yield generation
         finally:
             await generation.close()
 
-    def _sequences(
-        self, generation: Generation, room: list[int], lease: Lease | None
-    ) -> list[_Sequence]:
+    def _sequences(self, generation: Generation, lease: Lease | None) -> list[_Sequence]:
         parameters = generation.parameters
         made: list[_Sequence] = []
-        for tokens, max_new_tokens in zip(generation.prompts, room, strict=True):
+        for tokens in generation.prompts:
+            room = self.limits.max_total_tokens - len(tokens)
             for seed in parameters.seeds():
                 request = Request(
                     id=f"{generation.id}-{len(made)}",
                     tokens=tokens,
                     sampling=parameters.sampling(seed, self.limits),
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=parameters.max_new_tokens or room,
                     eos_token_ids=[] if parameters.ignore_eos else self.text.eos_token_ids,
                     adapter=lease.image if lease else None,
                     cache_salt=lease.cache_salt if lease else b"",
@@ -370,15 +368,15 @@ class Generator:
         return made
 
     async def _tokenize(self, prompt: Prompt, parameters: Parameters) -> list[int]:
+        """The tokens of one prompt that go in; raises InvalidRequest if they do not fit."""
         if isinstance(prompt, str):
             tokens = await self.text.encode(prompt, special=parameters.special)
         elif prompt and isinstance(prompt[0], dict):
             tokens = await self.text.encode_chat(prompt)
         else:
             tokens = cast(list[int], prompt)
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self.limits.vocab_size:
-                raise invalid(
-                    parameters.name("inputs"),
-                    f"has a token outside of 0 .. {self.limits.vocab_size - 1}",
-                )
-        return tokens[-parameters.truncate :] if parameters.truncate else tokens
+        await asyncio.sleep(0)  # between the prompts of one request it is the others' turn
+        if parameters.truncate:
+            tokens = tokens[-parameters.truncate :]
+        check_prompt(tokens, parameters, self.limits)
+        return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,11 @@ from engine.server.schemas import (
     StreamDetails,
     TokenizeBody,
     decode,
+    ignored,
 )
 from engine.server.text import Text
+
+log = logging.getLogger(__name__)
 
 NAMES = {"num_alternatives": "return_k_alternatives"}
 
@@ -135,7 +139,10 @@ async def compatible(request: web.Request) -> web.StreamResponse:
 
 async def _generate(request: web.Request, *, stream: bool | None) -> web.StreamResponse:
     front = request.app[FRONT]
-    body = decode(await request.read(), GenerateBody)
+    raw = await request.read()
+    body = decode(raw, GenerateBody)
+    if log.isEnabledFor(logging.DEBUG) and (unknown := ignored(raw, GenerateBody)):
+        log.debug("ignored parameters that are not known: %s", ", ".join(unknown))
     streamed = bool(body.stream) if stream is None else stream
     given = body.parameters or GenerateParameters()
     token = token_of(request, given.api_token)

@@ -179,28 +179,29 @@ def _check_most(parameters: Parameters, what: str, most: int, flag: str) -> None
         )
 
 
-def check_prompt(num_tokens: int, parameters: Parameters, limits: Limits) -> int:
-    """The most tokens that may follow a prompt of `num_tokens`; raises InvalidRequest if it does not fit."""
-    name = parameters.name("inputs")
-    if num_tokens == 0:
+def check_prompt(tokens: Sequence[int], parameters: Parameters, limits: Limits) -> None:
+    """Raises InvalidRequest if a prompt and what is to follow it do not fit."""
+    name, count = parameters.name("inputs"), len(tokens)
+    if not tokens:
         raise invalid(name, "is empty", "send at least one token")
-    if num_tokens > limits.max_input_length:
+    if count > limits.max_input_length:
         remedy = "" if "inputs" in parameters.names else ", or set `truncate` to keep its end"
         raise invalid(
             name,
-            f"has {num_tokens} tokens, at most {limits.max_input_length} are allowed",
+            f"has {count} tokens, at most {limits.max_input_length} are allowed",
             f"shorten it{remedy}",
         )
-    room = limits.max_total_tokens - num_tokens
-    wanted = parameters.max_new_tokens
-    if room < 1 or (wanted is not None and wanted > room):
+    if not 0 <= min(tokens) <= max(tokens) < limits.vocab_size:
+        raise invalid(name, f"has a token outside of 0 .. {limits.vocab_size - 1}")
+    room = limits.max_total_tokens - count
+    wanted = parameters.max_new_tokens or 1
+    if wanted > room:
         raise invalid(
             parameters.name("max_new_tokens"),
-            f"and the prompt's {num_tokens} tokens make {num_tokens + (wanted or 1)}, "
+            f"and the prompt's {count} tokens make {count + wanted}, "
             f"at most {limits.max_total_tokens} are allowed",
             f"ask for at most {room}, or shorten the prompt" if room > 0 else "shorten the prompt",
         )
-    return wanted or room
 
 
 def invalid(name: str, problem: str, hint: str | None = None) -> InvalidRequest:

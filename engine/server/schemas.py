@@ -50,6 +50,15 @@ def decode(body: bytes, cls: type[T]) -> T:
         raise MalformedRequest(f"the body is not JSON: {error}") from None
 
 
+def ignored(body: bytes, cls: type[Struct]) -> list[str]:
+    """The names in a body that `cls` does not have, at its top and in `parameters`; for the log."""
+    given = msgspec.json.decode(body)
+    known = {field.encode_name for field in msgspec.structs.fields(cls)}
+    inner = {field.encode_name for field in msgspec.structs.fields(GenerateParameters)}
+    names = [name for name in given if name not in known]
+    return names + [name for name in given.get("parameters") or {} if name not in inner]
+
+
 # -- LoRAX's own routes
 
 

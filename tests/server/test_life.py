@@ -196,6 +196,10 @@ async def test_logs(capsys: pytest.CaptureFixture[str], start: Start) -> None:
         (line,) = capsys.readouterr().err.splitlines()
         found = json.loads(line)
         assert found["level"] == "DEBUG" and "GET /health 200" in found["message"]
+        assert found["timestamp"].endswith("+00:00")
+        body = {"inputs": "x", "wrong": 1, "parameters": {"temprature": 1, "top_k": 3}}
+        await client.post("/generate", json=body)
+        assert "not known: wrong, temprature" in capsys.readouterr().err
         configure_logging(ServerConfig(log_level="info"))
         await client.get("/health")
         logger.info("hello")
