@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--tokens", default="1,4,16,64,256")
-    parser.add_argument("--isa", choices=["generic", "avx2", "avx512"])
+    parser.add_argument("--isa", choices=["generic", "avx2", "avx512", "avx512_bf16"])
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -11,7 +11,7 @@ from engine.ops import extension
 status = extension.load()
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if status.path is None:
         pytest.skip(status.reason or "")

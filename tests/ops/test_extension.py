@@ -23,7 +23,7 @@ def test_status_names_what_serves() -> None:
     else:
         assert (
             status.path.exists()
-            and status.isa in ("generic", "avx2", "avx512")
+            and status.isa in ("generic", "avx2", "avx512", "avx512_bf16")
             and status.reason is None
         )
         assert status.ops == set(SCHEMAS)

@@ -9,11 +9,12 @@
 namespace lorax {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
 bool supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (isa == Isa::avx512_bf16) return __builtin_cpu_supports("avx512bf16") && supported(Isa::avx512);
   if (isa == Isa::avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(Isa::avx2);
@@ -26,7 +27,7 @@ bool supported(Isa isa) {
 }
 
 Isa best() {
-  for (Isa isa : {Isa::avx512, Isa::avx2}) {
+  for (Isa isa : {Isa::avx512_bf16, Isa::avx512, Isa::avx2}) {
     if (supported(isa)) return isa;
   }
   return Isa::generic;
@@ -66,7 +67,7 @@ __attribute__((visibility("default"))) const char* lorax_cpu_isa() { return lora
 
 // For tests: kernels run with `name` from now on. Returns whether this machine can.
 __attribute__((visibility("default"))) int lorax_cpu_use_isa(const char* name) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const lorax::Isa isa = lorax::Isa(i);
     if (std::strcmp(name, lorax::kNames[i]) == 0 && lorax::supported(isa)) {
       lorax::chosen = isa;

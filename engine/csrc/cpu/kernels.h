@@ -28,7 +28,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-enum class Isa : int32_t { generic, avx2, avx512 };
+// avx512_bf16 runs the code of avx512, where `isa()` may be asked for the products of bfloat16 pairs that it adds.
+enum class Isa : int32_t { generic, avx2, avx512, avx512_bf16 };
 
 // The instruction set in use: the best that this machine and this build have, found once.
 Isa isa();
@@ -65,6 +66,7 @@ void* scratch(Scratch which, size_t bytes);
   namespace lorax {                       \
   inline void name(const Args& args) {    \
     switch (isa()) {                      \
+      case Isa::avx512_bf16:              \
       case Isa::avx512:                   \
         return avx512::name(args);        \
       case Isa::avx2:                     \

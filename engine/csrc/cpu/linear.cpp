@@ -28,6 +28,10 @@ constexpr int64_t kResident = 131072;  // elements of x that stay in L2 beside t
 constexpr int64_t kTokens = 64;        // rows of x in a block of T
 constexpr int64_t kGrain = 32768;      // multiply-adds that are worth waking a thread for
 
+// Elements of K in a step. Pairs of bfloat16 are multiplied two to a lane where the machine can; otherwise x is float32.
+template <class X>
+constexpr int kStep = sizeof(X) == 4 ? kLanes : 2 * kLanes;
+
 LORAX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Weights that the next panels will read, fetched into L2 in the order of memory while this one is computed: rows are too
@@ -42,7 +46,7 @@ constexpr int64_t kLine = 64;
 
 // sums[c, r] (+)= x[r, :depth] . w[c, :depth] for `rows` <= 4 rows of x and `columns` rows of weight.
 template <int rows, int columns, class W>
-inline void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t depth, bool first,
+void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t depth, bool first,
                           float* sums, Ahead& ahead) {
   Vec acc[kRows][columns];
 #pragma GCC unroll 8
@@ -77,9 +81,46 @@ inline void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t 
   }
 }
 
+#if defined(__AVX512F__)
+// The same for bfloat16, by instructions that multiply pairs and add in float32.
+template <int rows, int columns>
+__attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int64_t x_stride, const BFloat16* w,
+                                                         int64_t w_stride, int64_t depth, bool first, float* sums,
+                                                         Ahead& ahead) {
+  Vec acc[kRows][columns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) acc[r][c] = splat(0.0f);
+  }
+  const char* at = ahead.at;
+  const int lines = at < ahead.end ? ahead.lines : 0;
+  constexpr int step = kStep<BFloat16>;
+  for (int64_t k = 0; k < depth; k += step) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(at + i * kLine, 0, 2);
+    at += lines * kLine;
+    const __mmask32 valid = depth - k >= step ? ~__mmask32(0) : (__mmask32(1) << (depth - k)) - 1;
+    __m512bh column[columns];
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) column[c] = (__m512bh)_mm512_maskz_loadu_epi16(valid, w + c * w_stride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(valid, x + r * x_stride + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], row, column[c]);
+    }
+  }
+  ahead.at = at;
+#pragma GCC unroll 8
+  for (int c = 0; c < columns; ++c) {
+    reduce_add4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], first ? nullptr : sums + c * kRows, sums + c * kRows);
+  }
+}
+#endif
+
 // One panel over one block of K: the tiles of `tokens` rows of x.
-template <int columns, class W>
-void multiply_panel(const float* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride, int64_t depth,
+template <int columns, class X, class W>
+void multiply_panel(const X* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride, int64_t depth,
                     bool first, float* sums, Ahead& ahead) {
   for (; tokens >= kRows; tokens -= kRows, x += kRows * x_stride, sums += kRows * kColumns) {
     multiply_tile<kRows, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
@@ -89,18 +130,18 @@ void multiply_panel(const float* x, int64_t x_stride, int64_t tokens, const W* w
   if (tokens == 1) multiply_tile<1, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
 }
 
-template <class W, int columns = kColumns>
-void multiply_panel(int width, const float* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride,
+template <class X, class W, int columns = kColumns>
+void multiply_panel(int width, const X* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride,
                     int64_t depth, bool first, float* sums, Ahead& ahead) {
   if (width == columns) return multiply_panel<columns>(x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
   if constexpr (columns > 1) {
-    multiply_panel<W, columns - 1>(width, x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
+    multiply_panel<X, W, columns - 1>(width, x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
   }
 }
 
 // Rows [begin, begin + tokens) of x by panels [first, last) of weight.
-template <class T>
-void multiply_block(const LinearArgs& args, const float* x, int64_t x_stride, int64_t begin, int64_t tokens,
+template <class T, class X>
+void multiply_block(const LinearArgs& args, const X* x, int64_t x_stride, int64_t begin, int64_t tokens,
                     int64_t first, int64_t last) {
   const int64_t blocks = ceil_div(args.inputs, kBlock);
   const int64_t depth = ceil_div(ceil_div(args.inputs, blocks), kLanes) * kLanes;
@@ -123,11 +164,11 @@ void multiply_block(const LinearArgs& args, const float* x, int64_t x_stride, in
       if (one_span && args.weight_stride == args.inputs && panel + kAheadPanels < last) {
         ahead.at = reinterpret_cast<const char*>(weight + (n + kAheadPanels * kColumns) * args.inputs);
         ahead.end = ahead.at + kColumns * args.inputs * int64_t(sizeof(T));
-        ahead.lines = int(ceil_div(kColumns * kLanes * int64_t(sizeof(T)), kLine * tiles));
+        ahead.lines = int(ceil_div(kColumns * kStep<X> * int64_t(sizeof(T)), kLine * tiles));
       }
       for (int64_t k = span; k < span_end; k += depth) {
         const int64_t steps = k + depth < span_end ? depth : span_end - k;
-        multiply_panel<T>(width, x + k, x_stride, tokens, weight + n * args.weight_stride + k, args.weight_stride,
+        multiply_panel<X, T>(width, x + k, x_stride, tokens, weight + n * args.weight_stride + k, args.weight_stride,
                           steps, k == 0, sums, ahead);
       }
       if (span_end < args.inputs) continue;
@@ -165,26 +206,35 @@ const float* as_float<float>(const LinearArgs& args, int64_t* stride) {
   return static_cast<const float*>(args.x);
 }
 
+template <class T, class X>
+void multiply(const LinearArgs& args, const X* x, int64_t x_stride) {
+  const int64_t panels = ceil_div(args.outputs, kColumns), blocks = ceil_div(args.tokens, kTokens);
+  const int64_t rows = args.tokens < kTokens ? args.tokens : kTokens;
+  const int64_t work = rows * kColumns * args.inputs;  // multiply-adds of one panel
+  parallel_for(blocks * panels, ceil_div(kGrain, work + 1), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t token = begin / panels * kTokens, first = begin % panels;
+      const int64_t last = first + (end - begin) < panels ? first + (end - begin) : panels;
+      const int64_t tokens = args.tokens - token < kTokens ? args.tokens - token : kTokens;
+      multiply_block<T>(args, x, x_stride, token, tokens, first, last);
+      begin += last - first;
+    }
+  });
+}
+
 }  // namespace
 
 void linear(const LinearArgs& args) {
+#if defined(__AVX512F__)
+  if (args.dtype == DType::bfloat16 && isa() == Isa::avx512_bf16) {
+    return multiply<BFloat16>(args, static_cast<const BFloat16*>(args.x), args.x_stride);
+  }
+#endif
   with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
     int64_t x_stride;
     const float* x = as_float<T>(args, &x_stride);
-    const int64_t panels = ceil_div(args.outputs, kColumns), blocks = ceil_div(args.tokens, kTokens);
-    const int64_t rows = ceil_div(args.tokens, blocks > 0 ? blocks : 1);
-    const int64_t work = rows * kColumns * args.inputs;  // multiply-adds of one panel
-    parallel_for(blocks * panels, ceil_div(kGrain, work + 1), [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t block = begin / panels, first = begin % panels;
-        const int64_t last = first + (end - begin) < panels ? first + (end - begin) : panels;
-        const int64_t token = block * kTokens;
-        const int64_t tokens = args.tokens - token < kTokens ? args.tokens - token : kTokens;
-        multiply_block<T>(args, x, x_stride, token, tokens, first, last);
-        begin += last - first;
-      }
-    });
+    multiply<T>(args, x, x_stride);
   });
 }
 
