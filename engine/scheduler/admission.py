@@ -134,7 +134,7 @@ class Admission:
         if needed > self._pool.available + sum(len(other.blocks) for other in paused):
             return False
         for victim in paused:
-            self._tables.drop(victim)
+            self._tables.drop_paused(victim)
             if needed <= self._pool.available:
                 return True
         return False  # they shared blocks with others
@@ -144,8 +144,7 @@ class Admission:
         sequence.preempted = False
         if slot:
             self._slots.pin(slot)
-            if self._rotation.left_waiting(sequence):
-                self.wake()  # the next may have its turn
+            self._rotation.left_waiting(sequence)
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed

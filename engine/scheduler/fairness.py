@@ -110,16 +110,14 @@ class Rotation:
             for leaving in turn.leaving:
                 self._drain_from.pop(leaving, None)
 
-    def left_waiting(self, sequence: Sequence) -> bool:
-        """The sequence was admitted or ended; returns whether it had a turn, which is over."""
+    def left_waiting(self, sequence: Sequence) -> None:
+        """The sequence was admitted or ended: if it had a turn, that is over."""
         image = sequence.adapter
         turn = self.turns.get(image.digest) if image is not None else None
-        if image is None or turn is None or turn.sequence is not sequence:
-            return False
-        self.placed(image.digest)
-        self._slots.cancel_reservation(image.digest)
-        del self.turns[image.digest]
-        return True
+        if image is not None and turn is not None and turn.sequence is sequence:
+            self.placed(image.digest)
+            self._slots.cancel_reservation(image.digest)
+            del self.turns[image.digest]
 
     def check(self) -> None:
         """Assert every invariant."""

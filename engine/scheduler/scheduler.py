@@ -5,8 +5,8 @@ up with the former under a budget of tokens: first the rows that decode (one pos
 have more to compute, first come, first served.
 
 `plan` may be called once more before the result of the step before is committed (run-ahead of depth 1). What depends
-on token ids, hashing of blocks and recomputing after preemption, therefore never touches a sequence with tokens in
-flight; such a sequence is held back for one step first.
+on token ids therefore happens at commit: ends of sequences, and keys of blocks. What is in flight for a sequence that
+has left its row is dropped.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Scheduler:
         if held:
             needy = [sequence for sequence in needy if sequence not in held]
         if len(needy) > self.blocks.available:
-            needy = self._make_room(needy, held)
+            needy = self._make_room(needy)
             decode = self._rows.decode()
         if held:
             decode = [entry for entry in decode if entry[0] not in held]
@@ -178,26 +178,23 @@ class Scheduler:
         draft.budget -= len(decode)
         return decode
 
-    def _make_room(self, needy: list[Sequence], held: set[Sequence]) -> list[Sequence]:
-        """Take blocks from the youngest until each of `needy` can have one; returns those that can.
+    def _make_room(self, needy: list[Sequence]) -> list[Sequence]:
+        """Take blocks from the youngest until each that is left of `needy` can have one; paused sequences give first.
 
-        Paused sequences give first. A running sequence with tokens in flight cannot be preempted: it is held back, and
-        so are the youngest of `needy` for this step. The next plan finds it without tokens in flight.
+        Tokens in flight for a preempted sequence are dropped. They are sampled again as they were, because sampling is
+        keyed by (seed, position). A sequence that runs alone fits, so the oldest always goes on.
         """
         for victim in self._admission.paused() + self._rows.youngest_first():
             if len(needy) <= self.blocks.available:
                 break
-            if victim.inflight:
-                held.add(victim)
-                break
             if victim.row:
                 victim.preempted = True
                 self._wait_again(victim)
-            self._tables.drop(victim)
+                self._tables.drop(victim)
+            else:
+                self._tables.drop_paused(victim)
             needy = [sequence for sequence in needy if sequence is not victim]
-        needy = sorted(needy, key=lambda sequence: sequence.age)
-        held.update(needy[self.blocks.available :])
-        return [sequence for sequence in needy if sequence not in held]
+        return needy
 
     def _plan_chunks(self, draft: Draft, held: set[Sequence]) -> None:
         for sequence in list(self._rows.prefilling):
@@ -214,7 +211,7 @@ class Scheduler:
             return held
         for sequence in list(self._rows.running.values()):
             image = sequence.adapter
-            if image is None or image.digest not in overdue:
+            if image is None or image.digest not in overdue or not sequence.pausable:
                 continue
             if sequence.committed < sequence.computed:
                 held.add(sequence)

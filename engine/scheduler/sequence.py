@@ -41,6 +41,7 @@ class Sequence:
     epoch: int = 0  # counts the rows it left; a result for an older epoch is dropped
     decoding: bool = False
     preempted: bool = False  # waits in front of those that never ran
+    pausable: bool = True  # false once it was paused and lost its blocks
     preemptions: int = 0
     cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     admitted: float | None = None  # time of the first admission

@@ -77,6 +77,11 @@ class BlockTables:
         sequence.preemptions += 1
         self.num_drops += 1
 
+    def drop_paused(self, sequence: Sequence) -> None:
+        """Take the blocks of a paused sequence, which is not paused again: two could undo each other's work for ever."""
+        self.drop(sequence)
+        sequence.pausable = False
+
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert every invariant, of the pool too."""
         everyone = list(sequences)

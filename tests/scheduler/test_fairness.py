@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.scheduler.fake import House, expected, image, random_prompt, request
+from tests.scheduler.fake import House, expected, expected_logprobs, image, random_prompt, request
 
 DEPTHS = pytest.mark.parametrize("depth", [0, 1])
 
@@ -40,6 +40,21 @@ def test_after_a_cycle_an_adapter_drains() -> None:
     house.drain()
     assert house.order == ["a", "b", "a2"], "a2 is older, but its adapter admits no more"
     assert paused(house) == 0
+
+
+def test_an_adapter_admits_for_at_least_a_cycle() -> None:
+    house = House(arena=256, cycle=1.0, step_seconds=0.1)
+    house.add(request("x", [1], 15, image("x"), arrival=0, eos=False))
+    house.step()
+    house.add(request("a", [1], 20, image("a"), arrival=1, eos=False))
+    house.add(request("b", [1], 3, image("b"), arrival=2, eos=False))
+    while not house.table.is_placing(image("a").digest):
+        house.step()
+    for _ in range(5):
+        house.step()  # b has waited for more than a cycle now, but a has just come
+    house.add(request("a2", [1], 3, image("a"), arrival=3, eos=False))
+    house.drain()
+    assert house.order[:2] == ["x", "a2"]
 
 
 @DEPTHS
@@ -90,6 +105,20 @@ def test_a_paused_sequence_gives_its_blocks_if_they_are_needed() -> None:
     assert usage is not None and usage.preemptions == 1
 
 
+def test_a_paused_prompt_that_loses_its_blocks_starts_again() -> None:
+    house = House(arena=256, cycle=1.0, step_seconds=0.5, step_tokens=4, blocks=31, block_size=4)
+    one = request("a", list(range(1, 100)), 3, image("a"), eos=False, prompt_logprobs=True)
+    other = request("b", [4] * 40, 5, image("b"), arrival=1, eos=False)
+    house.add(one)
+    house.step()
+    house.add(other)
+    house.drain()
+    usage = house.last["a"].usage
+    assert usage is not None and usage.preemptions > 0
+    assert house.first["a"].prompt_logprobs == expected_logprobs(one)
+    assert house.tokens["a"] == expected(one)
+
+
 def test_the_base_model_is_never_paused() -> None:
     house = House(arena=256, cycle=0.1, step_seconds=0.1, rows=4)
     house.add(request("base", [1], 80, eos=False))
@@ -101,15 +130,16 @@ def test_the_base_model_is_never_paused() -> None:
 
 
 def test_room_for_a_large_adapter_is_made_between_small_ones() -> None:
-    house = House(arena=1024, slots=16, cycle=0.5, step_seconds=0.1, rows=8, blocks=400)
-    for index in range(40):
-        house.add(request(f"s{index}", [1], 30, image(f"a{index}"), arrival=index, eos=False))
-    for _ in range(3):
-        house.step()
-    house.add(request("large", [1], 3, image("large", 1024), arrival=5.5, eos=False))
+    """If later turns were given while the large one waits for its, some small adapter would always be in its way."""
+    house = House(arena=1024, slots=16, cycle=0.5, step_seconds=0.1, rows=8, blocks=900)
+    for index in range(12):
+        one = request(f"s{index}", [1, index], 60, image(f"a{index}"), arrival=index, eos=False)
+        house.add(one)
+        for _ in range(index % 3 + 1):
+            house.step()
+    house.add(request("large", [1], 3, image("large", 1024), arrival=20, eos=False))
     house.drain()
-    assert house.order.index("large") < 20
-    assert len(house.order) == 41
+    assert house.order[0] == "large" and len(house.order) == 13
 
 
 def test_a_cancelled_turn_gives_the_room_back() -> None:

@@ -192,15 +192,17 @@ def test_a_burst_of_equal_prompts_is_computed_once(depth: int) -> None:
     assert house.runner.computed_tokens == 41 + 7 * 1
 
 
-def test_a_sequence_that_waits_for_a_prefix_holds_up_nobody() -> None:
-    house = House(rows=8, step_tokens=16, depth=0)
+@DEPTHS
+def test_a_sequence_that_waits_for_a_prefix_holds_up_nobody(depth: int) -> None:
+    house = House(rows=8, step_tokens=16, depth=depth)
     prompt = random_prompt(random.Random(0), 41)
-    house.add(request("first", prompt, 1))
-    house.add(request("same", prompt, 1))
+    house.add(request("first", prompt, 60, eos=False))
+    house.add(request("same", prompt, 5, eos=False))
     house.add(request("other", [7, 8], 1))
     house.drain()
-    assert house.order[0] != "same" and house.last["same"].usage is not None
-    assert house.runner.computed_tokens == 41 + 1 + 2
+    assert house.order == ["other", "same", "first"]
+    usage = house.last["same"].usage
+    assert usage is not None and usage.cached_tokens == 40
 
 
 def test_a_prefix_is_shared_by_neither_adapters_nor_tenants() -> None:
@@ -317,6 +319,14 @@ def test_a_row_that_ended_wastes_one_token_at_most() -> None:
     assert house.runner.computed_tokens == needed + 1
 
 
+def test_run_ahead_goes_on_with_admission() -> None:
+    house = House(rows=4, step_tokens=8, depth=1)
+    for index in range(3):
+        house.add(request(f"r{index}", [index + 1] * 8, 2))
+    plans = [house.scheduler.plan(), house.scheduler.plan()]
+    assert [plan and plan.admit[0].row for plan in plans] == [1, 2]
+
+
 def test_run_ahead_plans_before_the_result_is_known() -> None:
     house = House(depth=1)
     house.add(request("a", [1, 2], 5, eos=False))
@@ -350,7 +360,8 @@ def test_the_youngest_is_preempted_and_goes_on_first(depth: int) -> None:
     house.add(request("new", [9], 1, arrival=-1))
     house.drain()
     exact(house, requests)
-    assert house.order[0] == "r0", "new needs one step only, but the preempted one goes before it"
+    heads = [admit.tokens[0] for plan in house.plans for admit in plan.admit]
+    assert heads[:3] == [1, 2, 3] and heads[-2:] == [3, 9], "new arrived first but never ran"
     usages = {one.id: one.usage for one in house.last.values()}
     assert usages["r0"] is not None and usages["r0"].preemptions == 0
     assert usages["r2"] is not None and usages["r2"].preemptions > 0
@@ -362,6 +373,17 @@ def test_preemption_does_not_repeat_with_every_block() -> None:
     house.generate(requests)
     exact(house, requests)
     assert house.scheduler.stats().preemptions == 1
+
+
+def test_an_admission_leaves_room_for_the_running_to_grow() -> None:
+    house = House(rows=2, blocks=21, block_size=4)
+    requests = [
+        request("long", [1] * 60, 19, arrival=0, eos=False),
+        request("short", [2] * 4, 12, arrival=1, eos=False),
+    ]
+    house.generate(requests)
+    exact(house, requests)
+    assert house.scheduler.stats().preemptions == 0
 
 
 # -- adapters
@@ -497,6 +519,22 @@ def test_a_lost_step_fails_only_those_in_it(depth: int, reached: bool) -> None:
     house.drain()
     assert house.last["a"].error == house.last["b"].error == ERROR.to_wire()
     exact(house, requests[2:])
+
+
+def test_rows_that_a_lost_step_released_are_released_again() -> None:
+    house = House(rows=1, depth=0)
+    house.add(request("a", [1], 1))
+    house.add(request("b", [2], 5))
+    house.step()
+    plan = house.scheduler.plan()  # releases the row of a and gives it to b
+    assert plan is not None and plan.release == [1] and plan.admit[0].row == 1
+    house.runner.last_step = plan.step
+    house.scheduler.fail(None, ERROR)
+    one = request("c", [3], 5)
+    house.add(one)
+    house.drain()
+    exact(house, [one])
+    assert house.last["b"].error is not None
 
 
 # -- refusals

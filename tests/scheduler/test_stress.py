@@ -17,7 +17,7 @@ def tight_house(rng: random.Random) -> House:
         rows=rows,
         blocks=1 + -(-rng.randrange(44, 120) // block_size),
         block_size=block_size,
-        step_tokens=rows + rng.randrange(0, 30),
+        step_tokens=rows + rng.choice([0, 1, rng.randrange(0, 30)]),
         max_total=rng.choice([44, 1000]),
         slots=rng.randrange(2, 6),
         arena=rng.choice([256, 512, 1024]),
@@ -30,7 +30,7 @@ def tight_house(rng: random.Random) -> House:
 
 def random_request(rng: random.Random, index: int, stems: list[list[int]], now: float):
     sizes = [1, 60, 200, 256]
-    number = rng.randrange(6)
+    number = rng.randrange(rng.choice([1, 3, 6]))
     adapter = image(f"a{number}", sizes[number % 4]) if number else None
     prompt = rng.choice(stems)[: rng.randrange(1, 30)] + random_prompt(rng, rng.randrange(6))
     return request(
@@ -40,7 +40,7 @@ def random_request(rng: random.Random, index: int, stems: list[list[int]], now: 
         adapter,
         arrival=now - rng.choice([0.0, 0.0, 1.0]),
         eos=rng.random() < 0.7,
-        prompt_logprobs=rng.random() < 0.1,
+        prompt_logprobs=rng.random() < 0.2,
         salt=rng.choice([b"", b"tenant"]),
     )
 
