@@ -68,7 +68,6 @@ class EchoEngine:
     """Says the prompt again, one token a step, over and over; ROWS requests at a time."""
 
     ROWS = 64
-    DEVICE = "cuda"  # keeps the exchange at its ordinary priority
     SLOW_S = 0.01  # of a step that holds a slow request
 
     def __init__(self, config: EngineConfig, region: HostRegion) -> None:
@@ -81,7 +80,7 @@ class EchoEngine:
         self._steps = 0
         self.layout = LAYOUT
         self.info = EngineInfo(
-            config.model.model_id, "echo", None, "float32", self.DEVICE, "none", 1_000_000, 4096,
+            config.model.model_id, "echo", None, "float32", "cpu", "none", 1_000_000, 4096,
             4096, 65536, self.ROWS, 512, 16, 1 << 20, region.size, {}, [("all", 1)], ["q_proj"],
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -44,6 +45,15 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[AnyBackend]:
 async def test_what_is_known_of_the_engine(backend: AnyBackend) -> None:
     assert backend.info.model_id == "echo" and backend.info.memory_plan == [("all", 1)]
     assert backend.info.host_bytes > 900_000
+
+
+async def test_exchange_leaves_the_cores_to_the_engine(backend: AnyBackend) -> None:
+    if isinstance(backend, ProcessBackend):
+        pid = backend.pids["exchange"]
+        assert pid is not None
+        ours = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, ours + 10)
+        assert os.sched_getscheduler(pid) == os.SCHED_BATCH
 
 
 async def test_echo_of_many_requests_some_given_up(backend: AnyBackend) -> None:
