@@ -82,6 +82,11 @@ class Output:
         if self.human:
             self.console(stderr=True).print(renderable)
 
+    def line(self, text: str) -> None:
+        """A note that must not be wrapped or marked up: somebody will copy it."""
+        if self.human:
+            print(text, file=sys.stderr)
+
     def hint(self, message: str) -> None:
         if self.human:
             print(f"hint: {message}", file=sys.stderr)

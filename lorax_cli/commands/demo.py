@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from engine.messages import EngineInfo
 
 DEMO_FILE = Path(engine.__file__).parent / "demo" / "demo.json"
-BASE = "base"
+MIN_BOX = 38  # columns of the screen
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +94,34 @@ def questions_of(demo: dict[str, Any], prompt: str | None) -> list[Question]:
     return asked
 
 
-def side_by_side(answers: Sequence[Answer]) -> RenderableType:
-    """One column for each model."""
+def side_by_side(answers: Sequence[Answer], width: int) -> RenderableType:
+    """The prompt, and below it one box for each model, as many beside each other as `width` has room for."""
     from rich.columns import Columns
+    from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    panels = []
+    boxes = []
     for answer in answers:
-        speed = f"first token {answer.first_s * 1000:.0f} ms, {answer.tokens_per_s:.0f} tokens/s"
-        body = Text.assemble((answer.question.prompt + "\n\n", "dim"), answer.text)
-        name = answer.question.adapter or BASE
-        title = f"{name}: {answer.question.description}" if answer.question.description else name
-        panels.append(Panel(body, title=title, subtitle=speed, width=46))
-    return Columns(panels)
+        name = answer.question.adapter
+        body = Text.assemble((f"{answer.question.description}\n\n", "dim"), answer.text)
+        boxes.append(
+            Panel(
+                body,
+                title=f"adapter {name}" if name else "base model",
+                subtitle=f"first token {answer.first_s * 1000:.0f} ms, {answer.tokens_per_s:.0f} tokens/s",
+                width=width // max(1, min(len(answers), width // MIN_BOX)) - 1,
+            )
+        )
+    return Group(Text(f"\n{answers[0].question.prompt}\n", "bold"), Columns(boxes))
+
+
+def program() -> str:
+    """How to call `lorax` from another terminal: by name, or by its path if no shell would find it."""
+    beside = Path(sys.executable).with_name("lorax")
+    if shutil.which("lorax") or not beside.exists():
+        return "lorax"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def next_steps(address: str, adapter: str, prompt: str) -> list[str]:
@@ -113,7 +130,7 @@ def next_steps(address: str, adapter: str, prompt: str) -> list[str]:
     chat = json.dumps({"model": adapter, "messages": [{"role": "user", "content": prompt}]})
     kind = "-H 'Content-Type: application/json'"
     return [
-        f"lorax generate --url {address} --adapter-id {adapter} {shlex.quote(prompt)}",
+        f"{program()} generate --url {address} --adapter-id {adapter} {shlex.quote(prompt)}",
         f"curl {address}/generate {kind} -d {shlex.quote(body)}",
         f"curl {address}/v1/chat/completions {kind} -d {shlex.quote(chat)}",
     ]
@@ -147,14 +164,17 @@ def demo(
         async with Client(address) as client:
             asked = [ask(client, question, max_new_tokens) for question in questions]
             answers = await asyncio.gather(*asked)
-        out.result([entry(answer) for answer in answers], view=lambda: side_by_side(answers))
+        out.result(
+            [entry(answer) for answer in answers],
+            view=lambda: side_by_side(answers, out.console().width),
+        )
         if once:
             return False
         name = next(iter(known["adapters"]))
         commands = next_steps(address, name, known["adapters"][name]["prompt"])
         out.note("\nServing until Ctrl-C. In another terminal:")
         for command in commands:
-            out.hint(command)
+            out.line(f"\n  {command}")
         return True
 
     def started(info: EngineInfo, address: str) -> None:

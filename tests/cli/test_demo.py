@@ -46,7 +46,7 @@ async def test_answers_side_by_side(server: FakeServer) -> None:
     assert base.num_tokens == 3 and 0 < base.first_s <= base.total_s
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(demo.side_by_side(answers))
+        console.print(demo.side_by_side(answers, 100))
     shown = capture.get()
     assert "hello worldpirate" in shown and "first token" in shown and "tokens/s" in shown
 
@@ -55,8 +55,9 @@ def test_next_steps_are_three_commands_that_parse() -> None:
     prompt = KNOWN["adapters"]["pirate"]["prompt"]  # type: ignore[index]
     commands = [shlex.split(one) for one in demo.next_steps("http://x:1", "pirate", prompt)]
     generate, curl, chat = commands
-    assert generate == [
-        *("lorax", "generate", "--url", "http://x:1", "--adapter-id", "pirate"),
+    assert generate[0].endswith("lorax")
+    assert generate[1:] == [
+        *("generate", "--url", "http://x:1", "--adapter-id", "pirate"),
         prompt,
     ]
     assert json.loads(curl[-1])["inputs"] == prompt
