@@ -1,0 +1,79 @@
+"""The real engine and exchange: three processes say what one process says, adapters and errors included."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from engine.adapters.ref import AdapterRef
+from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
+from engine.errors import AdapterNotFound, InvalidRequest, ModelError
+from engine.messages import Request, SamplingParams
+from engine.process import LocalBackend, ProcessBackend
+from tests.process.fakes import AnyBackend, tokens_of
+from tests.tiny import make_adapter, make_model
+
+ADAPTERS = ("one", "two")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    folder = tmp_path_factory.mktemp("whole")
+    model = make_model("llama", folder / "base")
+    for seed, name in enumerate(ADAPTERS):
+        make_adapter(model, folder / name, seed + 1, rank=4 + 4 * seed).unload()
+    return EngineConfig(
+        model=ModelConfig(model_id=str(folder / "base"), dtype="float32"),
+        adapters=AdapterConfig(
+            adapter_source="local", adapter_root=(str(folder),), host_cache_gb=0.02
+        ),
+        scheduler=SchedulerConfig(max_total_tokens=100),
+        memory=MemoryConfig(cpu_memory_gb=0.05, num_threads=1),
+    )
+
+
+async def answers_of(backend: AnyBackend, root: str) -> list[list[int]]:
+    """What the base and each adapter say to the same prompt, all asked at once."""
+
+    async def one(name: str | None) -> list[int]:
+        lease = await backend.acquire(AdapterRef((f"{root}/{name}",)), None) if name else None
+        image, salt = (lease.image, lease.cache_salt) if lease else (None, b"")
+        request = Request(
+            f"to {name}", [5, 6, 7, 8], SamplingParams(), 20, [], adapter=image, cache_salt=salt
+        )
+        try:
+            return await tokens_of(backend.generate(request))
+        finally:
+            if lease:
+                lease.release()
+
+    return await asyncio.gather(*(one(name) for name in (None, *ADAPTERS)))
+
+
+async def test_processes_say_what_one_process_says(
+    config: EngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    root = config.adapters.adapter_root[0]
+    answers = []
+    for kind in (LocalBackend, ProcessBackend):
+        backend: AnyBackend = await kind.start(config)
+        try:
+            answers.append(await answers_of(backend, root))
+            with pytest.raises(AdapterNotFound):
+                await backend.acquire(AdapterRef((f"{root}/none",)), None)
+            with pytest.raises(InvalidRequest):
+                await tokens_of(backend.generate(Request("bad", [10_000], SamplingParams(), 5, [])))
+            assert all(a.state in ("ready", "failed") for a in await backend.adapters())
+        finally:
+            await backend.close()
+    assert answers[0] == answers[1]
+    assert len({tuple(answer) for answer in answers[0]}) == 3
+
+
+async def test_missing_model_is_named() -> None:
+    config = EngineConfig(model=ModelConfig(model_id="/nowhere/at/all"))
+    with pytest.raises(ModelError, match="/nowhere/at/all"):
+        await ProcessBackend.start(config)
