@@ -78,7 +78,7 @@ class BlockTables:
         self.num_drops += 1
 
     def drop_paused(self, sequence: Sequence) -> None:
-        """Take the blocks of a paused sequence, which is not paused again: two could undo each other's work for ever."""
+        """Take a paused sequence's blocks. It is not paused again: two could undo each other's work for ever."""
         self.drop(sequence)
         sequence.pausable = False
 
