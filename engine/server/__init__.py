@@ -1,0 +1,1 @@
+"""The HTTP front: LoRAX's and OpenAI's routes on one backend."""

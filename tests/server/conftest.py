@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from engine.config import EngineConfig, ServerConfig
 from engine.server.app import build_app
 from engine.server.front import FRONT
 from engine.server.text import Text
-from tests.server.fake import FakeBackend, write_sentencepiece, write_tokenizer
+from tests.server.fake import FakeBackend, Start, write_sentencepiece, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +43,6 @@ def backend(text: Text) -> FakeBackend:
 @pytest.fixture
 def config() -> EngineConfig:
     return EngineConfig(server=ServerConfig(max_best_of=4))
-
-
-Start = Callable[..., Awaitable[TestClient]]
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aiohttp.test_utils import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -140,6 +141,7 @@ class FakeBackend:
     finish: FinishReason = "eos"
     delay: float = 0.0  # before every update
     first_delay: float = 0.0
+    gate: asyncio.Event | None = None  # before the first update
     burst: int = 1  # tokens of one update
     bare_finish: bool = False  # the last update has no tokens
     fail_after: int | None = None  # updates, after which the request fails
@@ -196,6 +198,8 @@ class FakeBackend:
             if self.bare_finish or not groups:
                 groups.append([])
             await asyncio.sleep(self.first_delay)
+            if self.gate is not None:
+                await self.gate.wait()
             for index, group in enumerate(groups):
                 if self.fail_after == index:
                     raise self.failure
@@ -263,3 +267,4 @@ def events_of(raw: bytes) -> list[str]:
 
 
 Json = dict[str, Any]
+Start = Callable[..., Awaitable[TestClient]]  # of the fixture `start`

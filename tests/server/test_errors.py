@@ -19,8 +19,7 @@ from engine.errors import (
     GenerationError,
     LoraxError,
 )
-from tests.server.conftest import Start
-from tests.server.fake import FakeBackend, Json
+from tests.server.fake import FakeBackend, Json, Start
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 

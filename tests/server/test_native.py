@@ -13,8 +13,7 @@ from aiohttp.test_utils import TestClient
 from engine.config import AdapterConfig, EngineConfig
 from engine.messages import EngineStats
 from engine.server.text import Text
-from tests.server.conftest import Start
-from tests.server.fake import EOS, FakeBackend, Json, events_of
+from tests.server.fake import EOS, FakeBackend, Json, Start, events_of
 
 SAYING = "né 😀 wörld"
 
@@ -313,7 +312,7 @@ async def test_a_failure_in_a_stream_is_an_event(client: TestClient, backend: Fa
 
 async def test_silence_is_bridged_by_comments(start: Start, backend: FakeBackend) -> None:
     client = await start(keep_alive_s=0.02)
-    backend.first_delay = 0.1
+    backend.first_delay = 0.5
     backend.say("ab")
     response = await client.post("/generate_stream", json={"inputs": "x"})
     raw = await response.read()
