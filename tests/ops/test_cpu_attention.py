@@ -45,11 +45,15 @@ class Cache:
             self.tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
                 used = min(block, length - i * block)
-                self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(self.kv.dtype)
+                self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(
+                    self.kv.dtype
+                )
         self.whole_tables = self.tables.clone()
         self.lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
         counts = [queries for queries, _ in sequences]
-        self.starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
+        self.starts = torch.tensor(
+            [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
+        )
         # a view of a fused projection, as the model passes it
         fused = torch.randn(sum(counts), (heads + 2 * groups) * size).to(dtype)
         self.q = fused[:, : heads * size].unflatten(1, (heads, size))
@@ -86,22 +90,29 @@ class Cache:
         )
 
 
-def check(cache: Cache, **options: float) -> None:
+def check(cache: Cache, *, places: float = 0.0, **options: float) -> None:
     before = cache.kv.clone()
     actual, expected = cache(**options), cache.expected(**options)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
-    places = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
+    places = (
+        places or {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
+    )
     torch.testing.assert_close(actual, expected, rtol=places, atol=places)
     assert torch.equal(cache.kv.nan_to_num(1234.0), before.nan_to_num(1234.0))
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def fresh() -> Iterator[None]:
+    """Another seed every time, shown when the test fails; one thread, unless the test says otherwise."""
     seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")  # shown when the test fails
+    print(f"seed {seed}")
     random.seed(seed)
     torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -122,9 +133,13 @@ def test_mixed_batch(dtype: torch.dtype, block: int, heads: int, groups: int, si
     check(Cache(sequences, heads, groups, size, block, dtype))
 
 
-@pytest.mark.parametrize("size", [8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112, 120, 160, 192, 256, 5, 33])
+@pytest.mark.parametrize(
+    "size", [8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112, 120, 160, 192, 256, 5, 33]
+)
 def test_head_sizes(size: int, isa: str) -> None:
-    check(Cache([(1, 37), (3, 20), (19, 50)], 4, 2, size, 16, random.choice(DTYPES)), scale=size**-0.5)
+    check(
+        Cache([(1, 37), (3, 20), (19, 50)], 4, 2, size, 16, random.choice(DTYPES)), scale=size**-0.5
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,10 +168,10 @@ def test_cache_of_another_dtype() -> None:
 
 
 def test_large_scores() -> None:
-    """Scores in the thousands: the softmax is one key, and nothing overflows."""
+    """Scores in the thousands: the softmax is about one key, and nothing overflows. float32 scores err by 2e-4."""
     cache = Cache([(1, 200), (9, 70)], 4, 2, 32, 16, torch.float32)
-    check(cache, scale=400.0)
-    check(cache, scale=400.0, softcap=50.0)
+    check(cache, scale=400.0, places=5e-3)
+    check(cache, scale=400.0, softcap=50.0, places=5e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,13 +183,9 @@ def test_a_query_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     for s, (queries, _) in enumerate(sequences):
         begin = cache.starts[s].item()
         assert torch.equal(cache.part(s, 0, queries), whole[begin : begin + queries])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            assert torch.equal(cache(), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        assert torch.equal(cache(), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +194,9 @@ def test_chunked_is_whole(dtype: torch.dtype, isa: str) -> None:
     cache = Cache([(600, 1100)], 4, 2, 64, 32, dtype)
     whole = cache()
     for chunk in (1, 2, 17, 64, 256, 599):
-        for first in range(0, 600, chunk) if chunk > 16 else random.sample(range(0, 600 - chunk), 25):
+        for first in (
+            range(0, 600, chunk) if chunk > 16 else random.sample(range(0, 600 - chunk), 25)
+        ):
             last = min(600, first + chunk)
             assert torch.equal(cache.part(0, first, last), whole[first:last])
 

@@ -102,12 +102,16 @@ def make_adapters(
     return Adapters(arena, records, [(0,), *ranks], k, splits, dtype)
 
 
-def fill(arena: Tensor, at: int, rows: int, length: int, dtype: torch.dtype, deviation: float) -> None:
+def fill(
+    arena: Tensor, at: int, rows: int, length: int, dtype: torch.dtype, deviation: float
+) -> None:
     """A random matrix at byte `at`; the padding of its rows stays GUARD."""
     stride = row_stride(length, dtype.itemsize)
     flat = arena[at : at + rows * stride * dtype.itemsize]
     if rows:
-        flat.view(dtype).view(rows, stride)[:, :length] = (torch.randn(rows, length) * deviation).to(dtype)
+        flat.view(dtype).view(rows, stride)[:, :length] = (
+            torch.randn(rows, length) * deviation
+        ).to(dtype)
 
 
 def make_batch(tokens: int, num_slots: int, popularity: str) -> tuple[Tensor, Tensor]:
@@ -129,13 +133,17 @@ def make_batch(tokens: int, num_slots: int, popularity: str) -> tuple[Tensor, Te
     if random.random() < 0.3:  # a segment without tokens
         slots.append(num_slots)
         starts.append(tokens)
-    return torch.tensor(slots, dtype=torch.int32), torch.tensor([*starts, tokens], dtype=torch.int32)
+    return torch.tensor(slots, dtype=torch.int32), torch.tensor(
+        [*starts, tokens], dtype=torch.int32
+    )
 
 
 def per_token(slots: Tensor, starts: Tensor) -> list[int]:
     return [
         slot
-        for slot, first, last in zip(slots.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+        for slot, first, last in zip(
+            slots.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True
+        )
         for _ in range(last - first)
     ]
 
@@ -154,7 +162,9 @@ def defined(t: Tensor, adapters: Adapters, slots: Tensor, starts: Tensor, poison
     return clean
 
 
-def run(adapters: Adapters, x: Tensor, y: Tensor, slots: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+def run(
+    adapters: Adapters, x: Tensor, y: Tensor, slots: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
     """(t with zeros where undefined, y after expand); expand reads NaN where t is undefined."""
     where = (adapters.arena, adapters.records, slots, starts, LAYER, GROUP)
     t = ops.lora_shrink(x, *where, adapters.width)
@@ -185,7 +195,9 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
     reference.lora_expand_(expected_y, expected_t, *where, adapters.splits)
 
     t, y = run(adapters, x, y, slots, starts)
-    torch.testing.assert_close(t, expected_t, **tolerance(torch.float32))  # elements of t and y are about 1
+    torch.testing.assert_close(
+        t, expected_t, **tolerance(torch.float32)
+    )  # elements of t and y are about 1
     torch.testing.assert_close(y, expected_y, **tolerance(adapters.dtype))
     assert torch.equal(adapters.arena, before)
     inside = torch.zeros_like(around, dtype=torch.bool)
@@ -194,11 +206,16 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def fresh() -> Iterator[None]:
+    """Another seed every time, shown when the test fails; one thread, unless the test says otherwise."""
     seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")  # shown when the test fails
+    print(f"seed {seed}")
     random.seed(seed)
     torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -268,32 +285,26 @@ def test_a_token_is_the_same_in_every_batch(dtype: torch.dtype, k: int, isa: str
     for first, last in [(0, 2), (5, 12), (31, 150), (64, 129)]:
         part = owners[first:last]
         slots_part = torch.tensor(sorted(set(part)), dtype=torch.int32)
-        starts_part = torch.tensor([part.index(s) for s in sorted(set(part))] + [len(part)], dtype=torch.int32)
+        starts_part = torch.tensor(
+            [part.index(s) for s in sorted(set(part))] + [len(part)], dtype=torch.int32
+        )
         t2, y2 = run(adapters, x[first:last], y[first:last].clone(), slots_part, starts_part)
         assert torch.equal(t2, whole_t[:, first:last])
         assert torch.equal(y2, whole_y[first:last])
 
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            t3, y3 = run(adapters, x, y.clone(), slots, starts)
-            assert torch.equal(t3, whole_t)
-            assert torch.equal(y3, whole_y)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (2, 3, 5):
+        torch.set_num_threads(count)
+        t3, y3 = run(adapters, x, y.clone(), slots, starts)
+        assert torch.equal(t3, whole_t)
+        assert torch.equal(y3, whole_y)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_one_large_adapter_is_shared_by_threads(threads: int) -> None:
     """One token and one adapter, large enough to be cut over ranks and over columns."""
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        check(make_adapters([(128, 64)], 1536, [1536, 512], torch.float32), 1, "distinct")
-        check(make_adapters([(1,)], 8192, [8192], torch.float32), 1, "distinct")
-    finally:
-        torch.set_num_threads(before)
+    check(make_adapters([(128, 64)], 1536, [1536, 512], torch.float32), 1, "distinct")
+    check(make_adapters([(1,)], 8192, [8192], torch.float32), 1, "distinct")
 
 
 def test_partial_sums_are_added_in_order() -> None:
@@ -326,7 +337,14 @@ def test_gather(dtype: torch.dtype) -> None:
 def test_base_only_and_empty() -> None:
     adapters = make_adapters([(4,)], 32, [32], torch.float32)
     zero = torch.tensor([0], dtype=torch.int32)
-    where = (adapters.arena, adapters.records, zero, torch.tensor([0, 5], dtype=torch.int32), LAYER, GROUP)
+    where = (
+        adapters.arena,
+        adapters.records,
+        zero,
+        torch.tensor([0, 5], dtype=torch.int32),
+        LAYER,
+        GROUP,
+    )
     y = torch.randn(5, 32)
     kept = y.clone()
     t = ops.lora_shrink(torch.randn(5, 32), *where, 4)
@@ -337,7 +355,14 @@ def test_base_only_and_empty() -> None:
     assert t.shape == (1, 0, 4)
     ops.lora_expand_(torch.randn(0, 32), t, *none, [32])
     # another layer's records are those of the base model
-    other = (adapters.arena, adapters.records, zero + 1, torch.tensor([0, 5], dtype=torch.int32), 0, GROUP)
+    other = (
+        adapters.arena,
+        adapters.records,
+        zero + 1,
+        torch.tensor([0, 5], dtype=torch.int32),
+        0,
+        GROUP,
+    )
     ops.lora_expand_(y, torch.full((1, 5, 4), float("nan")), *other, [32])
     assert torch.equal(y, kept)
 
@@ -363,8 +388,28 @@ def call(name: str, **changed: object) -> object:
     arguments.update(changed)
     names = {
         "lora_shrink": ["x", "arena", "records", "slots", "starts", "layer", "group", "width"],
-        "lora_gather": ["ids", "arena", "records", "slots", "starts", "layer", "group", "width", "dtype"],
-        "lora_expand_": ["y", "t", "arena", "records", "slots", "starts", "layer", "group", "splits"],
+        "lora_gather": [
+            "ids",
+            "arena",
+            "records",
+            "slots",
+            "starts",
+            "layer",
+            "group",
+            "width",
+            "dtype",
+        ],
+        "lora_expand_": [
+            "y",
+            "t",
+            "arena",
+            "records",
+            "slots",
+            "starts",
+            "layer",
+            "group",
+            "splits",
+        ],
     }[name]
     return getattr(ops, name)(*[arguments[n] for n in names])
 
@@ -397,7 +442,11 @@ BAD = [
     ("lora_expand_", {"t": torch.zeros(1, 4, 6)}, "t must"),
     ("lora_expand_", {"t": torch.zeros(5, 6)}, "t must"),
     ("lora_expand_", {"t": torch.zeros(1, 5, 6, dtype=torch.bfloat16)}, "t must"),
-    ("lora_expand_", {"splits": [40], "arena": torch.zeros(9999, dtype=torch.uint8)[:9984]}, "splits names 1"),
+    (
+        "lora_expand_",
+        {"splits": [40], "arena": torch.zeros(9999, dtype=torch.uint8)[:9984]},
+        "splits names 1",
+    ),
     ("lora_expand_", {"splits": [10, 10, 10, 10]}, "splits must"),
     ("lora_expand_", {"splits": [48, -8]}, "splits must"),
     ("lora_expand_", {"arena": torch.zeros(64, dtype=torch.uint8)}, "past the end of the arena"),

@@ -1,0 +1,250 @@
+"""What LoRA and attention cost on the CPU, beside what the memory allows.
+
+    python tools/bench_lora_cpu.py                      # SmolLM2-135M, 16 adapters of rank 16
+    python tools/bench_lora_cpu.py --dtype bfloat16 --rank 64 --adapters 4 --tokens 4
+
+Every figure is taken in turns with a plain read of the same bytes (`torch.sum`, which is bound by memory) in the same
+process and with the same threads, so that other programs on the machine disturb both alike; the fastest and the
+median of many rounds are given. Needs the CPU extension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.ops import extension
+from engine.ops.layout import ALIGN, RECORD_WORDS, padded
+
+ops = torch.ops.lorax
+LAYERS = 30
+GROUPS: list[
+    tuple[int, list[int]]
+] = [  # SmolLM2-135M: (input width, output widths of the group's targets)
+    (576, [576, 192, 192]),
+    (576, [576]),
+    (576, [1536, 1536]),
+    (1536, [576]),
+]
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Equal adapters of one rank on every target, one after another in the arena; slot 0 is the base model."""
+
+    arena: Tensor
+    records: Tensor
+    num_bytes: int
+
+
+def make_adapters(count: int, rank: int, dtype: torch.dtype) -> Adapters:
+    size = dtype.itemsize
+    records = torch.zeros(count + 1, LAYERS + 1, len(GROUPS), RECORD_WORDS, dtype=torch.int32)
+    at = 0
+    for slot in range(1, count + 1):
+        for layer in range(LAYERS):
+            for group, (k, splits) in enumerate(GROUPS):
+                record = records[slot, layer, group]
+                record[0] = at // ALIGN
+                at += rank * len(splits) * padded(k * size)
+                record[1] = at // ALIGN
+                at += sum(rank * padded(n * size) for n in splits)
+                ranks = torch.tensor(
+                    [rank if i < len(splits) else 0 for i in range(4)], dtype=torch.uint16
+                )
+                record[3:5] = ranks.view(torch.int32)
+                record[5:8] = torch.ones(3).view(torch.int32)
+    arena = torch.empty(at // size, dtype=dtype).normal_(std=0.05).view(torch.uint8)
+    return Adapters(arena, records, at)
+
+
+def interleaved(rounds: int, runs: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each run, sorted; the runs take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    for values in seconds.values():
+        values.sort()
+    return seconds
+
+
+def report(title: str, num_bytes: int, seconds: dict[str, list[float]], limit: str) -> None:
+    print(f"\n{title} ({num_bytes / 1e6:.1f} MB)")
+    print(
+        f"  {'':34}{'fastest':>10}{'median':>10}{'GB/s':>7}  x {limit} (fastest, median of rounds)"
+    )
+    for name, values in seconds.items():
+        best, middle = values[0], statistics.median(values)
+        ratios = best / seconds[limit][0], middle / statistics.median(seconds[limit])
+        rate = num_bytes / best / 1e9
+        print(
+            f"  {name:34}{best * 1e3:8.2f}ms{middle * 1e3:8.2f}ms{rate:7.1f}  {ratios[0]:.2f}, {ratios[1]:.2f}"
+        )
+
+
+def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    adapters = make_adapters(args.adapters, args.rank, dtype)
+    tokens = args.tokens or args.adapters
+    counts = [tokens // args.adapters + (s < tokens % args.adapters) for s in range(args.adapters)]
+    slots = torch.arange(1, args.adapters + 1, dtype=torch.int32)
+    starts = torch.tensor([sum(counts[:s]) for s in range(args.adapters + 1)], dtype=torch.int32)
+    xs = [torch.randn(tokens, k).to(dtype) for k, _ in GROUPS]
+    ys = [torch.randn(tokens, sum(splits)).to(dtype) for _, splits in GROUPS]
+
+    def where(layer: int, group: int) -> tuple[object, ...]:
+        return adapters.arena, adapters.records, slots, starts, layer, group
+
+    def shrink() -> list[Tensor]:
+        return [
+            ops.lora_shrink(xs[g], *where(layer, g), args.rank * len(splits))
+            for layer in range(LAYERS)
+            for g, (_, splits) in enumerate(GROUPS)
+        ]
+
+    ts = shrink()
+
+    def expand() -> None:
+        for layer in range(LAYERS):
+            for g, (_, splits) in enumerate(GROUPS):
+                ops.lora_expand_(ys[g], ts[layer * len(GROUPS) + g], *where(layer, g), splits)
+
+    def both() -> None:
+        for layer in range(LAYERS):
+            for g, (_, splits) in enumerate(GROUPS):
+                t = ops.lora_shrink(xs[g], *where(layer, g), args.rank * len(splits))
+                ops.lora_expand_(ys[g], t, *where(layer, g), splits)
+
+    base = torch.zeros(1, dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32)
+
+    def nothing() -> None:
+        for layer in range(LAYERS):
+            for g, (_, splits) in enumerate(GROUPS):
+                t = ops.lora_shrink(
+                    xs[g],
+                    adapters.arena,
+                    adapters.records,
+                    *base,
+                    layer,
+                    g,
+                    args.rank * len(splits),
+                )
+                ops.lora_expand_(
+                    ys[g], t, adapters.arena, adapters.records, *base, layer, g, splits
+                )
+
+    flat = adapters.arena.view(torch.float32)
+    runs = {
+        "plain read": flat.sum,
+        "shrink": shrink,
+        "expand": expand,
+        "shrink and expand": both,
+        "base only": nothing,
+    }
+    seconds = interleaved(args.rounds, runs)
+    title = f"LoRA, {args.adapters} adapters of rank {args.rank}, {tokens} tokens, {args.dtype}"
+    report(title, adapters.num_bytes, seconds, "plain read")
+    calls = 2 * LAYERS * len(GROUPS)
+    print(f"  a call that finds no adapter: {seconds['base only'][0] / calls * 1e6:.1f} us")
+    multiplied = (
+        sum((k * len(splits) + sum(splits)) * args.rank for k, splits in GROUPS) * LAYERS * tokens
+    )
+    print(f"  {2 * multiplied / seconds['shrink and expand'][0] / 1e9:.1f} GFLOP/s")
+
+
+def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Decode: one query of each sequence against its keys and values, layer after layer."""
+    block = 32
+
+    def attend(q: Tensor, rows: tuple[Tensor, Tensor, Tensor], kv: Tensor) -> None:
+        for layer in range(args.kv_layers):
+            ops.paged_attention(q, kv, layer, *rows, HEAD_DIM**-0.5, 0.0, 0)
+
+    for sequences, length in ((16, 1024), (1, 8192), (64, 128)):
+        per_sequence = (length + block - 1) // block
+        num_blocks = sequences * per_sequence + 1
+        kv = torch.empty(
+            num_blocks, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM, dtype=dtype
+        ).normal_()
+        tables = torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
+        starts = torch.arange(sequences + 1, dtype=torch.int32)
+        lengths = torch.full((sequences,), length, dtype=torch.int32)
+        q = torch.randn(sequences, HEADS, HEAD_DIM).to(dtype)
+
+        attention = partial(attend, q, (tables, starts, lengths), kv)
+        seconds = interleaved(
+            args.rounds, {"plain read": kv.view(torch.float32).sum, "attention": attention}
+        )
+        title = (
+            f"attention, {sequences} sequences of {length}, {args.kv_layers} layers, {args.dtype}"
+        )
+        report(title, kv.nbytes, seconds, "plain read")
+
+    tokens = 512
+    kv = torch.randn(1 + tokens // block, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM).to(dtype)
+    table = torch.arange(1, 1 + tokens // block, dtype=torch.int32)[None]
+    rows = (
+        table,
+        torch.tensor([0, tokens], dtype=torch.int32),
+        torch.tensor([tokens], dtype=torch.int32),
+    )
+    q = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype)
+    wide = torch.randn(1, HEADS, tokens, HEAD_DIM).to(dtype)
+
+    def torch_attention() -> None:
+        for _ in range(args.kv_layers):
+            torch.nn.functional.scaled_dot_product_attention(wide, wide, wide, is_causal=True)
+
+    runs = {"torch's attention": torch_attention, "attention": partial(attend, q, rows, kv)}
+    seconds = interleaved(args.rounds, runs)
+    title = f"attention, a prompt of {tokens}, {args.kv_layers} layers, {args.dtype}"
+    report(title, kv.nbytes, seconds, "torch's attention")
+    multiplied = HEADS * HEAD_DIM * tokens * (tokens + 1) * args.kv_layers
+    print(f"  {2 * multiplied / seconds['attention'][0] / 1e9:.1f} GFLOP/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--adapters", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=0, help="in all; default: one per adapter")
+    parser.add_argument("--kv-layers", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--isa", choices=["generic", "avx2", "avx512"], help="default: the best of this machine"
+    )
+    parser.add_argument("--only", choices=["lora", "attention"])
+    args = parser.parse_args()
+    status = extension.load()
+    if status.path is None:
+        sys.exit(f"error: {status.reason}")
+    if args.isa and not extension.use_isa(args.isa):
+        sys.exit(f"error: this machine has no {args.isa}")
+    torch.set_num_threads(args.threads)
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.isa or status.isa}, {args.rounds} rounds"
+    )
+    dtype = getattr(torch, args.dtype)
+    if args.only != "attention":
+        bench_lora(args, dtype)
+    if args.only != "lora":
+        bench_attention(args, dtype)
+
+
+if __name__ == "__main__":
+    main()
