@@ -22,7 +22,7 @@ constexpr int kColumns = 3;  // 12 of 16
 #else
 constexpr int kColumns = 2;  // 8 of 16: without fma a product needs one too
 #endif
-constexpr int64_t kBlock = 640;        // most steps of K between two sums over lanes: a panel and a tile of x fit in L1
+constexpr int64_t kBlockBytes = 2560;  // most of a row of x between two sums over lanes: a panel and a tile fit in L1
 constexpr int64_t kSpan = 4;           // blocks of K for which a block of x stays in L2
 constexpr int64_t kResident = 131072;  // elements of x that stay in L2 beside the weights
 constexpr int64_t kTokens = 64;        // rows of x in a block of T
@@ -96,18 +96,30 @@ __attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int6
   const char* at = ahead.at;
   const int lines = at < ahead.end ? ahead.lines : 0;
   constexpr int step = kStep<BFloat16>;
-  for (int64_t k = 0; k < depth; k += step) {
+  int64_t k = 0;
+  for (; k + step <= depth; k += step) {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(at + i * kLine, 0, 2);
     at += lines * kLine;
-    const __mmask32 valid = depth - k >= step ? ~__mmask32(0) : (__mmask32(1) << (depth - k)) - 1;
     __m512bh column[columns];
 #pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) column[c] = (__m512bh)_mm512_maskz_loadu_epi16(valid, w + c * w_stride + k);
+    for (int c = 0; c < columns; ++c) column[c] = (__m512bh)_mm512_loadu_si512(w + c * w_stride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh row = (__m512bh)_mm512_loadu_si512(x + r * x_stride + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], row, column[c]);
+    }
+  }
+  if (k < depth) {
+    const __mmask32 valid = (__mmask32(1) << (depth - k)) - 1;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(valid, x + r * x_stride + k);
 #pragma GCC unroll 8
-      for (int c = 0; c < columns; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], row, column[c]);
+      for (int c = 0; c < columns; ++c) {
+        const __m512bh column = (__m512bh)_mm512_maskz_loadu_epi16(valid, w + c * w_stride + k);
+        acc[r][c] = _mm512_dpbf16_ps(acc[r][c], row, column);
+      }
     }
   }
   ahead.at = at;
@@ -143,8 +155,8 @@ void multiply_panel(int width, const X* x, int64_t x_stride, int64_t tokens, con
 template <class T, class X>
 void multiply_block(const LinearArgs& args, const X* x, int64_t x_stride, int64_t begin, int64_t tokens,
                     int64_t first, int64_t last) {
-  const int64_t blocks = ceil_div(args.inputs, kBlock);
-  const int64_t depth = ceil_div(ceil_div(args.inputs, blocks), kLanes) * kLanes;
+  const int64_t blocks = ceil_div(args.inputs, kBlockBytes / int64_t(sizeof(X)));
+  const int64_t depth = ceil_div(ceil_div(args.inputs, blocks), kStep<X>) * kStep<X>;
   const int64_t tiles = ceil_div(tokens, kRows), sums_size = tiles * kRows * kColumns;
   // The order of the sums is the same with one span as with several.
   const bool one_span = blocks <= kSpan || tokens * args.inputs <= kResident;
