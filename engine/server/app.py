@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 32 << 20
 KEEP_ALIVE_S = 15.0  # silence after which a stream gets a comment
 DRAIN_S = 90.0  # that open requests get when the server stops; aiohttp spends it in two halves
+LET_GO_S = 5.0  # that the engine gets to end what nobody waits for any more
 WATCH_S = 0.25  # between two looks at whether the engine is alive
 RETRY_AFTER_S = 1
 SERVER = f"lorax/{engine.__version__}"
@@ -58,6 +59,7 @@ def build_app(
     app[FRONT] = Front(backend, text, config, metrics, keep_alive_s)
     app.add_routes([*native.routes(), *openai.routes()])
     app.on_response_prepare.append(_sign)
+    app.on_cleanup.append(_let_go)
     return app
 
 
@@ -149,6 +151,12 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 
 # -- life
+
+
+async def _let_go(app: web.Application) -> None:
+    """Waits until the engine has let go of what was answered last."""
+    if tasks := app[FRONT].generator.tasks:
+        await asyncio.wait(tasks, timeout=LET_GO_S)
 
 
 async def run(app: web.Application, started: Callable[[str], None] | None = None) -> None:

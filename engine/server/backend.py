@@ -44,8 +44,10 @@ class Backend(Protocol):
     def alive(self) -> bool: ...
 
     def generate(self, request: Request) -> AsyncIterator[Update]:
-        """Submits; yields updates, the last with `finish`. Closing the iterator early cancels the request, and returns when
-        the engine has let go of it: only then may its adapter be released.
+        """Submits; yields updates, the last with `finish`.
+
+        Closing the iterator early cancels the request, and returns when the engine has let go of it: only then may its
+        adapter be released.
 
         Raises EngineDead when the engine is gone, and the typed error of `Update.error`.
         """

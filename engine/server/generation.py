@@ -7,12 +7,13 @@
 A generation is one request of a client: its prompts, each continued `best_of` times, all with one adapter. Every
 sequence has a task that turns the engine's updates into events; whoever reads gets all that have arrived at once.
 Leaving the block cancels what still runs. The adapter's lease ends with the last sequence, whatever becomes of the
-reader.
+reader; a sequence that ends at a stop sequence is answered while the engine still lets go of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
@@ -131,12 +132,15 @@ class Generation:
         self._events: list[Event] = []
         self._error: LoraxError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._num_open = 0
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # choice -> its task, until it ends
 
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.parameters.best_of
+
+    @property
+    def _complete(self) -> bool:
+        return len(self.finished) == self.num_choices
 
     def prompt_of(self, choice: int) -> list[int]:
         return self.prompts[choice // self.parameters.best_of]
@@ -161,7 +165,7 @@ class Generation:
         """
         try:
             async with asyncio.timeout(timeout):
-                while not self._events and self._error is None and self._num_open:
+                while not self._events and self._error is None and not self._complete:
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
         except TimeoutError:
@@ -178,31 +182,32 @@ class Generation:
     # -- the tasks
 
     def start(self, sequences: Sequence[_Sequence]) -> None:
-        self._num_open = len(sequences)
         for sequence in sequences:
             task = asyncio.create_task(self._run(sequence), name=f"generate {sequence.request.id}")
-            task.add_done_callback(self._ended)
-            self._tasks.append(task)
+            self._tasks[sequence.choice] = task
+            self._owner.tasks.add(task)
+            task.add_done_callback(functools.partial(self._ended, sequence.choice))
 
     async def close(self) -> None:
-        """Cancels what still runs. Idempotent."""
-        for task in self._tasks:
+        """Cancels what still runs, and waits for it. Idempotent."""
+        running = [task for choice, task in self._tasks.items() if choice not in self.finished]
+        for task in running:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        else:
-            self._release()
+        if running:
+            await asyncio.wait(running)
+        self._release()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._num_open -= 1
-        if not self._num_open:
-            self.timings.finished = time.monotonic()
-            self._release()
+    def _ended(self, choice: int, task: asyncio.Task[None]) -> None:
+        self._owner.tasks.discard(task)
+        del self._tasks[choice]
+        self._release()
         self._wake()
 
     def _release(self) -> None:
-        if self._lease is not None:
+        """Gives the adapter back once the engine has let go of every sequence."""
+        if self._lease is not None and not self._tasks:
             self._lease.release()
+            self._lease = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -220,6 +225,7 @@ class Generation:
                     if finish is not None:
                         self.finished[finish.choice] = finish
                         self._events.append(finish)
+                        self.timings.finished = time.monotonic()
                     self._wake()
                     if finish is not None:
                         return
@@ -306,6 +312,7 @@ class Generator:
     config: EngineConfig
     metrics: Metrics
     limits: Limits = field(init=False)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # of every open sequence
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)

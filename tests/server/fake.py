@@ -125,11 +125,14 @@ INFO = EngineInfo(
 @dataclass
 class FakeLease:
     image: AdapterImageRef
+    backend: FakeBackend
     cache_salt: bytes = b""
     num_released: int = 0
+    too_early: bool = False  # the engine was still using it
 
     def release(self) -> None:
         self.num_released += 1
+        self.too_early |= any(it.adapter is self.image for it in self.backend.open.values())
 
 
 @dataclass
@@ -152,7 +155,8 @@ class FakeBackend:
     stats: EngineStats = EngineStats()
     alive: bool = True
     requests: list[Request] = field(default_factory=list)
-    open: set[str] = field(default_factory=set)
+    let_go: float = 0.0  # until a cancelled request has ended
+    open: dict[str, Request] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     leases: list[FakeLease] = field(default_factory=list)
     acquired: list[tuple[AdapterRef, str | None]] = field(default_factory=list)
@@ -183,7 +187,7 @@ class FakeBackend:
             raise EngineDead("the engine died")
         assert request.id not in self.open
         self.requests.append(request)
-        self.open.add(request.id)
+        self.open[request.id] = request
         ended = False
         try:
             wanted = self._tokens(request)
@@ -218,9 +222,12 @@ class FakeBackend:
                 )
             ended = True
         finally:
-            self.open.remove(request.id)
-            if not ended:
-                self.cancelled.append(request.id)
+            try:
+                if not ended:
+                    self.cancelled.append(request.id)
+                    await asyncio.sleep(self.let_go)
+            finally:
+                del self.open[request.id]
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> FakeLease:
         self.acquired.append((ref, token))
@@ -233,7 +240,7 @@ class FakeBackend:
             raise self.adapter_errors[ref.id]
         if ref.id == "missing":
             raise AdapterNotFound(f"no adapter {ref.id!r}", field="adapter_id")
-        lease = FakeLease(AdapterImageRef(ref.id.encode(), 0, 64, 8, ref.name), b"salt")
+        lease = FakeLease(AdapterImageRef(ref.id.encode(), 0, 64, 8, ref.name), self, b"salt")
         self.leases.append(lease)
         return lease
 
@@ -256,7 +263,7 @@ class FakeBackend:
         """Nothing is open, and every lease was given back."""
         assert not self.open
         assert not self.waiting_acquires
-        assert all(lease.num_released for lease in self.leases)
+        assert all(lease.num_released and not lease.too_early for lease in self.leases)
 
 
 def events_of(raw: bytes) -> list[str]:

@@ -26,13 +26,21 @@ def generator(backend: FakeBackend, text: Text) -> Generator:
     return Generator(backend, text, config, Metrics())
 
 
+async def idle(backend: FakeBackend) -> None:
+    async with asyncio.timeout(5):
+        while backend.open:
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    backend.check_idle()
+
+
 async def collect(generator: Generator, prompts: list, parameters: Parameters) -> list[Event]:
     async with generator.open(prompts, parameters) as generation:
         found: list[Event] = []
         while (events := await generation.next()) is not None:
             assert events
             found += events
-    generator.backend.check_idle()
+    await idle(generator.backend)
     return found
 
 
@@ -145,6 +153,32 @@ async def test_the_lease_ends_with_the_engines_work(
         await asyncio.sleep(0.05)
         assert backend.leases[0].num_released == 1
         assert isinstance((await generation.next() or [])[-1], Finish)
+
+
+async def test_a_stop_is_answered_before_the_engine_lets_go(
+    generator: Generator, backend: FakeBackend
+) -> None:
+    """And the adapter is held until it has."""
+    backend.say("one two three")
+    backend.let_go = 0.2
+    parameters = Parameters(adapter=ADAPTER, stop=["two"])
+    async with generator.open(["x"], parameters) as generation:
+        while await generation.next() is not None:
+            pass
+    assert backend.open and generator.tasks
+    assert not backend.leases[0].num_released
+    await idle(backend)
+    assert not generator.tasks
+
+
+async def test_leaving_early_waits_for_the_engine(
+    generator: Generator, backend: FakeBackend
+) -> None:
+    backend.let_go, backend.delay = 0.1, 0.01
+    async with generator.open(["x"], Parameters(adapter=ADAPTER)) as generation:
+        await generation.next()
+    assert backend.cancelled
+    backend.check_idle()
 
 
 async def test_leaving_early_cancels(generator: Generator, backend: FakeBackend) -> None:
