@@ -66,7 +66,9 @@ class Engine:
         self._allocate(config, region, dtype)
         self._start_scheduler(config, clock)
         self.info = self._info(config)
-        logger.info("engine ready in %.1f s on %s", time.perf_counter() - started, self.platform.name)
+        logger.info(
+            "engine ready in %.1f s on %s", time.perf_counter() - started, self.platform.name
+        )
 
     def _allocate(self, config: EngineConfig, region: HostRegion, dtype: torch.dtype) -> None:
         """KV cache, arena, records and rows: all memory that the engine will ever hold, touched now."""
@@ -140,7 +142,9 @@ class Engine:
         """Takes a request; raises InvalidRequest or AdapterTooLarge, and then nothing has changed."""
         vocab = self.spec.vocab
         if any(not 0 <= token < vocab for token in request.tokens):
-            raise InvalidRequest(f"a prompt token is outside the vocabulary of {vocab}", field="tokens")
+            raise InvalidRequest(
+                f"a prompt token is outside the vocabulary of {vocab}", field="tokens"
+            )
         self.scheduler.add(request)
 
     def cancel(self, id: str) -> None:

@@ -97,11 +97,15 @@ class StepPlan(Struct, frozen=True):
 
     step: int
     release: list[int]  # rows that ended
-    unplace: list[int]  # slots whose adapter left the arena: no row of this or a later step uses them
+    unplace: list[
+        int
+    ]  # slots whose adapter left the arena: no row of this or a later step uses them
     placements: list[Placement]
     admit: list[Admit]
     extend: list[tuple[int, list[int]]]  # (row, blocks appended to its block table)
-    decode: list[int] | None  # rows that advance by one token, sorted by slot; None: as in the step before
+    decode: (
+        list[int] | None
+    )  # rows that advance by one token, sorted by slot; None: as in the step before
     chunks: list[Chunk]  # sorted by slot
 
 
@@ -118,7 +122,9 @@ class StepResult(Struct, frozen=True):
 
     step: int
     outputs: list[TokenOutput]
-    prompt_logprobs: dict[int, list[float]]  # chunk index -> log-probability of tokens start + 1 .. start + count
+    prompt_logprobs: dict[
+        int, list[float]
+    ]  # chunk index -> log-probability of tokens start + 1 .. start + count
     resident: list[int]  # slots whose copies have completed since the last result
 
 

@@ -25,7 +25,9 @@ class ExtensionStatus:
 
     device: str
     path: Path | None  # None: not loaded
-    isa: str | None  # the instruction set chosen on this machine: generic, avx2, avx512 or avx512_bf16
+    isa: (
+        str | None
+    )  # the instruction set chosen on this machine: generic, avx2, avx512 or avx512_bf16
     ops: frozenset[str]  # those that it serves; the reference serves the others
     reason: str | None  # why it is missing; None if it is loaded
 

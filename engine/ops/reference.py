@@ -53,7 +53,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """Su et al. 2021 (RoFormer). Rotates the first 2 * cos.shape[-1] features of x[T, H, D] in place."""
     half = cos.shape[-1]
     part = x[..., : 2 * half]
-    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :half], part[..., half:])
+    a, b = (
+        (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :half], part[..., half:])
+    )
     cos, sin = cos[:, None].float(), sin[:, None].float()
     new_a = a.float() * cos - b.float() * sin
     new_b = b.float() * cos + a.float() * sin
