@@ -7,8 +7,9 @@ import random
 import pytest
 
 from engine.errors import AdapterTooLarge, ConfigError, GenerationError, InvalidRequest
-from engine.messages import Request
+from engine.messages import Request, StepPlan
 from engine.scheduler import SchedulerLimits
+from engine.scheduler.admission import MAX_PLACING
 from tests.scheduler.fake import (
     EOS,
     House,
@@ -203,6 +204,15 @@ def test_a_sequence_that_waits_for_a_prefix_holds_up_nobody(depth: int) -> None:
     assert house.order == ["other", "same", "first"]
     usage = house.last["same"].usage
     assert usage is not None and usage.cached_tokens == 40
+
+
+@DEPTHS
+def test_a_sequence_waits_for_a_prefix_no_longer_than_needed(depth: int) -> None:
+    house = House(depth=depth)
+    house.add(request("first", [1] * 9, 60, eos=False))
+    house.add(request("same", [1] * 9, 5, eos=False))
+    house.drain()
+    assert house.order == ["same", "first"]
 
 
 def test_a_prefix_is_shared_by_neither_adapters_nor_tenants() -> None:
@@ -424,6 +434,17 @@ def test_adapters_of_later_requests_are_placed_while_rows_are_full() -> None:
     house.drain()
 
 
+def test_only_so_many_copies_are_under_way() -> None:
+    house = House(rows=8, slots=50, arena=50 * 256, delay=lambda: 3)
+    for index in range(45):
+        house.add(request(f"r{index}", [1], 2, image(f"a{index}"), arrival=index))
+    most = 0
+    while house.step():
+        most = max(most, house.table.num_placing)
+    assert most == MAX_PLACING < 45
+    house.drain()
+
+
 def test_an_adapter_is_not_taken_from_an_earlier_request() -> None:
     house = House(rows=1, depth=0, arena=256)
     house.add(request("a", [1], 20, arrival=0, eos=False))
@@ -521,20 +542,52 @@ def test_a_lost_step_fails_only_those_in_it(depth: int, reached: bool) -> None:
     exact(house, requests[2:])
 
 
-def test_rows_that_a_lost_step_released_are_released_again() -> None:
-    house = House(rows=1, depth=0)
-    house.add(request("a", [1], 1))
-    house.add(request("b", [2], 5))
-    house.step()
-    plan = house.scheduler.plan()  # releases the row of a and gives it to b
-    assert plan is not None and plan.release == [1] and plan.admit[0].row == 1
+def lose_next(house: House) -> StepPlan:
+    """Plan a step that never reaches the runner."""
+    plan = house.scheduler.plan()
+    assert plan is not None
     house.runner.last_step = plan.step
     house.scheduler.fail(None, ERROR)
+    house.scheduler.check()
+    return plan
+
+
+def test_rows_that_a_lost_step_released_are_released_again() -> None:
+    house = House(rows=2, depth=0)
+    house.add(request("a", [1], 1))
+    house.add(request("b", [2], 5, eos=False))
+    house.step()
+    assert lose_next(house).release == [1]
     one = request("c", [3], 5)
     house.add(one)
     house.drain()
     exact(house, [one])
     assert house.last["b"].error is not None
+
+
+def test_slots_that_a_lost_step_freed_are_freed_again() -> None:
+    house = House(arena=512, depth=0)
+    house.generate([request("a", [1], 1, image("a")), request("b", [1], 1, image("b"))])
+    large = request("large", [1], 1, image("large", 512))
+    house.add(large)
+    plan = lose_next(house)
+    assert plan.unplace == [1, 2] and [one.slot for one in plan.placements] == [1]
+    rest = [request("c", [1], 1, image("c")), request("d", [1], 1, image("d"))]
+    house.generate(rest)
+    exact(house, [large, *rest])
+
+
+def test_a_lost_step_reads_no_adapter_any_more() -> None:
+    house = House(arena=256)
+    house.add(request("a", [1], 9, image("a"), eos=False))
+    house.add(request("b", [1], 1, image("b"), arrival=1))
+    while not house.runner.decode:
+        house.step()
+    house.results.clear()
+    house.runner.lose()
+    house.scheduler.fail(None, ERROR)
+    plan = house.scheduler.plan()
+    assert plan is not None and plan.unplace == [1] and plan.placements
 
 
 # -- refusals
