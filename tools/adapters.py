@@ -1,0 +1,45 @@
+"""Random adapters in PEFT's files, for benchmarks: the shapes come from a base model's layout, nothing is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from engine.ops.layout import AdapterLayout
+
+
+def write_adapter(
+    folder: Path,
+    layout: AdapterLayout,
+    rank: int,
+    seed: int,
+    targets: Iterable[str] | None = None,
+    scale: float = 0.02,
+) -> int:
+    """A random adapter on the named targets (None: every linear of the layers); returns the bytes of its weights."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = set(targets) if targets is not None else None
+    dtype = getattr(torch, layout.dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(layout.num_layers):
+        for group in layout.groups:
+            for target in group.targets:
+                if wanted is not None and target.name not in wanted:
+                    continue
+                module = f"base_model.model.{target.module.format(layer=layer)}"
+                for half, shape in (
+                    ("A", (rank, group.in_features)),
+                    ("B", (target.out_features, rank)),
+                ):
+                    tensor = torch.randn(shape, generator=generator) * scale
+                    tensors[f"{module}.lora_{half}.weight"] = tensor.to(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({name.rsplit(".", 3)[-3] for name in tensors})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,230 @@
+"""Many random requests at a server, and what is left behind: memory, tasks, files, blocks, rows, leases.
+
+    python -m tools.soak [--requests 20000] [--json FILE]
+
+The server is the real one (front here, engine and exchange in their processes) on a tiny random model, with 200
+adapters of random ranks and targets that neither the arena nor the host tier can hold together. Clients come over HTTP:
+plain and streamed, native and OpenAI, cancelled midway, with bad parameters, with adapters that do not exist or do
+not fit. Resident memory after the last request is compared with that after request 5,000 for each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import psutil
+from aiohttp import web
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
+from engine.models import adapter_layout
+from engine.process import ProcessBackend
+from engine.server.app import build_app
+from engine.server.text import Text
+from tools.adapters import write_adapter
+
+ADAPTERS = 200
+CLIENTS = 24
+EARLY = 5000  # of 20,000: the share of the run after which memory must not grow
+WORDS = [f"word{i}" for i in range(500)]
+TARGETS = [["q_proj", "v_proj"], ["gate_proj", "down_proj"], ["o_proj"], None]
+
+
+def write_model(folder: Path) -> None:
+    """A tiny llama with dummy weights and a tokenizer of whole words."""
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    config.save_pretrained(folder)
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def write_adapters(folder: Path, model: ModelConfig) -> None:
+    layout, _, _ = adapter_layout(model)
+    chosen = random.Random(0)
+    for i in range(ADAPTERS):
+        rank = chosen.choice([2, 4, 8, 16, 32])
+        write_adapter(folder / f"a{i}", layout, rank, seed=i, targets=TARGETS[i % len(TARGETS)])
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("{}")
+    (folder / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
+
+
+def prompt(chosen: random.Random) -> str:
+    shared = " ".join(WORDS[:40]) + " " if chosen.random() < 0.3 else ""
+    return shared + " ".join(chosen.choices(WORDS, k=chosen.randint(1, 60)))
+
+
+def request(chosen: random.Random) -> tuple[str, dict[str, object], str]:
+    """(route, body, what kind of request it is)."""
+    parameters: dict[str, object] = {"max_new_tokens": chosen.randint(1, 16)}
+    if chosen.random() < 0.7:
+        # Popular ones and a long tail.
+        parameters["adapter_id"] = f"a{min(int(chosen.expovariate(1 / 40)), ADAPTERS - 1)}"
+        parameters["adapter_source"] = "local"
+    if chosen.random() < 0.3:
+        parameters |= {"temperature": 0.8, "top_p": 0.9, "seed": chosen.randrange(1 << 60)}
+    if chosen.random() < 0.1:
+        parameters |= {"details": True, "decoder_input_details": True}
+    text, kind = prompt(chosen), chosen.random()
+    if kind < 0.05:
+        return "/generate", {"inputs": text, "parameters": parameters | {"top_p": 7}}, "bad"
+    if kind < 0.10:
+        unknown = {"adapter_id": chosen.choice(["nowhere", "broken", "../etc"])}
+        parameters |= unknown | {"adapter_source": "local"}
+        return "/generate", {"inputs": text, "parameters": parameters}, "bad"
+    if kind < 0.40:
+        parameters.pop("decoder_input_details", None)
+        return "/generate_stream", {"inputs": text, "parameters": parameters}, "stream"
+    if kind < 0.55:
+        parameters.pop("decoder_input_details", None)
+        parameters |= {"max_new_tokens": 100, "ignore_eos_token": True}
+        return "/generate_stream", {"inputs": text, "parameters": parameters}, "cancelled"
+    if kind < 0.75:
+        model = parameters.get("adapter_id", "base")
+        body = {"model": model, "prompt": text, "max_tokens": 8, "stream": kind < 0.65}
+        return "/v1/completions", body | {"adapter_source": "local"}, "openai"
+    return "/generate", {"inputs": text, "parameters": parameters}, "plain"
+
+
+async def send(session: aiohttp.ClientSession, seed: int, seen: Counter[str]) -> None:
+    chosen = random.Random(seed)
+    route, body, kind = request(chosen)
+    async with session.post(route, json=body) as response:
+        if kind == "cancelled":
+            for _ in range(chosen.randint(0, 6)):
+                await response.content.readline()
+            response.close()
+        else:
+            await response.read()
+        seen[f"{kind} {response.status}"] += 1
+
+
+class Levels:
+    """What the server holds now."""
+
+    def __init__(self, backend: ProcessBackend) -> None:
+        self.backend = backend
+        processes = {"front": None, **backend.pids}
+        self.processes = {role: psutil.Process(pid) for role, pid in processes.items()}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of resident memory of each process."""
+        return {role: process.memory_info().rss for role, process in self.processes.items()}
+
+    async def idle(self) -> dict[str, object]:
+        """Everything that must be as it was when nothing is open. Waits for the last cancellations first."""
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            stats = self.backend.stats
+            leases = sum(adapter.leases for adapter in await self.backend.adapters())
+            if not (stats.waiting or stats.running or leases):
+                break
+        return {
+            "tasks": len(asyncio.all_tasks()),
+            **{f"files of {r}": p.num_fds() for r, p in self.processes.items()},
+            **{f"threads of {r}": p.num_threads() for r, p in self.processes.items() if r == "shard"},
+            "blocks in use": stats.total_blocks - stats.free_blocks,
+            "rows in use": stats.running,
+            "slots pinned": stats.pinned,
+            "leases": leases,
+        }
+
+
+async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    write_model(folder / "model")
+    model = ModelConfig(model_id=str(folder / "model"), dtype="float32", load_format="dummy")
+    write_adapters(folder, model)
+    config = EngineConfig(
+        model=model,
+        adapters=AdapterConfig(
+            adapter_root=(str(folder),), adapter_memory_fraction=0.1, host_cache_gb=4 / 1024
+        ),
+        scheduler=SchedulerConfig(max_batch_size=16, max_total_tokens=200),
+        memory=MemoryConfig(cpu_memory_gb=12 / 1024),
+    )
+    backend = await ProcessBackend.start(config)
+    text = Text(str(folder / "model"))
+    runner = web.AppRunner(build_app(backend, text, config), handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    levels, seen, memory = Levels(backend), Counter[str](), {}
+    numbers = iter(range(args.requests))
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        for number in numbers:
+            await send(session, number, seen)
+
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        await asyncio.gather(*(send(session, -i - 1, seen) for i in range(50)))
+    before = await levels.idle()
+    start = time.perf_counter()
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        clients = [asyncio.create_task(client(session)) for _ in range(CLIENTS)]
+        while not all(task.done() for task in clients):
+            await asyncio.sleep(0.05)
+            if not memory and seen.total() >= args.requests * EARLY / 20_000:
+                memory = levels.memory()
+        await asyncio.gather(*clients)
+        last = levels.memory()
+    seconds = time.perf_counter() - start
+    after, stats = await levels.idle(), backend.stats
+    await runner.cleanup()
+    text.close()
+    await backend.close()
+    return {
+        "requests": dict(sorted(seen.items())),
+        "requests a second": args.requests / seconds,
+        "placements, evictions, preemptions": [
+            stats.placements,
+            stats.evictions,
+            stats.preemptions,
+        ],
+        "memory early, MB": {role: size / 1e6 for role, size in memory.items()},
+        "memory last / early": {role: last[role] / memory[role] for role in memory},
+        "memory last / early, all": sum(last.values()) / sum(memory.values()),
+        "idle before": before,
+        "idle after": after,
+        "the same": before == after,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        found = asyncio.run(measure(args, Path(name)))
+    for what, value in found.items():
+        print(f"{what}: {value}")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
