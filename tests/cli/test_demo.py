@@ -65,6 +65,7 @@ def test_next_steps_are_three_commands_that_parse() -> None:
 
 
 @pytest.mark.skipif(not demo.DEMO_FILE.exists(), reason="the demo model is not built")
+@pytest.mark.slow
 def test_the_demo() -> None:
     """As `make demo` runs it, with its own processes, and ending after the answers."""
     program = [sys.executable, "-m", "lorax_cli", "demo", "--once", "--json", "--port", "0"]

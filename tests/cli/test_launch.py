@@ -77,6 +77,7 @@ def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in result.stderr
 
 
+@pytest.mark.slow
 async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
     """The whole program, with its processes: prints its free port, answers, ends with 0 at SIGTERM."""
     given = ["--model-id", "base", "--port", "0", "--hostname", "127.0.0.1", *BUDGET]
