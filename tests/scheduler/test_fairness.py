@@ -142,6 +142,17 @@ def test_room_for_a_large_adapter_is_made_between_small_ones() -> None:
     assert house.order[0] == "large" and len(house.order) == 13
 
 
+def test_who_waits_for_a_row_anyway_gets_no_turn() -> None:
+    house = House(arena=256, cycle=0.5, step_seconds=0.1, rows=1)
+    for index, name in enumerate("aab"):
+        house.add(request(f"r{index}", [1], 20, image(name), arrival=index, eos=False))
+    while not house.order:
+        house.step()
+    assert house.order == ["r0"] and paused(house) == 0, "r1 waits for the row in front of r2"
+    house.drain()
+    assert house.order == ["r0", "r2", "r1"], "then r2 was the oldest"
+
+
 def test_a_cancelled_turn_gives_the_room_back() -> None:
     house = House(arena=256, cycle=1.0, step_seconds=0.1)
     house.add(request("a", [1], 60, image("a"), eos=False))
