@@ -347,3 +347,9 @@ class House:
 
 def random_prompt(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(1, VOCABULARY) for _ in range(length)]
+
+
+def exact(house: House, requests: list[Request]) -> None:
+    """Every request got what it gets alone."""
+    for one in requests:
+        assert house.tokens[one.id] == expected(one), one.id
