@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py) $(SOURCES) | $
 install: $(INSTALLED) ## make .venv and install everything into it
 
 demo: $(INSTALLED) ## start a server and ask the base model and every adapter (ONCE=1: then exit)
-	$(BIN)/lorax demo $(if $(filter 1,$(ONCE)),--once)
+	$(BIN)/lorax demo $(if $(filter 1,$(ONCE)),--once) $(ARGS)
 
 test: $(INSTALLED) ## run the tests that need no GPU
 	$(BIN)/python -m pytest $(ARGS)

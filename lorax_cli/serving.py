@@ -117,7 +117,9 @@ def _listening(config: EngineConfig, error: OSError) -> Exception:
     where = f"{config.server.hostname}:{config.server.port}"
     if error.errno == errno.EADDRINUSE:
         return ConfigError(
-            f"{where} is taken by another program", field="port", hint="use --port 0 for a free one"
+            f"{where} is taken by another program",
+            field="port",
+            hint="use --port 0, or PORT=0, for a free one",
         )
     if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
         return ConfigError(f"cannot listen on {where}: {error.strerror}", field="hostname")
