@@ -18,9 +18,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Throws "op: parts..." as RuntimeError unless the condition holds.
-#define LORAX_CHECK(condition, ...)                       \
-  do {                                                    \
-    if (!(condition)) ::lorax::fail(__VA_ARGS__);         \
+#define LORAX_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::lorax::fail(__VA_ARGS__); \
   } while (0)
 
 template <class... Parts>
@@ -55,9 +55,10 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
 // On the CPU, with `dims` dimensions and elements of the last one side by side.
 inline void check_layout(const char* op, const char* name, const Tensor& t, int64_t dims) {
   LORAX_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  LORAX_CHECK(t.dim() == dims, op, ": ", name, " must have ", dims, " dimensions, its shape is ", shape_of(t));
-  LORAX_CHECK(dims == 0 || t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, op, ": the last dimension of ", name,
-              " must be contiguous");
+  LORAX_CHECK(t.dim() == dims, op, ": ", name, " must have ", dims, " dimensions, its shape is ",
+              shape_of(t));
+  LORAX_CHECK(dims == 0 || t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, op,
+              ": the last dimension of ", name, " must be contiguous");
 }
 
 // An uninitialised contiguous tensor on the CPU.
@@ -70,7 +71,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   }
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, code,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
+                                                         strides, code,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -9,7 +9,8 @@ Tensor bind_add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight
   const char* op = "add_rms_norm";
   check_layout(op, "x", x, 2);
   check_layout(op, "weight", weight, 1);
-  LORAX_CHECK(weight.size(0) == x.size(1), op, ": weight ", shape_of(weight), " does not fit x ", shape_of(x));
+  LORAX_CHECK(weight.size(0) == x.size(1), op, ": weight ", shape_of(weight), " does not fit x ",
+              shape_of(x));
   AddRmsNormArgs args{};
   args.dtype = dtype_of(op, "x", x);
   args.weight_dtype = dtype_of(op, "weight", weight);
@@ -17,7 +18,8 @@ Tensor bind_add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight
     check_layout(op, "residual", *residual, 2);
     LORAX_CHECK(residual->size(0) == x.size(0) && residual->size(1) == x.size(1), op, ": residual ",
                 shape_of(*residual), " does not fit x ", shape_of(x));
-    LORAX_CHECK(residual->scalar_type() == x.scalar_type(), op, ": residual and x must have one dtype");
+    LORAX_CHECK(residual->scalar_type() == x.scalar_type(), op,
+                ": residual and x must have one dtype");
     args.residual = residual->mutable_data_ptr();
     args.residual_stride = residual->stride(0);
   }

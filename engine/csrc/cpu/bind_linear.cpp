@@ -10,14 +10,15 @@ Tensor bind_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   check_layout(op, "x", x, 2);
   check_layout(op, "weight", weight, 2);
   LORAX_CHECK(x.size(1) > 0, op, ": x has no columns");
-  LORAX_CHECK(weight.size(1) == x.size(1), op, ": weight ", shape_of(weight), " does not fit x ", shape_of(x));
+  LORAX_CHECK(weight.size(1) == x.size(1), op, ": weight ", shape_of(weight), " does not fit x ",
+              shape_of(x));
   LORAX_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight and x must have one dtype");
   LinearArgs args{};
   args.dtype = dtype_of(op, "x", x);
   if (bias) {
     check_layout(op, "bias", *bias, 1);
-    LORAX_CHECK(bias->size(0) == weight.size(0), op, ": bias ", shape_of(*bias), " does not fit weight ",
-                shape_of(weight));
+    LORAX_CHECK(bias->size(0) == weight.size(0), op, ": bias ", shape_of(*bias),
+                " does not fit weight ", shape_of(weight));
     LORAX_CHECK(bias->scalar_type() == x.scalar_type(), op, ": bias and x must have one dtype");
     args.bias = bias->const_data_ptr();
   }

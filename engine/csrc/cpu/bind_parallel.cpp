@@ -3,7 +3,8 @@
 
 namespace lorax {
 
-void parallel_run(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+void parallel_run(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                  void* context) {
   if (count <= 0) return;
   if (count <= grain) return body(0, count, context);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));

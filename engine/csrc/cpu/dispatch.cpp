@@ -14,13 +14,16 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
 bool supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (isa == Isa::avx512_bf16) return __builtin_cpu_supports("avx512bf16") && supported(Isa::avx512);
+  if (isa == Isa::avx512_bf16)
+    return __builtin_cpu_supports("avx512bf16") && supported(Isa::avx512);
   if (isa == Isa::avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(Isa::avx2);
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           supported(Isa::avx2);
   }
   if (isa == Isa::avx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
   }
 #endif
   return isa == Isa::generic;
@@ -63,7 +66,9 @@ void* scratch(Scratch which, size_t bytes) {
 // Read through ctypes by engine/ops/extension.py.
 extern "C" {
 
-__attribute__((visibility("default"))) const char* lorax_cpu_isa() { return lorax::kNames[int(lorax::chosen)]; }
+__attribute__((visibility("default"))) const char* lorax_cpu_isa() {
+  return lorax::kNames[int(lorax::chosen)];
+}
 
 // For tests: kernels run with `name` from now on. Returns whether this machine can.
 __attribute__((visibility("default"))) int lorax_cpu_use_isa(const char* name) {

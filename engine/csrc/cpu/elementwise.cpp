@@ -10,7 +10,8 @@ constexpr int64_t kGrain = 16384;  // elements that are worth waking a thread fo
 
 int64_t row_grain(int64_t width) { return width >= kGrain ? 1 : kGrain / (width > 0 ? width : 1); }
 
-// residual + x, rounded to the element type, is what is normalised: as if the addition were an op of its own.
+// residual + x, rounded to the element type, is what is normalised: as if the addition were an op
+// of its own.
 template <class T>
 LORAX_INLINE Vec add_residual(const T* x, T* residual, int64_t count) {
   T lanes[kLanes];
@@ -54,14 +55,18 @@ void norm_rows(const AddRmsNormArgs& args, int64_t begin, int64_t end) {
       }
     }
     const Vec scale = splat(1.0f / std::sqrt(reduce_add(squares) / float(args.width) + args.eps));
-    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
+    for (int64_t i = 0; i < whole; i += kLanes)
+      store(out + i, load(x + i) * scale * load(weight + i));
     if (rest) {
-      store_partial(out + whole, load_partial(x + whole, rest) * scale * load_partial(weight + whole, rest), rest);
+      store_partial(out + whole,
+                    load_partial(x + whole, rest) * scale * load_partial(weight + whole, rest),
+                    rest);
     }
   }
 }
 
-// 1 + erf(x). Abramowitz and Stegun 7.1.26; absolute error below 2e-7, without cancellation for negative x.
+// 1 + erf(x). Abramowitz and Stegun 7.1.26; absolute error below 2e-7, without cancellation for
+// negative x.
 LORAX_INLINE Vec one_plus_erf(Vec x) {
   const Vec magnitude = max(x, -x);
   const Vec t = splat(1.0f) / fma(magnitude, splat(0.3275911f), splat(1.0f));
@@ -80,7 +85,8 @@ LORAX_INLINE Vec times_sigmoid(Vec x, Vec z) { return x / (splat(1.0f) + exp(-z)
 template <Activation act>
 LORAX_INLINE Vec activate(Vec x) {
   if constexpr (act == Activation::silu) return times_sigmoid(x, x);
-  if constexpr (act == Activation::gelu) return splat(0.5f) * x * one_plus_erf(x * splat(0.70710678f));
+  if constexpr (act == Activation::gelu)
+    return splat(0.5f) * x * one_plus_erf(x * splat(0.70710678f));
   // (1 + tanh(z)) / 2 = sigmoid(2 z)
   return times_sigmoid(x, splat(1.59576912f) * fma(splat(0.044715f) * x * x, x, x));
 }
@@ -100,7 +106,8 @@ void act_rows(const ActAndMulArgs& args, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(args.x) + row * args.x_stride;
     const T* up = gate + args.width;
     T* out = static_cast<T*>(args.out) + row * args.width;
-    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, gated<act, T>(load(gate + i), load(up + i)));
+    for (int64_t i = 0; i < whole; i += kLanes)
+      store(out + i, gated<act, T>(load(gate + i), load(up + i)));
     if (rest) {
       const Vec v = gated<act, T>(load_partial(gate + whole, rest), load_partial(up + whole, rest));
       store_partial(out + whole, v, rest);

@@ -6,10 +6,10 @@
 namespace lorax {
 
 struct AddRmsNormArgs {
-  const void* x;         // [rows, width], `x_stride` elements from row to row
-  void* residual;        // [rows, width] or null; becomes residual + x
-  const void* weight;    // [width], of `weight_dtype`
-  void* out;             // [rows, width], contiguous
+  const void* x;       // [rows, width], `x_stride` elements from row to row
+  void* residual;      // [rows, width] or null; becomes residual + x
+  const void* weight;  // [width], of `weight_dtype`
+  void* out;           // [rows, width], contiguous
   int64_t rows, width, x_stride, residual_stride;
   float eps;
   DType dtype, weight_dtype;

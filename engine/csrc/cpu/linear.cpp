@@ -1,12 +1,14 @@
 // out[T, N] = x[T, K] @ weight[N, K].T + bias, for weights as they lie in a checkpoint.
 //
-// A tile is 4 rows of x by kColumns rows of weight. Its accumulators are vectors along K, one per (row, column); their
-// lanes are summed at the end of a block of K. So both operands are read as they lie, in whole cache lines, and every
-// output is the same sequence of additions whatever the tile, the batch or the number of threads: over the steps of a
-// block by lanes, over the lanes by reduce_add4, over the blocks in order.
+// A tile is 4 rows of x by kColumns rows of weight. Its accumulators are vectors along K, one per
+// (row, column); their lanes are summed at the end of a block of K. So both operands are read as
+// they lie, in whole cache lines, and every output is the same sequence of additions whatever the
+// tile, the batch or the number of threads: over the steps of a block by lanes, over the lanes by
+// reduce_add4, over the blocks in order.
 //
-// Loops, from the outside: thread and block of T (`multiply_block`), span of K (as many blocks as let the rows of x stay
-// in L2), panel of kColumns rows of weight (stays in L1), block of K, tile of 4 rows of x, step of kLanes along K.
+// Loops, from the outside: thread and block of T (`multiply_block`), span of K (as many blocks as
+// let the rows of x stay in L2), panel of kColumns rows of weight (stays in L1), block of K, tile
+// of 4 rows of x, step of kLanes along K.
 #include "linear.h"
 
 #include "vec.h"
@@ -22,20 +24,22 @@ constexpr int kColumns = 3;  // 12 of 16
 #else
 constexpr int kColumns = 2;  // 8 of 16: without fma a product needs one too
 #endif
-constexpr int64_t kBlockBytes = 2560;  // most of a row of x between two sums over lanes: a panel and a tile fit in L1
+// Most of a row of x between two sums over lanes, so that a panel and a tile of x fit in L1.
+constexpr int64_t kBlockBytes = 2560;
 constexpr int64_t kSpan = 4;           // blocks of K for which a block of x stays in L2
 constexpr int64_t kResident = 131072;  // elements of x that stay in L2 beside the weights
 constexpr int64_t kTokens = 64;        // rows of x in a block of T
 constexpr int64_t kGrain = 32768;      // multiply-adds that are worth waking a thread for
 
-// Elements of K in a step. Pairs of bfloat16 are multiplied two to a lane where the machine can; otherwise x is float32.
+// Elements of K in a step. Pairs of bfloat16 are multiplied two to a lane where the machine can;
+// otherwise x is float32.
 template <class X>
 constexpr int kStep = sizeof(X) == 4 ? kLanes : 2 * kLanes;
 
 LORAX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Weights that the next panels will read, fetched into L2 in the order of memory while this one is computed: rows are too
-// short for the hardware's prefetcher, which starts anew at each.
+// Weights that the next panels will read, fetched into L2 in the order of memory while this one is
+// computed: rows are too short for the hardware's prefetcher, which starts anew at each.
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
@@ -44,10 +48,11 @@ struct Ahead {
 constexpr int64_t kAheadPanels = 2;
 constexpr int64_t kLine = 64;
 
-// sums[c, r] (+)= x[r, :depth] . w[c, :depth] for `rows` <= 4 rows of x and `columns` rows of weight.
+// sums[c, r] (+)= x[r, :depth] . w[c, :depth] for `rows` <= 4 rows of x and `columns` rows of
+// weight.
 template <int rows, int columns, class W>
-void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t depth, bool first,
-                          float* sums, Ahead& ahead) {
+void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t depth,
+                   bool first, float* sums, Ahead& ahead) {
   Vec acc[kRows][columns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -77,15 +82,17 @@ void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_strid
   if (rest) step(whole, [&](const auto* p) LORAX_LAMBDA { return load_partial(p, rest); });
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
-    reduce_add4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], first ? nullptr : sums + c * kRows, sums + c * kRows);
+    reduce_add4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], first ? nullptr : sums + c * kRows,
+                sums + c * kRows);
   }
 }
 
 #if defined(__AVX512F__)
 // The same for bfloat16, by instructions that multiply pairs and add in float32.
 template <int rows, int columns>
-__attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int64_t x_stride, const BFloat16* w,
-                                                         int64_t w_stride, int64_t depth, bool first, float* sums,
+__attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int64_t x_stride,
+                                                         const BFloat16* w, int64_t w_stride,
+                                                         int64_t depth, bool first, float* sums,
                                                          Ahead& ahead) {
   Vec acc[kRows][columns];
 #pragma GCC unroll 8
@@ -102,7 +109,8 @@ __attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int6
     at += lines * kLine;
     __m512bh column[columns];
 #pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) column[c] = (__m512bh)_mm512_loadu_si512(w + c * w_stride + k);
+    for (int c = 0; c < columns; ++c)
+      column[c] = (__m512bh)_mm512_loadu_si512(w + c * w_stride + k);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const __m512bh row = (__m512bh)_mm512_loadu_si512(x + r * x_stride + k);
@@ -125,15 +133,16 @@ __attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int6
   ahead.at = at;
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
-    reduce_add4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], first ? nullptr : sums + c * kRows, sums + c * kRows);
+    reduce_add4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], first ? nullptr : sums + c * kRows,
+                sums + c * kRows);
   }
 }
 #endif
 
 // One panel over one block of K: the tiles of `tokens` rows of x.
 template <int columns, class X, class W>
-void multiply_panel(const X* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride, int64_t depth,
-                    bool first, float* sums, Ahead& ahead) {
+void multiply_panel(const X* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride,
+                    int64_t depth, bool first, float* sums, Ahead& ahead) {
   for (; tokens >= kRows; tokens -= kRows, x += kRows * x_stride, sums += kRows * kColumns) {
     multiply_tile<kRows, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
   }
@@ -143,25 +152,28 @@ void multiply_panel(const X* x, int64_t x_stride, int64_t tokens, const W* w, in
 }
 
 template <class X, class W, int columns = kColumns>
-void multiply_panel(int width, const X* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride,
-                    int64_t depth, bool first, float* sums, Ahead& ahead) {
-  if (width == columns) return multiply_panel<columns>(x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
+void multiply_panel(int width, const X* x, int64_t x_stride, int64_t tokens, const W* w,
+                    int64_t w_stride, int64_t depth, bool first, float* sums, Ahead& ahead) {
+  if (width == columns)
+    return multiply_panel<columns>(x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
   if constexpr (columns > 1) {
-    multiply_panel<X, W, columns - 1>(width, x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
+    multiply_panel<X, W, columns - 1>(width, x, x_stride, tokens, w, w_stride, depth, first, sums,
+                                      ahead);
   }
 }
 
 // Rows [begin, begin + tokens) of x by panels [first, last) of weight.
 template <class T, class X>
-void multiply_block(const LinearArgs& args, const X* x, int64_t x_stride, int64_t begin, int64_t tokens,
-                    int64_t first, int64_t last) {
+void multiply_block(const LinearArgs& args, const X* x, int64_t x_stride, int64_t begin,
+                    int64_t tokens, int64_t first, int64_t last) {
   const int64_t blocks = ceil_div(args.inputs, kBlockBytes / int64_t(sizeof(X)));
   const int64_t depth = ceil_div(ceil_div(args.inputs, blocks), kStep<X>) * kStep<X>;
   const int64_t tiles = ceil_div(tokens, kRows), sums_size = tiles * kRows * kColumns;
   // The order of the sums is the same with one span as with several.
   const bool one_span = blocks <= kSpan || tokens * args.inputs <= kResident;
   const int64_t span_depth = one_span ? args.inputs : kSpan * depth;
-  float* all_sums = static_cast<float*>(scratch(Scratch::inner, size_t((one_span ? 1 : last - first) * sums_size) * 4));
+  float* all_sums = static_cast<float*>(
+      scratch(Scratch::inner, size_t((one_span ? 1 : last - first) * sums_size) * 4));
   const T* weight = static_cast<const T*>(args.weight);
   const T* bias = static_cast<const T*>(args.bias);
   T* out = static_cast<T*>(args.out);
@@ -174,14 +186,15 @@ void multiply_block(const LinearArgs& args, const X* x, int64_t x_stride, int64_
       float* sums = all_sums + (one_span ? 0 : (panel - first) * sums_size);
       Ahead ahead;
       if (one_span && args.weight_stride == args.inputs && panel + kAheadPanels < last) {
-        ahead.at = reinterpret_cast<const char*>(weight + (n + kAheadPanels * kColumns) * args.inputs);
+        ahead.at =
+            reinterpret_cast<const char*>(weight + (n + kAheadPanels * kColumns) * args.inputs);
         ahead.end = ahead.at + kColumns * args.inputs * int64_t(sizeof(T));
         ahead.lines = int(ceil_div(kColumns * kStep<X> * int64_t(sizeof(T)), kLine * tiles));
       }
       for (int64_t k = span; k < span_end; k += depth) {
         const int64_t steps = k + depth < span_end ? depth : span_end - k;
-        multiply_panel<X, T>(width, x + k, x_stride, tokens, weight + n * args.weight_stride + k, args.weight_stride,
-                          steps, k == 0, sums, ahead);
+        multiply_panel<X, T>(width, x + k, x_stride, tokens, weight + n * args.weight_stride + k,
+                             args.weight_stride, steps, k == 0, sums, ahead);
       }
       if (span_end < args.inputs) continue;
       for (int64_t t = 0; t < tokens; ++t) {

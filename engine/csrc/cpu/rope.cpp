@@ -58,7 +58,8 @@ void store_heads(const RopeStoreKvArgs& args, const Heads& heads, int64_t token,
               which * args.kv_half_stride + place % args.block_size * args.kv_offset_stride;
   const int64_t whole = args.head_dim / kLanes * kLanes, rest = args.head_dim - whole;
   for (int64_t h = 0; h < heads.count; ++h, to += args.kv_head_stride) {
-    const T* x = static_cast<const T*>(heads.data) + token * heads.token_stride + h * heads.head_stride;
+    const T* x =
+        static_cast<const T*>(heads.data) + token * heads.token_stride + h * heads.head_stride;
     for (int64_t i = 0; i < whole; i += kLanes) store(to + i, load(x + i));
     if (rest) store_partial(to + whole, load_partial(x + whole, rest), rest);
   }

@@ -15,7 +15,7 @@ struct RopeStoreKvArgs {
   const float* cos_sin;      // [positions, 2 * half]: cosines, then sines
   const int64_t* positions;  // [tokens]
   const int64_t* places;     // [tokens]: block * block_size + offset
-  void* kv;                  // of this layer: [blocks, 2, block_size, count, head_dim], head_dim contiguous
+  void* kv;  // of this layer: [blocks, 2, block_size, count, head_dim], head_dim contiguous
   int64_t tokens, head_dim, half, cos_sin_stride, block_size;
   int64_t kv_block_stride, kv_half_stride, kv_offset_stride, kv_head_stride;
   bool interleaved;

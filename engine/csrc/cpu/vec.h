@@ -1,8 +1,9 @@
-// A vector of float32 as wide as the instruction set allows, and conversions from and to bfloat16 and float16.
+// A vector of float32 as wide as the instruction set allows, and conversions from and to bfloat16
+// and float16.
 //
-// Only for kernel sources (see kernels.h). Vec is a GCC/Clang vector type, so + - * / work on it lane by lane.
-// Multiply-add is always spelled `fma`: the build forbids the compiler to contract, so equal code gives equal bits in
-// every tile shape.
+// Only for kernel sources (see kernels.h). Vec is a GCC/Clang vector type, so + - * / work on it
+// lane by lane. Multiply-add is always spelled `fma`: the build forbids the compiler to contract,
+// so equal code gives equal bits in every tile shape.
 #pragma once
 
 #include <cmath>
@@ -72,7 +73,8 @@ inline Float16 from_float<Float16>(float value) {
   if (rest > 0x7f800000) return {uint16_t(sign | 0x7e00)};
   if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
   if (rest < 0x38800000) {                                   // below 2^-14: a multiple of 2^-24
-    const float shifted = bits_to_float(rest) + 0.5f;        // the float32 addition rounds to that multiple
+    const float shifted =
+        bits_to_float(rest) + 0.5f;  // the float32 addition rounds to that multiple
     return {uint16_t(sign | (float_to_bits(shifted) - 0x3f000000))};
   }
   return {uint16_t(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
@@ -166,7 +168,9 @@ LORAX_INLINE void store(T* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(v[i]);
 }
 #if defined(__aarch64__)
-LORAX_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+LORAX_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #else
 LORAX_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
@@ -209,13 +213,14 @@ LORAX_INLINE float reduce_max(Vec v) {
   float lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    for (int i = 0; i < width; ++i)
+      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   }
   return lanes[0];
 }
 
-// out[0..3] = the lane sums of four vectors, plus onto[0..3] unless it is null; each sum is taken in the same order
-// whatever the other three hold.
+// out[0..3] = the lane sums of four vectors, plus onto[0..3] unless it is null; each sum is taken
+// in the same order whatever the other three hold.
 LORAX_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, const float* onto, float* out) {
   typedef float Four __attribute__((vector_size(16)));
   Four sums, before;
@@ -231,8 +236,8 @@ LORAX_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, const float* onto, flo
   const Vec abcd = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
   sums = _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1);
 #else
-  sums = Four{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
-              (d[0] + d[2]) + (d[1] + d[3])};
+  sums = Four{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]),
+              (c[0] + c[2]) + (c[1] + c[3]), (d[0] + d[2]) + (d[1] + d[3])};
 #endif
   if (onto) {
     std::memcpy(&before, onto, sizeof before);
@@ -243,8 +248,8 @@ LORAX_INLINE void reduce_add4(Vec a, Vec b, Vec c, Vec d, const float* onto, flo
 
 // ---- functions ----
 
-// e^x: 2^n * p(r), |r| <= ln(2) / 2, Cephes' polynomial of degree 6; within 2 ulp. Below -87.3 the result is that of
-// -87.3 (1.2e-38), except that -infinity gives 0; above 88.3 it is that of 88.3.
+// e^x: 2^n * p(r), |r| <= ln(2) / 2, Cephes' polynomial of degree 6; within 2 ulp. Below -87.3 the
+// result is that of -87.3 (1.2e-38), except that -infinity gives 0; above 88.3 it is that of 88.3.
 LORAX_INLINE Vec exp(Vec x) {
   typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
   const Vec clamped = min(max(x, splat(-87.3f)), splat(88.3f));
