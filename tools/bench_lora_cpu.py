@@ -4,8 +4,8 @@
     python tools/bench_lora_cpu.py --dtype bfloat16 --rank 64 --adapters 4 --tokens 4
 
 Every figure is taken in turns with a plain read of the same bytes (`torch.sum`, which is bound by memory) in the same
-process and with the same threads, so that other programs on the machine disturb both alike; the fastest and the
-median of many rounds are given. Needs the CPU extension.
+process and with the same threads, so that other programs on the machine disturb both alike. Each run goes in steps (a
+group of a layer, or a layer); "undisturbed" adds up the fastest time of every step. Needs the CPU extension.
 """
 
 from __future__ import annotations
@@ -67,30 +67,52 @@ def make_adapters(count: int, rank: int, dtype: torch.dtype) -> Adapters:
     return Adapters(arena, records, at)
 
 
-def interleaved(rounds: int, runs: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each run, sorted; the runs take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+Steps = list[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a run made of steps."""
+
+    undisturbed: float  # the sum of every step's fastest time
+    median: float  # of whole rounds
+
+
+def interleaved(rounds: int, runs: dict[str, Steps]) -> dict[str, Timing]:
+    """Times the runs in turns."""
+    fastest = {name: [float("inf")] * len(steps) for name, steps in runs.items()}
+    totals: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    for values in seconds.values():
-        values.sort()
-    return seconds
+        for name, steps in runs.items():
+            total = 0.0
+            for i, step in enumerate(steps):
+                begin = time.perf_counter()
+                step()
+                seconds = time.perf_counter() - begin
+                total += seconds
+                fastest[name][i] = min(fastest[name][i], seconds)
+            totals[name].append(total)
+    return {name: Timing(sum(fastest[name]), statistics.median(totals[name])) for name in runs}
 
 
-def report(title: str, num_bytes: int, seconds: dict[str, list[float]], limit: str) -> None:
+def plain_read(data: Tensor, steps: int) -> Steps:
+    """Reads all of the bytes once, in as many steps."""
+    return [part.sum for part in data.view(torch.float32).flatten().tensor_split(steps)]
+
+
+def report(title: str, num_bytes: int, timings: dict[str, Timing], limit: str) -> None:
     print(f"\n{title} ({num_bytes / 1e6:.1f} MB)")
     print(
-        f"  {'':34}{'fastest':>10}{'median':>10}{'GB/s':>7}  x {limit} (fastest, median of rounds)"
+        f"  {'':20}{'undisturbed':>12}{'median':>10}{'GB/s':>7}   x {limit} (undisturbed, median)"
     )
-    for name, values in seconds.items():
-        best, middle = values[0], statistics.median(values)
-        ratios = best / seconds[limit][0], middle / statistics.median(seconds[limit])
-        rate = num_bytes / best / 1e9
+    for name, timing in timings.items():
+        ratios = (
+            timing.undisturbed / timings[limit].undisturbed,
+            timing.median / timings[limit].median,
+        )
         print(
-            f"  {name:34}{best * 1e3:8.2f}ms{middle * 1e3:8.2f}ms{rate:7.1f}  {ratios[0]:.2f}, {ratios[1]:.2f}"
+            f"  {name:20}{timing.undisturbed * 1e3:10.2f}ms{timing.median * 1e3:8.2f}ms"
+            f"{num_bytes / timing.undisturbed / 1e9:7.1f}   {ratios[0]:.2f}, {ratios[1]:.2f}"
         )
 
 
@@ -106,70 +128,51 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
     def where(layer: int, group: int) -> tuple[object, ...]:
         return adapters.arena, adapters.records, slots, starts, layer, group
 
-    def shrink() -> list[Tensor]:
-        return [
-            ops.lora_shrink(xs[g], *where(layer, g), args.rank * len(splits))
-            for layer in range(LAYERS)
-            for g, (_, splits) in enumerate(GROUPS)
-        ]
+    def shrink(layer: int, group: int) -> Tensor:
+        t: Tensor = ops.lora_shrink(
+            xs[group], *where(layer, group), args.rank * len(GROUPS[group][1])
+        )
+        return t
 
-    ts = shrink()
-
-    def expand() -> None:
-        for layer in range(LAYERS):
-            for g, (_, splits) in enumerate(GROUPS):
-                ops.lora_expand_(ys[g], ts[layer * len(GROUPS) + g], *where(layer, g), splits)
-
-    def both() -> None:
-        for layer in range(LAYERS):
-            for g, (_, splits) in enumerate(GROUPS):
-                t = ops.lora_shrink(xs[g], *where(layer, g), args.rank * len(splits))
-                ops.lora_expand_(ys[g], t, *where(layer, g), splits)
+    def both(layer: int, group: int) -> None:
+        ops.lora_expand_(ys[group], shrink(layer, group), *where(layer, group), GROUPS[group][1])
 
     base = torch.zeros(1, dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32)
 
-    def nothing() -> None:
-        for layer in range(LAYERS):
-            for g, (_, splits) in enumerate(GROUPS):
-                t = ops.lora_shrink(
-                    xs[g],
-                    adapters.arena,
-                    adapters.records,
-                    *base,
-                    layer,
-                    g,
-                    args.rank * len(splits),
-                )
-                ops.lora_expand_(
-                    ys[g], t, adapters.arena, adapters.records, *base, layer, g, splits
-                )
+    def base_only(layer: int, group: int) -> None:
+        records = adapters.arena, adapters.records, *base, layer, group
+        t = ops.lora_shrink(xs[group], *records, args.rank * len(GROUPS[group][1]))
+        ops.lora_expand_(ys[group], t, *records, GROUPS[group][1])
 
-    flat = adapters.arena.view(torch.float32)
-    runs = {
-        "plain read": flat.sum,
-        "shrink": shrink,
-        "expand": expand,
-        "shrink and expand": both,
-        "base only": nothing,
+    places = [(layer, group) for layer in range(LAYERS) for group in range(len(GROUPS))]
+    runs: dict[str, Steps] = {
+        "plain read": plain_read(adapters.arena, len(places)),
+        "shrink and expand": [partial(both, *place) for place in places],
+        "base only": [partial(base_only, *place) for place in places],
     }
-    seconds = interleaved(args.rounds, runs)
+    timings = interleaved(args.rounds, runs)
     title = f"LoRA, {args.adapters} adapters of rank {args.rank}, {tokens} tokens, {args.dtype}"
-    report(title, adapters.num_bytes, seconds, "plain read")
-    calls = 2 * LAYERS * len(GROUPS)
-    print(f"  a call that finds no adapter: {seconds['base only'][0] / calls * 1e6:.1f} us")
+    report(title, adapters.num_bytes, timings, "plain read")
+    print(
+        f"  a call that finds no adapter: {timings['base only'].undisturbed / 2 / len(places) * 1e6:.1f} us"
+    )
     multiplied = (
         sum((k * len(splits) + sum(splits)) * args.rank for k, splits in GROUPS) * LAYERS * tokens
     )
-    print(f"  {2 * multiplied / seconds['shrink and expand'][0] / 1e9:.1f} GFLOP/s")
+    print(f"  {2 * multiplied / timings['shrink and expand'].undisturbed / 1e9:.1f} GFLOP/s")
 
 
 def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Decode: one query of each sequence against its keys and values, layer after layer."""
     block = 32
 
-    def attend(q: Tensor, rows: tuple[Tensor, Tensor, Tensor], kv: Tensor) -> None:
-        for layer in range(args.kv_layers):
-            ops.paged_attention(q, kv, layer, *rows, HEAD_DIM**-0.5, 0.0, 0)
+    def attend(
+        q: Tensor, rows: tuple[Tensor, Tensor, Tensor], kv: Tensor
+    ) -> list[Callable[[], object]]:
+        options = *rows, HEAD_DIM**-0.5, 0.0, 0
+        return [
+            partial(ops.paged_attention, q, kv, layer, *options) for layer in range(args.kv_layers)
+        ]
 
     for sequences, length in ((16, 1024), (1, 8192), (64, 128)):
         per_sequence = (length + block - 1) // block
@@ -182,14 +185,14 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         lengths = torch.full((sequences,), length, dtype=torch.int32)
         q = torch.randn(sequences, HEADS, HEAD_DIM).to(dtype)
 
-        attention = partial(attend, q, (tables, starts, lengths), kv)
-        seconds = interleaved(
-            args.rounds, {"plain read": kv.view(torch.float32).sum, "attention": attention}
+        attention = attend(q, (tables, starts, lengths), kv)
+        timings = interleaved(
+            args.rounds, {"plain read": plain_read(kv, args.kv_layers), "attention": attention}
         )
         title = (
             f"attention, {sequences} sequences of {length}, {args.kv_layers} layers, {args.dtype}"
         )
-        report(title, kv.nbytes, seconds, "plain read")
+        report(title, kv.nbytes, timings, "plain read")
 
     tokens = 512
     kv = torch.randn(1 + tokens // block, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM).to(dtype)
@@ -202,16 +205,18 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
     q = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype)
     wide = torch.randn(1, HEADS, tokens, HEAD_DIM).to(dtype)
 
-    def torch_attention() -> None:
-        for _ in range(args.kv_layers):
-            torch.nn.functional.scaled_dot_product_attention(wide, wide, wide, is_causal=True)
-
-    runs = {"torch's attention": torch_attention, "attention": partial(attend, q, rows, kv)}
-    seconds = interleaved(args.rounds, runs)
+    torch_attention = partial(
+        torch.nn.functional.scaled_dot_product_attention, wide, wide, wide, is_causal=True
+    )
+    runs: dict[str, Steps] = {
+        "torch's attention": [torch_attention] * args.kv_layers,
+        "attention": attend(q, rows, kv),
+    }
+    timings = interleaved(args.rounds, runs)
     title = f"attention, a prompt of {tokens}, {args.kv_layers} layers, {args.dtype}"
-    report(title, kv.nbytes, seconds, "torch's attention")
+    report(title, kv.nbytes, timings, "torch's attention")
     multiplied = HEADS * HEAD_DIM * tokens * (tokens + 1) * args.kv_layers
-    print(f"  {2 * multiplied / seconds['attention'][0] / 1e9:.1f} GFLOP/s")
+    print(f"  {2 * multiplied / timings['attention'].undisturbed / 1e9:.1f} GFLOP/s")
 
 
 def main() -> None:
@@ -225,9 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument(
-        "--isa", choices=["generic", "avx2", "avx512"], help="default: the best of this machine"
-    )
+    parser.add_argument("--isa", help="default: the best of this machine")
     parser.add_argument("--only", choices=["lora", "attention"])
     args = parser.parse_args()
     status = extension.load()

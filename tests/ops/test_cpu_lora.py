@@ -218,7 +218,7 @@ def fresh() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs with the kernels of every instruction set that this machine has."""
     if not extension.use_isa(request.param):

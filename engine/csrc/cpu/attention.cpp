@@ -1,9 +1,10 @@
-// Attention with an online softmax in float32 (Dao et al. 2022, FlashAttention; split over keys as in Flash-Decoding).
+// Attention with an online softmax in float32 (Dao et al. 2022, FlashAttention; split over keys as
+// in Flash-Decoding).
 //
-// A *row* is one query of one head. A piece of work is a tile of queries of one sequence against a range of keys, once
-// per key-value head. Keys are taken kTile at a time, from position 0 on, and the softmax starts anew every kSplit keys;
-// the splits are put together in order. So a row is computed by the same operations whatever shares its batch, its chunk
-// or its thread.
+// A *row* is one query of one head. A piece of work is a tile of queries of one sequence against a
+// range of keys, once per key-value head. Keys are taken kTile at a time, from position 0 on, and
+// the softmax starts anew every kSplit keys; the splits are put together in order. So a row is
+// computed by the same operations whatever shares its batch, its chunk or its thread.
 #include "attention.h"
 
 #include <algorithm>
@@ -16,14 +17,14 @@
 namespace lorax::LORAX_ISA {
 namespace {
 
-constexpr int64_t kTile = 32;               // keys per step of the softmax
-constexpr int64_t kSplit = 512;             // keys per softmax; a multiple of kTile
-constexpr int64_t kRun = 16;                // keys that lie in one block, wherever they begin
-constexpr int64_t kRows = 64;               // rows of a tile of queries, about
-constexpr int64_t kRowsTogether = 16;       // rows of several key-value heads that go through the keys together
-constexpr int64_t kRowsInPlace = 8;         // rows for which it does not pay to copy keys and values first
-constexpr int kBlock = 4;                   // rows of a register tile
-constexpr int64_t kLeastWork = 32768;       // keys x rows per thread, about
+constexpr int64_t kTile = 32;          // keys per step of the softmax
+constexpr int64_t kSplit = 512;        // keys per softmax; a multiple of kTile
+constexpr int64_t kRun = 16;           // keys that lie in one block, wherever they begin
+constexpr int64_t kRows = 64;          // rows of a tile of queries, about
+constexpr int64_t kRowsTogether = 16;  // rows of several heads that go through the keys together
+constexpr int64_t kRowsInPlace = 8;  // rows for which it does not pay to copy keys and values first
+constexpr int kBlock = 4;            // rows of a register tile
+constexpr int64_t kLeastWork = 32768;  // keys x rows per thread, about
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 static_assert(kSplit % kTile == 0 && kTile % kRun == 0 && kRun % kLanes == 0);
 
@@ -32,7 +33,8 @@ struct Piece {
   int64_t sequence;
   int64_t first, queries;  // of the sequence's queries in this step
   int64_t split, last_split;
-  float* parts;  // the softmax of one split, [groups][rows] of State, if other pieces do the other splits; or null
+  float* parts;  // the softmax of one split, [groups][rows] of states, if other pieces do the other
+                 // splits; or null
   int64_t work, unit_work;
 };
 
@@ -56,9 +58,9 @@ struct Span {
   }
 };
 
-// A tile of keys and values in float32: rows of `stride` floats, kRun rows from each base on; a key's value lies
-// `to_value` floats after it. Rows outside [first, last) are readable but not defined: no query sees them. What is to
-// come next is at `ahead`.
+// A tile of keys and values in float32: rows of `stride` floats, kRun rows from each base on; a
+// key's value lies `to_value` floats after it. Rows outside [first, last) are readable but not
+// defined: no query sees them. What is to come next is at `ahead`.
 struct Tile {
   int64_t first, last;
   int64_t stride, to_value;
@@ -67,14 +69,15 @@ struct Tile {
 };
 
 template <class T>
-LORAX_INLINE const T* place(const AttentionArgs& args, int64_t sequence, int64_t group, int64_t key) {
+LORAX_INLINE const T* place(const AttentionArgs& args, int64_t sequence, int64_t group,
+                            int64_t key) {
   const int64_t block = args.tables[sequence * args.table_stride + key / args.block];
-  return static_cast<const T*>(args.kv) + block * args.block_stride + key % args.block * args.position_stride +
-         group * args.kv_head_stride;
+  return static_cast<const T*>(args.kv) + block * args.block_stride +
+         key % args.block * args.position_stride + group * args.kv_head_stride;
 }
 
-// The tile of keys [key, last) where it lies: for float32, whole vectors and blocks of whole runs. In place of a run that
-// is not there stands the nearest one that is.
+// The tile of keys [key, last) where it lies: for float32, whole vectors and blocks of whole runs.
+// In place of a run that is not there stands the nearest one that is.
 Tile in_place(const AttentionArgs& args, int64_t sequence, int64_t group, int64_t key, int64_t last,
               const Span& span) {
   const auto run_of = [&](int64_t at) {
@@ -90,11 +93,11 @@ Tile in_place(const AttentionArgs& args, int64_t sequence, int64_t group, int64_
   return tile;
 }
 
-// The tile of keys [key, last) copied to `out`: [kTile, padded] keys and as many values, zero beyond the head size. Walks
-// positions, and asks for those of the next tile meanwhile.
+// The tile of keys [key, last) copied to `out`: [kTile, padded] keys and as many values, zero
+// beyond the head size. Walks positions, and asks for those of the next tile meanwhile.
 template <class T>
-Tile unpacked(const Plan& plan, int64_t sequence, int64_t group, int64_t key, int64_t last, const Span& span,
-              float* out) {
+Tile unpacked(const Plan& plan, int64_t sequence, int64_t group, int64_t key, int64_t last,
+              const Span& span, float* out) {
   const AttentionArgs& args = plan.args;
   const int64_t whole = args.size / kLanes * kLanes, rest = args.size - whole;
   const int64_t first = std::max<int64_t>(span.first_key - key, 0);
@@ -105,7 +108,8 @@ Tile unpacked(const Plan& plan, int64_t sequence, int64_t group, int64_t key, in
     const int64_t at = key + j, next = std::min(at + kTile, span.last_key - 1);
     const bool turn = j == tile.first || at % args.block == 0;
     from = turn ? place<T>(args, sequence, group, at) : from + args.position_stride;
-    ahead = turn || next % args.block == 0 ? place<T>(args, sequence, group, next) : ahead + args.position_stride;
+    ahead = turn || next % args.block == 0 ? place<T>(args, sequence, group, next)
+                                           : ahead + args.position_stride;
     float* keys = out + j * plan.padded;
     float* values = keys + tile.to_value;
     for (int64_t d = 0; d < whole; d += kLanes) {
@@ -122,7 +126,8 @@ Tile unpacked(const Plan& plan, int64_t sequence, int64_t group, int64_t key, in
   return tile;
 }
 
-// q[repeats * queries, padded] of one key-value head in float32, times the scale. Row: query * repeats + head.
+// q[repeats * queries, padded] of one key-value head in float32, times the scale. Row: query *
+// repeats + head.
 template <class T>
 void load_queries(const Plan& plan, int64_t token, int64_t queries, int64_t group, float* out) {
   const AttentionArgs& args = plan.args;
@@ -140,12 +145,14 @@ void load_queries(const Plan& plan, int64_t token, int64_t queries, int64_t grou
 
 // out = outputs / sum for the rows of one key-value head.
 template <class T>
-void store_outputs(const Plan& plan, int64_t token, int64_t queries, int64_t group, const float* states) {
+void store_outputs(const Plan& plan, int64_t token, int64_t queries, int64_t group,
+                   const float* states) {
   const AttentionArgs& args = plan.args;
   const int64_t whole = args.size / kLanes * kLanes, rest = args.size - whole;
   for (int64_t i = 0; i < queries; ++i) {
     for (int64_t h = 0; h < plan.repeats; ++h, states += plan.state) {
-      T* out = static_cast<T*>(args.out) + ((token + i) * args.heads + group * plan.repeats + h) * args.size;
+      T* out = static_cast<T*>(args.out) +
+               ((token + i) * args.heads + group * plan.repeats + h) * args.size;
       const Vec inverse = splat(1.0f / states[1]);
       const float* outputs = states + kLanes;
       for (int64_t d = 0; d < whole; d += kLanes) store(out + d, load(outputs + d) * inverse);
@@ -165,7 +172,8 @@ void merge(const Plan& plan, float* states, const float* parts, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r, states += plan.state, parts += plan.state) {
     if (parts[0] == kNone) continue;  // the row sees nothing of it
     const float maximum = std::max(states[0], parts[0]);
-    const Vec old_weight = exp(splat(states[0] - maximum)), new_weight = exp(splat(parts[0] - maximum));
+    const Vec old_weight = exp(splat(states[0] - maximum)),
+              new_weight = exp(splat(parts[0] - maximum));
     states[0] = maximum;
     float weights[kLanes];
     store(weights, fma(splat(parts[1]), new_weight, splat(states[1]) * old_weight));
@@ -176,9 +184,10 @@ void merge(const Plan& plan, float* states, const float* parts, int64_t rows) {
   }
 }
 
-// scores[rows, kTile] = q @ keys.T. Tile: one row by kLanes keys; walks keys, rows, then the head size by kLanes, with
-// sums as in reduce.h. With `prefetch`, the first rows ask for the keys and values of the next tile to the second-level
-// cache, a line at every multiplication: requests in a burst are dropped.
+// scores[rows, kTile] = q @ keys.T. Tile: one row by kLanes keys; walks keys, rows, then the head
+// size by kLanes, with sums as in reduce.h. With `prefetch`, the first rows ask for the keys and
+// values of the next tile to the second-level cache, a line at every multiplication: requests in a
+// burst are dropped.
 template <int rows, bool prefetch>
 LORAX_INLINE void score_tile(const float* q, const Tile& tile, int64_t padded, float* scores) {
   constexpr int value_row = rows > 1 ? 1 : 0;  // the row that asks for values
@@ -192,7 +201,8 @@ LORAX_INLINE void score_tile(const float* q, const Tile& tile, int64_t padded, f
         for (int i = 0; i < kLanes; ++i) {
           sum[i] = fma(v, load(keys + i * tile.stride + d), sum[i]);
           if (prefetch && r == 0) __builtin_prefetch(ahead + i * tile.stride + d, 0, 2);
-          if (prefetch && r == value_row) __builtin_prefetch(ahead + tile.to_value + i * tile.stride + d, 0, 2);
+          if (prefetch && r == value_row)
+            __builtin_prefetch(ahead + tile.to_value + i * tile.stride + d, 0, 2);
         }
       }
       store(scores + r * kTile + j, sum_lanes(sum));
@@ -200,14 +210,15 @@ LORAX_INLINE void score_tile(const float* q, const Tile& tile, int64_t padded, f
   }
 }
 
-// outputs[rows, columns] = outputs * decay + weights[rows, kTile] @ values. Tile: `rows` rows by `vectors` vectors of the
-// head size, from `column` on; walks keys in order.
+// outputs[rows, columns] = outputs * decay + weights[rows, kTile] @ values. Tile: `rows` rows by
+// `vectors` vectors of the head size, from `column` on; walks keys in order.
 template <int rows, int vectors>
-LORAX_INLINE void value_tile(const float* weights, const float* decay, const Tile& tile, int64_t column,
-                             float* outputs, int64_t stride) {
+LORAX_INLINE void value_tile(const float* weights, const float* decay, const Tile& tile,
+                             int64_t column, float* outputs, int64_t stride) {
   Vec sum[rows][vectors];
   for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) sum[r][v] = load(outputs + r * stride + v * kLanes) * splat(decay[r]);
+    for (int v = 0; v < vectors; ++v)
+      sum[r][v] = load(outputs + r * stride + v * kLanes) * splat(decay[r]);
   }
   for (int64_t j = tile.first; j < tile.last; ++j) {
     const float* values = tile.keys[j / kRun] + j % kRun * tile.stride + tile.to_value + column;
@@ -223,7 +234,8 @@ LORAX_INLINE void value_tile(const float* weights, const float* decay, const Til
   }
 }
 
-// One step of the softmax: `rows` rows against the tile of keys from position `key` on. positions[r] is that of row r.
+// One step of the softmax: `rows` rows against the tile of keys from position `key` on.
+// positions[r] is that of row r.
 template <int rows, bool prefetch>
 void step(const Plan& plan, const float* q, const int64_t* positions, const Tile& tile, int64_t key,
           float* states) {
@@ -240,11 +252,14 @@ void step(const Plan& plan, const float* q, const int64_t* positions, const Tile
   for (int r = 0; r < rows; ++r) {
     float* score = scores + r * kTile;
     float* state = states + r * plan.state;
-    const int64_t last = std::min<int64_t>(positions[r] - key, kTile);  // the last key that the row sees
-    const int64_t first = args.window ? std::max<int64_t>(positions[r] - args.window + 1 - key, 0) : 0;
+    const int64_t last =
+        std::min<int64_t>(positions[r] - key, kTile);  // the last key that the row sees
+    const int64_t first =
+        args.window ? std::max<int64_t>(positions[r] - args.window + 1 - key, 0) : 0;
     if (args.softcap > 0.0f) {
       const Vec cap = splat(args.softcap);
-      for (int64_t j = 0; j < kTile; j += kLanes) store(score + j, cap * tanh(load(score + j) / cap));
+      for (int64_t j = 0; j < kTile; j += kLanes)
+        store(score + j, cap * tanh(load(score + j) / cap));
     }
     Vec largest = splat(kNone);
     for (int64_t j = 0; j < kTile; j += kLanes) {
@@ -288,8 +303,8 @@ void step(const Plan& plan, const float* q, const int64_t* positions, const Tile
 
 // All rows of one key-value head against one tile of keys. Walks rows by kBlock.
 template <bool prefetch>
-void step_rows(const Plan& plan, const float* q, const int64_t* positions, int64_t rows, const Tile& tile, int64_t key,
-               float* states) {
+void step_rows(const Plan& plan, const float* q, const int64_t* positions, int64_t rows,
+               const Tile& tile, int64_t key, float* states) {
   for (int64_t r = 0; r < rows; r += kBlock) {
     const float* some = q + r * plan.padded;
     float* state = states + r * plan.state;
@@ -316,8 +331,8 @@ void run_piece(const Plan& plan, const Piece& piece, int64_t group, int64_t grou
   const Span span(args, piece.sequence, piece.first, piece.queries);
   const int64_t token = args.starts[piece.sequence] + piece.first;
   const int64_t rows = piece.queries * plan.repeats, all = rows * groups;
-  const bool direct =
-      sizeof(T) == sizeof(float) && args.size == plan.padded && args.block % kRun == 0 && rows <= kRowsInPlace;
+  const bool direct = sizeof(T) == sizeof(float) && args.size == plan.padded &&
+                      args.block % kRun == 0 && rows <= kRowsInPlace;
   const bool several = piece.last_split - piece.split > 1;
 
   const int64_t floats = all * plan.padded + 2 * all * plan.state + 2 * kTile * plan.padded;
@@ -355,7 +370,8 @@ void run_piece(const Plan& plan, const Piece& piece, int64_t group, int64_t grou
   }
   const float* result = several ? totals : states;
   if (piece.parts) {
-    std::memcpy(piece.parts + group * rows * plan.state, result, size_t(all * plan.state) * sizeof(float));
+    std::memcpy(piece.parts + group * rows * plan.state, result,
+                size_t(all * plan.state) * sizeof(float));
     return;
   }
   for (int64_t g = 0; g < groups; ++g) {
@@ -367,8 +383,10 @@ void run_piece(const Plan& plan, const Piece& piece, int64_t group, int64_t grou
 template <class Q>
 void merge_parts(const Plan& plan, const Piece* piece, const Piece* end) {
   const AttentionArgs& args = plan.args;
-  const int64_t rows = piece->queries * plan.repeats, token = args.starts[piece->sequence] + piece->first;
-  float* states = static_cast<float*>(scratch(Scratch::inner, size_t(rows * plan.state) * sizeof(float)));
+  const int64_t rows = piece->queries * plan.repeats,
+                token = args.starts[piece->sequence] + piece->first;
+  float* states =
+      static_cast<float*>(scratch(Scratch::inner, size_t(rows * plan.state) * sizeof(float)));
   for (int64_t g = 0; g < args.groups; ++g) {
     clear(plan, states, rows);
     for (const Piece* part = piece; part < end && part->sequence == piece->sequence; ++part) {
@@ -399,7 +417,9 @@ void run(const AttentionArgs& args) {
         const bool cut = queries <= most && last_split - split > 1;
         for (int64_t i = split; i < (cut ? last_split : split + 1); ++i, ++num_pieces) {
           if (!count_only) {
-            pieces[num_pieces] = {s, first, some, i, cut ? i + 1 : last_split, cut ? parts + num_parts : nullptr, 0, 0};
+            pieces[num_pieces] = {
+                s, first, some, i, cut ? i + 1 : last_split, cut ? parts + num_parts : nullptr,
+                0, 0};
           }
           if (cut) num_parts += args.heads * some * plan.state;
         }
@@ -407,7 +427,8 @@ void run(const AttentionArgs& args) {
     }
     if (count_only) {
       const size_t bytes = (size_t(num_pieces) * sizeof(Piece) + 63) / 64 * 64;
-      char* memory = static_cast<char*>(scratch(Scratch::outer, bytes + size_t(num_parts) * sizeof(float)));
+      char* memory =
+          static_cast<char*>(scratch(Scratch::outer, bytes + size_t(num_parts) * sizeof(float)));
       pieces = reinterpret_cast<Piece*>(memory);
       parts = reinterpret_cast<float*>(memory + bytes);
     }
@@ -428,13 +449,15 @@ void run(const AttentionArgs& args) {
         }
       });
   if (num_parts == 0) return;
-  parallel_for(num_pieces, std::max<int64_t>(num_pieces * 65536 / num_parts, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (pieces[i].parts && (i == 0 || pieces[i - 1].sequence != pieces[i].sequence)) {
-        merge_parts<Q>(plan, pieces + i, pieces + num_pieces);
-      }
-    }
-  });
+  parallel_for(
+      num_pieces, std::max<int64_t>(num_pieces * 65536 / num_parts, 1),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (pieces[i].parts && (i == 0 || pieces[i - 1].sequence != pieces[i].sequence)) {
+            merge_parts<Q>(plan, pieces + i, pieces + num_pieces);
+          }
+        }
+      });
 }
 
 }  // namespace

@@ -13,8 +13,9 @@ struct AttentionArgs {
 
   DType kv_dtype;
   const void* kv;  // of the layer
-  int64_t block_stride, value_stride, position_stride, kv_head_stride;  // of kv; from a key to its value
-  int64_t block;                                                        // positions
+  int64_t block_stride, value_stride, position_stride,
+      kv_head_stride;  // of kv; from a key to its value
+  int64_t block;       // positions
 
   const int32_t* tables;
   int64_t table_stride;

@@ -1,7 +1,8 @@
 // lorax::lora_shrink, lorax::lora_gather and lorax::lora_expand_ on the CPU.
 //
-// The bindings read the records (engine/ops/layout.py), check that what they point at lies in the arena, and hand the
-// kernels one piece per segment (shrink, gather) or per segment and target (expand). Base segments yield none.
+// The bindings read the records (engine/ops/layout.py), check that what they point at lies in the
+// arena, and hand the kernels one piece per segment (shrink, gather) or per segment and target
+// (expand). Base segments yield none.
 #include "bind.h"
 #include "lora.h"
 
@@ -22,8 +23,9 @@ struct Record {
 static_assert(sizeof(Record) == kRecordWords * 4);
 
 DType float_type(const char* op, ScalarType dtype) {
-  LORAX_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-              ": dtype must be float32, bfloat16 or float16");
+  LORAX_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": dtype must be float32, bfloat16 or float16");
   if (dtype == ScalarType::Float) return DType::float32;
   return dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
 }
@@ -35,28 +37,34 @@ int64_t padded(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 // The checked view of arena, records, slots and starts that the three ops share.
 class Segments {
  public:
-  Segments(const char* op, const Tensor& arena, const Tensor& records, const Tensor& slots, const Tensor& starts,
-           int64_t layer, int64_t group, int64_t tokens)
+  Segments(const char* op, const Tensor& arena, const Tensor& records, const Tensor& slots,
+           const Tensor& starts, int64_t layer, int64_t group, int64_t tokens)
       : op_(op) {
-    LORAX_CHECK(arena.is_cpu() && arena.dim() == 1 && arena.scalar_type() == ScalarType::Byte && arena.is_contiguous(),
+    LORAX_CHECK(arena.is_cpu() && arena.dim() == 1 && arena.scalar_type() == ScalarType::Byte &&
+                    arena.is_contiguous(),
                 op, ": arena must be contiguous bytes on the CPU");
     LORAX_CHECK(records.is_cpu() && records.dim() == 4 && records.size(3) == kRecordWords &&
                     records.scalar_type() == ScalarType::Int && records.is_contiguous(),
-                op, ": records must be contiguous int32 [slots, layers + 1, groups, 8], its shape is ",
+                op,
+                ": records must be contiguous int32 [slots, layers + 1, groups, 8], its shape is ",
                 shape_of(records));
     const int64_t layers = records.size(1), groups = records.size(2);
-    LORAX_CHECK(layer >= 0 && layer < layers, op, ": layer ", layer, " is not in the records of ", layers, " layers");
-    LORAX_CHECK(group >= 0 && group < groups, op, ": group ", group, " is not in the records of ", groups, " groups");
-    LORAX_CHECK(slots.is_cpu() && slots.dim() == 1 && slots.scalar_type() == ScalarType::Int && slots.is_contiguous(),
+    LORAX_CHECK(layer >= 0 && layer < layers, op, ": layer ", layer, " is not in the records of ",
+                layers, " layers");
+    LORAX_CHECK(group >= 0 && group < groups, op, ": group ", group, " is not in the records of ",
+                groups, " groups");
+    LORAX_CHECK(slots.is_cpu() && slots.dim() == 1 && slots.scalar_type() == ScalarType::Int &&
+                    slots.is_contiguous(),
                 op, ": slots must be contiguous int32 [S], its shape is ", shape_of(slots));
     count_ = slots.size(0);
     LORAX_CHECK(starts.is_cpu() && starts.dim() == 1 && starts.scalar_type() == ScalarType::Int &&
                     starts.is_contiguous() && starts.size(0) == count_ + 1,
-                op, ": starts must be contiguous int32 [S + 1] beside slots [S], the shapes are ", shape_of(starts),
-                " and ", shape_of(slots));
+                op, ": starts must be contiguous int32 [S + 1] beside slots [S], the shapes are ",
+                shape_of(starts), " and ", shape_of(slots));
     arena_ = static_cast<const char*>(arena.const_data_ptr());
     arena_bytes_ = arena.size(0);
-    LORAX_CHECK(reinterpret_cast<uintptr_t>(arena_) % kAlign == 0, op, ": arena must be aligned to 16 bytes");
+    LORAX_CHECK(reinterpret_cast<uintptr_t>(arena_) % kAlign == 0, op,
+                ": arena must be aligned to 16 bytes");
     num_slots_ = records.size(0);
     stride_ = layers * groups;
     records_ = static_cast<const Record*>(records.const_data_ptr()) + layer * groups + group;
@@ -64,33 +72,36 @@ class Segments {
     starts_ = static_cast<const int32_t*>(starts.const_data_ptr());
     int64_t before = 0;
     for (int64_t s = 0; s <= count_; ++s) {
-      LORAX_CHECK(starts_[s] >= before && starts_[s] <= tokens, op, ": starts must rise from 0 to at most ", tokens,
-                  " tokens, found ", starts_[s], " after ", before);
+      LORAX_CHECK(starts_[s] >= before && starts_[s] <= tokens, op,
+                  ": starts must rise from 0 to at most ", tokens, " tokens, found ", starts_[s],
+                  " after ", before);
       before = starts_[s];
     }
   }
 
   int64_t count() const { return count_; }
 
-  // Calls f(slot, record, first token, tokens) for every segment that has tokens and an adapter of this group.
+  // Calls f(slot, record, first token, tokens) for every segment that has tokens and an adapter of
+  // this group.
   template <class F>
   void each(int64_t width, const F& f) const {
     for (int64_t s = 0; s < count_; ++s) {
       const int64_t slot = slots_[s], first = starts_[s], tokens = starts_[s + 1] - first;
-      LORAX_CHECK(slot >= 0 && slot < num_slots_, op_, ": slot ", slot, " is not in the records of ", num_slots_,
-                  " slots");
+      LORAX_CHECK(slot >= 0 && slot < num_slots_, op_, ": slot ", slot,
+                  " is not in the records of ", num_slots_, " slots");
       const Record& record = records_[slot * stride_];
       if (tokens == 0 || record.rank() == 0) continue;
-      LORAX_CHECK(record.rank() <= width, op_, ": width ", width, " is below the stacked rank ", record.rank(),
-                  " of slot ", slot);
+      LORAX_CHECK(record.rank() <= width, op_, ": width ", width, " is below the stacked rank ",
+                  record.rank(), " of slot ", slot);
       f(slot, record, first, tokens);
     }
   }
 
   // What lies `offset` bytes into the arena, `bytes` of it.
   const char* at(int64_t slot, int64_t offset, int64_t bytes) const {
-    LORAX_CHECK(offset + bytes <= arena_bytes_, op_, ": the adapter in slot ", slot, " (bytes ", offset, " to ",
-                offset + bytes, ") reaches past the end of the arena of ", arena_bytes_, " bytes");
+    LORAX_CHECK(offset + bytes <= arena_bytes_, op_, ": the adapter in slot ", slot, " (bytes ",
+                offset, " to ", offset + bytes, ") reaches past the end of the arena of ",
+                arena_bytes_, " bytes");
     return arena_ + offset;
   }
 
@@ -107,8 +118,8 @@ T* outer_scratch(int64_t count) {
   return static_cast<T*>(scratch(Scratch::outer, size_t(count) * sizeof(T)));
 }
 
-Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int64_t layer,
-                        int64_t group, int64_t width) {
+Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+                        int64_t layer, int64_t group, int64_t width) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
   ShrinkArgs args{};
@@ -132,11 +143,12 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   return t;
 }
 
-Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts, int64_t layer,
-                        int64_t group, int64_t width, ScalarType dtype) {
+Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+                        int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
   const char* op = "lora_gather";
-  LORAX_CHECK(ids.is_cpu() && ids.dim() == 1 && ids.scalar_type() == ScalarType::Long && ids.is_contiguous(), op,
-              ": ids must be contiguous int64 [T], its shape is ", shape_of(ids));
+  LORAX_CHECK(ids.is_cpu() && ids.dim() == 1 && ids.scalar_type() == ScalarType::Long &&
+                  ids.is_contiguous(),
+              op, ": ids must be contiguous int64 [T], its shape is ", shape_of(ids));
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
   const Segments segments(op, arena, records, slots, starts, layer, group, ids.size(0));
   GatherArgs args{};
@@ -150,7 +162,8 @@ Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, 
     const int64_t rank = record.ranks[0], row_bytes = padded(rank * size_of(args.dtype));
     int64_t largest = 0;
     for (int64_t i = first; i < first + tokens; ++i) {
-      LORAX_CHECK(args.ids[i] >= 0 && args.ids[i] <= INT32_MAX, op, ": id ", args.ids[i], " is no token id");
+      LORAX_CHECK(args.ids[i] >= 0 && args.ids[i] <= INT32_MAX, op, ": id ", args.ids[i],
+                  " is no token id");
       largest = args.ids[i] > largest ? args.ids[i] : largest;
     }
     const char* a = segments.at(slot, record.a * kAlign, (largest + 1) * row_bytes);
@@ -172,16 +185,16 @@ const float* sum_parts(const Tensor& t, float* sums) {
   return sums;
 }
 
-void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts, int64_t layer,
-                      int64_t group, std::vector<int64_t> splits) {
+void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+                      int64_t layer, int64_t group, std::vector<int64_t> splits) {
   const char* op = "lora_expand_";
   check_layout(op, "y", y, 2);
   ExpandArgs args{};
   args.dtype = dtype_of(op, "y", y);
-  LORAX_CHECK(t.is_cpu() && t.dim() == 3 && t.size(1) == y.size(0) && t.scalar_type() == ScalarType::Float &&
-                  t.is_contiguous(),
-              op, ": t must be contiguous float32 [P, T, width] beside y ", shape_of(y), ", its shape is ",
-              shape_of(t));
+  LORAX_CHECK(t.is_cpu() && t.dim() == 3 && t.size(1) == y.size(0) &&
+                  t.scalar_type() == ScalarType::Float && t.is_contiguous(),
+              op, ": t must be contiguous float32 [P, T, width] beside y ", shape_of(y),
+              ", its shape is ", shape_of(t));
   const int64_t num_splits = int64_t(splits.size());
   int64_t columns = 0;
   for (int64_t n : splits) columns = n < 0 || columns < 0 ? -1 : columns + n;
@@ -200,14 +213,13 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
     int64_t offset = record.b * kAlign, row = 0, column = 0;
     for (int64_t target = 0; target < kTargets; ++target) {
       const int64_t rank = record.ranks[target], n = target < num_splits ? splits[target] : 0;
-      LORAX_CHECK(rank == 0 || target < num_splits, op, ": slot ", slot, " has rank ", rank, " for target ", target,
-                  ", but splits names ", num_splits, " targets");
+      LORAX_CHECK(rank == 0 || target < num_splits, op, ": slot ", slot, " has rank ", rank,
+                  " for target ", target, ", but splits names ", num_splits, " targets");
       const int64_t row_bytes = padded(n * size);
       if (rank > 0 && n > 0) {
         const char* b = segments.at(slot, offset, rank * row_bytes);
-        args.pieces[args.num_pieces++] = {b,    row_bytes / size, record.scales[target], first, tokens,
-                                          rank, row,              column,                n,     0,
-                                          0};
+        args.pieces[args.num_pieces++] = {
+            b, row_bytes / size, record.scales[target], first, tokens, rank, row, column, n, 0, 0};
       }
       offset += rank * row_bytes;
       row += rank;

@@ -10,8 +10,9 @@ struct ShrinkPiece {
   const void* a;  // [rank, k], or [vocab, rank] to gather
   int64_t first;  // token
   int64_t tokens;
-  int64_t rank;  // stacked over targets
-  int64_t work, unit_work;  // the kernel's own: where the piece begins in the work of the call, and that of a unit
+  int64_t rank;             // stacked over targets
+  int64_t work, unit_work;  // the kernel's own: where the piece begins in the work of the call, and
+                            // that of a unit
 };
 
 struct ShrinkArgs {
@@ -43,7 +44,7 @@ struct ExpandPiece {
   int64_t first;  // token
   int64_t tokens;
   int64_t rank;
-  int64_t row;  // first of the target's ranks in t
+  int64_t row;     // first of the target's ranks in t
   int64_t column;  // first of the target's columns in y
   int64_t columns;
   int64_t work, unit_work;  // as above

@@ -1,6 +1,7 @@
 // Sums over the lanes of several vectors at once.
 //
-// Every sum adds lane i to lane i + width / 2, then halves the width: the same tree whichever function computes it.
+// Every sum adds lane i to lane i + width / 2, then halves the width: the same tree whichever
+// function computes it.
 #pragma once
 
 #include <utility>
@@ -10,8 +11,8 @@
 namespace lorax::LORAX_ISA {
 namespace {
 
-// Lane i of the halves of blocks: a vector holds kLanes / width blocks of `width` lanes; the lower (upper) halves of a's
-// blocks, then of b's.
+// Lane i of the halves of blocks: a vector holds kLanes / width blocks of `width` lanes; the lower
+// (upper) halves of a's blocks, then of b's.
 template <int width, bool upper>
 constexpr int half_lane(int i) {
   const int half = width / 2, block = i / half, blocks = kLanes / width;
@@ -45,14 +46,13 @@ LORAX_INLINE Vec sum_lanes(Vec (&sums)[kLanes]) {
 
 // The sums of four vectors, to out[0 .. 4).
 LORAX_INLINE void store_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
-  constexpr int stride = kLanes / 4;  // the four sums end up in lanes 0, stride, 2 * stride, 3 * stride
+  constexpr int stride =
+      kLanes / 4;  // the four sums end up in lanes 0, stride, 2 * stride, 3 * stride
   Vec all = halve<kLanes / 2>(halve<kLanes>(a, b), halve<kLanes>(c, d));
   if constexpr (kLanes >= 8) all = halve<stride>(all, all);
   if constexpr (kLanes == 16) all = halve<stride / 2>(all, all);
-  constexpr int lanes = 4;
   typedef float Four __attribute__((vector_size(16)));
   const Four four = __builtin_shufflevector(all, all, 0, 1, 2, 3);
-  static_assert(sizeof four == lanes * sizeof(float));
   std::memcpy(out, &four, sizeof four);
 }
 

@@ -1,7 +1,7 @@
 // Cuts the work of a call evenly over threads, wherever the cut falls.
 //
-// A call has pieces of different sizes; a piece has equal units. Pieces carry `work` (where they begin in the work of
-// the call) and `unit_work` (that of one unit), which are filled in here.
+// A call has pieces of different sizes; a piece has equal units. Pieces carry `work` (where they
+// begin in the work of the call) and `unit_work` (that of one unit), which are filled in here.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,11 @@ namespace {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(piece, first unit, units), in parallel; no thread gets less than `least` work. Walks pieces, then units.
+// Calls f(piece, first unit, units), in parallel; no thread gets less than `least` work. Walks
+// pieces, then units.
 template <class Piece, class Units, class UnitWork, class F>
-void share(Piece* pieces, int64_t num_pieces, int64_t least, const Units& units, const UnitWork& unit_work, const F& f) {
+void share(Piece* pieces, int64_t num_pieces, int64_t least, const Units& units,
+           const UnitWork& unit_work, const F& f) {
   int64_t total = 0;
   for (int64_t i = 0; i < num_pieces; ++i) {
     pieces[i].work = total;
@@ -26,7 +28,8 @@ void share(Piece* pieces, int64_t num_pieces, int64_t least, const Units& units,
     for (int64_t i = 0; i < num_pieces && pieces[i].work < end; ++i) {
       const Piece& piece = pieces[i];
       const int64_t first = ceil_div(std::max<int64_t>(begin - piece.work, 0), piece.unit_work);
-      const int64_t last = std::min<int64_t>(units(piece), ceil_div(end - piece.work, piece.unit_work));
+      const int64_t last =
+          std::min<int64_t>(units(piece), ceil_div(end - piece.work, piece.unit_work));
       if (first < last) f(piece, first, last - first);
     }
   });
