@@ -59,7 +59,9 @@ class Peft:
         self.base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self.prompts = torch.tensor(prompts)
         names = [f"adapter{i}" for i in range(len(prompts))]
-        lora = LoraConfig(r=RANK, lora_alpha=32, target_modules=PROJECTIONS, init_lora_weights=False)
+        lora = LoraConfig(
+            r=RANK, lora_alpha=32, target_modules=PROJECTIONS, init_lora_weights=False
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model = get_peft_model(self.base, lora, adapter_name=names[0])
