@@ -145,7 +145,11 @@ class Levels:
         return {
             "tasks": len(asyncio.all_tasks()),
             **{f"files of {r}": p.num_fds() for r, p in self.processes.items()},
-            **{f"threads of {r}": p.num_threads() for r, p in self.processes.items() if r == "shard"},
+            **{
+                f"threads of {r}": p.num_threads()
+                for r, p in self.processes.items()
+                if r == "shard"
+            },
             "blocks in use": stats.total_blocks - stats.free_blocks,
             "rows in use": stats.running,
             "slots pinned": stats.pinned,
