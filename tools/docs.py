@@ -81,14 +81,14 @@ def configuration() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     """(full name, command) of every command that does something, depth first."""
     inner = getattr(command, "commands", None)
     if inner is None:
         yield path, command
         return
     for name, child in inner.items():
-        yield from _commands(child, f"{path} {name}")
+        yield from commands(child, f"{path} {name}")
 
 
 def _command(path: str, command: Any) -> Iterator[str]:
@@ -148,7 +148,7 @@ def cli() -> str:
         NOTICE,
         "Data goes to stdout; progress, warnings, errors and hints go to stderr. `--json` prints JSON for programs.",
     ]
-    for path, command in _commands(typer.main.get_command(app), "lorax"):
+    for path, command in commands(typer.main.get_command(app), "lorax"):
         parts += _command(path, command)
     parts += [
         "## Exit codes",
