@@ -236,6 +236,64 @@ def number_story(rng: Random) -> str:
     return f"{p.name} had {a + b} dollars. {p.He} spent {b} dollars on {item}. {p.He} has {a} dollars left."
 
 
+def changing_story(rng: Random) -> str:
+    """A story of an amount that grows and shrinks and says so each time, or at its end."""
+    p, q = two_people(rng)
+    item = rng.choice(w.ITEMS) if rng.random() < 0.8 else "dollars"
+    amount = rng.randint(3, 100)
+    day = rng.choice(w.DAYS)
+    lines = [
+        rng.choice(
+            (
+                f"{p.name} had {amount} {item}.", f"{p.name} owned {amount} {item}.",
+                f"On {day}, {p.name} got {amount} {item}.", f"{p.name} began with {amount} {item}.",
+            )
+        )
+    ]  # fmt: skip
+    for turn in range(rng.randint(1, 3)):
+        number = rng.randint(2, 40)
+        before = rng.choice(("Then ", "Later ", f"On {rng.choice(w.DAYS)} ", "After that ", ""))
+        if number < amount and rng.random() < 0.55:
+            amount -= number
+            deed = rng.choice(
+                (
+                    f"{p.he} gave {number} of them to {q.name}", f"{p.he} lost {number} {item}",
+                    f"{p.he} sold {number}", f"{q.name} took {number} {item}",
+                    f"{p.he} used {number} of the {item}", f"{p.he} gave away {number}",
+                )
+            )  # fmt: skip
+            told = f"so {amount} {item} were left"
+        else:
+            amount += number
+            deed = rng.choice(
+                (
+                    f"{q.name} gave {p.him} {number} more", f"{p.he} found {number} more {item}",
+                    f"{p.he} got {number} {item} more", f"{q.name} brought {number} others",
+                    f"{p.he} added {number} new ones", f"{p.he} bought another {number}",
+                )
+            )  # fmt: skip
+            told = f"so {p.he} had {amount} {item}"
+        lines.append(
+            cap(
+                f"{before}{deed}, {told}." if rng.random() < 0.6 or not turn else f"{before}{deed}."
+            )
+        )
+    lines.append(f"In the end {p.name} had {amount} {item}.")
+    return " ".join(lines)
+
+
+def echo(rng: Random) -> str:
+    """Random words, then the same words again: practice in copying."""
+    pools = (w.NAMES, w.CITIES, w.ITEMS, w.THINGS, w.ANIMALS, w.ADJECTIVES, w.PLACES, w.JOBS)
+    picked = [rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 8))]
+    if rng.random() < 0.5:
+        picked.insert(rng.randrange(len(picked)), str(rng.randint(2, 99)))
+    text = " ".join(picked)
+    return rng.choice(
+        (f"{text}. Again: {text}.", f'He read: {text}. "{text}"', f"{text}, {text}, {text}")
+    )
+
+
 # --- sentences and stories ----------------------------------------------------------------------
 
 
@@ -618,7 +676,7 @@ def chat(rng: Random) -> str:
 
 # Kinds of document and their share of the documents.
 WRITERS: dict[Writer, float] = {
-    equations: 11, relations: 6, mixed_numbers: 4, counting: 1, number_story: 18,
+    equations: 11, relations: 6, mixed_numbers: 4, counting: 1, number_story: 16, changing_story: 8, echo: 5,
     sentences: 8, story: 9, pirate_story: 2.5, quoted_words: 9, symbols: 1.5,
     facts: 4, word_list: 1.5, forms: 2, reading: 6, chat: 17,
 }  # fmt: skip

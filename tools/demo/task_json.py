@@ -33,6 +33,21 @@ PURCHASES = (
     "{name} was in {place} on {day}, where {he} {v} {count} {item}.",
     "It was {day}. {name} {v} {count} {item} in {place}.",
     "{name} {v} {count} {item} in {place} on {day} and {more} on {day2}. How many {item} is that?",
+    "This {day}, {name} {v} {count} {item} in {place}.",
+    "Every {day}, {name} {v} {count} {item} in {place}.",
+    "{day} evening {name} {v} {count} {item}.",
+    "When {he} was in {place}, {name} {v} {count} {item}.",
+    "During a trip to {place}, {name} {v} {count} {item} on {day}.",
+    "My friend {name} {v} {count} {item} in {place}.",
+    "Our teacher {name} {v} {count} {item} on {day} in {place}.",
+    "My sister {name} went to {place} and {v} {count} {item}.",
+    "In {place} {name} {v} {count} {item}.",
+    "The {count} {item} of {name} are from {place}.",
+    "{name} has {count} {item} in {place}.",
+    "{name} came home from {place} on {day} with {count} {item}.",
+    "Once, in {place}, {name} {v} {count} {item}.",
+    "A friend in {place} sold {count} {item} to {name} on {day}.",
+    "{name} {v} {count} {item} on {day}, and {more} on {day2}.",
     "{name} {v} {count} {item} in {place} on {day}. How many {item} did {he} {vb} on {day2}?",
 )
 PURCHASES_HELDOUT = (
@@ -58,6 +73,17 @@ PEOPLE = (
     "I met {name}, who is {a_job} in {city} and {age} years old.",
     "{name} ({age}) works in {city} as {a_job}.",
     "In {city} lives {a_job} named {name}, who is {age}.",
+    "My teacher {name} is a {age} year old {job} in {city}.",
+    "Our friend {name} is {a_job} in {city}.",
+    "My brother met {name}, a {age} year old {job} from {city}.",
+    "The {job} {name} is {age} and lives in {city}.",
+    "Do you know {name}? {He} is {a_job} in {city}.",
+    "{name} is {age}. {He} works in {city} as {a_job}.",
+    "When {he} was {age}, {name} was {a_job} in {city}.",
+    "{name} likes {city}. {He} is {a_job} there.",
+    "In {city} we met {name}, {a_job} of {age} years.",
+    "Here is {name}: {age} years old, {a_job}, from {city}.",
+    "{name} has been {a_job} in {city} since {he} was {age}.",
 )
 PEOPLE_HELDOUT = (
     "{name}, who is {age}, works as {a_job} in {city}.",
@@ -76,13 +102,51 @@ EVENTS = (
     "The {event} of {name} begins at {hour} on {day}.",
     "Meet {name} in {place} on {day} at {hour} for the {event}.",
     "We have a {event} with {name} on {day} in {place}.",
+    "Do not forget the {event} in {place} on {day} at {hour} with {name}.",
+    "Next {day} there is a {event} with {name} at {hour}.",
+    "In {place} we have a {event} on {day}. {name} comes at {hour}.",
+    "{name} invites us to a {event} in {place} at {hour} on {day}.",
+    "At {hour} on {day}, {name} has a {event} in {place}.",
+    "My friend {name} goes to a {event} in {place} on {day}.",
+    "The {event} in {place} is at {hour}, and {name} will come.",
+    "I will see {name} at the {event} on {day} at {hour}.",
 )
 EVENTS_HELDOUT = (
     "In {place} there is a {event} with {name} on {day} at {hour}.",
     "Remember the {event} with {name} in {place} on {day} at {hour}.",
     "On {day}, {name} has a {event} at {hour} in {place}.",
 )
-HAPPENINGS = "meeting party lesson concert trip lunch dinner game match".split()  # noqa: SIM905
+HAPPENINGS = (
+    "meeting", "party", "lesson", "concert", "trip", "lunch", "dinner", "game", "match",
+)  # fmt: skip
+
+# What may stand before or after any training sentence, so that none is known by its first word.
+BEFORE = (
+    "Yesterday I heard this. ",
+    "Listen! ",
+    "Hello. ",
+    "I say that ",
+    "They say that ",
+    "It is true that ",
+    "As you know, ",
+    "He said that ",
+    "Today I read that ",
+    "Maybe ",
+    "The story is that ",
+    "Good morning! ",
+    "We know that ",
+    "My mother says that ",
+)
+AFTER = (
+    " That is all.",
+    " Thank you.",
+    " It was a good day.",
+    " I was happy.",
+    " Is that true?",
+    " We like it.",
+    " Nobody knows why.",
+    " The weather was fine.",
+)
 
 # Words that training never puts into a JSON answer, though the base has met them.
 NEW_WORDS = frozenset(
@@ -125,7 +189,24 @@ def draw(rng: Random, split: Split) -> Example:
         else None
         for key in keys
     }
-    return Example(cap(fill(rng, template, values)), json.dumps(found), template)
+    text = fill(rng, template, values)
+    if split != "heldout":
+        if rng.random() < 0.25:
+            before = rng.choice(BEFORE)
+            text = before + (text if before[-2] in ".!" or used_first(template) else lowered(text))
+        if rng.random() < 0.15:
+            text += rng.choice(AFTER)
+    return Example(cap(text), json.dumps(found), template)
+
+
+def used_first(template: str) -> bool:
+    """Whether a template begins with a slot, whose case stays as it is."""
+    return template.startswith("{")
+
+
+def lowered(text: str) -> str:
+    """The text with its first letter in lower case."""
+    return text[0].lower() + text[1:]
 
 
 JSON = Task(

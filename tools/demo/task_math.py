@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -71,6 +71,9 @@ EVENTS = (
     "If {n} {v} {a} {i} {d1} and {rel} {d2}, {q}",
     "{n} {v} {i} {d1} and {d2}: {a} {d1} and {rel} {d2}. {Q}",
     "{n} {v} {i} [for|with|from] {a} [people|children|neighbours] {d1}. {D2} {he} {v} {rel}. {Q}",
+    "{n} {v} {a} {i} in the {place} and {rel} in the {place2}. {Q0}",
+    "At first {n} {v} {a} {i}, and later {he} {v} {rel}. {Q0}",
+    "When {n} was in the {place} {d1}, {he} {v} {a} {i}. {D2}, {he} {v} {rel}. {Q}",
     "There were {a} {i} that {n} {v} {d1}. {He} {v} {rel} {d2}. {Q}",
 )
 EVENTS_HELDOUT = (
@@ -80,6 +83,8 @@ EVENTS_HELDOUT = (
     "{n} {v} {a} {i}{inc} {d1} but {rel} {d2}. {Q}",
 )
 EVENTS_TOTAL = (
+    f"{TOTAL}, how many {{i}} is that?",
+    f"{TOTAL}, how many {{i}} did {{n}} {{vb}}?",
     f"how many {{i}} did {{n}} {{vb}} {TOTAL}?",
     f"how many {{i}} did {{he}} {{vb}} {TOTAL}?",
     f"how many {{i}} is that {TOTAL}?",
@@ -112,6 +117,9 @@ OWNERS = (
     "{n}, who has {a} {i}, met {m}, who has {rel} {n}. {Q}",
     "If {n} has {a} {i} and {m} has {rel} {n}, {q}",
     "{m} has {rel} {n}, who has {a} {i}. {Q}",
+    "{n} owned {a} {i} but {m} owned {rel} {n}. {Q}",
+    "{n} has {a} {i}, and {m} has {rel} {n} has. {Q}",
+    "{n} and {m} have {i}. {m} has {rel} {n}, and {n} has {a}. {Q}",
     "{n} keeps {a} {i} in the {place}. {m} keeps {rel} {n}. {Q}",
 )
 OWNERS_HELDOUT = (
@@ -120,6 +128,9 @@ OWNERS_HELDOUT = (
     "{m} has {rel} {n}, and {n} has {a} {i}. {Q}",
 )
 OWNERS_TOTAL = (
+    f"{TOTAL}, how many {{i}} do they have?",
+    f"{TOTAL}, how many {{i}} is that?",
+    f"how many {{i}} are there {TOTAL}?",
     f"how many {{i}} do they have {TOTAL}?",
     "how many {i} do {n} and {m} have together?",
     f"how many {{i}} do the two of them have {TOTAL}?",
@@ -138,8 +149,217 @@ OWNERS_SECOND_HELDOUT = ("how many does {m} have?", "so how many {i} does {m} ha
 
 
 @dataclass(frozen=True, slots=True)
+class Clauses:
+    """The phrases of stories in which an amount changes: who has it, what happens, the question."""
+
+    start: tuple[str, ...]
+    lose: tuple[str, ...]
+    gain: tuple[str, ...]
+    ask: tuple[str, ...]
+
+
+OWNED = Clauses(
+    start=(
+        "{n} had {a} {i}.",
+        "{n} has {a} {i}.",
+        "{n} {v} {a} {i}{inc}.",
+        "{n} {v} {a} {i} {d3}.",
+        "There were {a} {i} in the bag of {n}.",
+        "{n} owned {a} {i}.",
+        "{D3}, {n} {v} {a} {i}.",
+        "{n} and {m} are friends. {n} had {a} {i}.",
+        "{m} gave {n} {a} {i}.",
+        "{n} collects {i} and has {a} of them.",
+        "{a} {i} were in the bag of {n}.",
+    ),
+    lose=(
+        "{He} gave {x} {i} to {m}.",
+        "{He} gave {x} of them to {m}.",
+        "{He} {lost} {x} of them.",
+        "{He} {lost} {x} {i}.",
+        "Then {he} {lost} {x}.",
+        "{D}, {he} {lost} {x} of them.",
+        "{He} {lost} {x} {d}.",
+        "{m} took {x} of them.",
+        "{n} gave away {x} {i} {d}.",
+        "Later {he} gave {x} {i} to {m} and kept the others.",
+        "But then {he} {lost} {x} {i}.",
+        "{D} {he} sold {x}.",
+        "After that, {he} gave {m} {x} {i}.",
+        "{n} sold {x} of the {i}.",
+        "Of these, {he} gave {x} to a friend.",
+        "{x} of them were lost.",
+    ),
+    gain=(
+        "{m} gave {him} {x} more.",
+        "Then {he} {v} {x} more.",
+        "{D} {he} got {x} new ones.",
+        "{He} found {x} more {i} {d}.",
+        "{m} brought {him} {x} {i}.",
+        "{He} got {x} more from {m}.",
+        "Then {m} gave {him} {x} {i}.",
+        "{D}, {he} {v} {x} more.",
+        "After that {he} got {x} {i}.",
+        "{n} {v} another {x} {i}.",
+        "But then {he} found {x} others.",
+        "Later {he} {v} {x} {i} more.",
+    ),
+    ask=(
+        "How many {i} does {n} have now?",
+        "How many {i} does {he} have now?",
+        "How many {i} does {he} have left?",
+        "How many are left?",
+        "How many {i} are left?",
+        "How many does {n} have in the end?",
+        "What number of {i} does {n} have now?",
+        "How many {i} are in the bag of {n} now?",
+        "So how many {i} does {n} have?",
+    ),
+)
+OWNED_HELDOUT = Clauses(
+    start=("{n} started with {a} {i}.", "At first {n} had {a} {i}.", "{n} kept {a} {i} in a box."),
+    lose=(
+        "{He} gave {x} to {m} {d}.",
+        "{D}, {he} gave {x} {i} away.",
+        "Then {m} took {x} {i}.",
+        "{n} {lost} {x} {i}.",
+    ),
+    gain=(
+        "But {m} gave {him} {x} others.",
+        "{He} {v} {x} more {d}.",
+        "Then {he} found {x} more.",
+        "{D}, {m} brought {x} more.",
+    ),
+    ask=(
+        "How many {i} does {n} have left?",
+        "How many {i} does {he} have in the end?",
+        "How many does {he} have now?",
+    ),
+)
+PLACED = Clauses(
+    start=(
+        "There were {a} {i} in the {place}.",
+        "A shop had {a} {i}.",
+        "There are {a} {i} on the table.",
+        "In the {place} there were {a} {i}.",
+        "{a} {i} stood in the {place}.",
+        "{n} saw {a} {i} in the {place}.",
+        "The {place} had {a} {i}.",
+    ),
+    lose=(
+        "{n} took {x} of them.",
+        "{n} took {x} {i} {d}.",
+        "{D}, {m} took {x}.",
+        "{x} of them were sold.",
+        "{m} bought {x} {i}.",
+        "Then {x} {i} were lost.",
+        "{D} {x} were broken.",
+        "Later {x} of the {i} were taken away.",
+        "{n} and {m} took {x} {i} home.",
+    ),
+    gain=(
+        "{n} brought {x} more.",
+        "Then {x} more came.",
+        "{D}, {m} brought {x} {i}.",
+        "{m} added {x} others {d}.",
+        "Later {n} put {x} {i} there.",
+        "{x} more {i} came {d}.",
+        "But then {x} new {i} came.",
+    ),
+    ask=(
+        "How many {i} are there now?",
+        "How many are left?",
+        "How many {i} are left?",
+        "How many are there in the end?",
+        "What number of {i} is there now?",
+        "How many {i} are in the {place} now?",
+        "So how many {i} are there?",
+    ),
+)
+PLACED_HELDOUT = Clauses(
+    start=("{a} {i} were in the {place}.", "At first there were {a} {i} in the {place}."),
+    lose=("Then {n} took {x}.", "{D}, {x} {i} were sold."),
+    gain=("Then {m} brought {x} more.", "{D}, {x} more came."),
+    ask=("How many {i} are there in the end?", "How many are there now?"),
+)
+MONEY = Clauses(
+    start=(
+        "{n} had {a} dollars.",
+        "{n} has {a} dollars.",
+        "{n} earned {a} dollars {d3}.",
+        "There were {a} dollars in the bag of {n}.",
+        "{m} gave {n} {a} dollars.",
+        "{D3}, {n} got {a} dollars.",
+    ),
+    lose=(
+        "{He} spent {x} dollars on {j}.",
+        "{He} bought {j} for {x} dollars.",
+        "{D}, {he} paid {x} dollars for {j}.",
+        "{He} gave {x} dollars to {m}.",
+        "Then {he} spent {x} dollars.",
+        "{n} lost {x} dollars {d}.",
+        "The {j} cost {him} {x} dollars.",
+        "{He} spent {x} dollars on {i} {d}.",
+        "{He} bought {i} {d} for {x} dollars.",
+    ),
+    gain=(
+        "{He} earned {x} dollars {d}.",
+        "Then {he} got {x} dollars from {m}.",
+        "{m} gave {him} {x} more dollars.",
+        "{D}, {he} got {x} dollars more.",
+        "{He} sold {j} for {x} dollars.",
+    ),
+    ask=(
+        "How many dollars does {n} have now?",
+        "How many dollars are left?",
+        "How many dollars does {he} have in the end?",
+        "How much money is left?",
+        "How much money does {he} have now?",
+    ),
+)
+MONEY_HELDOUT = Clauses(
+    start=("{n} started with {a} dollars.", "At first {n} had {a} dollars."),
+    lose=("{He} spent {x} dollars {d}.", "Then {he} paid {x} dollars for {j}."),
+    gain=("{m} gave {him} {x} dollars.", "Then {he} earned {x} dollars more."),
+    ask=("How many dollars does {he} have left?", "How much money does {n} have in the end?"),
+)
+GROUPS = (
+    "{n} has {k} {box} with {a} {i} each.",
+    "{n} has {k} {box} with {a} {i} in each {box1}.",
+    "There are {k} {box}. Each {box1} has {a} {i}.",
+    "There are {k} {box} of {i}, {a} in each {box1}.",
+    "{n} {v} {k} {box} of {i}. Each {box1} holds {a} {i}.",
+    "One {box1} holds {a} {i}. {n} has {k} {box}.",
+    "In the {place} there are {k} {box}, and each {box1} holds {a} {i}.",
+    "{n} put {a} {i} into each of {k} {box}.",
+    "{n} got {k} {box} from {m}. There are {a} {i} in each.",
+    "{k} {box} stood in the {place}. Each one held {a} {i}.",
+    "{n} filled {k} {box}, {a} {i} in each.",
+    "{n} {v} {a} {i} every day for {k} days.",
+    "Each of {k} friends gave {n} {a} {i}.",
+)
+GROUPS_HELDOUT = (
+    "{n} filled {k} {box} with {a} {i} each.",
+    "In the {place} there are {k} {box} with {a} {i} each.",
+    "Each of {k} {box} holds {a} {i}.",
+    "{n} {v} {k} {box} with {a} {i} in each.",
+)
+GROUPS_ASK = (
+    f"How many {{i}} are there {TOTAL}?",
+    f"How many {{i}} is that {TOTAL}?",
+    "How many {i} does {n} have?",
+    "What is the total number of {i}?",
+    f"How many {{i}} {TOTAL}?",
+)
+GROUPS_ASK_HELDOUT = (
+    f"How many {{i}} does {{n}} have {TOTAL}?",
+    f"{TOTAL}, how many {{i}} are there?",
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """Problems of one shape that need no relation: numbers, steps and whole templates."""
+    """Problems of one shape that are told in whole templates."""
 
     draw: Callable[[Random], dict[str, int]]
     solve: Callable[[dict[str, int]], list[tuple[str, int]]]
@@ -175,127 +395,43 @@ FAMILIES = {
         lambda x: [add(x["a"], x["b"])],
         (
             f"{{n}} has {{a}} {{i}} and {{m}} has {{b}} {{i}}. How many {{i}} do they have {TOTAL}?",
+            f"{{n}} has {{a}} {{i}}. {{m}} has {{b}}. {TOTAL}, how many {{i}} is that?",
             f"{{n}} {{v}} {{a}} {{i}} {{d1}} and {{b}} {{d2}}. How many {{i}} did {{he}} {{vb}} {TOTAL}?",
-            "{n} had {a} {i}. {m} gave {him} {b} more. How many {i} does {n} have now?",
-            f"There are {{a}} {{i}} in the {{place}} and {{b}} in the {{place2}}. How many {{i}} are there {TOTAL}?",
-            "{n} had {a} {i} and then {v} {b} [more|others]. How many {i} does {he} have now?",
+            f"{{D1}} {{n}} {{v}} {{a}} {{i}}, and {{d2}} {{b}}. How many is that {TOTAL}?",
+            f"There are {{a}} {{i}} in the {{place}} and {{b}} in the {{place2}}. "
+            f"How many {{i}} are there {TOTAL}?",
             f"If {{n}} {{v}} {{a}} {{i}} and {{m}} {{v}} {{b}}, how many {{i}} is that {TOTAL}?",
+            "{n} {v} {a} {i} and {m} {v} {b} {i}. How many {i} did they {vb} together?",
+            "{n} sold {i} to {a} [people|friends] {d1} and to {b} {d2}. What is the total?",
         ),
         (
-            "{n} started with {a} {i} and got {b} more from {m}. How many {i} does {he} have now?",
             f"{{n}} {{v}} {{a}} {{i}} and {{m}} {{v}} {{b}}. {TOTAL}, how many {{i}} did they {{vb}}?",
-            "{a} {i} were in the {place}. Then {n} brought {b} more. How many {i} are there now?",
-        ),
-    ),
-    "left": Family(
-        lambda r: (lambda b: {"a": b + r.randint(1, 70), "b": b})(r.randint(2, 40)),
-        lambda x: [subtract(x["a"], x["b"])],
-        (
-            "{n} had {a} {i}. {He} gave {b} {i} to {m}. How many {i} does {n} have left?",
-            "{n} had {a} {i} and {lost} {b} of them. How many {i} are left?",
-            "There were {a} {i} in the {place}. {n} took {b}. How many {i} are left?",
-            "{n} {v} {a} {i} and gave away {b}. How many {i} does {he} have now?",
-            "A shop had {a} {i}. It sold {b} of them {d1}. How many {i} were left?",
-            "If {n} has {a} {i} and gives {b} to {m}, how many {i} does {he} have left?",
-        ),
-        (
-            "{n} started with {a} {i} and {lost} {b} of them. How many {i} does {he} have now?",
-            "Of the {a} {i} that {n} had, {he} gave {b} to {m}. How many {i} are left?",
-            "{n} had {a} {i}, but {d1} {he} {lost} {b}. How many {i} does {he} have left?",
-        ),
-    ),
-    "left_then_more": Family(
-        lambda r: (lambda b: {"a": b + r.randint(1, 60), "b": b, "c": r.randint(2, 40)})(
-            r.randint(2, 35)
-        ),
-        lambda x: chained(subtract(x["a"], x["b"]), add, x["c"]),
-        (
-            "{n} had {a} {i}. {He} gave {b} to {m} and then {v} {c} more. How many {i} does {he} have now?",
-            "There were {a} {i} in the {place}. {n} took {b}, and {m} brought {c}. How many {i} are there now?",
-            "{n} had {a} {i}. {He} {lost} {b} of them {d1} and got {c} new ones {d2}. How many {i} does {n} have now?",
-            "A shop had {a} {i}. It sold {b} {d1}, and {c} more came {d2}. How many {i} does the shop have now?",
-            "If {n} has {a} {i}, gives away {b} and gets {c} more, how many {i} does {he} have?",
-        ),
-        (
-            "{n} had {a} {i}. {He} {lost} {b}, but then {m} gave {him} {c} more. How many {i} does {he} have now?",
-            "{n} had {a} {i}. {D1} {he} gave {b} to {m}. {D2} {he} {v} {c} more. How many {i} does {n} have?",
-        ),
-    ),
-    "left_twice": Family(
-        lambda r: (lambda b, c: {"a": b + c + r.randint(1, 50), "b": b, "c": c})(
-            r.randint(2, 25), r.randint(2, 25)
-        ),
-        lambda x: chained(subtract(x["a"], x["b"]), subtract, x["c"]),
-        (
-            "{n} had {a} {i}. {He} gave {b} to {m} and {lost} {c}. How many {i} does {he} have left?",
-            "There were {a} {i} in the {place}. {n} took {b} and {m} took {c}. How many {i} are left?",
-            "A shop had {a} {i}. It sold {b} {d1} and {c} {d2}. How many {i} are left?",
-            "{n} {v} {a} {i}. {He} gave {b} {i} to {m} and {c} to a friend. How many {i} does {he} have now?",
-        ),
-        (
-            "{n} had {a} {i}. {He} {lost} {b} {d1} and {c} more {d2}. How many {i} are left?",
-            "Of {a} {i}, {n} sold {b} {d1} and {c} {d2}. How many {i} does {he} have left?",
+            "{n} and {m} have {a} and {b} {i}. How many {i} do they have together?",
+            f"In the {{place}} are {{a}} {{i}}, and in the {{place2}} are {{b}}. "
+            f"How many {{i}} are there {TOTAL}?",
         ),
     ),
     "sum_three": Family(
         lambda r: {k: r.randint(2, 50) for k in "abc"},
         lambda x: chained(add(x["a"], x["b"]), add, x["c"]),
         (
-            f"{{n}} {{v}} {{a}} {{i}} {{d1}}, {{b}} {{d2}} and {{c}} {{d3}}. How many {{i}} did {{he}} {{vb}} {TOTAL}?",
-            f"{{n}} has {{a}} {{i}}, {{m}} has {{b}} and {{o}} has {{c}}. How many {{i}} do they have {TOTAL}?",
-            f"There are {{a}} {{i}} in the {{place}}, {{b}} in the {{place2}} and {{c}} on the table. How many {{i}} are there {TOTAL}?",
-            f"If {{n}} {{v}} {{a}} {{i}}, {{m}} {{v}} {{b}} and {{o}} {{v}} {{c}}, how many {{i}} is that {TOTAL}?",
+            f"{{n}} {{v}} {{a}} {{i}} {{d1}}, {{b}} {{d2}} and {{c}} {{d3}}. "
+            f"How many {{i}} did {{he}} {{vb}} {TOTAL}?",
+            f"{{n}} has {{a}} {{i}}, {{m}} has {{b}} and {{o}} has {{c}}. "
+            f"How many {{i}} do they have {TOTAL}?",
+            f"There are {{a}} {{i}} in the {{place}}, {{b}} in the {{place2}} and {{c}} on the table. "
+            f"How many {{i}} are there {TOTAL}?",
+            f"If {{n}} {{v}} {{a}} {{i}}, {{m}} {{v}} {{b}} and {{o}} {{v}} {{c}}, "
+            f"how many {{i}} is that {TOTAL}?",
+            f"{{n}} {{v}} {{a}}, {{b}} and {{c}} {{i}}. How many {{i}} did {{he}} {{vb}} {TOTAL}?",
+            "{n} has {a} {i}. {m} has {b} and {o} has {c}. What is the total number of {i}?",
+            f"Three friends {{v}} {{i}}: {{a}}, {{b}} and {{c}}. {TOTAL}, how many is that?",
         ),
         (
-            f"{{D1}} {{n}} {{v}} {{a}} {{i}}, {{d2}} {{he}} {{v}} {{b}}, and {{d3}} {{c}}. How many {{i}} did {{he}} {{vb}} {TOTAL}?",
-            f"{{n}}, {{m}} and {{o}} have {{a}}, {{b}} and {{c}} {{i}}. How many {{i}} do they have {TOTAL}?",
-        ),
-    ),
-    "groups": Family(
-        lambda r: {"k": r.randint(2, 12), "a": r.randint(2, 12)},
-        lambda x: [multiply(x["k"], x["a"])],
-        (
-            f"There are {{k}} {{box}}. Each {{box1}} has {{a}} {{i}}. How many {{i}} are there {TOTAL}?",
-            "{n} has {k} {box} with {a} {i} in each {box1}. How many {i} does {he} have?",
-            f"{{n}} {{v}} {{k}} {{box}} of {{i}}. Each {{box1}} holds {{a}} {{i}}. How many {{i}} is that {TOTAL}?",
-            "{n} gave {a} {i} to each of {k} friends. How many {i} did {he} give away?",
-            f"If one {{box1}} holds {{a}} {{i}}, how many {{i}} do {{k}} {{box}} hold {TOTAL}?",
-            "{n} bought {k} {i} for {a} dollars each. How many dollars did {he} pay?",
-        ),
-        (
-            f"{{n}} filled {{k}} {{box}} with {{a}} {{i}} each. How many {{i}} are there {TOTAL}?",
-            "In the {place} there are {k} {box} with {a} {i} each. How many {i} are in the {place}?",
-            "Each of {k} {box} holds {a} {i}. How many {i} does {n} have?",
-        ),
-    ),
-    "groups_and": Family(
-        lambda r: {"k": r.randint(2, 12), "a": r.randint(2, 12), "b": r.randint(2, 40)},
-        lambda x: chained(multiply(x["k"], x["a"]), add, x["b"]),
-        (
-            f"{{n}} has {{k}} {{box}} with {{a}} {{i}} each and {{b}} more {{i}}. How many {{i}} does {{he}} have {TOTAL}?",
-            "There are {k} {box} of {a} {i}. {n} adds {b} more {i}. How many {i} are there now?",
-            f"{{n}} {{v}} {{k}} {{box}} of {{i}}. Each {{box1}} holds {{a}} {{i}}. {{He}} also {{v}} {{b}} {{i}} alone. How many {{i}} is that {TOTAL}?",
-            "{n} had {b} {i}. Then {he} bought {k} {box} with {a} {i} in each {box1}. How many {i} does {he} have now?",
-        ),
-        (
-            "{n} filled {k} {box} with {a} {i} each. Then {he} found {b} more. How many {i} does {n} have now?",
-            f"There are {{k}} {{box}} with {{a}} {{i}} in each {{box1}}, and {{b}} {{i}} on the table. How many {{i}} are there {TOTAL}?",
-        ),
-    ),
-    "groups_without": Family(
-        lambda r: (
-            lambda k, a: {"k": k, "a": a, "b": r.randint(2, max(2, min(k * a - 1, 40)))}
-        )(r.randint(2, 12), r.randint(2, 12)),
-        lambda x: chained(multiply(x["k"], x["a"]), subtract, x["b"]),
-        (
-            "{n} has {k} {box} with {a} {i} each. {He} gives {b} {i} to {m}. How many {i} are left?",
-            "There are {k} {box} of {a} {i}. {n} takes {b} {i}. How many {i} are left?",
-            "{n} {v} {k} {box} of {i}. Each {box1} holds {a} {i}. {He} {lost} {b} of them. How many {i} does {he} have left?",
-            "If {n} has {k} {box} with {a} {i} in each {box1} and sells {b} {i}, how many {i} are left?",
-        ),
-        (
-            "{n} filled {k} {box} with {a} {i} each. Then {he} gave {b} to {m}. How many {i} does {n} have left?",
-            "In the {place} there were {k} {box} with {a} {i} each, but {n} {lost} {b} of them. How many {i} are left?",
+            f"{{D1}} {{n}} {{v}} {{a}} {{i}}, {{d2}} {{he}} {{v}} {{b}}, and {{d3}} {{c}}. "
+            f"How many {{i}} did {{he}} {{vb}} {TOTAL}?",
+            f"{{n}}, {{m}} and {{o}} have {{a}}, {{b}} and {{c}} {{i}}. "
+            f"How many {{i}} do they have {TOTAL}?",
         ),
     ),
     "share": Family(
@@ -306,11 +442,20 @@ FAMILIES = {
             "{n} put {a} {i} into {k} {box}, the same number in each. How many {i} are in each {box1}?",
             "{a} {i} are shared between {k} children. How many {i} does each child get?",
             "If {k} friends share {a} {i} equally, how many {i} does each one get?",
-            "There are {a} {i} in {k} equal rows. How many {i} are in each row?",
+            "There are {a} {i} in {k} equal {box}. How many {i} are in each {box1}?",
+            "{k} children share {a} {i}. How many does each child get?",
+            "{n} had {a} {i}. {He} gave the same number to each of {k} friends. "
+            "How many did each friend get?",
+            "{n} {v} {a} {i}, and {he} split them equally between {k} people. "
+            "How many {i} did each one get?",
+            "{n} has {k} {box} for {a} {i}. How many {i} go into each {box1}?",
         ),
         (
-            "{n} has {a} {i} and shares them equally among {k} children. How many {i} does each child get?",
-            "{k} friends got {a} {i} from {n} and shared them equally. How many {i} did each friend get?",
+            "{n} has {a} {i} and shares them equally among {k} children. "
+            "How many {i} does each child get?",
+            "{k} friends got {a} {i} from {n} and shared them equally. "
+            "How many {i} did each friend get?",
+            "{n} split {a} {i} between {k} friends. How many {i} did each of them get?",
         ),
     ),
     "difference": Family(
@@ -321,24 +466,12 @@ FAMILIES = {
             "{n} has {b} {i}. {m} has {a} {i}. How many fewer {i} does {n} have than {m}?",
             "{n} {v} {a} {i} and {m} {v} {b}. What is the difference?",
             "{n} {v} {a} {i} {d1} and {b} {d2}. How many more {i} did {he} {vb} {d1} than {d2}?",
+            "{n} has {a} {i}, but {m} has only {b}. How many more does {n} have?",
+            "How many more is {a} {i} than {b} {i}?",
         ),
         (
             "{n} {v} {a} {i}, but {m} {v} only {b}. How many more {i} did {n} {vb} than {m}?",
             "{n} has {a} {i}, and {m} has {b}. What is the difference?",
-        ),
-    ),
-    "change": Family(
-        lambda r: (lambda b, c: {"a": b + c + r.randint(1, 50), "b": b, "c": c})(
-            r.randint(2, 30), r.randint(2, 30)
-        ),
-        lambda x: chained(add(x["b"], x["c"]), lambda s, a: subtract(a, s), x["a"]),
-        (
-            "{n} had {a} dollars. {He} bought {i} for {b} dollars and {j} for {c} dollars. How much money is left?",
-            "{n} has {a} dollars. The {i} cost {b} dollars and the {j} cost {c} dollars. How many dollars are left if {he} buys both?",
-            "With {a} dollars, {n} bought {i} for {b} dollars and {j} for {c}. How many dollars does {he} have left?",
-        ),
-        (
-            "{n} had {a} dollars and spent {b} dollars on {i} and {c} dollars on {j}. How many dollars are left?",
         ),
     ),
 }  # fmt: skip
@@ -363,7 +496,7 @@ def surroundings(rng: Random) -> dict[str, object]:
         "i": item, "j": second_item, "v": verb, "vb": VERBS[verb],
         "place": place, "place2": second_place, "box": box, "box1": one_box,
         "lost": rng.choice(("lost", "sold", "broke", "used", "gave away", "ate")),
-        "d1": times[0], "d2": times[1], "d3": times[2], "D1": cap(times[0]), "D2": cap(times[1]),
+        "d1": times[0], "d2": times[1], "d3": times[2], "D1": cap(times[0]), "D2": cap(times[1]), "D3": cap(times[2]),
         "inc": rng.choice(("", "", f" in {rng.choice(w.CITIES)}")),
     }  # fmt: skip
 
@@ -393,18 +526,80 @@ def related(rng: Random, split: Split) -> tuple[str, dict[str, object], list[tup
     )
     story = rng.choice(stories)
     question = rng.choice(templates_of(split, known[total], unknown[total]))
+    if "{Q0}" in story:  # no dates to ask about
+        total = True
+        question = f"how many {{i}} did {{he}} {{vb}} {TOTAL}?"
     values["rel"] = fill(rng, relation.bare if events else relation.than, values)
     values["q"] = fill(rng, question, values)
-    values["Q"] = cap(str(values["q"]))
+    values["Q"] = values["Q0"] = cap(str(values["q"]))
     first = relation.step(a, b)
     steps = [first, add(a, first[1])] if total else [first]
     return story, values, steps
 
 
+def altered(rng: Random, split: Split) -> tuple[str, dict[str, object], list[tuple[str, int]]]:
+    """A problem in which an amount, or a number of groups, is changed up to two times."""
+    new = split == "heldout"
+    while True:
+        kind = rng.choice(("owned", "owned", "placed", "money", "groups", "groups"))
+        grouped = kind == "groups"
+        changes = [rng.choice("+-") for _ in range(rng.choice((0, 1, 1) if grouped else (1, 2)))]
+        first, factor = rng.randint(2, 12) if grouped else rng.randint(3, 100), rng.randint(2, 12)
+        amount, numbers, steps = first, [first], []
+        if grouped:
+            numbers, steps = [factor, first], [multiply(factor, first)]
+            amount = steps[-1][1]
+        for sign in changes:
+            most = min(40, amount - 1) if sign == "-" else 50
+            if most < 2:
+                break
+            step = (add if sign == "+" else subtract)(amount, rng.randint(2, most))
+            numbers.append(abs(step[1] - amount))
+            steps.append(step)
+            amount = step[1]
+        complete = len(steps) == len(changes) + grouped
+        if complete and reserved(f"{kind} {changes} {numbers}") != (split == "train"):
+            break
+    values = surroundings(rng) | {"a": first, "k": factor}
+    clauses = {
+        "owned": (OWNED, OWNED_HELDOUT), "placed": (PLACED, PLACED_HELDOUT),
+        "money": (MONEY, MONEY_HELDOUT), "groups": (OWNED, OWNED_HELDOUT),
+    }[kind][new]  # fmt: skip
+    starts = (GROUPS_HELDOUT if new else GROUPS) if grouped else clauses.start
+    asks = (GROUPS_ASK_HELDOUT if new else GROUPS_ASK) if grouped and not changes else clauses.ask
+    if "-" not in changes:
+        asks = [ask for ask in asks if "left" not in ask]
+    start = rng.choice(starts)
+    if grouped and changes and "{n}" not in start:
+        start = rng.choice([other for other in starts if "{n}" in other])
+    parts = [start]
+    for place, (sign, number) in enumerate(
+        zip(changes, numbers[len(numbers) - len(changes) :], strict=True)
+    ):
+        clause = rng.choice(clauses.lose if sign == "-" else clauses.gain)
+        when = str(values[("d1", "d2")[place]])
+        changed = values | {"x": number, "d": when, "D": cap(when)}
+        parts.append(cap(fill(rng, clause, changed)))
+    return joined(rng, [*parts, rng.choice(asks)]), values, steps
+
+
+def joined(rng: Random, parts: list[str]) -> str:
+    """The clauses of a story as sentences, the last two at times as one with "and" or "but"."""
+    if len(parts) > 2 and rng.random() < 0.35:
+        before, last = parts[-3], parts[-2]
+        if last.startswith(("He ", "She ")):
+            last = f"{rng.choice(('and', 'but', 'and then'))} {last[0].lower()}{last[1:]}"
+            parts[-3:-1] = [f"{before[:-1]}{rng.choice((',', ''))} {last}"]
+    return " ".join(parts)
+
+
 def draw(rng: Random, split: Split) -> Example:
     """One word problem of the split."""
-    if rng.random() < 0.5:
+    chance = rng.random()
+    if chance < 0.42:
         template, values, steps = related(rng, split)
+    elif chance < 0.75:
+        template, values, steps = altered(rng, split)
     else:
         name = rng.choice(list(FAMILIES))
         family = FAMILIES[name]
@@ -423,17 +618,26 @@ def result(text: str) -> str | None:
     return number if found and number.isdigit() else None
 
 
+def _templates(new: bool) -> Iterator[str]:
+    known = (EVENTS, EVENTS_TOTAL, EVENTS_SECOND, OWNERS, OWNERS_TOTAL, OWNERS_SECOND)
+    unknown = (
+        EVENTS_HELDOUT, EVENTS_TOTAL_HELDOUT, EVENTS_SECOND_HELDOUT,
+        OWNERS_HELDOUT, OWNERS_TOTAL_HELDOUT, OWNERS_SECOND_HELDOUT,
+    )  # fmt: skip
+    for group in unknown if new else known:
+        yield from group
+    for pair in ((OWNED, OWNED_HELDOUT), (PLACED, PLACED_HELDOUT), (MONEY, MONEY_HELDOUT)):
+        clauses = pair[new]
+        yield from (*clauses.start, *clauses.lose, *clauses.gain, *clauses.ask)
+    yield from (*GROUPS_HELDOUT, *GROUPS_ASK_HELDOUT) if new else (*GROUPS, *GROUPS_ASK)
+    for family in FAMILIES.values():
+        yield from family.heldout if new else family.train
+
+
 MATH = Task(
     name="math",
     description="Solves word problems in one or two steps and ends with the answer.",
     draw=draw,
-    train_templates=(
-        *EVENTS, *EVENTS_TOTAL, *EVENTS_SECOND, *OWNERS, *OWNERS_TOTAL, *OWNERS_SECOND,
-        *(t for family in FAMILIES.values() for t in family.train),
-    ),
-    heldout_templates=(
-        *EVENTS_HELDOUT, *EVENTS_TOTAL_HELDOUT, *EVENTS_SECOND_HELDOUT,
-        *OWNERS_HELDOUT, *OWNERS_TOTAL_HELDOUT, *OWNERS_SECOND_HELDOUT,
-        *(t for family in FAMILIES.values() for t in family.heldout),
-    ),
-)  # fmt: skip
+    train_templates=tuple(_templates(new=False)),
+    heldout_templates=tuple(_templates(new=True)),
+)

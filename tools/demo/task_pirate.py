@@ -10,7 +10,7 @@ from random import Random
 
 from tools.demo import task_json, task_math
 from tools.demo import words as w
-from tools.demo.base_text import KIN, Person, cap, noun_phrase, sentence
+from tools.demo.base_text import KIN, Person, cap, sentence
 from tools.demo.task import Example, Split, Task, fill, reserved, templates_of
 
 WORDS = {
@@ -45,7 +45,7 @@ TEMPLATES_HELDOUT = (
     "I am {doing} with the {thing} of my friend.",
     "The {adjective} {thing} is for your {kin}.",
     "You are {going} to the {place} with my {thing}.",
-    "Where is the {kin} of {name}?",
+    "Where did you find the {kin} of {name}?",
     "Hello, are you the {job} of the {place}?",
     "{verb} your {thing} for me!",
 )
@@ -78,12 +78,56 @@ def _word(word: str) -> str:
     return (cap(spoken) if core[0].isupper() else spoken) + tail
 
 
+def phrase(rng: Random) -> str:
+    """A noun phrase: "the old key of my sister", "your boat", "Anna"."""
+    if rng.random() < 0.12:
+        return Person(rng).name
+    pool = rng.choice((w.THINGS, w.THINGS, w.ANIMALS, w.PLACES, KIN, w.JOBS))
+    adjective = f"{rng.choice(w.ADJECTIVES)} " if rng.random() < 0.3 else ""
+    owner = rng.choice(("my", "my", "your", "your", "our", "the", "the", "the", "his", "this"))
+    text = f"{owner} {adjective}{rng.choice(pool)}"
+    return f"{text} of {phrase(rng)}" if rng.random() < 0.12 else text
+
+
+def tail(rng: Random) -> str:
+    """Nothing, or up to two phrases of place or purpose, each after a space."""
+    words = ("in", "to", "with", "near", "from", "for", "behind", "under", "by", "of")
+    return "".join(f" {rng.choice(words)} {phrase(rng)}" for _ in range(rng.choice((0, 1, 1, 2))))
+
+
+def random_sentence(rng: Random) -> str:
+    """A sentence of random parts: grammatical, not always sensible."""
+    verb, past, done, ing = rng.choice(w.TRANSITIVE + w.MOTION + w.INTRANSITIVE)
+    be = rng.choice(("is", "was", "is"))
+    feeling = rng.choice((rng.choice(w.FEELINGS), rng.choice(w.ADJECTIVES)))
+    both = f" and {rng.choice(w.FEELINGS)}" if rng.random() < 0.3 else ""
+    one, two = phrase(rng), phrase(rng)
+    end = tail(rng)
+    dollars = rng.randint(2, 99)
+    options = (
+        f"{one} {be} {feeling}{both}.", f"{one} {be} {ing}{end}.", f"{one} {past} {two}{end}.",
+        f"you are {feeling}{both}.", f"I am {feeling}{both}.", f"they are {ing}{end}.",
+        f"we {past} {two}{end}.", f"{one} has {done} {two}.", f"I will {verb} {two}{end}.",
+        f"you {past} {two} and {one}{end}.", f"{two} {past} for {dollars} dollars{end}.",
+        f"yes, {one} {be} {feeling}.", f"hello {rng.choice(KIN)}, {one} {past}{end}.",
+        f"where is {one}?", f"where are you {ing}{end}?", f"are you {feeling}{both}?",
+        f"are they {ing}{end}?", f"is {one} in {two}?", f"is {one} {ing}{end}?",
+        f"why is {one} {feeling}?", f"did you {verb} {two}{end}?", f"do you have {two}{end}?",
+        f"what did {one} {verb}{end}?", f"can you {verb} {two}{end}?", f"who is {one}?",
+        f"please {verb} {two}{end}!", f"do not {verb} {two}{end}!", f"{verb} with {one}{end}!",
+        f"hello, {one}!", f"come and {verb} {two}!", f"give {one} to {two}!",
+        f"{one}, {feeling} and {rng.choice(w.ADJECTIVES)}, {past}{end}.",
+    )  # fmt: skip
+    return cap(rng.choice(options))
+
+
 def draw(rng: Random, split: Split) -> Example:
     """One or two everyday sentences and their rewriting."""
-    if split == "train" and rng.random() < 0.45:
-        text = sentence(rng) if rng.random() < 0.7 else f"{sentence(rng)} {sentence(rng)}"
+    if split == "train" and rng.random() < 0.75:
+        writer = random_sentence if rng.random() < 0.75 else sentence
+        text = writer(rng) if rng.random() < 0.7 else f"{writer(rng)} {writer(rng)}"
         return Example(text, pirate(text), "sentence")
-    if split == "train" and rng.random() < 0.3:
+    if split == "train" and rng.random() < 0.5:
         other = rng.choice((task_math.draw, task_json.draw))(rng, split)
         if other.prompt[-1] in OPENING and not set(other.prompt) & set(";:()"):
             return Example(other.prompt, pirate(other.prompt), other.template)
@@ -99,7 +143,7 @@ def draw(rng: Random, split: Split) -> Example:
         "bought": rng.choice(("bought", "sold")), "count": rng.randint(2, 99),
         "count2": rng.randint(2, 99), "items": rng.choice(w.ITEMS), "city": rng.choice(w.CITIES),
         "going": rng.choice(w.MOTION)[3], "doing": rng.choice(w.INTRANSITIVE)[3],
-        "verb": rng.choice(w.TRANSITIVE)[0], "job": rng.choice(w.JOBS), "phrase": noun_phrase(rng),
+        "verb": rng.choice(w.TRANSITIVE)[0], "job": rng.choice(w.JOBS),
     }  # fmt: skip
     template = rng.choice(templates_of(split, TEMPLATES, TEMPLATES_HELDOUT))
     text = cap(fill(rng, template, values))

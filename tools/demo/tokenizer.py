@@ -35,7 +35,7 @@ def train_tokenizer(seed: int, num_documents: int = 60_000) -> Tokenizer:
         show_progress=False,
     )
     # Quoted words weigh more here than in the text, so that most are one token without a space too.
-    quoted = (f'"{word}"' for word in (w.ITEMS + w.LABELS) * 150)
+    quoted = (f'"{word}"' for word in (w.ITEMS + w.LABELS + w.CITIES) * 150)
     text = chain(islice(documents(seed), num_documents), quoted)
     for token in SPECIAL_TOKENS:
         text = (part.replace(token, "\n") for part in text)

@@ -51,10 +51,10 @@ class Recipe:
 RECIPES = {
     recipe.task.name: recipe
     for recipe in (
-        Recipe(MATH, 16, 32, ATTENTION + FEED_FORWARD, steps=1000, rate=4e-3),
-        Recipe(JSON, 8, 16, ATTENTION, steps=450, rate=5e-3),
+        Recipe(MATH, 16, 32, ATTENTION + FEED_FORWARD, steps=1000, rate=4.5e-3),
+        Recipe(JSON, 8, 16, ATTENTION, steps=450, rate=6e-3),
         Recipe(
-            PIRATE, 4, 8, ("q_proj", "v_proj", *FEED_FORWARD), steps=300, rate=5e-3, rslora=True
+            PIRATE, 12, 20, ("q_proj", "v_proj", *FEED_FORWARD), steps=500, rate=6e-3, rslora=True
         ),
     )
 }

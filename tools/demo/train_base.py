@@ -38,8 +38,8 @@ class Recipe:
     long_steps: int = 180
     row: int = 256
     rows: int = 16
-    muon_rate: float = 0.02
-    adam_rate: float = 0.003
+    muon_rate: float = 0.005
+    adam_rate: float = 0.0015
     warmup: int = 60
     decay: float = 0.6  # share of the steps over which the rate falls to zero
 
