@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from engine.config import EngineConfig, Setting, resolve, settings
 from lorax_cli.legacy import LEGACY, check_environment, check_flags
@@ -96,6 +97,23 @@ def _legacy_options() -> Iterable[inspect.Parameter]:
             default=typer.Option(None, names, hidden=True, show_default=False),
             annotation=annotation | None,
         )
+
+
+class LaunchCommand(TyperCommand):
+    """Also takes the value that LoRAX's launcher gives to a yes-or-no flag: `--prefix-caching true`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        switches = {setting.flag for setting in settings() if setting.type is bool}
+        switches |= {flag.flag for flag in LEGACY if not flag.takes_value}
+        words: list[str] = []
+        for word in args:
+            if words and words[-1] in switches and word.lower() in ("true", "false"):
+                if word.lower() == "false":
+                    words[-1] = f"--no-{words[-1][2:]}"
+            else:
+                words.append(word)
+        rest: list[str] = super().parse_args(ctx, words)
+        return rest
 
 
 def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[..., None]]:

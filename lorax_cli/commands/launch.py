@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from engine.config import EngineConfig
-from lorax_cli.options import with_config
+from lorax_cli.options import LaunchCommand, with_config
 from lorax_cli.output import Output, examples
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ def launch(config: EngineConfig) -> None:
 
 def register(app: typer.Typer) -> None:
     app.command(
+        cls=LaunchCommand,
         epilog=examples(
             "lorax launch",
             "lorax launch --model-id Qwen/Qwen2.5-0.5B-Instruct --port 8080",
             "lorax launch --model-id ./model --adapter-root ./adapters --preloaded-adapter-ids sql",
             "lorax launch --config lorax.yaml",
-        )
+        ),
     )(launch)

@@ -14,7 +14,7 @@ from engine.config import EngineConfig, Setting, settings
 from engine.errors import ConfigError
 from lorax_cli import legacy
 from lorax_cli.app import ErrorTable
-from lorax_cli.options import with_config
+from lorax_cli.options import LaunchCommand, with_config
 
 SETTINGS = list(settings())
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -37,7 +37,7 @@ def app(seen: list[EngineConfig]) -> typer.Typer:
     app = typer.Typer(cls=ErrorTable)
     app.callback()(lambda: None)
 
-    @app.command()
+    @app.command(cls=LaunchCommand)
     @with_config(*dict.fromkeys(setting.concern for setting in SETTINGS), legacy=True)
     def take(config: EngineConfig) -> None:
         seen.append(config)
@@ -189,6 +189,15 @@ def test_legacy_environment(app: typer.Typer) -> None:
         == 0
     )
     assert run(app, env={"TRUST_REMOTE_CODE": "true"}).exit_code == 2
+
+
+def test_values_of_switches(app: typer.Typer, seen: list[EngineConfig]) -> None:
+    """LoRAX's launcher takes `--prefix-caching true`; other words are not swallowed."""
+    assert run(app, "--prefix-caching", "false", "--json-output", "true").exit_code == 0
+    assert not seen[-1].scheduler.prefix_caching and seen[-1].server.json_output
+    assert run(app, "--eager", "false").exit_code == 0
+    assert run(app, "--eager", "true").exit_code == 2
+    assert run(app, "--prefix-caching", "maybe").exit_code == 2
 
 
 def test_legacy_names_are_free() -> None:
