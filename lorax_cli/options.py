@@ -112,8 +112,7 @@ class LaunchCommand(TyperCommand):
                     words[-1] = f"--no-{words[-1][2:]}"
             else:
                 words.append(word)
-        rest: list[str] = super().parse_args(ctx, words)
-        return rest
+        return super().parse_args(ctx, words)
 
 
 def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[..., None]]:
