@@ -187,6 +187,7 @@ class EngineStats(Struct, frozen=True):
     resident: list[tuple[str, bytes, int]] = []  # (adapter name, digest, bytes in the arena)
     arena_bytes: int = 0
     arena_used: int = 0
+    pinned: int = 0  # adapters that running sequences use
     placements: int = 0
     evictions: int = 0
 

@@ -108,7 +108,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         scheduler=SchedulerConfig(max_total_tokens=4096),
         memory=MemoryConfig(cpu_memory_gb=2.0),
     )
-    backend = await ProcessBackend.start(config, Parts(exchange=f"{__name__}:slow_exchange"))
+    backend = await ProcessBackend.start(config, Parts(exchange="tools.bench_stalls:slow_exchange"))
     streams = Streams(backend, args.streams)
     await asyncio.sleep(10)
     quiet: list[tuple[float, float]] = []

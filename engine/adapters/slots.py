@@ -107,6 +107,11 @@ class SlotTable:
         return self._num_placing
 
     @property
+    def num_pinned(self) -> int:
+        """Adapters that running sequences use."""
+        return sum(entry.pins > 0 for entry in self._by_slot.values())
+
+    @property
     def used_bytes(self) -> int:
         return sum(entry.image.data_bytes for entry in self._entries.values())
 

@@ -45,19 +45,30 @@ class Streams:
                 stream.news.clear()
                 updates, stream.unread = stream.unread, []
                 for update in updates:
-                    ended = update.finish is not None or update.error is not None
+                    ended = _last(update)
                     if update.error is not None:
                         raise from_wire(update.error)
                     yield update
                 if not ended and self._dead is not None:
                     raise _again(self._dead)
         finally:
-            del self._open[request.id]
-            if not ended and self._dead is None:
-                self._send(Cancel(request.id))
+            try:
+                if not ended:
+                    await self._let_go(request.id, stream)
+            finally:
+                del self._open[request.id]
+
+    async def _let_go(self, id: str, stream: _Stream) -> None:
+        """Cancels, and waits for the engine's last word: until then it may still read the adapter's image."""
+        self._send(Cancel(id))
+        while self._dead is None:
+            if any(_last(update) for update in stream.unread):
+                return
+            stream.news.clear()
+            await stream.news.wait()
 
     def deliver(self, updates: Iterable[Update]) -> None:
-        """Hands news to its readers; nobody waits for news of a cancelled request."""
+        """Hands news to its readers; none is left of a request whose reader gave up waiting for the end."""
         for update in updates:
             with suppress(KeyError):
                 stream = self._open[update.id]
@@ -69,6 +80,10 @@ class Streams:
         self._dead = self._dead or error
         for stream in self._open.values():
             stream.news.set()
+
+
+def _last(update: Update) -> bool:
+    return update.finish is not None or update.error is not None
 
 
 def _again(error: EngineDead) -> EngineDead:

@@ -323,6 +323,7 @@ class Scheduler:
             resident=self.slots.residents(),
             arena_bytes=self.slots.arena_bytes,
             arena_used=self.slots.used_bytes,
+            pinned=self.slots.num_pinned,
             placements=self.slots.num_placements,
             evictions=self.slots.num_evictions,
         )
