@@ -18,7 +18,7 @@ from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
 from engine.lora.placement import Placer
-from engine.messages import EngineInfo, EngineStats, Request, Update
+from engine.messages import AdapterImageRef, EngineInfo, EngineStats, Request, Update
 from engine.models import weights
 from engine.models.decoder import Decoder
 from engine.ops.layout import RECORD_WORDS, AdapterLayout
@@ -137,6 +137,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def preload(self, image: AdapterImageRef) -> None:
+        """Places an adapter and never evicts it; before any request. Raises AdapterTooLarge."""
+        self.scheduler.preload(image)
 
     def submit(self, request: Request) -> None:
         """Takes a request; raises InvalidRequest or AdapterTooLarge, and then nothing has changed."""

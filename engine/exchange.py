@@ -160,6 +160,11 @@ class Exchange:
 
         self._preloaded += await asyncio.gather(*map(load, names))
 
+    @property
+    def preloaded(self) -> list[AdapterImageRef]:
+        """What `start` loaded: the engine is to keep them on the device."""
+        return list({lease.image.digest: lease.image for lease in self._preloaded}.values())
+
     async def acquire(self, ref: AdapterRef, token: str | None = None) -> Lease:
         """The adapter's image in host memory, held there. `token`: the tenant's own, for private adapters.
 

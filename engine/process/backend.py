@@ -29,6 +29,8 @@ from engine.process.messages import (
     FromExchange,
     FromShard,
     ListAdapters,
+    Preload,
+    Preloaded,
     Refused,
     Release,
     Setup,
@@ -74,7 +76,7 @@ class ProcessBackend:
     def __init__(self) -> None:
         self.closed = asyncio.Event()  # a child died, or `close` was called
         self.failure: EngineDead | None = None  # why a child died
-        self._shard: Child[ShardReady | Failed | Updates] = Child(
+        self._shard: Child[ShardReady | Preloaded | Failed | Updates] = Child(
             "shard", FromShard, self._from_shard, lambda: self._child_ended(self._shard)
         )
         self._exchange: Child[ExchangeReady | Failed | Refused | Answer] = Child(
@@ -184,20 +186,22 @@ class ProcessBackend:
         finally:
             del self._answers[call]
 
-    def _from_shard(self, message: ShardReady | Failed | Updates) -> None:
+    def _from_shard(self, message: ShardReady | Preloaded | Failed | Updates) -> None:
         if isinstance(message, Updates):
             self._stats = message.stats or self._stats
             self._streams.deliver(message.updates)
         elif isinstance(message, ShardReady):
             self._info, self._stats = message.info, message.stats
             self._exchange.send(Begin(message.layout, message.info.device))
+        elif isinstance(message, Preloaded):
+            if not self._started.done():
+                self._started.set_result(None)
         else:
             self._not_started(from_wire(message.error))
 
     def _from_exchange(self, message: ExchangeReady | Failed | Refused | Answer) -> None:
         if isinstance(message, ExchangeReady):
-            if not self._started.done():
-                self._started.set_result(None)
+            self._shard.send(Preload(message.preloaded))
         elif isinstance(message, Failed):
             self._not_started(from_wire(message.error))
         else:

@@ -60,11 +60,11 @@ def main(socket_fd: int, region_fd: int) -> int:
 def stand_back() -> None:
     """Leaves the cores to the engine, which computes on all of them: this thread, and every thread that it starts.
 
-    Measured on two cores that the engine's threads keep busy, at the 99th percentile: parsing makes a step of 19 ms one
-    of 165 ms at ordinary priority, of 24 ms here, where it gets a tenth of a core. With SCHED_IDLE or a niceness of 19
-    the steps are no shorter and parsing starves.
+    Measured on two cores that the engine keeps busy (docs/performance.md, "Cold adapters"): at a niceness of 10
+    parsing 313 MB takes 11 s and stretches the 99th percentile of the gap between tokens by 1.36, here 23 s and 1.01.
+    At ordinary priority the gap grows ninefold; with SCHED_IDLE or a niceness of 19 parsing may starve.
     """
-    os.nice(10)
+    os.nice(15)
     if sys.platform == "linux":
         with suppress(PermissionError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -121,7 +121,7 @@ class Service:
             answer, self._exit_code = child.cannot_start("exchange", error)
             self._pipe.send(answer)
         else:
-            self._pipe.send(ExchangeReady())
+            self._pipe.send(ExchangeReady(self._exchange.preloaded))
 
     def _release(self, call: int) -> None:
         if call in self._leases:

@@ -59,6 +59,8 @@ class LocalBackend:
             try:
                 exchange: Exchange = load(parts.exchange)(config, stepper.engine.layout, region)
                 await _started(exchange)
+                for image in exchange.preloaded:
+                    stepper.engine.preload(image)
             except BaseException:
                 await in_worker(worker, stepper.engine.close)
                 region.close()

@@ -38,6 +38,12 @@ class Cancel(Struct, frozen=True, tag=True):
     id: str
 
 
+class Preload(Struct, frozen=True, tag=True):
+    """Place these adapters and keep them on the device. Comes once, before any request."""
+
+    images: list[AdapterImageRef]
+
+
 class Begin(Struct, frozen=True, tag=True):
     """The exchange may start: the shard has told what adapters must fit."""
 
@@ -80,6 +86,10 @@ class ShardReady(Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class Preloaded(Struct, frozen=True, tag=True):
+    """The answer to Preload, if they all fit; else `Failed`."""
+
+
 class Updates(Struct, frozen=True, tag=True):
     """All news of one turn of the engine."""
 
@@ -88,7 +98,7 @@ class Updates(Struct, frozen=True, tag=True):
 
 
 class ExchangeReady(Struct, frozen=True, tag=True):
-    pass
+    preloaded: list[AdapterImageRef]
 
 
 class Acquired(Struct, frozen=True, tag=True):
@@ -112,7 +122,7 @@ class Refused(Struct, frozen=True, tag=True):
     error: dict[str, Any]  # LoraxError.to_wire()
 
 
-ToShard = Setup | Submit | Cancel
-FromShard = ShardReady | Failed | Updates
+ToShard = Setup | Submit | Cancel | Preload
+FromShard = ShardReady | Preloaded | Failed | Updates
 ToExchange = Setup | Begin | Acquire | Release | ListAdapters | Unload
 FromExchange = ExchangeReady | Failed | Acquired | Adapters | Unloaded | Refused

@@ -13,10 +13,20 @@ import os
 import msgspec
 
 from engine.adapters.tiers import HostRegion
-from engine.errors import EngineDead
+from engine.errors import EngineDead, LoraxError
 from engine.platform import host_tier_bytes
 from engine.process import child
-from engine.process.messages import Cancel, Setup, ShardReady, Submit, ToShard, Updates
+from engine.process.messages import (
+    Cancel,
+    Failed,
+    Preload,
+    Preloaded,
+    Setup,
+    ShardReady,
+    Submit,
+    ToShard,
+    Updates,
+)
 from engine.process.parts import load
 from engine.process.pipe import Port
 from engine.process.stepper import Stepper, set_threads
@@ -39,7 +49,7 @@ def main(socket_fd: int, region_fd: int) -> int:
     # What is alive now stays alive: a full collection among a model's objects would stall a step for tens of ms.
     gc.collect()
     gc.freeze()
-    port: Port[Setup | Submit | Cancel] = Port(end, ToShard)
+    port: Port[Setup | Preload | Submit | Cancel] = Port(end, ToShard)
     try:
         engine = stepper.engine
         port.send(ShardReady(engine.info, msgspec.msgpack.encode(engine.layout), engine.stats))
@@ -56,11 +66,26 @@ def main(socket_fd: int, region_fd: int) -> int:
         port.close(LAST_WORDS_S)
 
 
-def serve(port: Port[Setup | Submit | Cancel], stepper: Stepper) -> None:
+def serve(port: Port[Setup | Preload | Submit | Cancel], stepper: Stepper) -> None:
     """Messages in, one step, news out, until the front ends the pipe."""
     while not port.ended:
         messages = port.receive(stepper.patience)
-        updates = stepper.turn([m for m in messages if not isinstance(m, Setup)])
+        requests: list[Submit | Cancel] = []
+        for message in messages:
+            if isinstance(message, Preload):
+                port.send(_preload(message, stepper))
+            elif not isinstance(message, Setup):
+                requests.append(message)
+        updates = stepper.turn(requests)
         stats = stepper.report()
         if updates or stats is not None:
             port.send(Updates(updates, stats))
+
+
+def _preload(message: Preload, stepper: Stepper) -> Preloaded | Failed:
+    try:
+        for image in message.images:
+            stepper.engine.preload(image)
+    except LoraxError as error:
+        return Failed(error.to_wire())
+    return Preloaded()

@@ -17,6 +17,7 @@ class _Stream:
     def __init__(self) -> None:
         self.unread: list[Update] = []
         self.news = asyncio.Event()
+        self.ended = False  # the last update has arrived
 
 
 class Streams:
@@ -37,23 +38,21 @@ class Streams:
         if request.id in self._open:
             raise InvalidRequest(f"a request with the id {request.id} is open", field="id")
         stream = self._open[request.id] = _Stream()
-        ended = False
         try:
             self._send(Submit(request))
-            while not ended:
+            while stream.unread or not stream.ended:
                 await stream.news.wait()
                 stream.news.clear()
                 updates, stream.unread = stream.unread, []
                 for update in updates:
-                    ended = _last(update)
                     if update.error is not None:
                         raise from_wire(update.error)
                     yield update
-                if not ended and self._dead is not None:
+                if not stream.ended and self._dead is not None:
                     raise _again(self._dead)
         finally:
             try:
-                if not ended:
+                if not stream.ended and self._dead is None:
                     await self._let_go(request.id, stream)
             finally:
                 del self._open[request.id]
@@ -61,9 +60,7 @@ class Streams:
     async def _let_go(self, id: str, stream: _Stream) -> None:
         """Cancels, and waits for the engine's last word: until then it may still read the adapter's image."""
         self._send(Cancel(id))
-        while self._dead is None:
-            if any(_last(update) for update in stream.unread):
-                return
+        while not stream.ended and self._dead is None:
             stream.news.clear()
             await stream.news.wait()
 
@@ -73,6 +70,7 @@ class Streams:
             with suppress(KeyError):
                 stream = self._open[update.id]
                 stream.unread.append(update)
+                stream.ended = update.finish is not None or update.error is not None
                 stream.news.set()
 
     def fail(self, error: EngineDead) -> None:
@@ -80,10 +78,6 @@ class Streams:
         self._dead = self._dead or error
         for stream in self._open.values():
             stream.news.set()
-
-
-def _last(update: Update) -> bool:
-    return update.finish is not None or update.error is not None
 
 
 def _again(error: EngineDead) -> EngineDead:

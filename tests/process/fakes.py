@@ -94,6 +94,9 @@ class EchoEngine:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running or self._cancelled)
 
+    def preload(self, image: AdapterImageRef) -> None:
+        raise AssertionError("nothing is preloaded")
+
     def submit(self, request: Request) -> None:
         if request.tokens[:1] == [REFUSED]:
             raise InvalidRequest("no such token", field="tokens", hint="another one")
@@ -191,6 +194,10 @@ class NameExchange:
         self.waiting = 0
         self._offsets = itertools.count(0, 256)
         self._region = region
+
+    @property
+    def preloaded(self) -> list[AdapterImageRef]:
+        return []
 
     async def start(self) -> None:
         await asyncio.sleep(0)

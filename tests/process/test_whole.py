@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 
 from engine.adapters.ref import AdapterRef
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
-from engine.errors import AdapterNotFound, InvalidRequest, ModelError
+from engine.errors import AdapterNotFound, AdapterTooLarge, InvalidRequest, ModelError
 from engine.messages import Request, SamplingParams
 from engine.process import LocalBackend, ProcessBackend
-from tests.process.fakes import AnyBackend, tokens_of
+from tests.process.fakes import AnyBackend, tokens_of, until
 from tests.tiny import make_adapter, make_model
 
 ADAPTERS = ("one", "two")
@@ -71,6 +72,27 @@ async def test_processes_say_what_one_process_says(
             await backend.close()
     assert answers[0] == answers[1]
     assert len({tuple(answer) for answer in answers[0]}) == 3
+
+
+@pytest.mark.parametrize("kind", [LocalBackend, ProcessBackend])
+async def test_preloaded_adapters_lie_on_the_device(
+    config: EngineConfig, kind: type[AnyBackend]
+) -> None:
+    adapters = replace(config.adapters, preloaded_adapter_ids=ADAPTERS)
+    backend = await kind.start(replace(config, adapters=adapters))
+    try:
+        await tokens_of(backend.generate(Request("r", [5], SamplingParams(), 5, [])))
+        await until(lambda: len(backend.stats.resident) == len(ADAPTERS))
+        assert {name.rpartition("/")[2] for name, _, _ in backend.stats.resident} == set(ADAPTERS)
+    finally:
+        await backend.close()
+
+
+@pytest.mark.parametrize("kind", [LocalBackend, ProcessBackend])
+async def test_preloaded_adapters_must_fit(config: EngineConfig, kind: type[AnyBackend]) -> None:
+    adapters = replace(config.adapters, preloaded_adapter_ids=ADAPTERS, adapter_memory_fraction=0.0)
+    with pytest.raises(AdapterTooLarge, match="one"):
+        await kind.start(replace(config, adapters=adapters))
 
 
 async def test_missing_model_is_named() -> None:

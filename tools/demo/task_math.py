@@ -16,6 +16,7 @@ VERBS = {
     "counted": "count", "got": "get", "packed": "pack", "painted": "paint",
     "collected": "collect", "ordered": "order", "carried": "carry",
 }  # fmt: skip
+GAINING = ("bought", "made", "found", "picked", "got", "collected", "ordered")  # "5 more" adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,7 +561,7 @@ def altered(rng: Random, split: Split) -> tuple[str, dict[str, object], list[tup
         complete = len(steps) == len(changes) + grouped
         if complete and reserved(f"{kind} {changes} {numbers}") != (split == "train"):
             break
-    values = surroundings(rng) | {"a": first, "k": factor}
+    values = surroundings(rng) | {"a": first, "k": factor, "v": rng.choice(GAINING)}
     clauses = {
         "owned": (OWNED, OWNED_HELDOUT), "placed": (PLACED, PLACED_HELDOUT),
         "money": (MONEY, MONEY_HELDOUT), "groups": (OWNED, OWNED_HELDOUT),
