@@ -188,7 +188,9 @@ class EngineStats(Struct, frozen=True):
     arena_bytes: int = 0
     arena_used: int = 0
     pinned: int = 0  # adapters that running sequences use
-    placements: int = 0
+    placements: int = 0  # begun, ever
+    placed: int = 0  # completed, ever
+    place_seconds: list[float] = []  # from begin to completion, of the newest
     evictions: int = 0
 
 

@@ -58,6 +58,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._adapters: set[str] = set()
         self._loads: dict[str, dict[str, float]] = {}
+        self._placed = 0  # placements observed
         self._engine = _EngineCollector()
         self.registry.register(self._engine)
         lengths = _linear(max_total_tokens)
@@ -172,6 +173,10 @@ class Metrics:
     def _read(self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int) -> None:
         self._engine.stats, self._engine.adapters = stats, adapters
         self._engine.block_size = block_size
+        new = min(stats.placed - self._placed, len(stats.place_seconds))
+        for seconds in stats.place_seconds[len(stats.place_seconds) - new :]:
+            self._load.labels("place").observe(seconds)
+        self._placed = stats.placed
         loads: dict[str, dict[str, float]] = {}
         for status in adapters:
             before = self._loads.get(status.name, {})

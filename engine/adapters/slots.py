@@ -106,6 +106,10 @@ class SlotTable:
     def num_placing(self) -> int:
         return self._num_placing
 
+    def placed_at(self, slot: int) -> float:
+        """When the adapter in the slot was placed."""
+        return self._by_slot[slot].since
+
     @property
     def num_pinned(self) -> int:
         """Adapters that running sequences use."""

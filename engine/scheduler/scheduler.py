@@ -39,6 +39,8 @@ from engine.scheduler.tables import BlockTables
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
+REMEMBERED_PLACEMENTS = 64  # whose times a report carries
+
 
 class Scheduler:
     """Owns the sequences, the rows and the KV blocks. Nobody else may change the pool or the slot table."""
@@ -65,6 +67,8 @@ class Scheduler:
         self._decode_rows: list[int] | None = None  # of that step; None: the runner's are unknown
         self._unplace: list[int] = []  # for the next plan, as are these:
         self._placements: list[Placement] = []
+        self._place_seconds: deque[float] = deque(maxlen=REMEMBERED_PLACEMENTS)
+        self._num_placed = 0
         self._submitted = 0
         self._step_tokens = 0
 
@@ -281,6 +285,8 @@ class Scheduler:
         if self.slots.commit(result.step):
             self._admission.wake()
         for slot in result.resident:
+            self._place_seconds.append(self._clock() - self.slots.placed_at(slot))
+            self._num_placed += 1
             self._outbox.copied(self.slots.mark_resident(slot))
             self._admission.wake()
         return self._outbox.take()
@@ -325,6 +331,8 @@ class Scheduler:
             arena_used=self.slots.used_bytes,
             pinned=self.slots.num_pinned,
             placements=self.slots.num_placements,
+            placed=self._num_placed,
+            place_seconds=list(self._place_seconds),
             evictions=self.slots.num_evictions,
         )
 

@@ -305,6 +305,8 @@ def test_a_request_waits_only_for_its_own_adapter() -> None:
     house.drain()
     assert house.order == ["base", "slow"]
     assert len(house.plans) > 20, "empty steps while the copy goes on"
+    stats = house.scheduler.stats()
+    assert stats.placements == stats.placed == len(stats.place_seconds) == 1
 
 
 def test_preloaded_adapters_stay() -> None:

@@ -126,3 +126,12 @@ def test_a_second_load_counts_again() -> None:
         status = AdapterStatus("a", "hub", None, "ready", 1, 8, [], None, 0, {"fetch": seconds})
         text = metrics.render(EngineStats(), [status], 16).decode()
     assert 'lorax_adapter_load_seconds_count{stage="fetch"} 2.0' in text
+
+
+def test_placements_are_observed_once() -> None:
+    metrics = Metrics()
+    for placed, seconds in ((0, []), (2, [0.1, 0.2]), (2, [0.1, 0.2]), (5, [0.3, 0.4])):
+        stats = EngineStats(placed=placed, place_seconds=seconds)
+        text = metrics.render(stats, [], 16).decode()
+    assert 'lorax_adapter_load_seconds_count{stage="place"} 4.0' in text
+    assert 'lorax_adapter_load_seconds_sum{stage="place"} 1.0' in text
