@@ -22,7 +22,7 @@ from typing import Any, Literal, Self, TypeVar
 from engine.adapters.ref import AdapterRef, SourceName
 from engine.adapters.registry import Registry, make_sources
 from engine.adapters.room import Room
-from engine.adapters.sources import Source, Version
+from engine.adapters.sources import DemoSource, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
 from engine.config import EngineConfig
@@ -138,6 +138,8 @@ class Exchange:
         self._failed: Lru[Hashable, _Adapter] = Lru(MAX_FAILED)
         self._flights: dict[Hashable, _Flight] = {}
         self._preloaded: list[Lease] = []
+        demo = self._registry.sources.get("demo")
+        self._shipped = demo.names() if isinstance(demo, DemoSource) else []
         self._closing = False
 
     async def start(self) -> None:
@@ -212,9 +214,9 @@ class Exchange:
         return await self._run(self._fetchers[ref.source], source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
-        """Adapters in host memory, on their way there, or refused a short time ago."""
+        """Adapters in host memory, on their way there, or refused a short time ago; then the demo's others."""
         leases = {image.digest: image.leases for image in self.tier}
-        return [
+        found = [
             AdapterStatus(
                 name=adapter.name,
                 source=adapter.source,
@@ -230,6 +232,12 @@ class Exchange:
             )
             for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases
+        ]
+        known = {status.name for status in found}
+        return found + [
+            AdapterStatus(name, "demo", None, "listed", 0, 0, [], None, 0, {})
+            for name in self._shipped
+            if name not in known
         ]
 
     async def unload(self, name: str) -> bool:

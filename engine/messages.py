@@ -200,7 +200,7 @@ class AdapterStatus(Struct, frozen=True):
     name: str  # as the client named it
     source: str
     digest: bytes | None
-    state: Literal["fetching", "parsing", "ready", "failed"]
+    state: Literal["listed", "fetching", "parsing", "ready", "failed"]  # listed: not asked for yet
     data_bytes: int
     max_rank: int
     targets: list[str]

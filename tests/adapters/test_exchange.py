@@ -18,7 +18,7 @@ import pytest
 from engine.adapters import versions
 from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef, SourceName
-from engine.adapters.sources import AdapterFiles, LocalSource, Progress, Version
+from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Progress, Version
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
@@ -306,6 +306,16 @@ async def test_unload_and_preload(make: Make) -> None:
     held.release()
     (await exchange.acquire(ref("c"))).release()
     assert not await exchange.unload("none")
+
+
+async def test_adapters_of_the_demo_are_listed_before_they_are_used(
+    make: Make, saved: Path
+) -> None:
+    exchange = make(sources={"demo": DemoSource(saved)})
+    names = sorted(folder.name for folder in saved.iterdir())
+    with await exchange.acquire(ref("b")):
+        states = {status.name: status.state for status in await exchange.adapters()}
+    assert states == dict.fromkeys(names, "listed") | {"b": "ready"}
 
 
 async def test_preloading_what_is_not_there(make: Make) -> None:
