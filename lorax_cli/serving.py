@@ -53,9 +53,9 @@ async def serve(config: EngineConfig, started: Started) -> None:
 
     Raises what keeps the server from starting, and EngineDead.
     """
+    from engine.logs import configure_logging
     from engine.server.app import run
     from engine.server.front import FRONT
-    from engine.server.logs import configure_logging
 
     configure_logging(config.server)
     async with opened(config, local=False) as app:

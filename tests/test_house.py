@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # docs/architecture.md, "Who may import whom": a module imports its own package and those of lower levels; siblings
 # never import each other, but at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("engine.config", "engine.errors", "engine.messages", "engine.metrics", "engine.platform"),
+    (
+        "engine.config",
+        "engine.errors",
+        "engine.logs",
+        "engine.messages",
+        "engine.metrics",
+        "engine.platform",
+    ),
     ("engine.ops",),
     ("engine.layers",),
     ("engine.models",),

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import signal
 import socket
 import sys
 
 import msgspec
 
-from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError
+from engine.logs import configure_logging
 from engine.process.messages import Failed, Setup
 from engine.process.pipe import frame, read_message
 
@@ -38,7 +37,7 @@ def join(role: str, socket_fd: int) -> tuple[socket.socket, Setup]:
     setup = read_message(end, Setup)
     if setup is None:
         raise SystemExit(0)
-    _log_to_stderr(setup.config, role)
+    configure_logging(setup.config.server, role)
     return end, setup
 
 
@@ -57,11 +56,3 @@ def refuse(end: socket.socket, role: str, error: Exception) -> int:
         end.setblocking(True)
         end.sendall(frame(message))
     return code
-
-
-def _log_to_stderr(config: EngineConfig, role: str) -> None:
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        stream=sys.stderr,
-        format=f"%(asctime)s %(levelname)s {role}[{os.getpid()}] %(name)s: %(message)s",
-    )

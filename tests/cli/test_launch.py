@@ -81,7 +81,7 @@ def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
     """The whole program, with its processes: prints its free port, answers, ends with 0 at SIGTERM."""
     given = ["--model-id", "base", "--port", "0", "--hostname", "127.0.0.1", *BUDGET]
-    program = [sys.executable, "-m", "lorax_cli", "launch", *given]
+    program = [sys.executable, "-m", "lorax_cli", "launch", "--json-output", *given]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
         program, cwd=demo_folder, stderr=subprocess.PIPE, text=True, env=environment
@@ -93,6 +93,7 @@ async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
                 line = running.stderr.readline()
                 assert line, told
                 told += line
+            assert '"process":"shard[' in told
             async with Client(found[1]) as client:
                 assert await client.health()
                 assert (await client.info())["model_id"] == "base"

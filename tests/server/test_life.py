@@ -17,9 +17,9 @@ from openai import AsyncOpenAI
 
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import EngineDead
+from engine.logs import configure_logging
 from engine.server.app import build_app, run
 from engine.server.front import FRONT
-from engine.server.logs import configure_logging
 from engine.server.text import Text
 from tests.server.fake import FakeBackend, Json, Start, events_of
 
@@ -194,13 +194,14 @@ async def test_logs(capsys: pytest.CaptureFixture[str], start: Start) -> None:
         found = json.loads(line)
         assert found["level"] == "DEBUG" and "GET /health 200" in found["message"]
         assert found["timestamp"].endswith("+00:00")
+        assert found["process"] == f"front[{os.getpid()}]"
         body = {"inputs": "x", "wrong": 1, "parameters": {"temprature": 1, "top_k": 3}}
         await client.post("/generate", json=body)
         assert "not known: wrong, temprature" in capsys.readouterr().err
         configure_logging(ServerConfig(log_level="info"))
         await client.get("/health")
         logger.info("hello")
-        assert "INFO engine: hello" in capsys.readouterr().err
+        assert f"INFO front[{os.getpid()}] engine: hello" in capsys.readouterr().err
     finally:
         logger.handlers[:], logger.propagate = before[0], before[2]
         logger.setLevel(before[1])

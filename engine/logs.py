@@ -1,4 +1,4 @@
-"""Logging of the server: one line for each record, or one JSON object."""
+"""Logging of every process on stderr: one line for each record, or one JSON object."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from engine.config import ServerConfig
 
 
 class JsonFormatter(logging.Formatter):
-    """{"timestamp", "level", "target", "message"}, and "exception" where there is one."""
+    """{"timestamp", "level", "process", "target", "message"}, and "exception" where there is one."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self.role = role
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
+            "process": f"{self.role}[{record.process}]",
             "target": record.name,
             "message": record.getMessage(),
         }
@@ -26,11 +31,11 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
-def configure_logging(config: ServerConfig) -> None:
-    """Sets up the logger `engine` on stderr."""
+def configure_logging(config: ServerConfig, role: str = "front") -> None:
+    """Sets up the logger `engine` on stderr; `role` is what this process is."""
     output = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    output.setFormatter(JsonFormatter() if config.json_output else plain)
+    plain = f"%(asctime)s %(levelname)s {role}[%(process)d] %(name)s: %(message)s"
+    output.setFormatter(JsonFormatter(role) if config.json_output else logging.Formatter(plain))
     logger = logging.getLogger("engine")
     logger.handlers[:] = [output]
     logger.setLevel(config.log_level.upper())
