@@ -1,7 +1,7 @@
 """Build the demo model from nothing: `python -m tools.demo.build`.
 
 Tokenizer and base, then the adapters, then `demo.json`, then the table of held-out accuracy. About
-three quarters of an hour on two idle cores. One seed fixes text, tokenizer and data order; weights
+55 minutes on two idle cores. One seed fixes text, tokenizer and data order; weights
 differ in their last bits from one kind of processor to another.
 """
 
