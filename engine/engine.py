@@ -22,9 +22,9 @@ from engine.messages import AdapterImageRef, EngineInfo, EngineStats, Request, U
 from engine.models import weights
 from engine.models.decoder import Decoder
 from engine.ops.layout import RECORD_WORDS, AdapterLayout
-from engine.platform import Platform, detect
+from engine.platform import detect
 from engine.runner.batch import Adapters
-from engine.runner.memory import MemoryPlan, plan_memory
+from engine.runner.memory import plan_memory
 from engine.runner.rows import RowTable
 from engine.runner.runner import Runner
 from engine.scheduler.blocks import BlockPool
@@ -171,6 +171,3 @@ class Engine:
     def close(self) -> None:
         """Lets go of the memory."""
         del self.runner, self.model
-
-
-__all__ = ["Engine", "MemoryPlan", "Platform"]

@@ -1,4 +1,4 @@
-"""Random adapters in PEFT's files, for benchmarks: the shapes come from a base model's layout, nothing is trained."""
+"""Adapters for benchmarks and tests: random ones in PEFT's files, and any folder's as an image in a host region."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from engine.adapters.tiers import UNIT, HostRegion
+from engine.lora.formats import load_peft
+from engine.lora.image import image_size, write_image
+from engine.messages import AdapterImageRef
 from engine.ops.layout import AdapterLayout
 
 
@@ -43,3 +47,15 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def stage(
+    folder: Path, layout: AdapterLayout, region: HostRegion, offset: int
+) -> tuple[AdapterImageRef, int]:
+    """Writes the image of a folder's adapter at `offset` of the region, as the exchange would; and where it ends."""
+    files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    with load_peft(*files, layout) as weights:
+        size = image_size(weights, layout)
+        digest = write_image(weights, layout, region.view[offset : offset + size.total])
+    end = offset + -(-size.total // UNIT) * UNIT
+    return AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, folder.name), end

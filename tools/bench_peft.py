@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
-from engine.lora.formats import load_peft
-from engine.lora.image import image_size, write_image
 from engine.messages import AdapterImageRef, Request, SamplingParams
+from tools.adapters import stage
 
 RANK = 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -111,17 +110,10 @@ class Ours:
         self.count = 0
 
     def _stage(self, adapters: list[Path]) -> list[AdapterImageRef]:
-        images, free, layout = [], 0, self.engine.layout
+        images, free = [], 0
         for folder in adapters:
-            files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-            with load_peft(*files, layout) as weights:
-                size = image_size(weights, layout)
-                out = self.region.view[free : free + size.total]
-                digest = write_image(weights, layout, out)
-            images.append(
-                AdapterImageRef(digest, free, size.data_bytes, size.max_rank, folder.name)
-            )
-            free += (size.total + 255) // 256 * 256
+            image, free = stage(folder, self.engine.layout, self.region, free)
+            images.append(image)
         return images
 
     @property

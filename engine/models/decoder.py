@@ -72,6 +72,8 @@ class Decoder:
         self.layout: AdapterLayout = layout_of(spec, str(dtype).removeprefix("torch."))
         last = spec.num_layers
         self.embedding = Embedding(self.layout.ends[EMBEDDING], (last, EMBEDDING), dtype, device)
+        # Rounded as the checkpoint's own code rounds it, before it multiplies.
+        self.embedding_scale = torch.tensor(spec.scales.embedding, dtype=dtype).item()
         self.position_table: Tensor | None = None
         if isinstance(spec.position, Rope):
             table = cos_sin_table(
@@ -100,7 +102,7 @@ class Decoder:
         scales = self.spec.scales
         x = self.embedding(batch.ids, batch.lora)
         if scales.embedding != 1.0:
-            x = x * torch.tensor(scales.embedding, dtype=x.dtype)
+            x = x * self.embedding_scale
         if self.position_table is not None:
             x = x + self.position_table[batch.positions]
         residual: Tensor | None = None

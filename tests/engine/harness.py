@@ -8,8 +8,6 @@ from pathlib import Path
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
-from engine.lora.formats import load_peft
-from engine.lora.image import image_size, write_image
 from engine.messages import (
     AdapterImageRef,
     FinishReason,
@@ -18,6 +16,7 @@ from engine.messages import (
     TokenOutput,
     Usage,
 )
+from tools.adapters import stage
 
 MIB = 1 << 20
 
@@ -65,14 +64,7 @@ class Harness:
 
     def stage(self, folder: Path) -> AdapterImageRef:
         """Writes the adapter's image into the region, as the exchange would."""
-        layout = self.engine.layout
-        files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        with load_peft(*files, layout) as weights:
-            size = image_size(weights, layout)
-            out = self.region.view[self.free : self.free + size.total]
-            digest = write_image(weights, layout, out)
-        image = AdapterImageRef(digest, self.free, size.data_bytes, size.max_rank, folder.name)
-        self.free += (size.total + 255) // 256 * 256
+        image, self.free = stage(folder, self.engine.layout, self.region, self.free)
         return image
 
     def run(self, requests: list[Request], check: bool = True) -> dict[str, Outcome]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,10 @@ from torch import Tensor
 from engine.ops import extension, reference
 
 status = extension.load()
-pytestmark = pytest.mark.skipif(status.path is None, reason=status.reason or "")
+pytestmark = [
+    pytest.mark.skipif(status.path is None, reason=status.reason or ""),
+    pytest.mark.usefixtures("fresh"),
+]
 
 ops = torch.ops.lorax
 LAYERS, LAYER = 3, 1
@@ -100,28 +102,6 @@ def check(cache: Cache, *, places: float = 0.0, **options: float) -> None:
     )
     torch.testing.assert_close(actual, expected, rtol=places, atol=places)
     assert torch.equal(cache.kv.nan_to_num(1234.0), before.nan_to_num(1234.0))
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Another seed every time, shown when the test fails; one thread, unless the test says otherwise."""
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test runs with the kernels of every instruction set that this machine has."""
-    if not extension.use_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    extension.use_isa(status.isa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

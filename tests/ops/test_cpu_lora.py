@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -16,7 +15,10 @@ from engine.ops import extension, reference
 from engine.ops.layout import ALIGN, MAX_TARGETS, RECORD_WORDS, padded, row_stride
 
 status = extension.load()
-pytestmark = pytest.mark.skipif(status.path is None, reason=status.reason or "")
+pytestmark = [
+    pytest.mark.skipif(status.path is None, reason=status.reason or ""),
+    pytest.mark.usefixtures("fresh"),
+]
 
 ops = torch.ops.lorax
 LAYERS, GROUPS = 2, 3
@@ -203,28 +205,6 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
     inside = torch.zeros_like(around, dtype=torch.bool)
     inside[:, 8 : 8 + y.shape[1]] = True
     assert torch.equal(y._base[~inside], around[~inside])
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Another seed every time, shown when the test fails; one thread, unless the test says otherwise."""
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test runs with the kernels of every instruction set that this machine has."""
-    if not extension.use_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    extension.use_isa(status.isa)
 
 
 SHAPES = [(288, [288, 96, 96]), (67, [33, 1, 50]), (1, [9]), (136, [136, 136])]
