@@ -78,6 +78,7 @@ class Pipe(asyncio.Protocol, Generic[T]):
         self._on_message = on_message
         self._on_end = on_end
         self._transport: asyncio.Transport | None = None
+        self._finished = False
 
     async def connect(self, end: socket.socket) -> None:
         """Takes `end` over, whatever comes."""
@@ -88,14 +89,20 @@ class Pipe(asyncio.Protocol, Generic[T]):
             raise
 
     def send(self, message: msgspec.Struct) -> None:
-        """Does not wait; to a peer that ended, does nothing."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame(message))
+        """Does not wait; to a peer that ended, or was told to, does nothing."""
+        if (transport := self._writable) is not None:
+            transport.write(frame(message))
 
     def finish(self) -> None:
         """Tells the peer to end; what it still says arrives."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write_eof()
+        if (transport := self._writable) is not None:
+            transport.write_eof()
+        self._finished = True
+
+    @property
+    def _writable(self) -> asyncio.Transport | None:
+        transport = self._transport
+        return None if self._finished or transport is None or transport.is_closing() else transport
 
     def close(self) -> None:
         if self._transport is not None:

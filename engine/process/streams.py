@@ -52,7 +52,7 @@ class Streams:
                     raise _again(self._dead)
         finally:
             try:
-                if not stream.ended and self._dead is None:
+                if not stream.ended:
                     await self._let_go(request.id, stream)
             finally:
                 del self._open[request.id]

@@ -186,3 +186,13 @@ def test_children_of_a_killed_parent_end() -> None:
 def test_front_does_without_torch() -> None:
     code = "import sys, engine.process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+async def test_lease_may_be_released_while_the_backend_closes(start: Start) -> None:
+    backend = await start()
+    lease = await backend.acquire(AdapterRef(("a",)), None)
+    closing = asyncio.create_task(backend.close())
+    await backend.closed.wait()
+    await asyncio.sleep(0)  # until the processes have been told to end
+    lease.release()
+    await closing
