@@ -5,7 +5,9 @@ torch 2.11 and later under every Python. A missing compiler or a failing build i
 the engine then runs on its reference ops and says so.
 
     LORAX_BUILD_EXTENSIONS=0   build nothing
-    CXX                        the compiler (default: c++)
+    CXX                        the C++ compiler (default: c++)
+    CUDACXX                    the CUDA compiler (default: nvcc)
+    LORAX_CUDA_ARCHS           GPUs to build for, as in 80;90a (default: the one of this machine; without one, all)
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -52,6 +55,17 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512vl",
     ]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+CUDA_SOURCES = Path("engine/csrc/cuda")
+CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+class Job(NamedTuple):
+    """One file to compile."""
+
+    source: Path
+    name: str  # of the object file
+    command: list[str]  # the compiler and its flags
 
 
 class BuildExtensions(build_ext):
@@ -62,8 +76,9 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         builders = {
-            "engine.ops._lorax_cpu": self.build_cpu
-        }  # CUDA: engine/csrc/*.cu, with nvcc, goes here
+            "engine.ops._lorax_cpu": self.build_cpu,
+            "engine.ops._lorax_cuda": self.build_cuda,
+        }
         try:
             builders[ext.name]()
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
@@ -77,33 +92,72 @@ class BuildExtensions(build_ext):
 
         root = Path(torch.__file__).parent
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        target = Path(self.get_ext_fullpath("engine.ops._lorax_cpu"))
-        headers = max(path.stat().st_mtime for path in [*CPU_SOURCES.glob("*.h"), Path(__file__)])
-        objects = Path(self.build_temp) / "cpu"
-        objects.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        jobs = [
+            Job(source, name, [*compiler, *CPU_FLAGS, *flags])
+            for source, name, flags in self.cpu_jobs(root / "include")
+        ]
+        files = self.compile(CPU_SOURCES, jobs)
+        link = [*compiler, "-shared", *files, f"-L{root / 'lib'}", "-ltorch_cpu"]
+        if sys.platform == "linux":
+            link += ["-Wl,-z,defs", "-Wl,--as-needed", "-Wl,-s"]
+        self.link("engine.ops._lorax_cpu", link)
 
-        def compile_one(job: tuple[Path, str, list[str]]) -> str:
-            source, name, flags = job
-            output = objects / f"{name}.o"
-            if not output.exists() or output.stat().st_mtime <= max(
-                headers, source.stat().st_mtime
-            ):
-                subprocess.run(
-                    [*compiler, *CPU_FLAGS, *flags, "-c", str(source), "-o", str(output)],
-                    check=True,
-                )
+    def build_cuda(self) -> None:
+        """Compiles each kernel for the wanted GPUs and the bindings once, then links with a static CUDA runtime.
+
+        Needs no GPU and no CUDA build of torch, but without either builds only what LORAX_CUDA_ARCHS asks for.
+        """
+        import torch
+
+        given = os.environ.get("LORAX_CUDA_ARCHS")
+        if not given and torch.version.cuda is None:
+            return
+        archs = given.split(";") if given else CUDA_ARCHS
+        if not given and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            archs = (f"{major}{minor}" + "a" * (major == 9),)
+        root = Path(torch.__file__).parent
+        nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        toolkit = Path(nvcc).resolve().parent.parent
+        flags = [*CUDA_FLAGS, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
+        bind = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", "-O2"]
+        bind += [f"-isystem{root / 'include'}", f"-isystem{toolkit / 'include'}"]
+        compiler = [*shlex.split(os.environ.get("CXX", "c++")), *CPU_FLAGS]
+        jobs = [Job(p, p.stem, [nvcc, *flags]) for p in sorted(CUDA_SOURCES.glob("*.cu"))]
+        jobs += [
+            Job(p, f"{p.stem}-host", [*compiler, *bind]) for p in sorted(CUDA_SOURCES.glob("*.cpp"))
+        ]
+        files = self.compile(CUDA_SOURCES, jobs)
+        link = [nvcc, "-shared", "-cudart=static", *files, f"-L{root / 'lib'}", "-ltorch_cpu"]
+        self.link("engine.ops._lorax_cuda", link)
+
+    def compile(self, sources: Path, jobs: list[Job]) -> list[str]:
+        """Object files of the jobs, those that are out of date compiled anew, side by side."""
+        headers = [*sources.glob("*.h"), *sources.glob("*.cuh"), Path(__file__)]
+        newest = max(path.stat().st_mtime for path in headers)
+        objects = Path(self.build_temp) / sources.name
+        objects.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(job: Job) -> str:
+            output = objects / f"{job.name}.o"
+            current = output.exists() and output.stat().st_mtime > max(
+                newest, job.source.stat().st_mtime
+            )
+            if not current:
+                subprocess.run([*job.command, "-c", str(job.source), "-o", str(output)], check=True)
             return str(output)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            files = list(pool.map(compile_one, self.cpu_jobs(root / "include")))
-        fresh = objects / target.name
-        link = ["-shared", "-o", str(fresh), *files, f"-L{root / 'lib'}", "-ltorch_cpu"]
-        if sys.platform == "linux":
-            link += ["-Wl,-z,defs", "-Wl,--as-needed", "-Wl,-s"]
-        subprocess.run([*compiler, *link], check=True)
+            return list(pool.map(compile_one, jobs))
+
+    def link(self, name: str, command: list[str]) -> None:
+        """Puts the library in its place at once: a process that runs the old one keeps it."""
+        target = Path(self.get_ext_fullpath(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(self.build_temp) / target.name
+        subprocess.run([*command, "-o", str(fresh)], check=True)
         shutil.copy(fresh, f"{target}.new")
-        os.replace(f"{target}.new", target)  # a process that runs the old library keeps it
+        os.replace(f"{target}.new", target)
 
     @staticmethod
     def cpu_jobs(include: Path) -> Iterator[tuple[Path, str, list[str]]]:
@@ -134,7 +188,10 @@ class AnyPythonWheel(bdist_wheel):
 def extensions() -> list[Extension]:
     if os.environ.get("LORAX_BUILD_EXTENSIONS") == "0" or sys.platform not in ("linux", "darwin"):
         return []
-    return [Extension("engine.ops._lorax_cpu", sources=[], optional=True)]
+    names = ["engine.ops._lorax_cpu"]
+    if sys.platform == "linux":
+        names.append("engine.ops._lorax_cuda")
+    return [Extension(name, sources=[], optional=True) for name in names]
 
 
 setup(

@@ -17,7 +17,7 @@ from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
-from engine.lora.placement import Placer
+from engine.lora.placement import CudaPlacer, Placer
 from engine.messages import AdapterImageRef, EngineInfo, EngineStats, Request, Update
 from engine.models import weights
 from engine.models.decoder import Decoder
@@ -44,9 +44,12 @@ class Engine:
         config: EngineConfig,
         region: HostRegion,
         clock: Callable[[], float] = time.monotonic,
+        run_ahead: int | None = None,
     ) -> None:
+        """`run_ahead`: steps launched before the oldest is read back, 0 or 1; None: 1 on a GPU, 0 on a CPU."""
         started = time.perf_counter()
         self.platform = detect(config)
+        self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
         self.spec = models.spec_from(folder)
         dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
@@ -89,7 +92,7 @@ class Engine:
             -(-plan.max_total_tokens // plan.block_size),
             device,
         )
-        placer = Placer(arena, records, region)
+        placer = (CudaPlacer if self.platform.is_cuda else Placer)(arena, records, region)
         self.runner = Runner(self.model, rows, cache, Adapters(arena, records), placer)
 
     def _start_scheduler(self, config: EngineConfig, clock: Callable[[], float]) -> None:
@@ -158,16 +161,20 @@ class Engine:
     def step(self) -> list[Update]:
         """One step of the batch, or nothing if there is nothing to do."""
         plan = self.scheduler.plan()
-        if plan is None:
-            return self.scheduler.take_updates()
-        self.runner.launch(plan)
-        return self.scheduler.commit(self.runner.collect())
+        if plan is not None:
+            self.runner.launch(plan)
+        if len(self.runner.launched) > (0 if plan is None else self.run_ahead):
+            return self.scheduler.commit(self.runner.collect())
+        return self.scheduler.take_updates()
 
     def fail(self, error: LoraxError) -> list[Update]:
         """Ends the requests of a step that failed, with an error; all others go on."""
+        self.runner.abandon()
         self.scheduler.fail(None, error)
         return self.scheduler.take_updates()
 
     def close(self) -> None:
         """Lets go of the memory."""
+        self.runner.abandon()
+        self.runner.placer.close()
         del self.runner, self.model

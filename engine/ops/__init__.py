@@ -4,5 +4,7 @@ from engine.ops import schemas as schemas
 from engine.ops.extension import ExtensionStatus as ExtensionStatus
 from engine.ops.extension import backends as backends
 from engine.ops.extension import load as load
+from engine.ops.extension import load_cuda as load_cuda
 
 load()
+load_cuda()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +13,12 @@ import torch
 
 from engine.ops.schemas import NAMESPACE, SCHEMAS
 
-Backend = Literal["extension", "reference"]
+Backend = Literal["extension", "torch", "reference"]
 
 CPU_LIBRARY = Path(__file__).with_name("_lorax_cpu.so")
-DEVICES = ("cpu",)  # those an extension exists for
+CUDA_LIBRARY = Path(__file__).with_name("_lorax_cuda.so")
+DEVICES = ("cpu", "cuda")  # those an extension exists for
+BY_TORCH = {("linear", "cuda")}  # whose reference is torch's fast path: cuBLAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +27,7 @@ class ExtensionStatus:
 
     device: str
     path: Path | None  # None: not loaded
-    isa: (
-        str | None
-    )  # the instruction set chosen on this machine: generic, avx2, avx512 or avx512_bf16
+    isa: str | None  # instruction set in use: generic, avx2, avx512, avx512_bf16; None on a GPU
     ops: frozenset[str]  # those that it serves; the reference serves the others
     reason: str | None  # why it is missing; None if it is loaded
 
@@ -48,16 +48,36 @@ def load(library: Path = CPU_LIBRARY) -> ExtensionStatus:
     return ExtensionStatus("cpu", library, _functions(library).lorax_cpu_isa().decode(), ops, None)
 
 
+@cache
+def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
+    """Loads the CUDA library once, where torch sees a GPU. Never raises: a missing library has a reason."""
+    missing = ExtensionStatus("cuda", None, None, frozenset(), "torch sees no GPU")
+    if not torch.cuda.is_available():
+        return missing
+    if not library.exists():
+        return replace(
+            missing, reason=f"{library.name} was not built; install the package with nvcc"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return replace(missing, reason=f"{library.name} does not load: {error}")
+    ops = frozenset(op for op in SCHEMAS if _registered(op, "CUDA"))
+    return ExtensionStatus("cuda", library, None, ops, None)
+
+
 def backends() -> MappingProxyType[str, MappingProxyType[str, Backend]]:
     """What serves each op on each device, for logs and `/info`."""
     served: dict[str, MappingProxyType[str, Backend]] = {}
     for op in SCHEMAS:
-        by_device: dict[str, Backend] = {
-            device: "extension" if _registered(op, device.upper()) else "reference"
-            for device in DEVICES
-        }
-        served[op] = MappingProxyType(by_device)
+        served[op] = MappingProxyType({device: _backend(op, device) for device in DEVICES})
     return MappingProxyType(served)
+
+
+def _backend(op: str, device: str) -> Backend:
+    if _registered(op, device.upper()):
+        return "extension"
+    return "torch" if (op, device) in BY_TORCH else "reference"
 
 
 def use_isa(name: str, library: Path = CPU_LIBRARY) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch
-from engine.messages import Chunk, Placement, StepPlan, StepResult, TokenOutput
+from engine.messages import Chunk, Placement, StepPlan, StepResult
 from engine.runner.batch import Adapters, BatchBuilder
+from engine.runner.readback import Mark, read_back
 from engine.runner.rows import RowTable
-from engine.runner.sampler import SamplePlan
-
-COPY_BESIDE_STEP = 4 << 20  # bytes of adapters copied in a step that also computes
-COPY_ALONE = 64 << 20
+from engine.runner.sampler import Sampled, SamplePlan
 
 
 class Model(Protocol):
@@ -24,6 +24,9 @@ class Model(Protocol):
 class Placer(Protocol):
     """Moves adapter images from the host tier into the arena, a piece at a time."""
 
+    beside_step: int  # bytes to copy in a step that also computes
+    alone: int  # and in one that does not
+
     def start(self, placement: Placement) -> None: ...
 
     def advance(self, max_bytes: int) -> list[int]:
@@ -32,9 +35,25 @@ class Placer(Protocol):
 
     def unplace(self, slot: int) -> None: ...
 
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step whose results are on their way."""
+
+    step: int
+    sampled: Sampled | None
+    prompt: dict[int, Tensor]  # chunk index -> log-probabilities
+    resident: list[int]
+    mark: Mark  # reached when all of it has arrived
+
 
 class Runner:
-    """`launch` starts a step, `collect` waits for its result; on a CPU the first does all the work."""
+    """`launch` starts a step, `collect` waits for its result; on a CPU the first does all the work.
+
+    A step may be launched before the one before it was collected: what it needs of that one is on the device.
+    """
 
     def __init__(
         self, model: Model, rows: RowTable, cache: Tensor, adapters: Adapters, placer: Placer
@@ -43,22 +62,32 @@ class Runner:
         self.adapters = adapters
         self.builder = BatchBuilder(rows, cache, adapters)
         self.decode_sampling = SamplePlan([], rows.device)
-        self.results: list[StepResult] = []
+        self.way = read_back(rows.device)
+        self.launched: deque[_Launched] = deque()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
         self._apply(plan)
         busy = bool(self.builder.decode or plan.chunks)
-        outputs: list[TokenOutput] = []
-        prompt: dict[int, list[float]] = {}
-        if busy:
-            outputs, prompt = self._compute(plan.chunks)
-        resident = self.placer.advance(COPY_BESIDE_STEP if busy else COPY_ALONE)
-        self.results.append(StepResult(plan.step, outputs, prompt, resident))
+        sampled, prompt = self._compute(plan.chunks) if busy else (None, {})
+        resident = self.placer.advance(self.placer.beside_step if busy else self.placer.alone)
+        self.launched.append(_Launched(plan.step, sampled, prompt, resident, self.way.mark()))
 
     def collect(self) -> StepResult:
         """The result of the oldest step that was launched and not collected."""
-        return self.results.pop(0)
+        launched = self.launched.popleft()
+        launched.mark.synchronize()
+        return StepResult(
+            launched.step,
+            launched.sampled.outputs() if launched.sampled is not None else [],
+            {index: logprobs.tolist() for index, logprobs in launched.prompt.items()},
+            launched.resident,
+        )
+
+    def abandon(self) -> None:
+        """Drops the steps in flight; returns when the device no longer works on them."""
+        self.launched.clear()
+        self.way.mark().synchronize()
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.release:
@@ -77,13 +106,13 @@ class Runner:
             params = [self.rows.params[row] for row in plan.decode]
             self.decode_sampling = SamplePlan(params, self.rows.device)
 
-    def _compute(self, chunks: list[Chunk]) -> tuple[list[TokenOutput], dict[int, list[float]]]:
+    def _compute(self, chunks: list[Chunk]) -> tuple[Sampled | None, dict[int, Tensor]]:
         batch, rows = self.builder.build(chunks)
         logits = self.model(batch)
         sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
         num_decode = len(self.builder.decode)
         wanted = num_decode + len(sampled)
-        outputs: list[TokenOutput] = []
+        out: Sampled | None = None
         if wanted:
             sampling = self.decode_sampling
             if sampled:
@@ -92,13 +121,14 @@ class Runner:
             index = [*range(num_decode), *(num_decode + i for i in sampled)]
             out_rows = rows[index]
             lengths = self.rows.computed[out_rows]
-            tokens, outputs = sampling.sample(logits[:wanted], self.rows, out_rows, lengths)
-            self.rows.store(out_rows, lengths, tokens)
-        return outputs, self._prompt_logprobs(chunks, logits[wanted:])
+            new_tokens = sampling.sample(logits[:wanted], self.rows, out_rows, lengths)
+            self.rows.store(out_rows, lengths, new_tokens.tokens)
+            out = new_tokens.fetched(self.way)
+        return out, self._prompt_logprobs(chunks, logits[wanted:])
 
-    def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, list[float]]:
+    def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, Tensor]:
         """Log-probability of the known token after each position of the chunks that want them."""
-        found: dict[int, list[float]] = {}
+        found: dict[int, Tensor] = {}
         first = 0
         for i, chunk in enumerate(chunks):
             if chunk.prompt_logprobs:
@@ -109,6 +139,6 @@ class Runner:
                     chunk.row, chunk.start + 1 : chunk.start + 1 + known
                 ].long()
                 rows = logits[first : first + known].log_softmax(-1)
-                found[i] = rows.gather(1, after[:, None])[:, 0].tolist()
+                found[i] = self.way.fetch(rows.gather(1, after[:, None])[:, 0])
                 first += chunk.count
         return found

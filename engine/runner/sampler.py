@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.messages import SamplingParams, TokenOutput
+from engine.runner.readback import ReadBack
 from engine.runner.rows import RowTable
 
 PHILOX_ROUNDS = 10
@@ -186,8 +187,8 @@ class SamplePlan:
         table: RowTable,
         rows: Tensor,  # [n] int64
         lengths: Tensor,  # [n] int64: known tokens of each row = position of the new one
-    ) -> tuple[Tensor, list[TokenOutput]]:
-        """The new tokens [n], as a tensor and as outputs with the log-probabilities that were asked for."""
+    ) -> Sampled:
+        """The new tokens [n], with the log-probabilities that were asked for."""
         report = None
         if self.reported_rows:
             report = logits[self.reported].log_softmax(-1)
@@ -202,21 +203,50 @@ class SamplePlan:
             probs = distribution(logits[self.drawn], self.filters)
             uniform = philox_uniform(self.filters.seeds, lengths[self.drawn])
             chosen = chosen.index_copy(0, self.drawn, draw(probs, uniform))
-        return chosen, self._outputs(chosen, report)
-
-    def _outputs(self, chosen: Tensor, report: Tensor | None) -> list[TokenOutput]:
-        plain = chosen.tolist()
-        outputs = [TokenOutput(token) for token in plain]
         if report is None:
+            return Sampled(self, chosen)
+        logprobs = report.gather(1, chosen[self.reported][:, None])[:, 0]
+        if not self.num_alternatives:
+            return Sampled(self, chosen, logprobs)
+        top = report.topk(min(self.num_alternatives, report.shape[1]))
+        return Sampled(self, chosen, logprobs, top.indices, top.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one step sampled: on the device, or fetched."""
+
+    plan: SamplePlan
+    tokens: Tensor  # [n] int64
+    logprobs: Tensor | None = None  # [reported] float32
+    top_ids: Tensor | None = None  # [reported, alternatives] int64
+    top_logprobs: Tensor | None = None
+
+    def fetched(self, way: ReadBack) -> Sampled:
+        """The same on its way to the host."""
+
+        def fetch(part: Tensor | None) -> Tensor | None:
+            return part if part is None else way.fetch(part)
+
+        return Sampled(
+            self.plan,
+            way.fetch(self.tokens),
+            fetch(self.logprobs),
+            fetch(self.top_ids),
+            fetch(self.top_logprobs),
+        )
+
+    def outputs(self) -> list[TokenOutput]:
+        """The tokens as messages; only once they have arrived."""
+        plain = self.tokens.tolist()
+        outputs = [TokenOutput(token) for token in plain]
+        if self.logprobs is None:
             return outputs
-        logprobs = report.gather(1, chosen[self.reported][:, None])[:, 0].tolist()
-        ids: list[list[int]] = []
-        values: list[list[float]] = []
-        if self.num_alternatives:
-            top = report.topk(min(self.num_alternatives, report.shape[1]))
-            ids, values = top.indices.tolist(), top.values.tolist()
-        for k, i in enumerate(self.reported_rows):
-            count = self.params[i].num_alternatives
+        logprobs = self.logprobs.tolist()
+        ids = [] if self.top_ids is None else self.top_ids.tolist()
+        values = [] if self.top_logprobs is None else self.top_logprobs.tolist()
+        for k, i in enumerate(self.plan.reported_rows):
+            count = self.plan.params[i].num_alternatives
             pairs = list(zip(ids[k][:count], values[k][:count], strict=True)) if count else None
             outputs[i] = TokenOutput(plain[i], logprobs[k], pairs)
         return outputs

@@ -57,9 +57,11 @@ class Outcome:
 class Harness:
     """One engine; `stage` puts adapters into its host region, `run` ends a list of requests."""
 
-    def __init__(self, config: EngineConfig, host_mib: int = 64) -> None:
+    def __init__(
+        self, config: EngineConfig, host_mib: int = 64, run_ahead: int | None = None
+    ) -> None:
         self.region = HostRegion.create(host_mib * MIB)
-        self.engine = Engine(config, self.region)
+        self.engine = Engine(config, self.region, run_ahead=run_ahead)
         self.free = 0
 
     def stage(self, folder: Path) -> AdapterImageRef:

@@ -71,12 +71,14 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return found
 
 
-@pytest.fixture
-def make(scene: Scene) -> Iterator[Callable[..., Harness]]:
+@pytest.fixture(params=[0, 1], ids=["in turn", "run ahead"])
+def make(scene: Scene, request: pytest.FixtureRequest) -> Iterator[Callable[..., Harness]]:
+    """Engines that launch a step after, or before, the one before it was read back."""
     made: list[Harness] = []
 
     def build(**options: object) -> Harness:
-        made.append(Harness(config_of(scene.base, **options)))  # type: ignore[arg-type]
+        config = config_of(scene.base, **options)  # type: ignore[arg-type]
+        made.append(Harness(config, run_ahead=request.param))
         return made[-1]
 
     yield build

@@ -134,7 +134,7 @@ def test_draws_follow_the_distribution() -> None:
     params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(n)]
     table, _ = table_of(1, [SamplingParams()])
     rows = torch.ones(n, dtype=torch.int64)
-    chosen, _ = SamplePlan(params, CPU).sample(logits, table, rows, torch.full((n,), 11))
+    chosen = SamplePlan(params, CPU).sample(logits, table, rows, torch.full((n,), 11)).tokens
     frequency = torch.bincount(chosen, minlength=5) / n
     expected = logits[0].softmax(-1)
     # Five standard deviations of a binomial share.
@@ -153,20 +153,22 @@ def test_a_row_samples_the_same_alone_and_in_a_batch() -> None:
     table, lengths = table_of(len(params), params)
     logits = logits_of(len(params), 1.5, 9)
     rows = torch.arange(1, len(params) + 1)
-    chosen, outputs = SamplePlan(params, CPU).sample(logits, table, rows, lengths)
+    sampled = SamplePlan(params, CPU).sample(logits, table, rows, lengths)
+    chosen, outputs = sampled.tokens, sampled.outputs()
     assert chosen.tolist() == [output.token for output in outputs]
     for i, one in enumerate(params):
         alone = SamplePlan([one], CPU).sample(
             logits[i : i + 1], table, rows[i : i + 1], lengths[i : i + 1]
         )
-        assert alone[1] == [outputs[i]]
+        assert alone.outputs() == [outputs[i]]
 
 
 def test_log_probabilities_are_the_models_own() -> None:
     params = [SamplingParams(temperature=2.0, top_k=2, logprobs=True, num_alternatives=4, seed=1)]
     table, lengths = table_of(1, params)
     logits = logits_of(1, 1.0, 8)
-    (output,) = SamplePlan(params, CPU).sample(logits, table, torch.tensor([1]), lengths)[1]
+    sampled = SamplePlan(params, CPU).sample(logits, table, torch.tensor([1]), lengths)
+    (output,) = sampled.outputs()
     expected = logits.log_softmax(-1)[0]
     assert output.logprob == float(expected[output.token])
     assert output.alternatives is not None
