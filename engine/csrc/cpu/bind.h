@@ -12,6 +12,10 @@
 
 #include "kernels.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace lorax {
 
 using torch::headeronly::ScalarType;

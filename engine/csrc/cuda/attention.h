@@ -1,0 +1,40 @@
+// Attention over the paged cache: what the kernels need to know. Strides are in elements.
+#pragma once
+
+#include "kernels.h"
+
+namespace lorax::cuda {
+
+constexpr int kAttentionMaxParts = 16;   // a decode's keys are cut into at most so many parts
+constexpr int kAttentionPartSize = 256;  // and a part has at least so many positions
+constexpr int kAttentionMaxSize = 256;   // largest head size
+
+struct AttentionArgs {
+  DType dtype, kv_dtype;  // of q and out, of the cache
+  const void* q;          // [tokens, heads, size]
+  int64_t q_stride, q_head_stride;
+  void* out;       // [tokens, heads, size] contiguous
+  const void* kv;  // keys of the layer: [blocks, 2, block, groups, size], strides below
+  int64_t block_stride, value_stride, position_stride, kv_head_stride;
+  const int32_t* tables;  // [sequences, table_width]
+  int64_t table_stride;
+  const int32_t* starts;   // [sequences + 1]
+  const int32_t* lengths;  // [sequences]
+  int tokens, sequences, heads, groups, size, block;
+  float scale, softcap;
+  int window;
+  int parts;         // parts a decode may have: min(16, positions of a table row / 256), at least 1
+  float* workspace;  // decode with parts > 1: tokens * heads * parts * (size + 2) floats, else null
+};
+
+// True if the batch goes to the decode kernel, which wants a workspace when parts > 1.
+bool attention_is_decode(const AttentionArgs& args);
+
+void paged_attention(const AttentionArgs& args, cudaStream_t stream);
+
+// The kernels behind paged_attention. Each is right for every batch of its dtypes and sizes.
+void attention_decode(const AttentionArgs& args, cudaStream_t stream);
+void attention_prefill(const AttentionArgs& args, cudaStream_t stream);
+void attention_fma(const AttentionArgs& args, cudaStream_t stream);
+
+}  // namespace lorax::cuda

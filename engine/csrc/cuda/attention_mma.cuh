@@ -1,0 +1,253 @@
+// What the decode and the prefill kernel share: loads of cache rows and one step of the softmax
+// on tensor cores. A warp owns 16 query rows; a lane has rows lane / 4 and lane / 4 + 8 of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "attention.h"
+
+namespace lorax::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr unsigned kFull = 0xffffffffu;
+
+// The sequence that has token t: the last one that starts at or before it. -1 for padding.
+__device__ inline int sequence_of(const int32_t* starts, int sequences, int t) {
+  if (t < sequences && starts[t] == t && starts[t + 1] == t + 1) return t;
+  if (t >= starts[sequences]) return -1;
+  int low = 0, high = sequences;  // starts[low] <= t < starts[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= t ? low : high) = middle;
+  }
+  return low;
+}
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes to shared memory; zeros unless valid, and then the source is not read.
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ inline void commit_async() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int kPending>
+__device__ inline void wait_async() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+
+template <class T>
+struct Half2;
+template <>
+struct Half2<__nv_bfloat16> {
+  __device__ static uint32_t pack(float a, float b) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+  __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+template <>
+struct Half2<__half> {
+  __device__ static uint32_t pack(float a, float b) {
+    const __half2 v = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+  __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// Where the key of a position lies, in elements from args.kv; -1 outside low .. high - 1, whose
+// block may be gone.
+__device__ inline long long row_of(const AttentionArgs& args, const int32_t* table, int group,
+                                   int position, int low, int high) {
+  if (position < low || position >= high) return -1;
+  const int index = position / args.block;
+  return (long long)table[index] * args.block_stride +
+         (long long)(position - index * args.block) * args.position_stride +
+         (long long)group * args.kv_head_stride;
+}
+
+// A warp starts the copies of kRows keys and values (lane i knows `row` of the i-th) into two
+// tiles [kRows][kSize + 8]. The pad of 16 bytes keeps ldmatrix free of bank conflicts.
+template <class T, int kSize, int kRows>
+__device__ inline void copy_rows(const AttentionArgs& args, T* keys, T* values, long long row,
+                                 int lane) {
+  constexpr int kChunks = kSize / 8;  // 16 bytes each
+  static_assert(kRows <= 32 && kRows * kChunks % 32 == 0);
+  const T* kv = static_cast<const T*>(args.kv);
+#pragma unroll 4
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {  // over rows, then chunks of the head size
+    const int r = (i * 32 + lane) / kChunks, d = (i * 32 + lane) % kChunks * 8;
+    const long long at = __shfl_sync(kFull, row, r);
+    const bool valid = at >= 0 && d < args.size;
+    const T* from = valid ? kv + at + d : kv;
+    copy_async(keys + r * (kSize + 8) + d, from, valid);
+    copy_async(values + r * (kSize + 8) + d, valid ? from + args.value_stride : kv, valid);
+  }
+}
+
+// State of 16 query rows in a warp: weighted values, maximum (times log2 e) and sum of weights.
+// The sum is the lane's own share until finish().
+template <class T, int kSize>
+struct Rows {
+  static constexpr bool kKeepQ = kSize <= 128;  // else fragments are read again for every tile
+  float o[kSize / 8][4];
+  float m[2], l[2];
+  uint32_t q[kKeepQ ? kSize / 16 : 1][4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kSize / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[j][i] = 0.f;
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.f;
+  }
+
+  // queries: this warp's tile [16][kSize + 8] in shared memory.
+  __device__ void load_queries(const T* queries, int lane) {
+    if constexpr (kKeepQ) {
+#pragma unroll
+      for (int k = 0; k < kSize / 16; ++k)
+        load_matrices(q[k], queries + (lane % 16) * (kSize + 8) + k * 16 + lane / 16 * 8);
+    }
+  }
+
+  // Takes in kKeys positions from `first` on. Row i of the lane sees low[i] .. high[i] - 1.
+  template <int kKeys>
+  __device__ void attend(const T* queries, const T* keys, const T* values, int first,
+                         const int (&low)[2], const int (&high)[2], float scale, float softcap,
+                         int lane) {
+    constexpr int kStride = kSize + 8;
+    float s[kKeys / 8][4];
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kSize / 16; ++k) {  // over the head size, 16 at a time
+      uint32_t a[4];
+      if constexpr (kKeepQ) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = q[k][i];
+      } else {
+        load_matrices(a, queries + (lane % 16) * kStride + k * 16 + lane / 16 * 8);
+      }
+#pragma unroll
+      for (int j = 0; j < kKeys / 16; ++j) {  // over positions, 16 at a time
+        uint32_t b[4];
+        load_matrices(b, keys + (j * 16 + lane / 16 * 8 + lane % 8) * kStride + k * 16 +
+                             lane / 8 % 2 * 8);
+        Half2<T>::mma(s[2 * j], a, b[0], b[1]);
+        Half2<T>::mma(s[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+    float top[2] = {m[0], m[1]};
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int position = first + j * 8 + lane % 4 * 2 + i % 2;
+        float x = s[j][i] * scale;
+        // tanh(x) = 1 - 2 / (e^2x + 1)
+        if (softcap > 0.f)
+          x = softcap * (1.f - 2.f / (exp2f(x / softcap * (2.f * kLog2e)) + 1.f));
+        const bool seen = position >= low[i / 2] && position < high[i / 2];
+        s[j][i] = seen ? x * kLog2e : -INFINITY;
+        top[i / 2] = fmaxf(top[i / 2], s[j][i]);
+      }
+    }
+    float shrink[2], base[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kFull, top[i], 1));
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kFull, top[i], 2));
+      base[i] = top[i] == -INFINITY ? 0.f : top[i];
+      shrink[i] = exp2f(m[i] - base[i]);
+      m[i] = top[i];
+      l[i] *= shrink[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kSize / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[j][i] *= shrink[i / 2];
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[j][i] = exp2f(s[j][i] - base[i / 2]);
+        l[i / 2] += s[j][i];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {  // over positions, 16 at a time
+      const uint32_t a[4] = {Half2<T>::pack(s[2 * k][0], s[2 * k][1]),
+                             Half2<T>::pack(s[2 * k][2], s[2 * k][3]),
+                             Half2<T>::pack(s[2 * k + 1][0], s[2 * k + 1][1]),
+                             Half2<T>::pack(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+      for (int j = 0; j < kSize / 16; ++j) {  // over the head size, 16 at a time
+        uint32_t b[4];
+        load_matrices_transposed(
+            b, values + (k * 16 + lane % 16) * kStride + j * 16 + lane / 16 * 8);
+        Half2<T>::mma(o[2 * j], a, b[0], b[1]);
+        Half2<T>::mma(o[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // Adds up the sums of the four lanes of a row.
+  __device__ void finish() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l[i] += __shfl_xor_sync(kFull, l[i], 1);
+      l[i] += __shfl_xor_sync(kFull, l[i], 2);
+    }
+  }
+};
+
+// Calls f.template operator()<T, padded head size>() for the dtype and the size of the call.
+template <class F>
+void for_kernel(const AttentionArgs& args, F&& f) {
+  auto sized = [&](auto zero) {
+    using T = decltype(zero);
+    if (args.size <= 32) return f(zero, std::integral_constant<int, 32>());
+    if (args.size <= 64) return f(zero, std::integral_constant<int, 64>());
+    if (args.size <= 96) return f(zero, std::integral_constant<int, 96>());
+    if (args.size <= 128) return f(zero, std::integral_constant<int, 128>());
+    if (args.size <= 192) return f(zero, std::integral_constant<int, 192>());
+    return f(zero, std::integral_constant<int, 256>());
+  };
+  if (args.dtype == DType::bfloat16) return sized(__nv_bfloat16());
+  return sized(__half());
+}
+
+}  // namespace lorax::cuda
