@@ -11,13 +11,11 @@ constexpr int kRows = 64;   // query rows of a CTA, 16 a warp
 constexpr int kStages = 2;  // tiles of keys and values in flight or in use
 
 template <int kSize>
-constexpr int keys_of() {
-  return kSize <= 128 ? 64 : 32;  // positions of a tile
-}
+constexpr int kKeysOf = kSize <= 128 ? 64 : 32;  // positions of a tile
 
 template <int kSize>
 constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and values
-  return (kRows + kStages * 2 * keys_of<kSize>()) * (kSize + 8) * 2;
+  return (kRows + kStages * 2 * kKeysOf<kSize>) * (kSize + 8) * 2;
 }
 
 // Grid (upper bound of the tiles, groups). The rows of a sequence are its tokens x the heads of
@@ -28,7 +26,7 @@ constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and v
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  constexpr int kKeys = keys_of<kSize>(), kStride = kSize + 8, kTile = kKeys * kStride;
+  constexpr int kKeys = kKeysOf<kSize>, kStride = kSize + 8, kTile = kKeys * kStride;
   constexpr int kShare = kKeys / kWarps;  // rows of a tile that a warp copies
   T* queries = reinterpret_cast<T*>(memory);
   T* stages = queries + kRows * kStride;

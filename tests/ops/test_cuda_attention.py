@@ -1,0 +1,163 @@
+"""The GPU's paged attention against the float32 reference, and against itself in another batch."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.ops import reference
+
+pytestmark = pytest.mark.gpu
+
+ops = torch.ops.lorax
+LAYERS, LAYER = 3, 1
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLACES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+class Cache:
+    """Sequences of (queries, length); every place that no sequence owns holds NaN."""
+
+    def __init__(
+        self,
+        sequences: list[tuple[int, int]],
+        heads: int,
+        groups: int,
+        size: int,
+        block: int,
+        dtype: torch.dtype,
+        *,
+        kv_dtype: torch.dtype | None = None,
+        padding: int = 0,
+    ) -> None:
+        needed = [(length + block - 1) // block for _, length in sequences]
+        order = list(range(1, sum(needed) + 3))
+        random.shuffle(order)
+        kv = torch.full((len(order) + 1, LAYERS, 2, block, groups, size), float("nan"))
+        tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
+        for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
+            table, order = order[:count], order[count:]
+            tables[s, :count] = torch.tensor(table, dtype=torch.int32)
+            for i, index in enumerate(table):
+                used = min(block, length - i * block)
+                kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size)
+        self.kv = kv.to(kv_dtype or dtype).cuda()
+        self.whole_tables = tables.cuda()
+        self.tables = self.whole_tables.clone()
+        self.lengths = torch.tensor([n for _, n in sequences], dtype=torch.int32).cuda()
+        counts = [queries for queries, _ in sequences]
+        self.counts = counts
+        self.tokens = sum(counts)
+        self.starts = torch.tensor(
+            [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
+        ).cuda()
+        # a view of a fused projection, as the model passes it
+        fused = torch.randn(self.tokens + padding, (heads + 2 * groups) * size).to(dtype).cuda()
+        self.q = fused[:, : heads * size].unflatten(1, (heads, size))
+
+    def forget(self, window: int) -> None:
+        """Gives back the blocks that no query of the step sees."""
+        block = self.kv.shape[3]
+        for s, length in enumerate(self.lengths.tolist()):
+            self.tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
+
+    def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
+        where = (self.kv, LAYER, self.tables, self.starts, self.lengths)
+        return ops.paged_attention(self.q, *where, scale, softcap, window)
+
+    def part(self, s: int) -> Tensor:
+        """Sequence s computed alone."""
+        begin = sum(self.counts[:s])
+        return ops.paged_attention(
+            self.q[begin : begin + self.counts[s]],
+            self.kv,
+            LAYER,
+            self.tables[s : s + 1],
+            torch.tensor([0, self.counts[s]], dtype=torch.int32).cuda(),
+            self.lengths[s : s + 1],
+            0.125,
+            0.0,
+            0,
+        )
+
+
+def check(
+    cache: Cache, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0
+) -> None:
+    actual = cache(scale=scale, softcap=softcap, window=window)
+    where = (cache.kv, LAYER, cache.whole_tables, cache.starts, cache.lengths)
+    expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
+    assert actual.is_contiguous()
+    assert actual.dtype == cache.q.dtype
+    places, n = PLACES[cache.q.dtype], cache.tokens
+    torch.testing.assert_close(actual[:n].float(), expected[:n], rtol=places, atol=places)
+
+
+SHAPES = [(9, 3, 64), (4, 4, 80), (8, 1, 128), (32, 8, 128), (40, 2, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 32, 256])
+@pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
+def test_mixed_batch(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+    """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
+    sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
+    check(Cache(sequences, heads, groups, size, block, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 32, 256])
+@pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
+def test_decode(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+    sequences = [(1, n) for n in (1, 15, 16, 17, 255, 256, 257, 600, 5000)]
+    check(Cache(sequences, heads, groups, size, block, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_with_padding(dtype: torch.dtype) -> None:
+    """Rows of a captured graph that no sequence has; and as many tokens as sequences by chance."""
+    check(Cache([(1, 70), (1, 900), (0, 1), (0, 1)], 8, 2, 128, 16, dtype, padding=2))
+    check(Cache([(3, 300), (0, 9), (0, 20)], 8, 2, 128, 16, dtype))
+
+
+@pytest.mark.parametrize("queries", [1, 19])
+@pytest.mark.parametrize("size", [16, 24, 32, 40, 64, 72, 96, 112, 128, 160, 192, 256, 5, 33])
+def test_head_sizes(size: int, queries: int) -> None:
+    for dtype in DTYPES:
+        sequences = [(queries, 37), (queries, 50), (1, 400)]
+        check(Cache(sequences, 4, 2, size, 16, dtype), scale=size**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 1, 7, 64, 100, 700])
+def test_softcap_and_window(dtype: torch.dtype, softcap: float, window: int) -> None:
+    for sequences in ([(1, 1), (3, 65), (90, 90), (40, 300)], [(1, 1), (1, 600), (1, 3000)]):
+        cache = Cache(sequences, 6, 2, 32, random.choice([16, 32]), dtype)
+        if window:
+            cache.forget(window)
+        check(cache, softcap=softcap, window=window, scale=0.3)
+
+
+def test_cache_of_another_dtype() -> None:
+    for kv_dtype in DTYPES:
+        check(Cache([(1, 50), (6, 40)], 4, 2, 32, 16, torch.float32, kv_dtype=kv_dtype))
+    check(Cache([(1, 50), (6, 40)], 4, 2, 32, 16, torch.bfloat16, kv_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
+    """Bit for bit, within decodes and within prompts."""
+    for sequences in ([(1, 700), (1, 40), (1, 5000)], [(20, 90), (130, 530), (7, 7)]):
+        cache = Cache(sequences, 6, 2, 64, 16, dtype)
+        whole = cache()
+        for s, queries in enumerate(cache.counts):
+            begin = sum(cache.counts[:s])
+            assert torch.equal(cache.part(s), whole[begin : begin + queries])
+
+
+def test_no_queries() -> None:
+    assert Cache([(0, 40), (0, 3)], 4, 2, 32, 16, torch.bfloat16)().shape == (0, 4, 32)
