@@ -57,7 +57,12 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
 CUDA_SOURCES = Path("engine/csrc/cuda")
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 
 
 class Job(NamedTuple):

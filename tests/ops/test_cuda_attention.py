@@ -84,9 +84,7 @@ class Cache:
         )
 
 
-def check(
-    cache: Cache, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0
-) -> None:
+def check(cache: Cache, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> None:
     actual = cache(scale=scale, softcap=softcap, window=window)
     where = (cache.kv, LAYER, cache.whole_tables, cache.starts, cache.lengths)
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
