@@ -22,7 +22,7 @@ PLACES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def loaded() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    status = extension.load(extension.CUDA_LIBRARY)
+    status = extension.load_cuda()
     if status.path is None:
         pytest.skip(status.reason or "")
 

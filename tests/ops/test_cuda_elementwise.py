@@ -26,7 +26,7 @@ def on_the_gpu() -> Iterator[None]:
     """Tensors are made on the GPU unless the test says otherwise."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    status = extension.load(extension.CUDA_LIBRARY)
+    status = extension.load_cuda()
     if status.path is None:
         pytest.skip(status.reason or "")
     torch.manual_seed(0)
