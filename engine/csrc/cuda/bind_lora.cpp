@@ -1,0 +1,129 @@
+// lorax::lora_shrink, lorax::lora_gather and lorax::lora_expand_ on the GPU.
+//
+// Only shapes are checked: what slots, starts and records hold is read by the kernels.
+#include "bind.h"
+#include "lora.h"
+
+namespace lorax::cuda {
+namespace {
+
+constexpr int64_t kMaxSegments = 65535;  // of a grid
+
+// A contiguous tensor on the GPU of one type and `dims` dimensions.
+void check(const char* op, const char* name, const Tensor& t, int64_t dims, ScalarType dtype,
+           const char* wanted) {
+  LORAX_CHECK(t.is_cuda() && t.dim() == dims && t.scalar_type() == dtype && t.is_contiguous(), op,
+              ": ", name, " must be contiguous ", wanted, " on the GPU, its shape is ",
+              shape_of(t));
+}
+
+LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& records,
+                         const Tensor& slots, const Tensor& starts, int64_t layer, int64_t group,
+                         int64_t tokens) {
+  check(op, "arena", arena, 1, ScalarType::Byte, "bytes");
+  check(op, "records", records, 4, ScalarType::Int, "int32 [slots, layers + 1, groups, 8]");
+  check(op, "slots", slots, 1, ScalarType::Int, "int32 [S]");
+  check(op, "starts", starts, 1, ScalarType::Int, "int32 [S + 1]");
+  const int64_t layers = records.size(1), groups = records.size(2);
+  LORAX_CHECK(records.size(3) == kRecordWords, op, ": records must have 8 words, their shape is ",
+              shape_of(records));
+  LORAX_CHECK(layer >= 0 && layer < layers, op, ": layer ", layer, " is not in the records of ",
+              layers, " layers");
+  LORAX_CHECK(group >= 0 && group < groups, op, ": group ", group, " is not in the records of ",
+              groups, " groups");
+  LORAX_CHECK(starts.size(0) == slots.size(0) + 1, op,
+              ": starts must be [S + 1] beside slots [S], the shapes are ", shape_of(starts),
+              " and ", shape_of(slots));
+  LORAX_CHECK(slots.size(0) <= kMaxSegments, op, ": ", slots.size(0), " segments, at most ",
+              kMaxSegments, " fit into a launch");
+  LORAX_CHECK(reinterpret_cast<uintptr_t>(arena.const_data_ptr()) % kLoraAlign == 0, op,
+              ": arena must be aligned to 16 bytes");
+  LoraSegments all{};
+  all.arena = arena.const_data_ptr();
+  all.arena_bytes = arena.size(0);
+  all.record_stride = layers * groups * kRecordWords;
+  all.records = static_cast<const int32_t*>(records.const_data_ptr()) +
+                (layer * groups + group) * kRecordWords;
+  all.num_slots = records.size(0);
+  all.slots = static_cast<const int32_t*>(slots.const_data_ptr());
+  all.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  all.count = slots.size(0);
+  all.tokens = tokens;
+  return all;
+}
+
+Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+                        int64_t layer, int64_t group, int64_t width) {
+  const char* op = "lora_shrink";
+  check_layout(op, "x", x, 2);
+  LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
+  ShrinkArgs args{};
+  args.dtype = dtype_of(op, "x", x);
+  args.segments = segments_of(op, arena, records, slots, starts, layer, group, x.size(0));
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.k = x.size(1);
+  args.width = width;
+  Tensor t = empty(x, {shrink_parts(args.k), x.size(0), width}, ScalarType::Float);
+  args.t = static_cast<float*>(t.mutable_data_ptr());
+  lora_shrink(args, current_stream(x));
+  check_launch(op);
+  return t;
+}
+
+Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+                        int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
+  const char* op = "lora_gather";
+  check(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
+  LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
+  LORAX_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": dtype must be float32, bfloat16 or float16");
+  GatherArgs args{};
+  args.dtype = dtype == ScalarType::Float  ? DType::float32
+               : dtype == ScalarType::Half ? DType::float16
+                                           : DType::bfloat16;
+  args.segments = segments_of(op, arena, records, slots, starts, layer, group, ids.size(0));
+  args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  args.width = width;
+  Tensor t = empty(ids, {1, ids.size(0), width}, ScalarType::Float);
+  args.t = static_cast<float*>(t.mutable_data_ptr());
+  lora_gather(args, current_stream(ids));
+  check_launch(op);
+  return t;
+}
+
+void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+                      int64_t layer, int64_t group, std::vector<int64_t> splits) {
+  const char* op = "lora_expand_";
+  check_layout(op, "y", y, 2);
+  check(op, "t", t, 3, ScalarType::Float, "float32 [P, T, width]");
+  LORAX_CHECK(t.size(1) == y.size(0), op, ": t ", shape_of(t), " does not fit y ", shape_of(y));
+  ExpandArgs args{};
+  int64_t columns = 0;
+  for (size_t i = 0; i < splits.size(); ++i) {
+    LORAX_CHECK(i < size_t(kLoraTargets) && splits[i] >= 0, op,
+                ": splits must be the widths of at most 3 targets");
+    args.splits[i] = splits[i];
+    columns += splits[i];
+  }
+  LORAX_CHECK(columns == y.size(1), op, ": splits add up to ", columns, ", y is ", shape_of(y));
+  args.dtype = dtype_of(op, "y", y);
+  args.segments = segments_of(op, arena, records, slots, starts, layer, group, y.size(0));
+  args.y = y.mutable_data_ptr();
+  args.y_stride = y.stride(0);
+  args.t = static_cast<const float*>(t.const_data_ptr());
+  args.parts = t.size(0);
+  args.width = t.size(2);
+  lora_expand(args, current_stream(y));
+  check_launch(op);
+}
+
+}  // namespace
+}  // namespace lorax::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(lorax, CUDA, m) {
+  m.impl("lora_shrink", TORCH_BOX(&lorax::cuda::bind_lora_shrink));
+  m.impl("lora_gather", TORCH_BOX(&lorax::cuda::bind_lora_gather));
+  m.impl("lora_expand_", TORCH_BOX(&lorax::cuda::bind_lora_expand));
+}
