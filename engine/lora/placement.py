@@ -65,6 +65,12 @@ class Placer:
         assert all(copy.placement.slot != placement.slot for copy in self._copies)
         self._copies.append(_Copy(placement))
 
+    def touched(self, placement: Placement) -> list[list[bool]]:
+        """[layers + 1][groups]: does the adapter act there."""
+        start = placement.image.offset
+        words = self.host[start : start + self._record_bytes].view(torch.int32)
+        return adapted(words.view(self.records.shape[1:])).tolist()
+
     def advance(self, max_bytes: int) -> list[int]:
         """Copies at most `max_bytes` more, the oldest placement first; returns the slots that are now resident."""
         resident = []
@@ -160,15 +166,19 @@ class CudaPlacer(Placer):
         torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr())
 
 
+def adapted(records: Tensor) -> Tensor:
+    """[layers + 1, groups]: where the records have ranks."""
+    return (records[..., WORD_RANKS] != 0) | ((records[..., WORD_RANK2] & 0xFFFF) != 0)
+
+
 def relocated(records: Tensor, offset: int) -> Tensor:
     """An image's records [layers + 1, groups, 8] for data that lies `offset` bytes into the arena."""
     words = records.clone()
-    adapted = (words[..., WORD_RANKS] != 0) | ((words[..., WORD_RANK2] & 0xFFFF) != 0)
     # int64, since offsets are uint32 in int32 words
     moved = words[..., WORD_A : WORD_EXTRA + 1].long() & 0xFFFFFFFF
     shift = offset // ALIGN
     extra = moved[..., WORD_EXTRA] != 0
     moved[..., WORD_A : WORD_B + 1] += shift
     moved[..., WORD_EXTRA] += shift * extra
-    words[..., WORD_A : WORD_EXTRA + 1] = moved.to(torch.int32) * adapted[..., None]
+    words[..., WORD_A : WORD_EXTRA + 1] = moved.to(torch.int32) * adapted(words)[..., None]
     return words

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
+from engine.ops.layout import SEGMENT_TOKENS
 from engine.runner.rows import RowTable
+from engine.runner.transfer import upload
+
+Touched = list[list[bool]]  # [layers + 1][groups]
+
+
+def runs(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
+    """Segments (slots [S], starts [S + 1]) of consecutive sequences with equal slots, of at most `most` tokens."""
+    of_runs: list[int] = []
+    starts = [0]
+    at = begin = 0
+    for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        at += count
+        if index + 1 < len(slots) and slots[index + 1] == slot:
+            continue
+        cuts = range(begin + most, at, most) if slot else ()
+        for end in (*cuts, at):
+            of_runs.append(slot)
+            starts.append(end)
+        begin = at
+    return of_runs, starts
 
 
 class Adapters:
@@ -18,35 +41,35 @@ class Adapters:
     def __init__(self, arena: Tensor, records: Tensor) -> None:
         self.arena, self.records = arena, records
         self.widths = [0] * records.shape[0]  # largest stacked rank of each slot
+        self.touched: list[Touched] = [[] for _ in range(records.shape[0])]
 
-    def placed(self, slot: int, width: int) -> None:
-        self.widths[slot] = width
+    def placed(self, slot: int, width: int, touched: Touched) -> None:
+        self.widths[slot], self.touched[slot] = width, touched
 
     def batch(self, slots: Sequence[int], counts: Sequence[int]) -> LoraBatch | None:
         """Segments of consecutive sequences with equal slots; `counts` are their tokens. None: all base."""
-        if not any(slots):
+        used = {slot for slot in slots if slot}
+        if not used:
             return None
-        runs: list[list[int]] = []
-        for slot, count in zip(slots, counts, strict=True):
-            if runs and runs[-1][0] == slot:
-                runs[-1][1] += count
-            else:
-                runs.append([slot, count])
         device = self.records.device
-        starts = [0]
-        for _, count in runs:
-            starts.append(starts[-1] + count)
-        of_runs = torch.tensor([slot for slot, _ in runs], dtype=torch.int32, device=device)
-        used = sorted({slot for slot, _ in runs if slot})
-        ranks = self.records[used, :, :, 3:5]
+        of_runs, starts = runs(slots, counts, SEGMENT_TOKENS[device.type])
+        layers = zip(*(self.touched[slot] for slot in used), strict=True)
         return LoraBatch(
             self.arena,
             self.records,
-            of_runs,
-            torch.tensor(starts, dtype=torch.int32, device=device),
+            upload(of_runs, torch.int32, device),
+            upload(starts, torch.int32, device),
             max(self.widths[slot] for slot in used),
-            (ranks != 0).any(-1).any(0).tolist(),
+            [[any(group) for group in zip(*layer, strict=True)] for layer in layers],
         )
+
+
+class Step(NamedTuple):
+    """A batch and the rows that are sampled after it."""
+
+    batch: Batch
+    rows: Tensor  # [n] int64
+    lengths: Tensor  # [n] int64: known tokens of each, which is the position of the new one
 
 
 class BatchBuilder:
@@ -64,57 +87,57 @@ class BatchBuilder:
         slots = [self.rows.slots[row] for row in decode]
         self.decode_lora = self.adapters.batch(slots, [1] * len(decode))
 
-    def build(self, chunks: list[Chunk]) -> tuple[Batch, Tensor]:
-        """The batch, and the row of each sequence [S] int64."""
-        table, device = self.rows, self.rows.device
-        decode = self.decode
-        row_list = decode + [chunk.row for chunk in chunks]
-        rows = torch.tensor(row_list, dtype=torch.int64, device=device)
-        counts_list = [1] * len(decode) + [chunk.count for chunk in chunks]
-        first = table.computed[rows]
-        if chunks:
-            planned = [chunk.start for chunk in chunks]
-            first[len(decode) :] = torch.tensor(planned, dtype=torch.int64, device=device)
-        counts = torch.tensor(counts_list, dtype=torch.int64, device=device)
-        ends = counts.cumsum(0)
-        starts = torch.zeros(len(row_list) + 1, dtype=torch.int64, device=device)
-        starts[1:] = ends
-        of_token = torch.repeat_interleave(counts)
-        positions = (
-            torch.arange(of_token.shape[0], device=device) - starts[of_token] + first[of_token]
-        )
-        token_rows = rows[of_token]
-        lengths = first + counts
-        places = table.blocks[token_rows, positions // self.block] * self.block
-        kv = KVView(
-            self.cache,
-            table.blocks[rows, : (int(lengths.max()) + self.block - 1) // self.block],
-            starts.to(torch.int32),
-            lengths.to(torch.int32),
-            places.long() + positions % self.block,
-        )
-        table.computed[rows] = lengths
-        lora, lora_outputs, outputs = self._adapters(chunks, row_list, counts_list, ends)
-        ids = table.tokens[token_rows, positions].long()
-        return Batch(ids, positions, kv, lora, outputs, lora_outputs), rows
-
-    def _adapters(
-        self, chunks: list[Chunk], rows: list[int], counts: list[int], ends: Tensor
-    ) -> tuple[LoraBatch | None, LoraBatch | None, Tensor | None]:
-        """LoRA over all tokens and over the wanted ones: the sampled first, then whole prompt chunks."""
-        if not chunks:
-            return self.decode_lora, self.decode_lora, None
-        slots = [self.rows.slots[row] for row in rows]
-        lora = self.adapters.batch(slots, counts)
+    def build(self, chunks: list[Chunk]) -> Step:
+        table, known = self.rows, self.rows.known
         num_decode = len(self.decode)
+        row_list = self.decode + [chunk.row for chunk in chunks]
+        count_list = [1] * num_decode + [chunk.count for chunk in chunks]
+        first_list = [known[row] for row in self.decode] + [chunk.start for chunk in chunks]
+        rows, first, counts = np.array(row_list), np.array(first_list), np.array(count_list)
+        starts = np.concatenate([[0], counts.cumsum()])
+        lengths = first + counts
+        of_token = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(len(of_token)) - starts[of_token] + first[of_token]
+        for row, length in zip(row_list, lengths.tolist(), strict=True):
+            known[row] = length
         sampled = [*range(num_decode)]
         sampled += [num_decode + i for i, chunk in enumerate(chunks) if chunk.sample]
-        wanted = [ends[sampled] - 1]
+        lora, lora_outputs, wanted = self._adapters(chunks, row_list, count_list, starts, sampled)
+        parts = [rows[of_token], positions, rows, lengths, starts, rows[sampled], lengths[sampled]]
+        packed = upload(np.concatenate([*parts, wanted]), torch.int64, table.device)
+        split = packed.split([*map(len, parts), len(wanted)])
+        token_rows, at, all_rows, all_lengths, all_starts, out_rows, out_lengths, outputs = split
+        table.computed[all_rows] = all_lengths
+        places = table.blocks[token_rows, at // self.block].long() * self.block + at % self.block
+        kv = KVView(
+            self.cache,
+            table.blocks[all_rows, : -(-int(lengths.max()) // self.block)],
+            all_starts.to(torch.int32),
+            all_lengths.to(torch.int32),
+            places,
+        )
+        ids = table.tokens[token_rows, at].long()
+        batch = Batch(ids, at, kv, lora, outputs if chunks else None, lora_outputs)
+        return Step(batch, out_rows, out_lengths)
+
+    def _adapters(
+        self,
+        chunks: list[Chunk],
+        rows: list[int],
+        counts: list[int],
+        starts: np.ndarray,
+        sampled: list[int],
+    ) -> tuple[LoraBatch | None, LoraBatch | None, np.ndarray]:
+        """LoRA over all tokens and over the wanted ones: the sampled first, then whole prompt chunks."""
+        if not chunks:
+            return self.decode_lora, self.decode_lora, np.empty(0, dtype=np.int64)
+        slots = [self.rows.slots[row] for row in rows]
+        wanted = [starts[1:][sampled] - 1]
         out_slots, out_counts = [slots[i] for i in sampled], [1] * len(sampled)
-        for i, chunk in enumerate(chunks, num_decode):
+        for i, chunk in enumerate(chunks, len(self.decode)):
             if chunk.prompt_logprobs:
-                end = int(ends[i])
-                wanted.append(torch.arange(end - chunk.count, end, device=ends.device))
+                wanted.append(np.arange(starts[i], starts[i + 1]))
                 out_slots.append(slots[i])
                 out_counts.append(chunk.count)
-        return lora, self.adapters.batch(out_slots, out_counts), torch.cat(wanted)
+        lora = self.adapters.batch(slots, counts)
+        return lora, self.adapters.batch(out_slots, out_counts), np.concatenate(wanted)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.messages import Admit, SamplingParams
+from engine.runner.transfer import upload
 
 GREEDY = SamplingParams()
 
@@ -21,6 +22,7 @@ class RowTable:
         self.blocks = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
         self.computed = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.known = [0] * num_rows  # `computed`, as the host counts it
         self.slots = [0] * num_rows
         self.params = [GREEDY] * num_rows
         self.num_blocks = [0] * num_rows
@@ -28,8 +30,8 @@ class RowTable:
 
     def admit(self, admit: Admit) -> None:
         row = admit.row
-        self.tokens[row, : len(admit.tokens)] = torch.tensor(admit.tokens, dtype=torch.int32)
-        self.computed[row] = admit.computed
+        self.tokens[row, : len(admit.tokens)] = upload(admit.tokens, torch.int32, self.device)
+        self.computed[row] = self.known[row] = admit.computed
         self.prompt_lengths[row] = admit.prompt_length
         self.slots[row] = admit.slot
         self.params[row] = admit.sampling
@@ -39,7 +41,7 @@ class RowTable:
     def extend(self, row: int, blocks: list[int]) -> None:
         if blocks:
             first = self.num_blocks[row]
-            new = torch.tensor(blocks, dtype=torch.int32)
+            new = upload(blocks, torch.int32, self.device)
             self.blocks[row, first : first + len(blocks)] = new
             self.num_blocks[row] = first + len(blocks)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from engine.layers.batch import Batch
 from engine.messages import Chunk, Placement, StepPlan, StepResult
 from engine.runner.batch import Adapters, BatchBuilder
-from engine.runner.readback import Mark, read_back
 from engine.runner.rows import RowTable
 from engine.runner.sampler import Sampled, SamplePlan
+from engine.runner.transfer import Mark, read_back
 
 
 class Model(Protocol):
@@ -28,6 +28,8 @@ class Placer(Protocol):
     alone: int  # and in one that does not
 
     def start(self, placement: Placement) -> None: ...
+
+    def touched(self, placement: Placement) -> list[list[bool]]: ...
 
     def advance(self, max_bytes: int) -> list[int]:
         """Copies up to `max_bytes`; returns the slots that became resident."""
@@ -96,7 +98,8 @@ class Runner:
             self.placer.unplace(slot)
         for placement in plan.placements:
             self.placer.start(placement)
-            self.adapters.placed(placement.slot, placement.image.max_rank)
+            touched = self.placer.touched(placement)
+            self.adapters.placed(placement.slot, placement.image.max_rank, touched)
         for admit in plan.admit:
             self.rows.admit(admit)
         for row, blocks in plan.extend:
@@ -107,23 +110,18 @@ class Runner:
             self.decode_sampling = SamplePlan(params, self.rows.device)
 
     def _compute(self, chunks: list[Chunk]) -> tuple[Sampled | None, dict[int, Tensor]]:
-        batch, rows = self.builder.build(chunks)
-        logits = self.model(batch)
-        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
-        num_decode = len(self.builder.decode)
-        wanted = num_decode + len(sampled)
+        step = self.builder.build(chunks)
+        logits = self.model(step.batch)
+        wanted = len(step.rows)
         out: Sampled | None = None
         if wanted:
             sampling = self.decode_sampling
-            if sampled:
-                new = [self.rows.params[chunks[i].row] for i in sampled]
+            new = [self.rows.params[chunk.row] for chunk in chunks if chunk.sample]
+            if new:
                 sampling = SamplePlan(sampling.params + new, self.rows.device)
-            index = [*range(num_decode), *(num_decode + i for i in sampled)]
-            out_rows = rows[index]
-            lengths = self.rows.computed[out_rows]
-            new_tokens = sampling.sample(logits[:wanted], self.rows, out_rows, lengths)
-            self.rows.store(out_rows, lengths, new_tokens.tokens)
-            out = new_tokens.fetched(self.way)
+            sampled = sampling.sample(logits[:wanted], self.rows, step.rows, step.lengths)
+            self.rows.store(step.rows, step.lengths, sampled.tokens)
+            out = sampled.fetched(self.way)
         return out, self._prompt_logprobs(chunks, logits[wanted:])
 
     def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.messages import SamplingParams, TokenOutput
-from engine.runner.readback import ReadBack
 from engine.runner.rows import RowTable
+from engine.runner.transfer import ReadBack, upload
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -160,10 +160,10 @@ class SamplePlan:
         self.num_alternatives = max((p.num_alternatives for p in params), default=0)
 
     def _indices(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return upload(values, torch.int64, self.device)
 
     def _floats(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        return upload(values, torch.float32, self.device)
 
     def _filters(self, drawn: list[SamplingParams]) -> _Filters:
         return _Filters(

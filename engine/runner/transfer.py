@@ -1,9 +1,15 @@
-"""What a step computed on its way to the host, so that the next step can be launched before it has arrived."""
+"""Small data between host and device, never waiting for the device.
+
+Inputs of a step go up from pinned memory; results come down into it, so that the next step can be launched before they
+have arrived.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,3 +53,11 @@ class CudaReadBack:
 def read_back(device: torch.device) -> ReadBack:
     """The way from `device` to the host."""
     return CudaReadBack() if device.type == "cuda" else HostReadBack()
+
+
+def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`values` (a list or a numpy array) as a tensor on `device`; the copy is ordered with the device's own work."""
+    host = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
