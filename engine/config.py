@@ -132,6 +132,9 @@ class MemoryConfig:
     """How much of the machine the engine takes."""
 
     cuda_memory_fraction: Annotated[float, Option("Share of the GPU's memory to use.")] = 0.9
+    eager: Annotated[
+        bool, Option("Launch every kernel by itself on a GPU, without CUDA graphs; for debugging.")
+    ] = False
     cpu_memory_gb: Annotated[
         float | None,
         Option(

@@ -94,6 +94,9 @@ class Engine:
         )
         placer = (CudaPlacer if self.platform.is_cuda else Placer)(arena, records, region)
         self.runner = Runner(self.model, rows, cache, Adapters(arena, records), placer)
+        if self.platform.is_cuda and not config.memory.eager:
+            targets = max(len(group.targets) for _, _, group in self.layout.places())
+            self.runner.capture(targets * config.adapters.max_adapter_rank)
 
     def _start_scheduler(self, config: EngineConfig, clock: Callable[[], float]) -> None:
         plan = self.plan

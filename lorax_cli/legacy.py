@@ -78,7 +78,6 @@ LEGACY: tuple[LegacyFlag, ...] = (
     _refused("--num-shard", "one shard is all there is yet", harmless=("", "1")),
     _refused("--sharded", "one shard is all there is yet", harmless=_OFF),
     _refused("--compile", "there is no compiled mode yet", takes_value=False),
-    _refused("--eager", "there is no separate eager mode", takes_value=False),
     _refused("--speculative-tokens", "there is no speculation yet", harmless=("", "0")),
     _refused(
         "--merge-adapter-weights",

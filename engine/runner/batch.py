@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -62,6 +62,10 @@ class Adapters:
             max(self.widths[slot] for slot in used),
             [[any(group) for group in zip(*layer, strict=True)] for layer in layers],
         )
+
+
+class Model(Protocol):
+    def __call__(self, batch: Batch) -> Tensor: ...
 
 
 class Step(NamedTuple):

@@ -9,16 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch
 from engine.messages import Chunk, Placement, StepPlan, StepResult
-from engine.runner.batch import Adapters, BatchBuilder
+from engine.runner.batch import Adapters, BatchBuilder, Model, Step
+from engine.runner.graphs import DecodeGraphs
 from engine.runner.rows import RowTable
 from engine.runner.sampler import Sampled, SamplePlan
 from engine.runner.transfer import Mark, read_back
-
-
-class Model(Protocol):
-    def __call__(self, batch: Batch) -> Tensor: ...
 
 
 class Placer(Protocol):
@@ -64,8 +60,15 @@ class Runner:
         self.adapters = adapters
         self.builder = BatchBuilder(rows, cache, adapters)
         self.decode_sampling = SamplePlan([], rows.device)
+        self.graphs: DecodeGraphs | None = None
         self.way = read_back(rows.device)
         self.launched: deque[_Launched] = deque()
+
+    def capture(self, width: int) -> None:
+        """Decode steps are replayed from now on; `width` is the largest stacked rank of an adapter."""
+        parts = (self.model, self.rows, self.builder.cache, self.adapters)
+        self.graphs = DecodeGraphs(*parts, width)
+        self.graphs.capture()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
@@ -106,12 +109,20 @@ class Runner:
             self.rows.extend(row, blocks)
         if plan.decode is not None:
             self.builder.set_decode(plan.decode)
+            if self.graphs is not None:
+                slots = [self.rows.slots[row] for row in plan.decode]
+                self.graphs.set_decode(plan.decode, slots)
             params = [self.rows.params[row] for row in plan.decode]
             self.decode_sampling = SamplePlan(params, self.rows.device)
 
-    def _compute(self, chunks: list[Chunk]) -> tuple[Sampled | None, dict[int, Tensor]]:
+    def _forward(self, chunks: list[Chunk]) -> tuple[Step, Tensor]:
+        if self.graphs is not None and not chunks:
+            return self.graphs.replay(self.builder.decode)
         step = self.builder.build(chunks)
-        logits = self.model(step.batch)
+        return step, self.model(step.batch)
+
+    def _compute(self, chunks: list[Chunk]) -> tuple[Sampled | None, dict[int, Tensor]]:
+        step, logits = self._forward(chunks)
         wanted = len(step.rows)
         out: Sampled | None = None
         if wanted:
