@@ -135,6 +135,9 @@ class MemoryConfig:
     eager: Annotated[
         bool, Option("Launch every kernel by itself on a GPU, without CUDA graphs; for debugging.")
     ] = False
+    slow_reference: Annotated[
+        bool, Option("Run on a GPU without the CUDA extension, on ops that are many times slower.")
+    ] = False
     cpu_memory_gb: Annotated[
         float | None,
         Option(

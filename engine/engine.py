@@ -50,6 +50,8 @@ class Engine:
         started = time.perf_counter()
         self.platform = detect(config)
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
+        if self.platform.is_cuda and not config.memory.slow_reference:
+            ops.require_cuda()
         folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
         self.spec = models.spec_from(folder)
         dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
@@ -94,7 +96,7 @@ class Engine:
         )
         placer = (CudaPlacer if self.platform.is_cuda else Placer)(arena, records, region)
         self.runner = Runner(self.model, rows, cache, Adapters(arena, records), placer)
-        if self.platform.is_cuda and not config.memory.eager:
+        if self.platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
             targets = max(len(group.targets) for _, _, group in self.layout.places())
             self.runner.capture(targets * config.adapters.max_adapter_rank)
 

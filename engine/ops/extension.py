@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from engine.errors import ConfigError
 from engine.ops.schemas import NAMESPACE, SCHEMAS
 
 Backend = Literal["extension", "torch", "reference"]
@@ -64,6 +65,17 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
         return replace(missing, reason=f"{library.name} does not load: {error}")
     ops = frozenset(op for op in SCHEMAS if _registered(op, "CUDA"))
     return ExtensionStatus("cuda", library, None, ops, None)
+
+
+def require_cuda() -> None:
+    """Raises ConfigError where an op would run on its reference on the GPU."""
+    status = load_cuda()
+    if missing := [op for op, served in backends().items() if served["cuda"] == "reference"]:
+        raise ConfigError(
+            status.reason or f"{CUDA_LIBRARY.name} is out of date: it lacks {', '.join(missing)}",
+            field="slow_reference",
+            hint="install with nvcc on the path, or insist with --slow-reference",
+        )
 
 
 def backends() -> MappingProxyType[str, MappingProxyType[str, Backend]]:

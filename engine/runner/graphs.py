@@ -32,6 +32,24 @@ def buckets(max_rows: int) -> list[int]:
     return sorted({size for size in sizes if size < max_rows} | {max_rows})
 
 
+class SideStream:
+    """A stream beside the current one. Memory taken on it is reused on it, so always behind a join."""
+
+    def __init__(self) -> None:
+        self._side = torch.cuda.Stream()
+        self._inside = torch.cuda.stream(self._side)
+
+    def __enter__(self) -> None:
+        self._side.wait_stream(torch.cuda.current_stream())
+        self._inside.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._inside.__exit__(None, None, None)
+
+    def join(self) -> None:
+        torch.cuda.current_stream().wait_stream(self._side)
+
+
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -54,6 +72,7 @@ class DecodeGraphs:
         self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.starts = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self.kv_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self.beside = SideStream()
         self.captured: dict[tuple[int, int], _Captured] = {}
         self.kind = NO_LORA
         self.size = 0
@@ -111,7 +130,8 @@ class DecodeGraphs:
         touched = [[True] * groups] * (layers - 1) + [[kind == EVERYWHERE] * groups]
         arena, records = self.adapters.arena, self.adapters.records
         starts = self.starts[: size + 1]
-        return LoraBatch(arena, records, self.slots[:size], starts, self.width, touched)
+        slots = self.slots[:size]
+        return LoraBatch(arena, records, slots, starts, self.width, touched, self.beside)
 
     def set_decode(self, decode: list[int], slots: list[int]) -> None:
         """The rows of the next steps, sorted by slot."""

@@ -13,6 +13,7 @@ DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 DEFAULT_BLOCK = 16
+LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
 
@@ -26,6 +27,9 @@ class MemoryPlan:
     block_size: int  # positions
     arena: int  # bytes
     records: int  # bytes
+    working: (
+        int  # bytes of activations, logits and libraries' workspaces of the largest step, on a GPU
+    )
     host_tier: int  # bytes
     max_rows: int
     max_step_tokens: int
@@ -42,6 +46,7 @@ class MemoryPlan:
                 self.num_blocks * self.kv_block,
             ),
             ("adapter arena", self.arena + self.records),
+            *([("working memory of a step", self.working)] if self.working else []),
             ("adapters in host memory, at most", self.host_tier),
         ]
 
@@ -76,7 +81,8 @@ def plan_memory(
             "--adapter-memory-fraction must be at least 0 and below 1",
             field="adapter_memory_fraction",
         )
-    budget = platform.budget - (weights if platform.is_cuda else 0)
+    working = working_memory(spec, max(step, rows), rows, itemsize) if platform.is_cuda else 0
+    budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)
     attention = spec.attention
@@ -92,12 +98,7 @@ def plan_memory(
                 f" of --max-total-tokens {total}",
                 field="max_batch_total_tokens",
             )
-    longest = _positive(scheduler.max_input_length, total - 1, "max_input_length")
-    if longest >= total:
-        raise ConfigError(
-            f"--max-input-length {longest} must be below --max-total-tokens {total}",
-            field="max_input_length",
-        )
+    longest = _input_length(config, total)
     return MemoryPlan(
         weights,
         kv_block,
@@ -105,12 +106,37 @@ def plan_memory(
         block,
         arena,
         records,
+        working,
         host_tier,
         rows,
         max(step, rows),
         total,
         longest,
     )
+
+
+def working_memory(spec: ModelSpec, step_tokens: int, rows: int, itemsize: int) -> int:
+    """Bytes that a step of `step_tokens` takes beside what it keeps: an upper estimate, for a GPU."""
+    attention, mlp = spec.attention, spec.mlp
+    heads = attention.heads + 2 * attention.kv_heads
+    widest = max(heads * attention.head_dim, mlp.size * (2 if mlp.gated else 1))
+    # x, residual and a norm's output; the widest linear's output and what an activation makes of it
+    activations = step_tokens * (4 * spec.hidden + 2 * widest) * itemsize
+    # of a step's shrink: partial sums in float32 of a rank of 64 on each of three targets
+    shrunk = step_tokens * 3 * 64 * 4 * -(-max(spec.hidden, mlp.size) // 512)
+    logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
+    return activations + shrunk + logits + LIBRARIES
+
+
+def _input_length(config: EngineConfig, total: int) -> int:
+    """Longest prompt, at least one token below the longest sequence."""
+    longest = _positive(config.scheduler.max_input_length, total - 1, "max_input_length")
+    if longest >= total:
+        raise ConfigError(
+            f"--max-input-length {longest} must be below --max-total-tokens {total}",
+            field="max_input_length",
+        )
+    return longest
 
 
 def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int) -> int:
