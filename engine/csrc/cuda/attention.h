@@ -6,7 +6,7 @@
 namespace lorax::cuda {
 
 constexpr int kAttentionMaxParts = 16;   // a decode's keys are cut into at most so many parts
-constexpr int kAttentionPartSize = 256;  // and a part has at least so many positions
+constexpr int kAttentionPartSize = 512;  // and a part has at least so many positions
 constexpr int kAttentionMaxSize = 256;   // largest head size
 
 struct AttentionArgs {

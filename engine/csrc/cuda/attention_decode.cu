@@ -7,7 +7,7 @@
 namespace lorax::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 3;  // of heads of 128, four CTAs fit into an SM: 64 x 8 are one wave
 constexpr int kKeys = 16;   // positions a warp takes at a time
 constexpr int kStages = 2;  // chunks of a warp that are in flight or in use
 
@@ -35,7 +35,7 @@ constexpr int decode_shared() {  // bytes: queries, then the stages of each warp
 
 // Grid (tokens, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
 // walks the parts z, z + gridDim.z, ...; in a part warp w walks the chunks of 16 positions
-// w, w + 4, ... with its own copies in flight, and at the end the four warps are put together.
+// w, w + 3, ... with its own copies in flight, and at the end the warps are put together.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -62,16 +62,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
   if (int(blockIdx.z) >= cut.count) return;
   const int32_t* table = args.tables + sequence * args.table_stride;
 
-  const T* q = static_cast<const T*>(args.q) + token * args.q_stride + head * args.q_head_stride;
-  for (int i = threadIdx.x; i < 16 * kSize; i += blockDim.x) {  // over heads, then the head size
-    const int r = i / kSize, d = i % kSize;
-    queries[r * kStride + d] =
-        r < rows && d < args.size ? q[r * args.q_head_stride + d] : T(0.f);
-  }
-  __syncthreads();
-
   Rows<T, kSize> state;
-  state.load_queries(queries, lane);
   T* mine = stages + warp * kStages * 2 * kTile;
   for (int part = blockIdx.z; part < cut.count; part += gridDim.z) {
     const int begin = cut.begin + part * cut.share, end = min(cut.high, begin + cut.share);
@@ -87,6 +78,16 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
                                    row, lane);
       commit_async();
       row = row_of(args, table, group, start + (stage + 1) * step + lane, cut.low, end);
+    }
+    if (part == int(blockIdx.z)) {  // while the first copies are on their way
+      const T* q = static_cast<const T*>(args.q) + token * args.q_stride + head * args.q_head_stride;
+      for (int i = threadIdx.x; i < 16 * kSize; i += blockDim.x) {  // over heads, then the head size
+        const int r = i / kSize, d = i % kSize;
+        queries[r * kStride + d] =
+            r < rows && d < args.size ? q[r * args.q_head_stride + d] : T(0.f);
+      }
+      __syncthreads();
+      state.load_queries(queries, lane);
     }
     int stage = 0;
     for (int at = start; at < end; at += step) {  // over the chunks of the warp
