@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch, KVView, LoraBatch
+from engine.ops.layout import SEGMENT_TOKENS
 from engine.runner.batch import Adapters, Model, Step, Touched, runs
 from engine.runner.rows import RowTable
 from engine.runner.transfer import upload
@@ -146,7 +147,7 @@ class DecodeGraphs:
         used = {slot for slot in slots if slot}
         self.kind = self._kind([self.adapters.touched[slot] for slot in used])
         if used:
-            of_runs, starts = runs([0] * padding + slots, [1] * self.size, 8)
+            of_runs, starts = runs([0] * padding + slots, [1] * self.size, SEGMENT_TOKENS["cuda"])
             missing = self.size - len(of_runs)
             self.slots[: self.size].copy_(upload(of_runs + [0] * missing, torch.int32, device))
             ends = starts + [self.size] * missing
