@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
@@ -22,11 +24,15 @@ MIB = 1 << 20
 
 
 def config_of(model: Path, arena_mib: int = 8, **scheduler: object) -> EngineConfig:
-    """A small engine: 32 MiB in all, of which `arena_mib` are the arena."""
+    """A small engine: 32 MiB in all, of which `arena_mib` are the arena; on a GPU the same arena in what is free."""
+    share = arena_mib / 32
+    if torch.cuda.is_available():
+        budget = torch.cuda.mem_get_info()[0] * MemoryConfig().cuda_memory_fraction
+        share = (arena_mib + 0.5) * MIB / budget  # rounded down to whole MiB
     return EngineConfig(
         model=ModelConfig(model_id=str(model), dtype="float32"),
         adapters=AdapterConfig(
-            adapter_memory_fraction=arena_mib / 32,
+            adapter_memory_fraction=share,
             max_active_adapters=64,
             adapter_cycle_time_s=0.02,
         ),
