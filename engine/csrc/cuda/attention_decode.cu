@@ -7,7 +7,7 @@
 namespace lorax::cuda {
 namespace {
 
-constexpr int kWarps = 3;  // of heads of 128, four CTAs fit into an SM: 64 x 8 are one wave
+constexpr int kWarps = 3;   // of heads of 128, four CTAs fit into an SM: 64 x 8 are one wave
 constexpr int kKeys = 16;   // positions a warp takes at a time
 constexpr int kStages = 2;  // chunks of a warp that are in flight or in use
 
@@ -80,8 +80,10 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
       row = row_of(args, table, group, start + (stage + 1) * step + lane, cut.low, end);
     }
     if (part == int(blockIdx.z)) {  // while the first copies are on their way
-      const T* q = static_cast<const T*>(args.q) + token * args.q_stride + head * args.q_head_stride;
-      for (int i = threadIdx.x; i < 16 * kSize; i += blockDim.x) {  // over heads, then the head size
+      const T* q =
+          static_cast<const T*>(args.q) + token * args.q_stride + head * args.q_head_stride;
+      for (int i = threadIdx.x; i < 16 * kSize;
+           i += blockDim.x) {  // over heads, then the head size
         const int r = i / kSize, d = i % kSize;
         queries[r * kStride + d] =
             r < rows && d < args.size ? q[r * args.q_head_stride + d] : T(0.f);
@@ -184,8 +186,7 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
                          kShared);
     const dim3 grid(args.tokens, args.groups * tiles, z);
     decode_kernel<T, kSize><<<grid, kWarps * 32, kShared, stream>>>(args);
-    if (args.parts > 1)
-      combine_kernel<T><<<dim3(args.tokens, args.heads), 128, 0, stream>>>(args);
+    if (args.parts > 1) combine_kernel<T><<<dim3(args.tokens, args.heads), 128, 0, stream>>>(args);
   });
 }
 

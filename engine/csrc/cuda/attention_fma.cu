@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kWarps * 32) fma_kernel(const AttentionArgs ar
   const int64_t to = ((int64_t)token * args.heads + head) * args.size;
   const int sequence = sequence_of(args.starts, args.sequences, token);
   if (sequence < 0) {  // padding
-    for (int d = threadIdx.x; d < args.size; d += blockDim.x) store(args.out, args.dtype, to + d, 0);
+    for (int d = threadIdx.x; d < args.size; d += blockDim.x)
+      store(args.out, args.dtype, to + d, 0);
     return;
   }
   const int high = args.lengths[sequence] - (args.starts[sequence + 1] - token) + 1;

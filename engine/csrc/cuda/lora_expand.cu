@@ -1,5 +1,5 @@
-// y[i, columns of target] += scale * sum over parts(t)[i, ranks of target] @ B of the target; and the
-// shrink of an embedding, which gathers rows of A.
+// y[i, columns of target] += scale * sum over parts(t)[i, ranks of target] @ B of the target; and
+// the shrink of an embedding, which gathers rows of A.
 //
 // A CTA is 1024 columns of one target of one segment; a thread owns 8 of them. An element is summed
 // over ranks in ascending order whatever the tile, so a token's y is the same in every batch.
@@ -42,11 +42,11 @@ struct Row {
 
 // The piece of a target that a CTA works on.
 struct Piece {
-  const char* b;       // at the thread's first column
-  int64_t stride;      // bytes from a row of B to the next
-  int64_t left;        // columns of the target from the thread's first on; <= 0: none
-  int64_t column;      // of y: the thread's first
-  int rank, row;       // of the target: how many, and the first in t
+  const char* b;   // at the thread's first column
+  int64_t stride;  // bytes from a row of B to the next
+  int64_t left;    // columns of the target from the thread's first on; <= 0: none
+  int64_t column;  // of y: the thread's first
+  int rank, row;   // of the target: how many, and the first in t
   float scale;
 };
 
@@ -149,9 +149,7 @@ __global__ void __launch_bounds__(kThreads) expand(const ExpandArgs args) {
     const int64_t stride = row_bytes(n, int(sizeof(T)));
     if (tile >= 0 && tile < tiles) {
       const int64_t c = int64_t(tile) * kTile + threadIdx.x * kColumns;
-      piece = {b + c * int(sizeof(T)), stride,
-               n - c,                  column + c,
-               segment.ranks[target],  row,
+      piece = {b + c * int(sizeof(T)), stride, n - c, column + c, segment.ranks[target], row,
                segment.scales[target]};
     }
     tile -= tiles;
@@ -192,9 +190,8 @@ __global__ void __launch_bounds__(kThreads) gather(const GatherArgs args) {
   for (int i = blockIdx.x; i < segment.count; i += gridDim.x) {  // over tokens
     const int64_t id = args.ids[segment.first + i];
     const bool inside = id >= 0 && id < (args.segments.arena_bytes - begin) / stride;
-    const T* row =
-        reinterpret_cast<const T*>(static_cast<const char*>(args.segments.arena) + begin +
-                                   (inside ? id : 0) * stride);
+    const T* row = reinterpret_cast<const T*>(static_cast<const char*>(args.segments.arena) +
+                                              begin + (inside ? id : 0) * stride);
     float* t = args.t + (segment.first + i) * args.width;
     for (int r = threadIdx.x; r < rank; r += kThreads) t[r] = inside ? to_float(row[r]) : 0.0f;
   }

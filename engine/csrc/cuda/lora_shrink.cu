@@ -52,22 +52,22 @@ template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                     uint32_t a3, uint32_t b0, uint32_t b1);
 
-#define LORAX_MMA(T, NAME)                                                                       \
-  template <>                                                                                    \
-  __device__ __forceinline__ void mma<T>(float(&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,    \
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {                \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                          \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                        \
+#define LORAX_MMA(T, NAME)                                                                     \
+  template <>                                                                                  \
+  __device__ __forceinline__ void mma<T>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, \
+                                         uint32_t a3, uint32_t b0, uint32_t b1) {              \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                              \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                      \
   }
 LORAX_MMA(__nv_bfloat16, "bf16")
 LORAX_MMA(__half, "f16")
 #undef LORAX_MMA
 
-// 16 bits: tiles of 16 ranks by 8 tokens; each of 4 warps sums its 128 of the chunk's 512 of K, then
-// the four sums are added in order. The k of an mma are permuted alike for A and x: a thread's 16
-// contiguous bytes are its k of two consecutive mmas.
+// 16 bits: tiles of 16 ranks by 8 tokens; each of 4 warps sums its 128 of the chunk's 512 of K,
+// then the four sums are added in order. The k of an mma are permuted alike for A and x: a thread's
+// 16 contiguous bytes are its k of two consecutive mmas.
 template <class T, bool kVectorX>
 __global__ void __launch_bounds__(kThreads) shrink_mma(const ShrinkArgs args) {
   // Twice, so that one barrier per tile is enough; a row of 20 keeps the banks apart.
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kThreads) shrink_mma(const ShrinkArgs args) {
   const int64_t k0 = int64_t(blockIdx.x) * kLoraChunk + warp * kWarpK + quad * 8;
   const int64_t stride = row_bytes(args.k, 2);
   const char* a = arena_at(args.segments, segment.a) + k0 * 2;
-  const uint16_t* x =
-      static_cast<const uint16_t*>(args.x) + segment.first * args.x_stride + k0;
+  const uint16_t* x = static_cast<const uint16_t*>(args.x) + segment.first * args.x_stride + k0;
   float* t = args.t + (int64_t(blockIdx.x) * args.segments.tokens + segment.first) * args.width;
 
   uint4 current[kSteps][2], next[kSteps][2], xs[kSteps];
@@ -194,12 +193,13 @@ void lora_shrink(const ShrinkArgs& args, cudaStream_t stream) {
   if (args.segments.count == 0 || args.segments.tokens == 0 || args.width == 0) return;
   const dim3 grid(uint32_t(shrink_parts(args.k)), uint32_t(args.segments.count));
   const int size = args.dtype == DType::float32 ? 4 : 2;
-  const bool vector_x = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
-                        args.x_stride * size % 16 == 0;
+  const bool vector_x =
+      reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.x_stride * size % 16 == 0;
   if (args.dtype == DType::float32) {
     shrink_fma<<<grid, kThreads, 0, stream>>>(args, vector_x);
   } else if (args.dtype == DType::bfloat16) {
-    const auto kernel = vector_x ? shrink_mma<__nv_bfloat16, true> : shrink_mma<__nv_bfloat16, false>;
+    const auto kernel =
+        vector_x ? shrink_mma<__nv_bfloat16, true> : shrink_mma<__nv_bfloat16, false>;
     kernel<<<grid, kThreads, 0, stream>>>(args);
   } else {
     const auto kernel = vector_x ? shrink_mma<__half, true> : shrink_mma<__half, false>;
