@@ -135,6 +135,10 @@ class MemoryConfig:
     eager: Annotated[
         bool, Option("Launch every kernel by itself on a GPU, without CUDA graphs; for debugging.")
     ] = False
+    attention_backend: Annotated[
+        Literal["auto", "builtin", "flashinfer", "flash-attn"],
+        Option("Who computes attention on a GPU; the others are packages; auto: our own kernels."),
+    ] = "auto"
     slow_reference: Annotated[
         bool, Option("Run on a GPU without the CUDA extension, on ops that are many times slower.")
     ] = False

@@ -21,6 +21,7 @@ from engine.lora.placement import CudaPlacer, Placer
 from engine.messages import AdapterImageRef, EngineInfo, EngineStats, Request, Update
 from engine.models import weights
 from engine.models.decoder import Decoder
+from engine.ops.attention import Backend, Gpu, Needs, Room, choose
 from engine.ops.layout import RECORD_WORDS, AdapterLayout
 from engine.platform import detect
 from engine.runner.batch import Adapters
@@ -55,6 +56,7 @@ class Engine:
         folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
         self.spec = models.spec_from(folder)
         dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
+        self.attention = self._attention(config, dtype)
         self.model = Decoder(self.spec, dtype, self.platform.device)
         if config.model.load_format == "dummy":
             weights.make_up(self.model)
@@ -67,6 +69,7 @@ class Engine:
             self.spec,
             dtype.itemsize,
             (weights.size(self.model), self.layout.record_bytes, region.size),
+            self.attention,
         )
         self._allocate(config, region, dtype)
         self._start_scheduler(config, clock)
@@ -74,6 +77,24 @@ class Engine:
         logger.info(
             "engine ready in %.1f s on %s", time.perf_counter() - started, self.platform.name
         )
+
+    def _attention(self, config: EngineConfig, dtype: torch.dtype) -> Backend:
+        """The backend that is asked for; before anything large is loaded."""
+        attention, device = self.spec.attention, self.platform.device
+        needs = Needs(
+            attention.heads,
+            attention.kv_heads,
+            attention.head_dim,
+            attention.scale,
+            attention.softcap,
+            frozenset(attention.window(layer) for layer in range(self.spec.num_layers)),
+            dtype,
+            device,
+            Gpu.of(device),
+        )
+        chosen = choose(config.memory.attention_backend, needs)
+        logger.info("attention backend: %s", chosen.name)
+        return chosen
 
     def _allocate(self, config: EngineConfig, region: HostRegion, dtype: torch.dtype) -> None:
         """KV cache, arena, records and rows: all memory that the engine will ever hold, touched now."""
@@ -88,14 +109,12 @@ class Engine:
             dtype=torch.int32,
             device=device,
         ).zero_()
-        rows = RowTable(
-            plan.max_rows + 1,
-            plan.max_total_tokens,
-            -(-plan.max_total_tokens // plan.block_size),
-            device,
-        )
+        blocks = -(-plan.max_total_tokens // plan.block_size)
+        rows = RowTable(plan.max_rows + 1, plan.max_total_tokens, blocks, device)
+        self.attention.start(Room(plan.max_rows, blocks, plan.block_size))
         placer = (CudaPlacer if self.platform.is_cuda else Placer)(arena, records, region)
-        self.runner = Runner(self.model, rows, cache, Adapters(arena, records), placer)
+        parts = (self.model, rows, cache, Adapters(arena, records), placer)
+        self.runner = Runner(*parts, self.attention)
         if self.platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
             targets = max(len(group.targets) for _, _, group in self.layout.places())
             self.runner.capture(targets * config.adapters.max_adapter_rank)
@@ -133,7 +152,8 @@ class Engine:
             block_size=plan.block_size,
             adapter_bytes=plan.arena,
             host_bytes=plan.host_tier,
-            backends={op: served[device] for op, served in ops.backends().items()},
+            backends={op: served[device] for op, served in ops.backends().items()}
+            | dict(self.attention.serves),
             memory_plan=plan.lines,
             targets=sorted(targets),
         )

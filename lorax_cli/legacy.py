@@ -64,7 +64,7 @@ LEGACY: tuple[LegacyFlag, ...] = (
     *_unused(_CORS, "--cors-allow-header", "--cors-allow-method", "--cors-expose-header"),
     *_unused(_CORS, "--cors-allow-credentials"),
     *_unused("--cuda-memory-fraction is the whole budget", "--memory-wiggle-room"),
-    *_unused("the device decides which attention serves", "--backend"),
+    *_unused("--attention-backend says what computes attention", "--backend"),
     *_unused(
         "the device decides which kernels serve", "--disable-custom-kernels", takes_value=False
     ),

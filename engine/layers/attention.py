@@ -45,15 +45,5 @@ class Attention:
             self.layer,
             self.interleaved,
         )
-        y = ops.paged_attention(
-            q,
-            kv.cache,
-            self.layer,
-            kv.tables,
-            kv.starts,
-            kv.lengths,
-            self.scale,
-            self.softcap,
-            self.window,
-        )
+        y = kv.attend(q, kv, self.layer, self.scale, self.softcap, self.window)
         return self.out(y.view(-1, self.heads * self.head_dim), batch.lora)

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.ops.attention import Attend, builtin_attend
+
 
 @dataclass(frozen=True, slots=True)
 class KVView:
@@ -17,6 +19,7 @@ class KVView:
     starts: Tensor  # [S + 1] int32: first token of each sequence
     lengths: Tensor  # [S] int32: positions in the cache, with those of this step
     places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
+    attend: Attend = builtin_attend  # made for this step by the attention backend
 
 
 class Beside(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
+from engine.ops.attention import Backend, StepLengths
 from engine.ops.layout import SEGMENT_TOKENS
 from engine.runner.rows import RowTable
 from engine.runner.transfer import upload
@@ -79,8 +80,11 @@ class Step(NamedTuple):
 class BatchBuilder:
     """Builds the batch of every step; parts that depend on membership alone are kept while it lasts."""
 
-    def __init__(self, rows: RowTable, cache: Tensor, adapters: Adapters) -> None:
+    def __init__(
+        self, rows: RowTable, cache: Tensor, adapters: Adapters, attention: Backend
+    ) -> None:
         self.rows, self.cache, self.adapters = rows, cache, adapters
+        self.attention = attention
         self.block = cache.shape[3]
         self.decode: list[int] = []
         self.decode_lora: LoraBatch | None = None
@@ -102,7 +106,8 @@ class BatchBuilder:
         lengths = first + counts
         of_token = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(len(of_token)) - starts[of_token] + first[of_token]
-        for row, length in zip(row_list, lengths.tolist(), strict=True):
+        length_list = lengths.tolist()
+        for row, length in zip(row_list, length_list, strict=True):
             known[row] = length
         sampled = [*range(num_decode)]
         sampled += [num_decode + i for i, chunk in enumerate(chunks) if chunk.sample]
@@ -113,13 +118,10 @@ class BatchBuilder:
         token_rows, at, all_rows, all_lengths, all_starts, out_rows, out_lengths, outputs = split
         table.computed[all_rows] = all_lengths
         places = table.blocks[token_rows, at // self.block].long() * self.block + at % self.block
-        kv = KVView(
-            self.cache,
-            table.blocks[all_rows, : -(-int(lengths.max()) // self.block)],
-            all_starts.to(torch.int32),
-            all_lengths.to(torch.int32),
-            places,
-        )
+        tables = table.blocks[all_rows, : -(-max(length_list) // self.block)]
+        in_cache = all_lengths.to(torch.int32)
+        attend = self.attention.step(StepLengths(count_list, length_list), tables, in_cache)
+        kv = KVView(self.cache, tables, all_starts.to(torch.int32), in_cache, places, attend)
         ids = table.tokens[token_rows, at].long()
         batch = Batch(ids, at, kv, lora, outputs if chunks else None, lora_outputs)
         return Step(batch, out_rows, out_lengths)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch, KVView, LoraBatch
+from engine.ops.attention import Backend
 from engine.ops.layout import SEGMENT_TOKENS
 from engine.runner.batch import Adapters, Model, Step, Touched, runs
 from engine.runner.rows import RowTable
@@ -62,7 +63,13 @@ class DecodeGraphs:
     """The graphs of every bucket, with and without adapters."""
 
     def __init__(
-        self, model: Model, rows: RowTable, cache: Tensor, adapters: Adapters, width: int
+        self,
+        model: Model,
+        rows: RowTable,
+        cache: Tensor,
+        adapters: Adapters,
+        attention: Backend,
+        width: int,
     ) -> None:
         """`width`: the largest stacked rank that an adapter may have."""
         self.model, self.table, self.cache, self.adapters = model, rows, cache, adapters
@@ -73,6 +80,7 @@ class DecodeGraphs:
         self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.starts = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self.kv_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self.attention = {size: attention.captured(size) for size in self.sizes}
         self.beside = SideStream()
         self.captured: dict[tuple[int, int], _Captured] = {}
         self.kind = NO_LORA
@@ -85,6 +93,7 @@ class DecodeGraphs:
         started = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         kinds = (NO_LORA, IN_LAYERS, EVERYWHERE) if self.adapters.arena.numel() else (NO_LORA,)
+        self.attention[self.sizes[-1]].plan([1] * self.sizes[-1])
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate what they need before a capture
@@ -93,6 +102,7 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
+            self.attention[size].plan([1] * size)
             for kind in kinds:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
@@ -110,12 +120,14 @@ class DecodeGraphs:
         lengths = positions + 1
         tables = table.blocks[rows]
         at = tables.gather(1, (positions // block)[:, None]).squeeze(1).long()
+        in_cache = lengths.to(torch.int32)
         kv = KVView(
             self.cache,
             tables,
             self.kv_starts[: size + 1],
-            lengths.to(torch.int32),
+            in_cache,
             at * block + positions % block,
+            self.attention[size].attend(tables, in_cache),
         )
         lora = self._lora(size, kind)
         ids = table.tokens[rows, positions].long()
@@ -161,11 +173,13 @@ class DecodeGraphs:
 
     def replay(self, decode: list[int]) -> tuple[Step, Tensor]:
         """Starts the step; returns it with the logits of its rows, which the next replay overwrites."""
-        captured = self.captured[self.size, self.kind]
-        captured.graph.replay()
+        captured, known = self.captured[self.size, self.kind], self.table.known
         for row in decode:
-            self.table.known[row] += 1
-        first, step = self.size - self.count, captured.step
-        return step._replace(rows=step.rows[first:], lengths=step.lengths[first:]), captured.logits[
-            first:
-        ]
+            known[row] += 1
+        padding = self.size - self.count
+        self.attention[self.size].plan([1] * padding + [known[row] for row in decode])
+        captured.graph.replay()
+        step = captured.step._replace(
+            rows=captured.step.rows[padding:], lengths=captured.step.lengths[padding:]
+        )
+        return step, captured.logits[padding:]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
+from engine.ops.attention import Backend
 from engine.platform import Platform
 
 DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
-DEFAULT_BLOCK = 16
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
@@ -63,6 +63,7 @@ def plan_memory(
     spec: ModelSpec,
     itemsize: int,
     sizes: tuple[int, int, int],
+    backend: Backend,
 ) -> MemoryPlan:
     """Splits the budget; `sizes` are bytes of weights, of one slot's records, and of the host tier.
 
@@ -70,7 +71,7 @@ def plan_memory(
     """
     weights, record, host_tier = sizes
     scheduler, device = config.scheduler, platform.device.type
-    block = _positive(scheduler.block_size, DEFAULT_BLOCK, "block_size")
+    block = block_size(scheduler.block_size, backend)
     rows = _positive(scheduler.max_batch_size, DEFAULT_ROWS[device], "max_batch_size")
     step = _positive(
         scheduler.max_batch_prefill_tokens, DEFAULT_STEP_TOKENS[device], "max_batch_prefill_tokens"
@@ -81,7 +82,9 @@ def plan_memory(
             "--adapter-memory-fraction must be at least 0 and below 1",
             field="adapter_memory_fraction",
         )
-    working = working_memory(spec, max(step, rows), rows, itemsize) if platform.is_cuda else 0
+    working = backend.workspace(rows)
+    if platform.is_cuda:
+        working += working_memory(spec, max(step, rows), rows, itemsize)
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)
@@ -113,6 +116,19 @@ def plan_memory(
         total,
         longest,
     )
+
+
+def block_size(given: int | None, backend: Backend) -> int:
+    """Positions of a KV block: what the user says, if the attention backend can read it, else what that likes."""
+    block = _positive(given, backend.block_size, "block_size")
+    if block % backend.block_unit:
+        raise ConfigError(
+            f"--block-size {block} is not a multiple of {backend.block_unit}, which"
+            f" --attention-backend {backend.name} wants",
+            field="block_size",
+            hint="leave it out, or choose another backend",
+        )
+    return block
 
 
 def working_memory(spec: ModelSpec, step_tokens: int, rows: int, itemsize: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.messages import Chunk, Placement, StepPlan, StepResult
+from engine.ops.attention import Backend
 from engine.runner.batch import Adapters, BatchBuilder, Model, Step
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.rows import RowTable
@@ -54,11 +55,18 @@ class Runner:
     """
 
     def __init__(
-        self, model: Model, rows: RowTable, cache: Tensor, adapters: Adapters, placer: Placer
+        self,
+        model: Model,
+        rows: RowTable,
+        cache: Tensor,
+        adapters: Adapters,
+        placer: Placer,
+        attention: Backend,
     ):
         self.model, self.rows, self.placer = model, rows, placer
         self.adapters = adapters
-        self.builder = BatchBuilder(rows, cache, adapters)
+        self.attention = attention
+        self.builder = BatchBuilder(rows, cache, adapters, attention)
         self.decode_sampling = SamplePlan([], rows.device)
         self.graphs: DecodeGraphs | None = None
         self.way = read_back(rows.device)
@@ -66,7 +74,7 @@ class Runner:
 
     def capture(self, width: int) -> None:
         """Decode steps are replayed from now on; `width` is the largest stacked rank of an adapter."""
-        parts = (self.model, self.rows, self.builder.cache, self.adapters)
+        parts = (self.model, self.rows, self.builder.cache, self.adapters, self.attention)
         self.graphs = DecodeGraphs(*parts, width)
         self.graphs.capture()
 

@@ -1,0 +1,49 @@
+"""The op `paged_attention`: every dtype, head size, window and softcap, on every device; plans nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.ops import schemas as schemas  # defines the op
+from engine.ops.attention.seam import Attend, Captured, Needs, Room, StepLengths, View
+
+DEFAULT_BLOCK = 16
+
+
+def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int) -> Tensor:
+    """How the keys are split among thread blocks is decided on the device, so any graph may hold it."""
+    return torch.ops.lorax.paged_attention(
+        q, view.cache, layer, view.tables, view.starts, view.lengths, scale, softcap, window
+    )
+
+
+class Builtin:
+    """Our own kernels; on a machine without them, their reference."""
+
+    name = "builtin"
+    block_size = DEFAULT_BLOCK
+    block_unit = 1
+    serves: Mapping[str, str] = {}
+
+    @staticmethod
+    def refusal(needs: Needs) -> None:
+        """It refuses nothing."""
+
+    def workspace(self, rows: int) -> int:
+        return 0
+
+    def start(self, room: Room) -> None: ...
+
+    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+        return attend
+
+    def captured(self, rows: int) -> Captured:
+        return self
+
+    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+        return attend
+
+    def plan(self, lengths: Sequence[int]) -> None: ...

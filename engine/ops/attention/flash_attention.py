@@ -1,0 +1,143 @@
+"""FlashAttention-2 (Dao 2023), from the package `flash-attn`: plans nothing, blocks of 256 positions.
+
+Decode tokens and chunks are two calls. The first cuts the keys of a sequence into parts where the batch alone does not
+fill the GPU, by the width of the block table, which is fixed in a captured graph; the second never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.ops.attention.packages import imported, refusal_of_gpu_and_dtype
+from engine.ops.attention.seam import Attend, Captured, Needs, Room, StepLengths, View
+
+MAX_HEAD = 256
+HEAD_UNIT = 8
+PAGE = 256  # the kernels take multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """The sequences of a step behind its decode tokens."""
+
+    starts: Tensor  # [C + 1] int32, from 0
+    key_starts: Tensor  # [C + 1] int32: running sum of the lengths
+    most_tokens: int
+    most_keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step: `decodes` sequences of one token, then chunks."""
+
+    package: Any
+    decodes: int
+    chunks: _Chunks | None
+
+    def __call__(
+        self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
+    ) -> Tensor:
+        n = self.decodes
+        keys, values = view.cache[:, layer, 0], view.cache[:, layer, 1]
+        options = {
+            "softmax_scale": scale,
+            "causal": True,
+            # positions to the left of the query's own, and to the right
+            "window_size": (window - 1, 0) if window else (-1, -1),
+            "softcap": softcap,
+        }
+        parts: list[Tensor] = []
+        if n:
+            found = self.package.flash_attn_with_kvcache(
+                q[:n, None],
+                keys,
+                values,
+                cache_seqlens=view.lengths[:n],
+                block_table=view.tables[:n],
+                **options,
+            )
+            parts.append(found[:, 0])
+        if (chunks := self.chunks) is not None:
+            found = self.package.flash_attn_varlen_func(
+                q[n:],
+                keys,
+                values,
+                chunks.starts,
+                chunks.key_starts,
+                chunks.most_tokens,
+                chunks.most_keys,
+                block_table=view.tables[n:],
+                **options,
+            )
+            parts.append(found)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+
+class _Graph:
+    """Decode tokens only; everything that changes from step to step is on the device."""
+
+    def __init__(self, package: Any, rows: int) -> None:
+        self.step = _Step(package, rows, None)
+
+    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+        return self.step
+
+    def plan(self, lengths: Sequence[int]) -> None: ...
+
+
+class FlashAttention:
+    """The package is imported here, and refused by name when it is missing."""
+
+    name = "flash-attn"
+    block_size = PAGE
+    block_unit = PAGE
+
+    def __init__(self, needs: Needs, package: Any = None) -> None:
+        install = "pip install flash-attn --no-build-isolation"
+        self.package = package or imported(self.name, "flash_attn", install)
+        self.serves: Mapping[str, str] = {
+            "paged_attention": f"{self.name} {self.package.__version__}"
+        }
+
+    @staticmethod
+    def refusal(needs: Needs) -> str | None:
+        if needs.head_dim % HEAD_UNIT or needs.head_dim > MAX_HEAD:
+            return (
+                f"serves heads of up to {MAX_HEAD} in steps of {HEAD_UNIT}, not of {needs.head_dim}"
+            )
+        return refusal_of_gpu_and_dtype(needs)
+
+    def workspace(self, rows: int) -> int:
+        """It takes what it needs from torch, as activations do."""
+        return 0
+
+    def start(self, room: Room) -> None: ...
+
+    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+        n = step.decodes
+        counts = step.counts[n:]
+        if not counts:
+            return _Step(self.package, n, None)
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        key_starts = torch.zeros(len(starts), dtype=torch.int32, device=tables.device)
+        torch.cumsum(lengths[n:], 0, dtype=torch.int32, out=key_starts[1:])
+        chunks = _Chunks(
+            _uploaded(starts, tables.device), key_starts, max(counts), max(step.lengths[n:])
+        )
+        return _Step(self.package, n, chunks)
+
+    def captured(self, rows: int) -> Captured:
+        return _Graph(self.package, rows)
+
+
+def _uploaded(values: Sequence[int], device: torch.device) -> Tensor:
+    """int32, without waiting for the device."""
+    host = torch.tensor(values, dtype=torch.int32)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

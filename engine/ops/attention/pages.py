@@ -1,0 +1,40 @@
+"""Block tables in compressed rows, as FlashInfer reads them: indptr, indices and the length of each last page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pages(NamedTuple):
+    """Sequence s owns the pages `indices[indptr[s] : indptr[s + 1]]`; its last one holds `last[s]` positions."""
+
+    indptr: Tensor  # [S + 1] int32
+    indices: Tensor  # [S * blocks of the longest + 1] int32; the end is not defined
+    last: Tensor  # [S] int32, 1 to block size
+
+    @classmethod
+    def empty(cls, rows: int, blocks: int, device: torch.device) -> Pages:
+        """Room for `rows` sequences of up to `blocks` pages."""
+        return cls(
+            torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            torch.zeros(rows * blocks + 1, dtype=torch.int32, device=device),
+            torch.ones(rows, dtype=torch.int32, device=device),
+        )
+
+    def first(self, rows: int) -> Pages:
+        """The same memory for fewer sequences."""
+        return Pages(self.indptr[: rows + 1], self.indices, self.last[:rows])
+
+    def fill(self, tables: Tensor, lengths: Tensor, block: int) -> None:
+        """From `tables` [S, blocks] and `lengths` [S], int32 and above 0; on the device, so a graph may hold it."""
+        counts = (lengths + (block - 1)) // block
+        torch.cumsum(counts, 0, dtype=torch.int32, out=self.indptr[1:])
+        column = torch.arange(tables.shape[1], dtype=torch.int32, device=tables.device)
+        place = self.indptr[:-1, None] + column
+        # entries past a sequence's end go to the last place, which nothing reads
+        place = place.masked_fill(column >= counts[:, None], len(self.indices) - 1)
+        self.indices.scatter_(0, place.flatten().long(), tables.flatten())
+        torch.sub(lengths, (counts - 1) * block, out=self.last)

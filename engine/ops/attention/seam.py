@@ -1,0 +1,133 @@
+"""What an attention backend is: asked once at start, planned once a step, called once a layer.
+
+All backends read the same cache, `[blocks, layers, 2, block, kv_heads, head_dim]`, viewed per layer by strides. What a
+step's attention needs beside it is prepared once, by `Backend.step` or in a captured graph by `Captured`, and lies in
+the `Attend` that the layers call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a backend wants to know of a GPU."""
+
+    capability: tuple[int, int]
+    processors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu | None:
+        """None on a CPU."""
+        if device.type != "cuda":
+            return None
+        found = torch.cuda.get_device_properties(device)
+        return cls((found.major, found.minor), found.multi_processor_count)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a model asks of its attention, and where."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float  # 0: none
+    windows: frozenset[int]  # of the layers; 0: none
+    dtype: torch.dtype
+    device: torch.device
+    gpu: Gpu | None  # None: a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The most that one step may hold, and the cache's block."""
+
+    rows: int
+    blocks: int  # of one row
+    block_size: int  # positions
+
+
+@dataclass(frozen=True, slots=True)
+class StepLengths:
+    """A step as the host knows it, one entry a sequence: decode tokens first, then chunks."""
+
+    counts: Sequence[int]  # tokens of the step
+    lengths: Sequence[int]  # positions in the cache, with those of the step
+
+    @property
+    def decodes(self) -> int:
+        """How many sequences, from the first on, have one token."""
+        return next((i for i, count in enumerate(self.counts) if count != 1), len(self.counts))
+
+
+class View(Protocol):
+    """The KV cache as one step sees it: what a backend reads of `engine.layers.batch.KVView`."""
+
+    @property
+    def cache(self) -> Tensor: ...  # [blocks, layers, 2, block, kv_heads, head_dim]
+    @property
+    def tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
+    @property
+    def starts(self) -> Tensor: ...  # [S + 1] int32
+    @property
+    def lengths(self) -> Tensor: ...  # [S] int32
+
+
+class Attend(Protocol):
+    """Causal attention of one layer over one step: q [T, heads, head_dim] -> the same shape, contiguous.
+
+    Semantics: `engine.ops.reference.paged_attention`.
+    """
+
+    def __call__(
+        self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
+    ) -> Tensor: ...
+
+
+class Captured(Protocol):
+    """The attention of one captured graph, whose rows have one token each."""
+
+    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+        """Called while the graph is captured: what it launches is part of the graph."""
+        ...
+
+    def plan(self, lengths: Sequence[int]) -> None:
+        """Before the capture and each replay: the rows' lengths, with the new token. Waits for no step."""
+        ...
+
+
+class Backend(Protocol):
+    """One way to compute attention."""
+
+    name: str  # as in --attention-backend
+    block_size: int  # positions of a block, unless the user says otherwise
+    block_unit: int  # a block is a multiple of so many positions
+
+    @property
+    def serves(self) -> Mapping[str, str]:
+        """Op -> what serves it instead of our own kernels, for `/info` and the log."""
+        ...
+
+    def workspace(self, rows: int) -> int:
+        """Bytes that it takes for itself, of steps of up to `rows` sequences."""
+        ...
+
+    def start(self, room: Room) -> None:
+        """Allocates, and builds what is built at first use; before any step. Raises ConfigError."""
+        ...
+
+    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+        """The attention of a step that is launched now, kernel by kernel; `tables` and `lengths` as in `View`."""
+        ...
+
+    def captured(self, rows: int) -> Captured:
+        """The attention of a graph of so many rows."""
+        ...
