@@ -1,6 +1,6 @@
 """The decode step of many sequences on a GPU, base and with adapters, at the shape of Mistral 7B.
 
-    python -m tools.bench_step [--batch 64] [--repeat 3] [--eager]
+    python -m tools.bench_step [--batch 64] [--repeat 3] [--eager] [--attention-backend auto]
 
 A step is (wall time of generating 256 tokens - wall time of generating 1) / 255, so it holds host work, sampling and
 read-back. Weights and adapters are random (`--load-format dummy`); the cases take turns in one engine.
@@ -40,7 +40,7 @@ SHAPE = {
 }
 
 
-def config_of(folder: Path, batch: int, eager: bool) -> EngineConfig:
+def config_of(folder: Path, batch: int, memory: MemoryConfig) -> EngineConfig:
     (folder / "config.json").write_text(json.dumps(SHAPE))
     return EngineConfig(
         model=ModelConfig(model_id=str(folder), load_format="dummy", dtype="bfloat16"),
@@ -51,7 +51,7 @@ def config_of(folder: Path, batch: int, eager: bool) -> EngineConfig:
             max_batch_prefill_tokens=8192,
             prefix_caching=False,
         ),
-        memory=MemoryConfig(cuda_memory_fraction=0.8, eager=eager),
+        memory=memory,
     )
 
 
@@ -74,10 +74,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--attention-backend", default="auto")
     given = parser.parse_args()
+    memory = MemoryConfig(
+        cuda_memory_fraction=0.8, eager=given.eager, attention_backend=given.attention_backend
+    )
     workload = Workload(given.batch, INPUT, OUTPUT, given.batch, (given.rank,))
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(config_of(Path(folder), given.batch, given.eager), workload)
+        bench = Bench(config_of(Path(folder), given.batch, memory), workload)
     refs = bench.images.refs
     cases: dict[str, list[AdapterImageRef | None]] = {"base": [None] * given.batch}
     for count in sorted({1, min(8, given.batch), given.batch}):
