@@ -202,7 +202,8 @@ class FlashInfer:
             raise ConfigError(
                 f"--attention-backend {self.name} could not build or load its kernels: {error}",
                 field="attention_backend",
-                hint="put nvcc and ninja on the path, or use --attention-backend builtin",
+                hint="it takes ninja and the nvcc of a whole CUDA toolkit (cuRAND's headers too), or use"
+                " --attention-backend builtin",
             ) from error
         logger.info("FlashInfer's kernels are ready after %.1f s", time.perf_counter() - started)
 
