@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -19,27 +18,6 @@ class KVView:
     places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
 
 
-class Beside(Protocol):
-    """Where small work can run beside the large: what is called inside `with` needs `join` before it is used."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def join(self) -> None:
-        """What follows may use what was computed beside."""
-
-
-class InLine:
-    """Nowhere else: one thing after the other."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def join(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
     """Which tokens use which adapter: contiguous segments of one slot each."""
@@ -50,7 +28,6 @@ class LoraBatch:
     starts: Tensor  # [S + 1] int32
     width: int  # columns of t: at least the largest stacked rank in the batch
     touched: list[list[bool]]  # [layers + 1][groups]: does any adapter of the batch act there
-    beside: Beside = InLine()  # where the shrink of a linear runs
 
 
 @dataclass(frozen=True, slots=True)

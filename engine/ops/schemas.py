@@ -29,10 +29,11 @@ SCHEMAS = {
         "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor starts, Tensor lengths, float scale,"
         " float softcap, int window) -> Tensor"
     ),
-    # t[P, T, width] float32, to be summed over P: x @ A(slot).T
+    # t[P, T, width] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the op that was launched
+    # last, so the two may run side by side
     "lora_shrink": (
-        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width)"
-        " -> Tensor"
+        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width,"
+        " bool beside=False) -> Tensor"
     ),
     # the same for an embedding: t[1, T, width] = A(slot)[ids]
     "lora_gather": (

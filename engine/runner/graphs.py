@@ -33,24 +33,6 @@ def buckets(max_rows: int) -> list[int]:
     return sorted({size for size in sizes if size < max_rows} | {max_rows})
 
 
-class SideStream:
-    """A stream beside the current one. Memory taken on it is reused on it, so always behind a join."""
-
-    def __init__(self) -> None:
-        self._side = torch.cuda.Stream()
-        self._inside = torch.cuda.stream(self._side)
-
-    def __enter__(self) -> None:
-        self._side.wait_stream(torch.cuda.current_stream())
-        self._inside.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._inside.__exit__(None, None, None)
-
-    def join(self) -> None:
-        torch.cuda.current_stream().wait_stream(self._side)
-
-
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -73,7 +55,6 @@ class DecodeGraphs:
         self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.starts = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self.kv_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.beside = SideStream()
         self.captured: dict[tuple[int, int], _Captured] = {}
         self.kind = NO_LORA
         self.size = 0
@@ -132,7 +113,7 @@ class DecodeGraphs:
         arena, records = self.adapters.arena, self.adapters.records
         starts = self.starts[: size + 1]
         slots = self.slots[:size]
-        return LoraBatch(arena, records, slots, starts, self.width, touched, self.beside)
+        return LoraBatch(arena, records, slots, starts, self.width, touched)
 
     def set_decode(self, decode: list[int], slots: list[int]) -> None:
         """The rows of the next steps, sorted by slot."""

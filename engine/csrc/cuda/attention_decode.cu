@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "attention_mma.cuh"
+#include "chain.cuh"
 
 namespace lorax::cuda {
 namespace {
@@ -38,6 +39,8 @@ constexpr int decode_shared() {  // bytes: queries, then the stages of each warp
 // w, w + 3, ... with its own copies in flight, and at the end the warps are put together.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float tops[kWarps][16], sums[kWarps][16];
   constexpr int kStride = kSize + 8, kTile = kKeys * kStride;
@@ -151,6 +154,8 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
 // Grid (tokens, heads), a thread walks the head size: puts the parts together, in their order.
 template <class T>
 __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   const int token = blockIdx.x, head = blockIdx.y;
   const int sequence = sequence_of(args.starts, args.sequences, token);
   if (sequence < 0) return;
@@ -185,8 +190,9 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
     cudaFuncSetAttribute(decode_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
     const dim3 grid(args.tokens, args.groups * tiles, z);
-    decode_kernel<T, kSize><<<grid, kWarps * 32, kShared, stream>>>(args);
-    if (args.parts > 1) combine_kernel<T><<<dim3(args.tokens, args.heads), 128, 0, stream>>>(args);
+    launch_chained(decode_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
+    if (args.parts > 1)
+      launch_chained(combine_kernel<T>, dim3(args.tokens, args.heads), 128, 0, stream, args);
   });
 }
 

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "attention_mma.cuh"
+#include "chain.cuh"
 
 namespace lorax::cuda {
 namespace {
@@ -15,7 +16,7 @@ constexpr int kKeysOf = kSize <= 128 ? 64 : 32;  // positions of a tile
 
 template <int kSize>
 constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and values
-  return (kRows + kStages * 2 * kKeysOf<kSize>) * (kSize + 8) * 2;
+  return (kRows + kStages * 2 * kKeysOf<kSize>)*(kSize + 8) * 2;
 }
 
 // Grid (upper bound of the tiles, groups). The rows of a sequence are its tokens x the heads of
@@ -25,6 +26,8 @@ constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and v
 // does not depend on how its prompt is cut into steps.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr int kKeys = kKeysOf<kSize>, kStride = kSize + 8, kTile = kKeys * kStride;
   constexpr int kShare = kKeys / kWarps;  // rows of a tile that a warp copies
@@ -41,8 +44,7 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
     (int64_t(args.starts[middle]) * repeats / kRows + middle <= index ? s : above) = middle;
   }
   const int first_token = args.starts[s], tokens = args.starts[s + 1] - first_token;
-  const int64_t first_row =
-      (index - (int64_t(first_token) * repeats / kRows + s)) * int64_t(kRows);
+  const int64_t first_row = (index - (int64_t(first_token) * repeats / kRows + s)) * int64_t(kRows);
   const int64_t all_rows = int64_t(tokens) * repeats;
   if (first_row >= all_rows) return;
   const int rows = int(min(int64_t(kRows), all_rows - first_row));
@@ -69,11 +71,10 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
   for (int i = threadIdx.x; i < kRows * kSize; i += blockDim.x) {  // over rows, then head size
     const int r = i / kSize, d = i % kSize;
     const int64_t row = first_row + r;
-    queries[r * kStride + d] =
-        r < rows && d < args.size
-            ? q[(first_token + row / repeats) * args.q_stride +
-                (group * repeats + row % repeats) * args.q_head_stride + d]
-            : T(0.f);
+    queries[r * kStride + d] = r < rows && d < args.size
+                                   ? q[(first_token + row / repeats) * args.q_stride +
+                                       (group * repeats + row % repeats) * args.q_head_stride + d]
+                                   : T(0.f);
   }
   __syncthreads();
 
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
     wait_async<1>();
     __syncthreads();
     const T* keys = stages + stage * 2 * kTile;
-    state.template attend<kKeys>(mine, keys, keys + kTile, at, low, high, args.scale,
-                                 args.softcap, lane);
+    state.template attend<kKeys>(mine, keys, keys + kTile, at, low, high, args.scale, args.softcap,
+                                 lane);
     __syncthreads();  // before the next copy into this stage
     stage ^= 1;
   }
@@ -132,7 +133,7 @@ void attention_prefill(const AttentionArgs& args, cudaStream_t stream) {
     constexpr int kSize = decltype(size)::value, kShared = prefill_shared<kSize>();
     cudaFuncSetAttribute(prefill_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
-    prefill_kernel<T, kSize><<<grid, kWarps * 32, kShared, stream>>>(args);
+    launch_chained(prefill_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
   });
 }
 
