@@ -63,12 +63,10 @@ class Model(Protocol):
 
 
 class Step(NamedTuple):
-    """A batch and the rows that are sampled after it."""
+    """A batch and the rows that are sampled after it. There may be more than are sampled: padding, scored tokens."""
 
     batch: Batch
-    rows: (
-        Tensor  # [n] int32; captured steps and steps with scored prompts have more than are sampled
-    )
+    rows: Tensor  # [n] int32
     lengths: Tensor  # [n] int32: known tokens of each, which is the position of the new one
 
 
@@ -81,13 +79,15 @@ class BatchBuilder:
         self.most = SEGMENT_TOKENS[rows.device.type]
         self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
         self.decode = Description([], [], [], [])
-        self._reach: Reach | None = None  # of `decode`
+        self._reached: tuple[Description, Reach | None] = (
+            self.decode,
+            None,
+        )  # of the last step built
         self._written: tuple[Description, Shape] | None = None  # of steps that only decode
 
     def set_decode(self, rows: list[int]) -> None:
         """The rows that advance by one token every step until the next call."""
         self.decode = Description(rows, [], [self.rows.slots[row] for row in rows], [])
-        self._reach = self.adapters.reach(self.decode.slots)
 
     def describe(self, chunks: list[Chunk]) -> Description:
         """The next step."""
@@ -127,11 +127,9 @@ class BatchBuilder:
         shape = description.shape(self.most)
         self.write(description, shape)
         self.rows.words.send()
-        if description is self.decode:
-            reach = self._reach
-        else:
-            reach = self.adapters.reach(description.slots)
-        return self.expand(shape, self._longest(description), reach)
+        if self._reached[0] is not description:
+            self._reached = (description, self.adapters.reach(description.slots))
+        return self.expand(shape, self._longest(description), self._reached[1])
 
     def _longest(self, description: Description) -> int:
         """Positions of the longest sequence once the step is done."""

@@ -63,7 +63,7 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures every graph; takes seconds."""
-        started = time.perf_counter()
+        started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
         pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self._warm_up(side, [self.decode_shapes[-1], self.shapes[0]])
         for shape in self.shapes:
@@ -74,7 +74,8 @@ class StepGraphs:
                 self.captured[shape, kind] = Captured(graph, shape, step.rows, step.lengths)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        logger.info("captured %d graphs in %.1f s", len(self.captured), seconds)
+        mib = (free - torch.cuda.mem_get_info()[0]) >> 20
+        logger.info("captured %d graphs in %.1f s, %d MiB", len(self.captured), seconds, mib)
 
     def _warm_up(self, side: torch.cuda.Stream, shapes: list[Shape]) -> None:
         """Runs steps of padding on the stream of the captures: libraries allocate what they need before."""

@@ -116,9 +116,9 @@ class Runner:
 
     def _forward(self, description: Description) -> tuple[Tensor, Tensor, Tensor]:
         """Starts the step: (rows, their known tokens, logits), the sampled ones first."""
-        captured = self.graphs.find(description) if self.graphs is not None else None
-        if self.graphs is not None and captured is not None:
-            return self.graphs.replay(captured, description)
+        graphs = self.graphs
+        if graphs is not None and (captured := graphs.find(description)) is not None:
+            return graphs.replay(captured, description)
         step = self.builder.build(description)
         return step.rows, step.lengths, self.model(step.batch)
 
