@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
-from engine.messages import Chunk
+from engine.messages import Admit, Chunk, SamplingParams
+from engine.runner.batch import Adapters, BatchBuilder, Reach
 from engine.runner.graphs import EVERYWHERE, IN_LAYERS, NO_LORA
 from engine.runner.inputs import Description, runs
+from engine.runner.rows import RowTable
 from engine.runner.shapes import decode_shapes, decode_words, mixed_shapes, mixed_words
+from tests.ops.test_cpu_lora import per_token
 from tests.runner.twins import (
     SEGMENT,
     PaddedSteps,
@@ -99,6 +103,69 @@ def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int, most: int) -
         if not mixed and needed.decodes:
             assert any(shape.holds(needed) for shape in shapes[0])
     assert found >= 300
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_description_expands_to_its_tokens(seed: int) -> None:
+    """Every token, place, output and slot of a step against what its rows hold, with padding and without."""
+    generator = random.Random(seed)
+    max_rows, block = 20, 4
+    device = torch.device("cpu")
+    spare = decode_words(max_rows) + mixed_words(max_rows, 300)
+    table = RowTable(max_rows + 1, 400, 100, device, spare)
+    records = torch.zeros(201, 2, 1, 8, dtype=torch.int32)
+    builder = BatchBuilder(
+        table, torch.zeros(9, 1, 2, block, 1, 1), Adapters(torch.zeros(16).byte(), records)
+    )
+    builder.most = SEGMENT
+    step = random_description(generator, max_rows, 300, chunks=seed % 3 > 0)
+    held: dict[int, Admit] = {}
+    for row, slot in zip([*step.decode, *(c.row for c in step.chunks)], step.slots, strict=True):
+        tokens = [generator.randrange(1, 999) for _ in range(400)]
+        blocks = [generator.randrange(1, 999) for _ in range(100)]
+        known = generator.randint(0, 399)
+        held[row] = Admit(row, slot, tokens, 1, known, blocks, SamplingParams())
+        table.admit(held[row])
+    builder.set_decode(step.decode)
+    step = builder.describe(step.chunks)
+    new = [(row, held[row].computed, 1) for row in step.decode]
+    new += [(chunk.row, chunk.start, chunk.count) for chunk in step.chunks]
+    shapes = (
+        mixed_shapes(max_rows, 300, SEGMENT) if step.chunks else decode_shapes(max_rows, SEGMENT)
+    )
+    for shape in [step.shape(SEGMENT), *(s for s in shapes if s.holds(step.shape(SEGMENT)))]:
+        for row, admit in held.items():
+            table.computed[row] = admit.computed
+        builder.write(step, shape)
+        reach = Reach(1, [[True], [True]])
+        batch, rows, lengths = builder.expand(shape, 400, reach)
+        ahead = shape.decodes - len(step.decode)
+        assert batch.kv.decodes == shape.decodes
+        last, slots = [], []
+        for s, (row, start, count) in enumerate(new, ahead):
+            at, end = int(batch.kv.starts[s]), int(batch.kv.starts[s + 1])
+            positions = [*range(start, start + count)]
+            assert batch.positions[at:end].tolist() == positions
+            assert batch.ids[at:end].tolist() == [held[row].tokens[i] for i in positions]
+            assert batch.kv.places[at:end].tolist() == [
+                held[row].blocks[i // block] * block + i % block for i in positions
+            ]
+            assert batch.kv.lengths[s] == table.computed[row] == start + count
+            last.append(end - 1)
+            slots += [held[row].slot] * count
+        assert batch.kv.starts[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
+        assert batch.lora is not None and batch.lora_outputs is not None
+        assert per_token(batch.lora.slots, batch.lora.starts)[ahead:] == slots
+        sampled, first = step.sampled, 0 if step.chunks else ahead
+        expected = [(new[s][0], new[s][1] + new[s][2]) for s in sampled]
+        found = zip(rows.tolist()[first:], lengths.tolist()[first:], strict=True)
+        assert [*found][: len(sampled)] == expected
+        if step.chunks:
+            assert batch.outputs is not None and len(batch.outputs) == shape.outputs
+            assert batch.outputs[: len(sampled)].tolist() == [last[s] for s in sampled]
+            assert not batch.outputs[len(sampled) :].any()
+            of_outputs = per_token(batch.lora_outputs.slots, batch.lora_outputs.starts)
+            assert of_outputs == [step.slots[s] for s in sampled]
 
 
 def test_buckets_rise_and_end_with_every_row() -> None:
