@@ -26,8 +26,8 @@ __host__ __device__ inline int first_tile(const AttentionArgs& args) {
 // Grid (upper bound of the tiles, groups). The rows of a sequence are its tokens x the heads of
 // the group, token by token; a tile is 64 of them. Sequence s has the tiles from
 // starts[s] * repeats / 64 + s on: room for its last, partial one. The first tile of the grid is
-// that of sequence `decodes`, ahead of which every sequence has one token. The CTA walks the tiles of
-// 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
+// that of sequence `decodes`, ahead of which every sequence has one token. The CTA walks the tiles
+// of 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
 // does not depend on how its prompt is cut into steps.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArgs args) {

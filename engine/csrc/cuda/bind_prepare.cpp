@@ -1,4 +1,4 @@
-// lorax::write_runs_ and lorax::prepare_step_ on CUDA. What the tensors hold is read by the kernels.
+// lorax::write_runs_ and lorax::prepare_step_ on CUDA. The kernels read what the tensors hold.
 #include <tuple>
 
 #include "bind.h"

@@ -57,7 +57,7 @@ LORAX_HOST_DEVICE void prepare_sequence(const PrepareArgs& args, int s, int firs
   }
 }
 
-// Thread `thread` of `threads` walks the tokens behind the last sequence: they are the scratch row's.
+// Thread `thread` of `threads` walks the tokens behind the last sequence: the scratch row's.
 LORAX_HOST_DEVICE void prepare_padding(const PrepareArgs& args, int thread, int threads) {
   for (int i = args.starts[args.sequences] + thread; i < args.num_tokens; i += threads) {
     args.ids[i] = 0;
