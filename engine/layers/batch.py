@@ -12,10 +12,11 @@ class KVView:
     """The KV cache as one step sees it. S sequences, T tokens."""
 
     cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
-    tables: Tensor  # [S, blocks of the longest] int32
+    tables: Tensor  # [S, at least the blocks of the longest] int32
     starts: Tensor  # [S + 1] int32: first token of each sequence
     lengths: Tensor  # [S] int32: positions in the cache, with those of this step
     places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
+    decodes: int  # so many first sequences have one token each; tokens behind the last sequence are padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +39,5 @@ class Batch:
     positions: Tensor  # [T] int64
     kv: KVView
     lora: LoraBatch | None
-    outputs: Tensor | None  # [O] int64: tokens whose logits are wanted; None: all
+    outputs: Tensor | None  # [O] int32: tokens whose logits are wanted; None: all
     lora_outputs: LoraBatch | None  # `lora` over the wanted tokens only

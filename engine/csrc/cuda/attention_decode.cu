@@ -34,7 +34,7 @@ constexpr int decode_shared() {  // bytes: queries, then the stages of each warp
   return (16 + kWarps * kStages * 2 * kKeys) * (kSize + 8) * 2;
 }
 
-// Grid (tokens, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
+// Grid (decodes, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
 // walks the parts z, z + gridDim.z, ...; in a part warp w walks the chunks of 16 positions
 // w, w + 3, ... with its own copies in flight, and at the end the warps are put together.
 template <class T, int kSize>
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
   }
 }
 
-// Grid (tokens, heads), a thread walks the head size: puts the parts together, in their order.
+// Grid (decodes, heads), a thread walks the head size: puts the parts together, in their order.
 template <class T>
 __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) {
   allow_next();
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) 
 
 void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
   const int tiles = (args.heads / args.groups + 15) / 16;
-  const int64_t pairs = int64_t(args.tokens) * args.groups * tiles;
+  const int64_t pairs = int64_t(args.decodes) * args.groups * tiles;
   const int64_t wanted = (1024 + pairs - 1) / pairs;  // enough CTAs to fill the GPU
   const int z = int(wanted < args.parts ? wanted : args.parts);
   for_kernel(args, [&](auto zero, auto size) {
@@ -189,10 +189,10 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
     constexpr int kSize = decltype(size)::value, kShared = decode_shared<kSize>();
     cudaFuncSetAttribute(decode_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
-    const dim3 grid(args.tokens, args.groups * tiles, z);
+    const dim3 grid(args.decodes, args.groups * tiles, z);
     launch_chained(decode_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
     if (args.parts > 1)
-      launch_chained(combine_kernel<T>, dim3(args.tokens, args.heads), 128, 0, stream, args);
+      launch_chained(combine_kernel<T>, dim3(args.decodes, args.heads), 128, 0, stream, args);
   });
 }
 

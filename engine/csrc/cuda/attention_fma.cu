@@ -146,18 +146,16 @@ void attention_fma(const AttentionArgs& args, cudaStream_t stream) {
     launch<__half>(args, stream);
 }
 
-bool attention_is_decode(const AttentionArgs& args) {
-  return takes_tensor_cores(args) && args.tokens == args.sequences;
+int64_t attention_workspace(const AttentionArgs& args) {
+  if (!takes_tensor_cores(args) || args.parts == 1) return 0;
+  return int64_t(args.decodes) * args.heads * args.parts * (args.size + 2);
 }
 
 void paged_attention(const AttentionArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return;
-  if (!takes_tensor_cores(args))
-    attention_fma(args, stream);
-  else if (attention_is_decode(args))
-    attention_decode(args, stream);
-  else
-    attention_prefill(args, stream);
+  if (!takes_tensor_cores(args)) return attention_fma(args, stream);
+  if (args.decodes > 0) attention_decode(args, stream);
+  if (args.tokens > args.decodes && args.sequences > args.decodes) attention_prefill(args, stream);
 }
 
 }  // namespace lorax::cuda

@@ -19,10 +19,16 @@ constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and v
   return (kRows + kStages * 2 * kKeysOf<kSize>)*(kSize + 8) * 2;
 }
 
+// Of the sequence behind the decodes.
+__host__ __device__ inline int first_tile(const AttentionArgs& args) {
+  return int(int64_t(args.decodes) * (args.heads / args.groups) / kRows) + args.decodes;
+}
+
 // Grid (upper bound of the tiles, groups). The rows of a sequence are its tokens x the heads of
 // the group, token by token; a tile is 64 of them. Sequence s has the tiles from
-// starts[s] * repeats / 64 + s on: room for its last, partial one. The CTA walks the tiles of
-// 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
+// starts[s] * repeats / 64 + s on: room for its last, partial one. The first tile of the grid is
+// that of sequence `decodes`, ahead of which every sequence has one token. The CTA walks the tiles
+// of 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
 // does not depend on how its prompt is cut into steps.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArgs args) {
@@ -37,8 +43,8 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
   const int group = blockIdx.y, repeats = args.heads / args.groups;
 
   // later tiles see more keys: start with them
-  const int index = gridDim.x - 1 - blockIdx.x;
-  int s = 0, above = args.sequences;  // first tile of s <= index < first tile of above
+  const int index = first_tile(args) + gridDim.x - 1 - blockIdx.x;
+  int s = args.decodes, above = args.sequences;  // first tile of s <= index < first tile of above
   while (above - s > 1) {
     const int middle = (s + above) / 2;
     (int64_t(args.starts[middle]) * repeats / kRows + middle <= index ? s : above) = middle;
@@ -127,7 +133,7 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
 
 void attention_prefill(const AttentionArgs& args, cudaStream_t stream) {
   const int64_t rows = int64_t(args.tokens) * (args.heads / args.groups);
-  const dim3 grid(unsigned(rows / kRows + args.sequences), args.groups);
+  const dim3 grid(unsigned(rows / kRows + args.sequences - first_tile(args)), args.groups);
   for_kernel(args, [&](auto zero, auto size) {
     using T = decltype(zero);
     constexpr int kSize = decltype(size)::value, kShared = prefill_shared<kSize>();
