@@ -33,7 +33,7 @@ from engine.bench.limits import (
 from engine.bench.machine import machine
 from engine.bench.report import Loaded, Measurement, Placed, Report
 from engine.bench.shapes import write_model
-from engine.bench.timing import forward_ms, step_ms, submit, wall
+from engine.bench.timing import ended, forward_ms, step_ms, submit, wall
 from engine.bench.workload import Case, Workload, assign, cases_of
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
@@ -217,9 +217,12 @@ class Bench:
             engine = self._engine(case)
             prompt, most = self._long_lengths(engine)
             (request,) = self._requests([None], most, prompt)
-            submit(engine, [request])
-            while not any(update.tokens for update in engine.step()):
-                pass
+            running = submit(engine, [request])
+            begun = False
+            while not begun:
+                updates = engine.step()
+                begun = any(update.tokens for update in updates)
+                ended(running, updates)
 
             def end() -> None:
                 lasted = engine.has_work
