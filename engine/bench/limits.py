@@ -80,7 +80,7 @@ def chosen_fraction(config: EngineConfig, needed: float) -> float:
         raise ConfigError(
             f"the adapters need {needed:.2f} of the memory budget",
             field="adapters",
-            hint="lower --adapters or --ranks, or raise --cpu-memory-gb",
+            hint="lower --adapters or --ranks, or raise --cpu-memory-gb or --cuda-memory-fraction",
         )
     return needed
 

@@ -97,10 +97,9 @@ class Bench:
             self._start_lora("adapters" in kinds)
         for kind in ("base", "long"):
             if kind in kinds:
-                tell(f"starting an engine: {kind}")
                 room = fitting(config, workload, self.spec.max_positions, kind == "long")
                 self.regions.append(HostRegion.create(16 * UNIT))
-                self.engines[kind] = Engine(without_adapters(room), self.regions[-1])
+                self._start(kind, without_adapters(room), self.regions[-1])
         if not self.engines:
             raise ConfigError("--cases leaves nothing to measure", field="cases")
 
@@ -136,9 +135,19 @@ class Bench:
             f"they need --adapter-memory-fraction {self.needed:.4f}, "
             f"used {config.adapters.adapter_memory_fraction:.4f}"
         )
-        self.tell("starting an engine: LoRA enabled")
         self.lora_config = config
-        self.engines["lora"] = Engine(config, self.images.region)
+        self._start("lora", config, self.images.region)
+
+    def _start(self, name: str, config: EngineConfig, region: HostRegion) -> None:
+        self.tell(f"starting an engine: {name}")
+        try:
+            self.engines[name] = Engine(config, region)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"no memory is left for the engine {name!r} beside {', '.join(self.engines) or 'nothing'}",
+                field="cases",
+                hint="measure them apart: --cases base, then --cases enabled,adapters,files",
+            ) from None
 
     def close(self) -> None:
         for engine in self.engines.values():
