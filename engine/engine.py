@@ -28,6 +28,7 @@ from engine.runner.batch import Adapters
 from engine.runner.memory import plan_memory
 from engine.runner.rows import RowTable
 from engine.runner.runner import Runner
+from engine.runner.shapes import decode_words, mixed_words
 from engine.scheduler.blocks import BlockPool
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 
@@ -110,14 +111,21 @@ class Engine:
             device=device,
         ).zero_()
         blocks = -(-plan.max_total_tokens // plan.block_size)
-        rows = RowTable(plan.max_rows + 1, plan.max_total_tokens, blocks, device)
+        rows = RowTable(
+            plan.max_rows + 1,
+            plan.max_total_tokens,
+            blocks,
+            device,
+            decode_words(plan.max_rows) + mixed_words(plan.max_rows, plan.max_step_tokens),
+        )
         self.attention.start(Room(plan.max_rows, blocks, plan.block_size))
         placer = (CudaPlacer if self.platform.is_cuda else Placer)(arena, records, region)
         parts = (self.model, rows, cache, Adapters(arena, records), placer)
         self.runner = Runner(*parts, self.attention)
         if self.platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
             targets = max(len(group.targets) for _, _, group in self.layout.places())
-            self.runner.capture(targets * config.adapters.max_adapter_rank)
+            width = targets * config.adapters.max_adapter_rank
+            self.runner.capture(width, plan.max_step_tokens)
 
     def _start_scheduler(self, config: EngineConfig, clock: Callable[[], float]) -> None:
         plan = self.plan

@@ -23,6 +23,7 @@ from engine.platform import Platform
 from engine.runner.memory import plan_memory
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tests.ops import fake_attention
+from tests.runner.twins import SEGMENT, PaddedSteps, Twins, make_scene, small_config
 from tests.tiny import CONFIGS, SMALL, VOCAB, make_adapter, make_model
 
 MIB = 1 << 20
@@ -81,6 +82,30 @@ def test_every_backend_gives_the_same_text(family: str, tmp_path: Path) -> None:
             assert found[id].tokens == outcome.tokens
             near = torch.tensor(found[id].logprobs) - torch.tensor(outcome.logprobs)
             assert near.abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("ahead", [0, 1], ids=["in turn", "run ahead"])
+@pytest.mark.parametrize("name", PACKAGES)
+def test_captured_steps_give_what_the_builtin_ones_give(
+    name: str, ahead: int, tmp_path: Path
+) -> None:
+    """Steps that only decode are padded to a graph's shape and planned ahead of it; none with chunks is captured."""
+    scene = make_scene(tmp_path)
+    options = {"block_size": 256, "max_batch_total_tokens": 20 * 256}
+    config = small_config(scene, max_batch_prefill_tokens=64, **options)
+    twins = Twins(scene, with_backend(config, name), config)
+    engine = twins.padded.engine
+    runner = engine.runner
+    runner.builder.most = SEGMENT
+    graphs = PaddedSteps(runner.model, runner.builder, 3 * 64, engine.plan.max_step_tokens)
+    graphs.capture()
+    runner.graphs = graphs
+    twins.run(40, seed=ahead, longest=150, ahead=ahead)
+    assert not any(shape.chunks for shape, _ in graphs.replayed)
+    assert len({shape for shape, _ in graphs.replayed}) > 3
+    assert any(plan.chunks for plan in twins.plans)
+    twins.close()
 
 
 @pytest.mark.usefixtures("stand_ins")

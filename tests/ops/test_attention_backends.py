@@ -164,7 +164,8 @@ class Scene:
 
     def view(self, attend: attention.Attend = attention.builtin_attend) -> KVView:
         places = torch.zeros(0, dtype=torch.int64)
-        return KVView(self.cache, self.tables, self.starts, self.lengths, places, attend)
+        decodes = self.step.decodes
+        return KVView(self.cache, self.tables, self.starts, self.lengths, places, decodes, attend)
 
     def attend(self, attend: attention.Attend, window: int) -> Tensor:
         view = self.view(attend)

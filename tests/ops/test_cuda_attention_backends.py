@@ -102,9 +102,11 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
         cache = Cache(sequences, *shape, needs.dtype)
         lengths = [length for _, length in sequences]
-        attend = backend.step(StepLengths(cache.counts, lengths), cache.tables, cache.lengths)
+        step = StepLengths(cache.counts, lengths)
+        attend = backend.step(step, cache.tables, cache.lengths)
         places = torch.zeros(0, dtype=torch.int64)
-        view = KVView(cache.kv, cache.tables, cache.starts, cache.lengths, places, attend)
+        where = (cache.kv, cache.tables, cache.starts, cache.lengths, places)
+        view = KVView(*where, step.decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
             check(actual, cache.q, view, needs, window)
@@ -139,7 +141,7 @@ class Rows:
 
     def view(self, attend: attention.Attend) -> KVView:
         places = torch.zeros(0, dtype=torch.int64)
-        return KVView(self.cache, self.tables, self.starts, self.lengths, places, attend)
+        return KVView(self.cache, self.tables, self.starts, self.lengths, places, self.rows, attend)
 
 
 @every_run
@@ -197,7 +199,8 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
     whole = StepLengths(cache.counts, cache.lengths.tolist())
     places = torch.zeros(0, dtype=torch.int64)
-    view = KVView(cache.kv, cache.tables, cache.starts, cache.lengths, places)
+    where = (cache.kv, cache.tables, cache.starts, cache.lengths, places)
+    view = KVView(*where, whole.decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):
         captured.plan(lengths)

@@ -3,13 +3,15 @@
 #include <type_traits>
 
 #include "attention_mma.cuh"
+#include "chain.cuh"
 
 namespace lorax::cuda {
 namespace {
 
-constexpr int kWarps = 3;   // of heads of 128, four CTAs fit into an SM: 64 x 8 are one wave
-constexpr int kKeys = 16;   // positions a warp takes at a time
-constexpr int kStages = 2;  // chunks of a warp that are in flight or in use
+constexpr int kWarps = 3;         // of heads of 128, four CTAs fit into an SM: 64 x 8 are one wave
+constexpr int kKeys = 16;         // positions a warp takes at a time
+constexpr int kStages = 2;        // chunks of a warp that are in flight or in use
+constexpr int kCombineHeads = 8;  // heads that a CTA puts together
 
 // What a token sees, low .. high - 1, and its cut into `count` parts of `share` positions.
 struct Cut {
@@ -33,11 +35,12 @@ constexpr int decode_shared() {  // bytes: queries, then the stages of each warp
   return (16 + kWarps * kStages * 2 * kKeys) * (kSize + 8) * 2;
 }
 
-// Grid (tokens, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
+// Grid (decodes, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
 // walks the parts z, z + gridDim.z, ...; in a part warp w walks the chunks of 16 positions
 // w, w + 3, ... with its own copies in flight, and at the end the warps are put together.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args) {
+  allow_next();
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float tops[kWarps][16], sums[kWarps][16];
   constexpr int kStride = kSize + 8, kTile = kKeys * kStride;
@@ -54,6 +57,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
 
   const int sequence = sequence_of(args.starts, args.sequences, token);
   if (sequence < 0) {  // padding
+    wait_for_previous();
     if (blockIdx.z == 0)
       for (int i = threadIdx.x; i < rows * args.size; i += blockDim.x) out[i] = T(0.f);
     return;
@@ -73,12 +77,15 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
     if (lane >= kKeys) row = -1;
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
+      // only the last position is written by the kernel in front; all before it are there
+      if (start + stage * step + kKeys >= cut.high) wait_for_previous();
       if (start + stage * step < end)
         copy_rows<T, kSize, kKeys>(args, mine + stage * 2 * kTile, mine + stage * 2 * kTile + kTile,
                                    row, lane);
       commit_async();
       row = row_of(args, table, group, start + (stage + 1) * step + lane, cut.low, end);
     }
+    wait_for_previous();
     if (part == int(blockIdx.z)) {  // while the first copies are on their way
       const T* q =
           static_cast<const T*>(args.q) + token * args.q_stride + head * args.q_head_stride;
@@ -148,12 +155,14 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
   }
 }
 
-// Grid (tokens, heads), a thread walks the head size: puts the parts together, in their order.
+// Grid (decodes, tiles of 8 heads), a warp each: puts the parts together, in their order.
 template <class T>
-__global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) {
-  const int token = blockIdx.x, head = blockIdx.y;
+__global__ void __launch_bounds__(kCombineHeads * 32) combine_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
+  const int token = blockIdx.x, head = blockIdx.y * kCombineHeads + threadIdx.x / 32;
   const int sequence = sequence_of(args.starts, args.sequences, token);
-  if (sequence < 0) return;
+  if (sequence < 0 || head >= args.heads) return;
   const Cut cut = cut_of(args, sequence, token);
   if (cut.count <= 1) return;
   const int64_t row = (int64_t)token * args.heads + head, width = args.size + 2;
@@ -161,7 +170,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) 
   float top = -INFINITY;
   for (int p = 0; p < cut.count; ++p) top = fmaxf(top, parts[p * width + args.size]);
   const float base = top == -INFINITY ? 0.f : top;
-  for (int d = threadIdx.x; d < args.size; d += blockDim.x) {
+  for (int d = threadIdx.x % 32; d < args.size; d += 32) {  // over the head size
     float sum = 0.f, value = 0.f;
     for (int p = 0; p < cut.count; ++p) {
       const float weight = exp2f(parts[p * width + args.size] - base);
@@ -176,7 +185,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) 
 
 void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
   const int tiles = (args.heads / args.groups + 15) / 16;
-  const int64_t pairs = int64_t(args.tokens) * args.groups * tiles;
+  const int64_t pairs = int64_t(args.decodes) * args.groups * tiles;
   const int64_t wanted = (1024 + pairs - 1) / pairs;  // enough CTAs to fill the GPU
   const int z = int(wanted < args.parts ? wanted : args.parts);
   for_kernel(args, [&](auto zero, auto size) {
@@ -184,9 +193,11 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
     constexpr int kSize = decltype(size)::value, kShared = decode_shared<kSize>();
     cudaFuncSetAttribute(decode_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
-    const dim3 grid(args.tokens, args.groups * tiles, z);
-    decode_kernel<T, kSize><<<grid, kWarps * 32, kShared, stream>>>(args);
-    if (args.parts > 1) combine_kernel<T><<<dim3(args.tokens, args.heads), 128, 0, stream>>>(args);
+    const dim3 grid(args.decodes, args.groups * tiles, z);
+    launch_chained(decode_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
+    if (args.parts > 1)
+      launch_chained(combine_kernel<T>, dim3(args.decodes, (args.heads - 1) / kCombineHeads + 1),
+                     kCombineHeads * 32, 0, stream, args);
   });
 }
 

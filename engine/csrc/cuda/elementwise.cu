@@ -1,4 +1,5 @@
 // RMS norm and gated activations. Both round where the reference in ops/reference.py does.
+#include "chain.cuh"
 #include "elementwise.h"
 #include "pack.h"
 
@@ -44,13 +45,14 @@ __device__ __forceinline__ float add_squares(const Pack<T, N>& pack, float sum) 
 }
 
 template <class T, class W, int N>
-__device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale, const W* weight,
-                                             T* out, int64_t column) {
-  const Pack<W, N> w = load_pack<N>(weight + column);
+__device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale,
+                                             const Pack<W, N>& weight, T* out) {
   Pack<T, N> normed;
 #pragma unroll
-  for (int i = 0; i < N; ++i) normed.v[i] = narrow<T>(widen(pack.v[i]) * scale * widen(w.v[i]));
-  store_pack<N>(out + column, normed);
+  for (int i = 0; i < N; ++i) {
+    normed.v[i] = narrow<T>(widen(pack.v[i]) * scale * widen(weight.v[i]));
+  }
+  store_pack<N>(out, normed);
 }
 
 // Tile: one CTA per row of [rows, width]. Pack i of a thread is at column
@@ -58,6 +60,7 @@ __device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale
 // over the columns; with kHeld = 0, for rows too wide for that, the second pass reads them again.
 template <class T, class W, int N, int kHeld>
 __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsNormArgs args) {
+  allow_next();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   T* residual =
@@ -69,6 +72,12 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
   float sum = 0.0f;
   if constexpr (kHeld > 0) {
     Pack<T, N> held[kHeld];
+    Pack<W, N> weights[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {  // columns
+      if (first + i * step < args.width) weights[i] = load_pack<N>(weight + first + i * step);
+    }
+    wait_for_previous();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {  // columns
       if (first + i * step < args.width) {
@@ -80,17 +89,19 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {  // columns
       if (first + i * step < args.width) {
-        store_normed<T, W, N>(held[i], scale, weight, out, first + i * step);
+        store_normed<T, W, N>(held[i], scale, weights[i], out + first + i * step);
       }
     }
   } else {
+    wait_for_previous();
     for (int64_t column = first; column < args.width; column += step) {
       sum = add_squares<T, N>(load_and_add<T, N>(x, residual, column), sum);
     }
     const float scale = rsqrtf(sum_over_cta(sum) / float(args.width) + args.eps);
     const T* normed = residual ? residual : x;  // each thread reads back what it wrote itself
     for (int64_t column = first; column < args.width; column += step) {
-      store_normed<T, W, N>(load_pack<N>(normed + column), scale, weight, out, column);
+      store_normed<T, W, N>(load_pack<N>(normed + column), scale, load_pack<N>(weight + column),
+                            out + column);
     }
   }
 }
@@ -100,8 +111,8 @@ void launch_add_rms_norm(const AddRmsNormArgs& args, cudaStream_t stream) {
   const int64_t packs = ceil_div(ceil_div(args.width, N), kHeld ? kHeld : 1);
   const int64_t warps = ceil_div(packs, kWarp);
   const int64_t threads = warps * kWarp < kMaxThreads ? warps * kWarp : kMaxThreads;
-  add_rms_norm_kernel<T, W, N, kHeld>
-      <<<dim3(unsigned(args.rows)), dim3(unsigned(threads)), 0, stream>>>(args);
+  launch_chained(add_rms_norm_kernel<T, W, N, kHeld>, dim3(unsigned(args.rows)),
+                 dim3(unsigned(threads)), 0, stream, args);
 }
 
 template <class T>
@@ -123,6 +134,8 @@ __device__ __forceinline__ T activate(T gate, Activation act) {
 // the tiles of columns. A thread has N columns side by side.
 template <class T, int N, Activation kAct>
 __global__ void __launch_bounds__(kActThreads) act_and_mul_kernel(const ActAndMulArgs args) {
+  allow_next();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const int64_t column = (int64_t(blockIdx.y) * kActThreads + threadIdx.x) * N;
   if (column >= args.width) return;
@@ -142,13 +155,16 @@ void launch_act_and_mul(const ActAndMulArgs& args, cudaStream_t stream) {
   const dim3 grid(unsigned(args.rows), unsigned(ceil_div(args.width, kActThreads * N)));
   switch (args.act) {
     case Activation::silu:
-      act_and_mul_kernel<T, N, Activation::silu><<<grid, kActThreads, 0, stream>>>(args);
+      launch_chained(act_and_mul_kernel<T, N, Activation::silu>, grid, kActThreads, 0, stream,
+                     args);
       return;
     case Activation::gelu:
-      act_and_mul_kernel<T, N, Activation::gelu><<<grid, kActThreads, 0, stream>>>(args);
+      launch_chained(act_and_mul_kernel<T, N, Activation::gelu>, grid, kActThreads, 0, stream,
+                     args);
       return;
     case Activation::gelu_tanh:
-      act_and_mul_kernel<T, N, Activation::gelu_tanh><<<grid, kActThreads, 0, stream>>>(args);
+      launch_chained(act_and_mul_kernel<T, N, Activation::gelu_tanh>, grid, kActThreads, 0, stream,
+                     args);
       return;
   }
 }

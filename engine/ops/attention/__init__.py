@@ -13,7 +13,17 @@ from engine.ops.attention.builtin import Builtin
 from engine.ops.attention.builtin import attend as builtin_attend
 from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
-from engine.ops.attention.seam import Attend, Backend, Captured, Gpu, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import (
+    Attend,
+    Backend,
+    Captured,
+    Gpu,
+    Needs,
+    Prepare,
+    Room,
+    StepLengths,
+    View,
+)
 
 __all__ = [
     "AUTO",
@@ -24,6 +34,7 @@ __all__ = [
     "Gpu",
     "Name",
     "Needs",
+    "Prepare",
     "Room",
     "StepLengths",
     "View",

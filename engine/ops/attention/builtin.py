@@ -10,13 +10,24 @@ from torch import Tensor
 from engine.ops import schemas as schemas  # defines the op
 from engine.ops.attention.seam import Attend, Captured, Needs, Room, StepLengths, View
 
+ops = torch.ops.lorax
+
 DEFAULT_BLOCK = 16
 
 
 def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int) -> Tensor:
     """How the keys are split among thread blocks is decided on the device, so any graph may hold it."""
-    return torch.ops.lorax.paged_attention(
-        q, view.cache, layer, view.tables, view.starts, view.lengths, scale, softcap, window
+    return ops.paged_attention(
+        q,
+        view.cache,
+        layer,
+        view.tables,
+        view.starts,
+        view.lengths,
+        scale,
+        softcap,
+        window,
+        view.decodes,
     )
 
 
@@ -26,6 +37,7 @@ class Builtin:
     name = "builtin"
     block_size = DEFAULT_BLOCK
     block_unit = 1
+    captures_chunks = True
     serves: Mapping[str, str] = {}
 
     @staticmethod

@@ -96,6 +96,7 @@ class FlashAttention:
     name = "flash-attn"
     block_size = PAGE
     block_unit = PAGE
+    captures_chunks = False
 
     def __init__(self, needs: Needs, package: Any = None) -> None:
         install = "pip install flash-attn --no-build-isolation"

@@ -129,6 +129,7 @@ class FlashInfer:
     name = "flashinfer"
     block_size = 16
     block_unit = 1
+    captures_chunks = False
 
     def __init__(
         self, needs: Needs, package: Any = None, mark: Callable[[], Mark] = marked

@@ -7,7 +7,7 @@ the `Attend` that the layers call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +79,8 @@ class View(Protocol):
     def starts(self) -> Tensor: ...  # [S + 1] int32
     @property
     def lengths(self) -> Tensor: ...  # [S] int32
+    @property
+    def decodes(self) -> int: ...  # so many first sequences have one token each
 
 
 class Attend(Protocol):
@@ -92,15 +94,19 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
+# Makes the attention of a step from its tables and lengths, as in `View`.
+Prepare = Callable[[Tensor, Tensor], Attend]
+
+
 class Captured(Protocol):
-    """The attention of one captured graph, whose rows have one token each."""
+    """The attention of one captured graph: rows with one token each, and chunks if the backend captures any."""
 
     def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
         """Called while the graph is captured: what it launches is part of the graph."""
         ...
 
     def plan(self, lengths: Sequence[int]) -> None:
-        """Before the capture and each replay: the rows' lengths, with the new token. Waits for no step."""
+        """Before the capture and each replay: lengths of the rows with one token, and with it. Waits for no step."""
         ...
 
 
@@ -110,6 +116,7 @@ class Backend(Protocol):
     name: str  # as in --attention-backend
     block_size: int  # positions of a block, unless the user says otherwise
     block_unit: int  # a block is a multiple of so many positions
+    captures_chunks: bool  # else steps with chunks are launched kernel by kernel
 
     @property
     def serves(self) -> Mapping[str, str]:
@@ -129,5 +136,5 @@ class Backend(Protocol):
         ...
 
     def captured(self, rows: int) -> Captured:
-        """The attention of a graph of so many rows."""
+        """The attention of a graph with so many rows of one token each."""
         ...
