@@ -33,6 +33,7 @@ class _Quantised:
     """What the schemes share: the bias, and rows padded to a multiple of `align` columns."""
 
     align: int
+    strip = 1 << 24  # weights that are quantised at a time, which takes several times their float32
     bias: Tensor | None = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -46,12 +47,13 @@ class _Quantised:
             self.bias = torch.empty(rows, dtype=self.dtype, device=self.device)
 
     def load(self, part: str, row: int, tensor: Tensor) -> None:
-        rows = slice(row, row + tensor.shape[0])
         if part == "weight":
-            self.quantise(rows, tensor)
+            for strip in tensor.split(max(1, self.strip // self.padded)):
+                self.quantise(slice(row, row + strip.shape[0]), strip)
+                row += strip.shape[0]
         else:
             assert self.bias is not None
-            self.bias[rows].copy_(tensor)
+            self.bias[row : row + tensor.shape[0]].copy_(tensor)
 
     def quantise(self, rows: slice, weight: Tensor) -> None:
         """Takes `rows` of the weight."""
