@@ -76,8 +76,8 @@ class Int8(_Quantised):
     LLM.int8 also multiplies the columns in which x has outliers in 16 bits. Which those are is known to the device
     alone, so the host would have to wait, and it depends on the other tokens of the batch. Here the threshold is 0, no
     column is held back. Instead, what 8 bits leave of x is quantised to 8 bits once more and multiplied in the same
-    pass over W, so that a token keeps 15 bits below its largest magnitude. Integers add exactly: a token's result
-    does not depend on the batch.
+    pass over W, so that a token keeps 15 bits below its largest magnitude. Integers add exactly, so a token's result
+    does not depend on the batch; on a CPU without AVX-512 bitsandbytes adds them in float32, exact to 1040 columns.
     """
 
     align = 16  # the matrix unit wants multiples of 4, and 16 for its best
