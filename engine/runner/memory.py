@@ -65,13 +65,14 @@ def plan_memory(
     platform: Platform,
     spec: ModelSpec,
     itemsize: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
 ) -> MemoryPlan:
-    """Splits the budget; `sizes` are bytes of weights, of one slot's records, and of the host tier.
+    """Splits the budget; `sizes` are bytes of weights, of what a linear takes while it multiplies, of one slot's
+    records, and of the host tier.
 
     Raises ConfigError that names the flag to change when something does not fit.
     """
-    weights, record, host_tier = sizes
+    weights, scratch, record, host_tier = sizes
     scheduler, device = config.scheduler, platform.device.type
     block = _positive(scheduler.block_size, DEFAULT_BLOCK, "block_size")
     rows = _positive(scheduler.max_batch_size, DEFAULT_ROWS[device], "max_batch_size")
@@ -84,7 +85,9 @@ def plan_memory(
             "--adapter-memory-fraction must be at least 0 and below 1",
             field="adapter_memory_fraction",
         )
-    working = _working(config, spec, (rows, max(step, rows)), itemsize) if platform.is_cuda else 0
+    working = 0
+    if platform.is_cuda:
+        working = _working(config, spec, (rows, max(step, rows)), itemsize) + scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)
