@@ -17,6 +17,7 @@ from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
+from engine.layers import quantised
 from engine.lora.placement import CudaPlacer, Placer
 from engine.messages import AdapterImageRef, EngineInfo, EngineStats, Request, Update
 from engine.models import weights
@@ -54,11 +55,12 @@ class Engine:
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         if self.platform.is_cuda and not config.memory.slow_reference:
             ops.require_cuda()
+        method = quantised.method_of(config.model.quantize)
         folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
         self.spec = models.spec_from(folder)
         dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
         self.attention = self._attention(config, dtype)
-        self.model = Decoder(self.spec, dtype, self.platform.device)
+        self.model = Decoder(self.spec, dtype, self.platform.device, method)
         if config.model.load_format == "dummy":
             weights.make_up(self.model)
         else:
@@ -69,14 +71,22 @@ class Engine:
             self.platform,
             self.spec,
             dtype.itemsize,
-            (weights.size(self.model), self.layout.record_bytes, region.size),
+            (
+                weights.size(self.model),
+                weights.scratch(self.model),
+                self.layout.record_bytes,
+                region.size,
+            ),
             self.attention,
         )
         self._allocate(config, region, dtype)
         self._start_scheduler(config, clock)
         self.info = self._info(config)
         logger.info(
-            "engine ready in %.1f s on %s", time.perf_counter() - started, self.platform.name
+            "engine ready in %.1f s on %s, linears %s",
+            time.perf_counter() - started,
+            self.platform.name,
+            config.model.quantize or self.layout.dtype,
         )
 
     def _attention(self, config: EngineConfig, dtype: torch.dtype) -> Backend:
@@ -164,6 +174,7 @@ class Engine:
             | dict(self.attention.serves),
             memory_plan=plan.lines,
             targets=sorted(targets),
+            quantize=config.model.quantize,
         )
 
     @property

@@ -65,14 +65,15 @@ def plan_memory(
     platform: Platform,
     spec: ModelSpec,
     itemsize: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
     backend: Backend,
 ) -> MemoryPlan:
-    """Splits the budget; `sizes` are bytes of weights, of one slot's records, and of the host tier.
+    """Splits the budget; `sizes` are bytes of weights, of what a linear takes while it multiplies, of one slot's
+    records, and of the host tier.
 
     Raises ConfigError that names the flag to change when something does not fit.
     """
-    weights, record, host_tier = sizes
+    weights, scratch, record, host_tier = sizes
     scheduler, device = config.scheduler, platform.device.type
     block = block_size(scheduler.block_size, backend)
     rows = _positive(scheduler.max_batch_size, DEFAULT_ROWS[device], "max_batch_size")
@@ -87,7 +88,7 @@ def plan_memory(
         )
     working = backend.workspace(rows)
     if platform.is_cuda:
-        working += _working(config, spec, (rows, max(step, rows)), itemsize)
+        working += _working(config, spec, (rows, max(step, rows)), itemsize) + scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)

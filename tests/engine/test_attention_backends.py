@@ -149,7 +149,7 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
 
     def plan(backend: Backend, block_size: int | None = None) -> tuple[int, int, int]:
         given = replace(config, scheduler=replace(config.scheduler, block_size=block_size))
-        made = plan_memory(given, platform, spec, 2, (MIB, 1024, MIB), backend)
+        made = plan_memory(given, platform, spec, 2, (MIB, 0, 1024, MIB), backend)
         return made.block_size, made.kv_block, made.working
 
     block, kv_block, working = plan(builtin)
