@@ -119,6 +119,13 @@ class SchedulerConfig:
         int | None,
         Option("Most tokens in one step: decode tokens, then prompt chunks; unset: by platform."),
     ] = None
+    max_chunk_tokens: Annotated[
+        int | None,
+        Option(
+            "Most prompt tokens in a step in which other requests decode: less lets their tokens flow more evenly, "
+            "more computes prompts sooner; unset: 256 on a GPU, else no limit."
+        ),
+    ] = None
     max_batch_total_tokens: Annotated[
         int | None, Option("Most tokens in the KV cache; can only lower what memory allows.")
     ] = None

@@ -15,6 +15,7 @@ import torch
 from engine import models, ops
 from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
+from engine.checkpoint import folder_of
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
 from engine.layers import quantised
@@ -56,7 +57,7 @@ class Engine:
         if self.platform.is_cuda and not config.memory.slow_reference:
             ops.require_cuda()
         method = quantised.method_of(config.model.quantize)
-        folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
+        folder = folder_of(config.model, weights=config.model.load_format != "dummy")
         self.spec = models.spec_from(folder)
         dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
         self.attention = self._attention(config, dtype)
@@ -145,6 +146,7 @@ class Engine:
             max_input_length=plan.max_input_length,
             max_total_tokens=plan.max_total_tokens,
             adapter_cycle_time=config.adapters.adapter_cycle_time_s,
+            max_chunk_tokens=plan.max_chunk_tokens,
         )
         self.blocks = BlockPool(plan.num_blocks, plan.block_size, config.scheduler.prefix_caching)
         self.slots = SlotTable(config.adapters.max_active_adapters + 1, plan.arena)

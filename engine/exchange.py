@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
+from engine.adapters.lease import Lease
 from engine.adapters.ref import AdapterRef, SourceName
 from engine.adapters.registry import Registry, make_sources
 from engine.adapters.room import Room
@@ -45,41 +46,14 @@ T = TypeVar("T")
 FETCH_THREADS = (
     32  # of each source, so that a slow one holds up no other; they wait for network and disk
 )
-PARSE_THREADS = 2  # they compute, on cores that the engine may want
+PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
+MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
 MAX_EVICTED = 1024  # adapters that are no longer in host memory and still remembered
 MAX_FAILED = 256  # adapters whose last load failed
 ROOM_PATIENCE_S = 30.0  # for leases to end, when they fill the host tier
 FILE_FACTOR = 8  # a file may be so many times the host tier: float64, and a copy of the embedding
 
 logger = logging.getLogger(__name__)
-
-
-class Lease:
-    """An adapter in host memory, kept there until `release`. A context manager."""
-
-    def __init__(
-        self, image: AdapterImageRef, cache_salt: bytes, release: Callable[[], None]
-    ) -> None:
-        self.image = image
-        self.cache_salt = cache_salt  # not empty for adapters that not everybody may see
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Idempotent."""
-        if self._release is not None:
-            release, self._release = self._release, None
-            release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 @dataclass(slots=True)
@@ -115,9 +89,11 @@ class Exchange:
         layout: AdapterLayout,
         region: HostRegion,
         *,
+        device: str = "cpu",
         sources: dict[SourceName, Source] | None = None,
         room_patience_s: float = ROOM_PATIENCE_S,
     ) -> None:
+        """`device`: where the engine computes."""
         self._config = config
         self._layout = layout
         self._region = region
@@ -132,7 +108,7 @@ class Exchange:
         self._fetchers = {
             name: ThreadPoolExecutor(FETCH_THREADS, f"adapter-{name}") for name in sources
         }
-        self._parsers = ThreadPoolExecutor(PARSE_THREADS, "adapter-parse")
+        self._parsers = ThreadPoolExecutor(parse_threads(device), "adapter-parse")
         self._versions = Versions(self._registry, self._resolve)
         self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()
         self._failed: Lru[Hashable, _Adapter] = Lru(MAX_FAILED)
@@ -390,6 +366,13 @@ class Exchange:
         if self._closing:
             raise AdapterLoadFailed("the server is shutting down")
         return await asyncio.get_running_loop().run_in_executor(pool, call, *given)
+
+
+def parse_threads(device: str) -> int:
+    """How many adapters are parsed at a time."""
+    if device == "cpu":
+        return PARSE_THREADS
+    return max(PARSE_THREADS, min(MAX_PARSE_THREADS, len(os.sched_getaffinity(0)) // 2))
 
 
 def _no_progress(done: int, total: int) -> None:

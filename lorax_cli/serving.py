@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,30 +22,45 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from engine.messages import EngineInfo
+    from engine.server.backend import Backend
 
 Started = Callable[["EngineInfo", str], None]
+Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
 
 
 @asynccontextmanager
 async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
     """The application on a started engine: in processes of its own, or in this one. Closed at the end."""
-    from engine.models import folder_of
+    from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
     from engine.server.app import build_app
     from engine.server.text import Text
 
     # Before the processes start: a download happens once, and a wrong name fails at once.
     folder = await asyncio.to_thread(folder_of, config.model, False)
-    start = LocalBackend.start if local else ProcessBackend.start
-    backend = await start(config)
+    start: Start = LocalBackend.start if local else ProcessBackend.start
+    # Beside them: both import large libraries.
+    loading = asyncio.create_task(
+        asyncio.to_thread(Text, str(folder), config.model.tokenizer_config_path)
+    )
+    starting = asyncio.create_task(start(config))
     try:
-        text = await asyncio.to_thread(Text, str(folder), config.model.tokenizer_config_path)
-        try:
-            yield build_app(backend, text, config)
-        finally:
-            text.close()
+        await asyncio.gather(loading, starting)
+        yield build_app(starting.result(), loading.result(), config)
     finally:
-        await backend.close()
+        starting.cancel()
+        for task in (loading, starting):
+            with suppress(Exception, asyncio.CancelledError):
+                await task
+        if came_of(loading):
+            loading.result().close()
+        if came_of(starting):
+            await starting.result().close()
+
+
+def came_of(task: asyncio.Task[Any]) -> bool:
+    """Whether something came of it."""
+    return not task.cancelled() and task.exception() is None
 
 
 async def serve(config: EngineConfig, started: Started) -> None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # never import each other, but at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
     (
+        "engine.checkpoint",
         "engine.config",
         "engine.errors",
         "engine.logs",
@@ -38,6 +39,7 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 
 TORCH_FREE = (
     "lorax_cli.app",
+    "engine.checkpoint",
     "engine.config",
     "engine.errors",
     "engine.messages",

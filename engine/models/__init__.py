@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint import folder_of
 from engine.config import ModelConfig
 from engine.errors import ModelError
 from engine.models.architectures import spec_of
 from engine.models.decoder import Decoder
-from engine.models.source import folder_of
 from engine.models.spec import ModelSpec, layout_of
 from engine.ops.layout import AdapterLayout
 
-__all__ = ["Decoder", "ModelSpec", "adapter_layout", "dtype_of", "folder_of", "spec_from"]
+__all__ = ["Decoder", "ModelSpec", "adapter_layout", "dtype_of", "spec_from"]
 
 
 def spec_from(folder: Path) -> ModelSpec:

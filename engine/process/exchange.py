@@ -49,8 +49,9 @@ def main(socket_fd: int, region_fd: int) -> int:
     except Exception as error:
         return child.refuse(end, "exchange", error)
 
-    def build(layout: AdapterLayout) -> Exchange:
-        exchange: Exchange = factory(setup.config, layout, HostRegion.attach(region_fd))
+    def build(layout: AdapterLayout, device: str) -> Exchange:
+        region = HostRegion.attach(region_fd)
+        exchange: Exchange = factory(setup.config, layout, region, device=device)
         return exchange
 
     # Not asyncio.run: it would wait for threads that read adapters which nobody wants any more.
@@ -73,7 +74,7 @@ def stand_back() -> None:
 class Service:
     """One exchange behind a pipe."""
 
-    def __init__(self, build: Callable[[AdapterLayout], Exchange]) -> None:
+    def __init__(self, build: Callable[[AdapterLayout, str], Exchange]) -> None:
         self._build = build
         self._exchange: Exchange | None = None
         self._pipe: Pipe[Setup | Begin | Release | Call] = Pipe(ToExchange, self._take, self._end)
@@ -115,7 +116,7 @@ class Service:
             if message.device == "cpu":
                 stand_back()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
-            self._exchange = self._build(layout)
+            self._exchange = self._build(layout, message.device)
             await self._exchange.start()
         except Exception as error:
             answer, self._exit_code = child.cannot_start("exchange", error)

@@ -57,7 +57,10 @@ class LocalBackend:
             in_worker = asyncio.get_running_loop().run_in_executor
             stepper, region = await in_worker(worker, _build, config, parts.engine)
             try:
-                exchange: Exchange = load(parts.exchange)(config, stepper.engine.layout, region)
+                engine = stepper.engine
+                exchange: Exchange = load(parts.exchange)(
+                    config, engine.layout, region, device=engine.info.device
+                )
                 await _started(exchange)
                 for image in exchange.preloaded:
                     stepper.engine.preload(image)

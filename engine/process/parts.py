@@ -27,7 +27,7 @@ class Parts:
     """Each is `module:name` of a callable."""
 
     engine: str = "engine.engine:Engine"  # (config, region)
-    exchange: str = "engine.exchange:Exchange"  # (config, layout, region)
+    exchange: str = "engine.exchange:Exchange"  # (config, layout, region, device=)
 
 
 def load(factory: str) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from engine.runner.shapes import mixed_shapes
 DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
+DEFAULT_CHUNK_TOKENS = 256  # on a GPU: a step that takes at most twice as long as without them
 SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
 COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
@@ -36,6 +37,7 @@ class MemoryPlan:
     host_tier: int  # bytes
     max_rows: int
     max_step_tokens: int
+    max_chunk_tokens: int
     max_total_tokens: int
     max_input_length: int
 
@@ -80,12 +82,9 @@ def plan_memory(
     step = _positive(
         scheduler.max_batch_prefill_tokens, DEFAULT_STEP_TOKENS[device], "max_batch_prefill_tokens"
     )
-    fraction = config.adapters.adapter_memory_fraction
-    if not 0 <= fraction < 1:
-        raise ConfigError(
-            "--adapter-memory-fraction must be at least 0 and below 1",
-            field="adapter_memory_fraction",
-        )
+    chunks = DEFAULT_CHUNK_TOKENS if platform.is_cuda else step
+    chunks = _positive(scheduler.max_chunk_tokens, chunks, "max_chunk_tokens")
+    fraction = _adapter_fraction(config)
     working = backend.workspace(rows)
     if platform.is_cuda:
         working += _working(config, spec, (rows, max(step, rows)), itemsize) + scratch
@@ -117,6 +116,7 @@ def plan_memory(
         host_tier,
         rows,
         max(step, rows),
+        chunks,
         total,
         longest,
     )
@@ -133,6 +133,17 @@ def block_size(given: int | None, backend: Backend) -> int:
             hint="leave it out, or choose another backend",
         )
     return block
+
+
+def _adapter_fraction(config: EngineConfig) -> float:
+    """Share of the budget that holds adapters."""
+    fraction = config.adapters.adapter_memory_fraction
+    if not 0 <= fraction < 1:
+        raise ConfigError(
+            "--adapter-memory-fraction must be at least 0 and below 1",
+            field="adapter_memory_fraction",
+        )
+    return fraction
 
 
 def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], itemsize: int) -> int:

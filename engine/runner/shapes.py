@@ -9,8 +9,9 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-MIXED_DECODES = (16, 64)  # rows that decode beside chunks; and as many rows as there are
-CHUNK_TOKENS = (128, 256, 512, 1024, 2048)
+MIXED_DECODES = (16, 32, 64, 96, 128, 192)  # rows that decode beside chunks; and all that there are
+CHUNK_TOKENS = (64, 128, 256, 512, 1024, 2048)
+MOST_BESIDE = 256  # chunk tokens beside many rows that decode; the larger ones are for few rows
 LEAST_CHUNK = 16  # tokens: a bucket of tokens has room for chunks of this size
 
 
@@ -68,6 +69,8 @@ def mixed_shapes(max_rows: int, max_tokens: int, most: int) -> list[Shape]:
     tokens = [size for size in CHUNK_TOKENS if size == least or size // 2 < max_tokens]
     shapes = []
     for decode, of_chunks in product(decodes, tokens):
+        if of_chunks > MOST_BESIDE and decode > decodes[0]:
+            continue
         chunks = min(of_chunks // LEAST_CHUNK, max_rows)
         shapes.append(room_for(decode, chunks, decode + of_chunks, decode + chunks, most))
     return sorted(shapes, key=lambda shape: (shape.tokens, shape.decodes))

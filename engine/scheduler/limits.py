@@ -17,6 +17,7 @@ class SchedulerLimits:
     max_input_length: int
     max_total_tokens: int
     adapter_cycle_time: float  # seconds
+    max_chunk_tokens: int | None = None  # of prompts, in a step in which others decode
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_rows:

@@ -188,7 +188,9 @@ class NameLease:
 class NameExchange:
     """An adapter is its name. `missing` is not found, `slow` never comes, `clumsy` fails unforeseen."""
 
-    def __init__(self, config: EngineConfig, layout: AdapterLayout, region: HostRegion) -> None:
+    def __init__(
+        self, config: EngineConfig, layout: AdapterLayout, region: HostRegion, device: str
+    ) -> None:
         assert layout == LAYOUT and bytes(region.view[:8]) == b"from eng"
         self.leases: dict[str, int] = {}
         self.waiting = 0

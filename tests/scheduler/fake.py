@@ -273,11 +273,12 @@ class House:
         depth: int = 1,
         step_seconds: float = 0.01,
         delay=lambda: 1,
+        chunk_tokens: int | None = None,
     ) -> None:
         self.clock = Clock()
         self.pool = BlockPool(blocks, block_size, prefix_caching)
         self.table = SlotTable(slots, arena)
-        limits = SchedulerLimits(rows, step_tokens, max_input, max_total, cycle)
+        limits = SchedulerLimits(rows, step_tokens, max_input, max_total, cycle, chunk_tokens)
         self.scheduler = Scheduler(limits, self.pool, self.table, self.clock)
         self.runner = FakeRunner(rows, blocks, block_size, step_tokens, delay)
         self.depth, self.step_seconds = depth, step_seconds

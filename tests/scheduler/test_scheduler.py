@@ -169,6 +169,24 @@ def test_decode_goes_on_beside_many_prefills() -> None:
     house.drain()
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_chunks_beside_decoding_rows_are_bounded(depth: int) -> None:
+    """And nothing is lost by it; a step in which nobody decodes takes all that the budget has room for."""
+    rng = random.Random(0)
+    prompts = [random_prompt(rng, 40 + 7 * i) for i in range(5)]
+    requests = [request(str(i), prompt, 12, eos=False) for i, prompt in enumerate(prompts)]
+    house = House(blocks=200, rows=5, step_tokens=64, chunk_tokens=8, depth=depth)
+    house.generate(requests)
+    exact(house, requests)
+    decoding: list[int] = []
+    beside, alone = [], []
+    for plan in house.plans:
+        decoding = decoding if plan.decode is None else plan.decode
+        tokens = sum(chunk.count for chunk in plan.chunks)
+        (beside if decoding else alone).append(tokens)
+    assert max(beside) == 8 and max(alone) > 8
+
+
 def test_chunks_are_first_come_first_served() -> None:
     house = House(rows=4, step_tokens=16, blocks=200)
     for index in range(4):

@@ -1,4 +1,4 @@
-"""Where base models come from: the embedded demo, a local folder, the hub."""
+"""Where base models come from: the embedded demo, a local folder, the hub. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.config import ModelConfig
 from engine.errors import ModelError
 
 DEMO = "demo"
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
