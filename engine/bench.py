@@ -27,6 +27,7 @@ from engine.lora.weights import LoraWeights, Pair, Place, TensorMatrix
 from engine.messages import AdapterImageRef, Request, SamplingParams
 from engine.models import adapter_layout
 from engine.ops.layout import AdapterLayout
+from engine.platform import device_type
 
 Popularity = Literal["distinct", "uniform", "zipf", "identical"]
 
@@ -199,9 +200,8 @@ class Bench:
                 "--output-tokens must be above 1: a decode step follows the first token"
             )
         torch.set_num_threads(config.memory.num_threads or torch.get_num_threads())
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.workload = workload
-        layout, spec, _ = adapter_layout(config.model, device)
+        layout, spec, _ = adapter_layout(config.model, device_type(config))
         self.images = Images(layout, workload)
         self.engine = Engine(fitting(config, workload, spec.max_positions), self.images.region)
         self.chooser = random.Random(workload.seed)
