@@ -18,7 +18,8 @@ from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError, OutOfMemory
-from engine.lora.placement import CudaPlacer, Placer
+from engine.lora.pinning import Pinning
+from engine.lora.placement import CudaPlacer, Placer, pin
 from engine.messages import (
     AdapterImageRef,
     EngineInfo,
@@ -68,15 +69,20 @@ class Engine:
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         if self.platform.is_cuda and not config.memory.slow_reference:
             ops.require_cuda()
-        folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
-        self.spec = models.spec_from(folder)
-        dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
-        with fitting("the weights", WEIGHTS_REMEDY):
-            self.model = Decoder(self.spec, dtype, self.platform.device)
-            if config.model.load_format == "dummy":
-                weights.make_up(self.model)
-            else:
-                weights.load(self.model, folder)
+        pinning = pin(region, self.platform.device) if self.platform.is_cuda else None
+        try:
+            self._build(config, region, pinning)
+        except BaseException:
+            if pinning is not None:
+                pinning.release()
+            raise
+        self._start_scheduler(config, clock)
+        self.info = self._info(config)
+        self._log_start(time.perf_counter() - started)
+
+    def _build(self, config: EngineConfig, region: HostRegion, pinning: Pinning | None) -> None:
+        """Everything that takes memory, each part named if it finds no room."""
+        dtype = self._load(config)
         self.layout: AdapterLayout = self.model.layout
         self.plan = plan_memory(
             config,
@@ -86,13 +92,24 @@ class Engine:
             (weights.size(self.model), self.layout.record_bytes, region.size),
         )
         with fitting("KV cache, adapter arena and tables", TABLES_REMEDY):
-            self._allocate(config, region, dtype)
+            self._allocate(config, region, dtype, pinning)
         if self.platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
             with fitting("the decode graphs", GRAPHS_REMEDY):
-                self._capture(config.adapters.max_adapter_rank)
-        self._start_scheduler(config, clock)
-        self.info = self._info(config)
-        self._log_start(time.perf_counter() - started)
+                targets = max(len(group.targets) for _, _, group in self.layout.places())
+                self.runner.capture(targets * config.adapters.max_adapter_rank)
+
+    def _load(self, config: EngineConfig) -> torch.dtype:
+        """The model; returns the type of its weights."""
+        folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
+        self.spec = models.spec_from(folder)
+        dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
+        with fitting("the weights", WEIGHTS_REMEDY):
+            self.model = Decoder(self.spec, dtype, self.platform.device)
+            if config.model.load_format == "dummy":
+                weights.make_up(self.model)
+            else:
+                weights.load(self.model, folder)
+        return dtype
 
     def _log_start(self, seconds: float) -> None:
         device = self.platform.device
@@ -103,7 +120,13 @@ class Engine:
             logger.info("%s", compared(self.plan, torch.cuda.memory_stats(device), free))
         logger.info("engine ready in %.1f s on %s", seconds, self.platform.name)
 
-    def _allocate(self, config: EngineConfig, region: HostRegion, dtype: torch.dtype) -> None:
+    def _allocate(
+        self,
+        config: EngineConfig,
+        region: HostRegion,
+        dtype: torch.dtype,
+        pinning: Pinning | None,
+    ) -> None:
         """KV cache, arena, records and rows: all memory that the engine will ever hold, touched now."""
         plan, spec, device = self.plan, self.spec, self.platform.device
         heads = (spec.attention.kv_heads, spec.attention.head_dim)
@@ -122,12 +145,9 @@ class Engine:
             -(-plan.max_total_tokens // plan.block_size),
             device,
         )
-        placer = (CudaPlacer if self.platform.is_cuda else Placer)(arena, records, region)
+        host = (arena, records, region)
+        placer = Placer(*host) if pinning is None else CudaPlacer(*host, pinning)
         self.runner = Runner(self.model, rows, cache, Adapters(arena, records), placer)
-
-    def _capture(self, max_rank: int) -> None:
-        targets = max(len(group.targets) for _, _, group in self.layout.places())
-        self.runner.capture(targets * max_rank)
 
     def _start_scheduler(self, config: EngineConfig, clock: Callable[[], float]) -> None:
         plan = self.plan
