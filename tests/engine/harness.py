@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -68,10 +70,14 @@ class Harness:
     """One engine; `stage` puts adapters into its host region, `run` ends a list of requests."""
 
     def __init__(
-        self, config: EngineConfig, host_mib: int = 64, run_ahead: int | None = None
+        self,
+        config: EngineConfig,
+        host_mib: int = 64,
+        run_ahead: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.region = HostRegion.create(host_mib * MIB)
-        self.engine = Engine(config, self.region, run_ahead=run_ahead)
+        self.engine = Engine(config, self.region, clock, run_ahead)
         self.free = 0
 
     def stage(self, folder: Path) -> AdapterImageRef:
