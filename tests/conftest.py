@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def compiled_ops_on_a_gpu(request: pytest.FixtureRequest) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test marked `gpu` needs one, and errs where an op would run on its reference there."""
-    if not any(request.node.get_closest_marker(name) for name in ("gpu", "multi_gpu")):
+    if not any(item.get_closest_marker(name) for name in ("gpu", "multi_gpu")):
         return
     import torch
 
