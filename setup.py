@@ -65,6 +65,12 @@ CUDA_FLAGS = [
 ]
 
 
+def cuda_headers(nvcc: str) -> Path:
+    """Where cuda_runtime.h lies: beside the compiler, or, where that is only a wrapper, in the usual place."""
+    beside = Path(nvcc).resolve().parent.parent / "include"
+    return beside if (beside / "cuda_runtime.h").exists() else Path("/usr/local/cuda/include")
+
+
 class Job(NamedTuple):
     """One file to compile."""
 
@@ -123,10 +129,10 @@ class BuildExtensions(build_ext):
             archs = (f"{major}{minor}" + "a" * (major == 9),)
         root = Path(torch.__file__).parent
         nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-        toolkit = Path(nvcc).resolve().parent.parent
+        headers = cuda_headers(nvcc)
         flags = [*CUDA_FLAGS, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
         bind = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", "-O2"]
-        bind += [f"-isystem{root / 'include'}", f"-isystem{toolkit / 'include'}"]
+        bind += [f"-isystem{root / 'include'}", f"-isystem{headers}"]
         compiler = [*shlex.split(os.environ.get("CXX", "c++")), *CPU_FLAGS]
         jobs = [Job(p, p.stem, [nvcc, *flags]) for p in sorted(CUDA_SOURCES.glob("*.cu"))]
         jobs += [

@@ -37,6 +37,7 @@ from engine.runner.faults import empty_cache, first_line, fitting, is_out_of_mem
 from engine.runner.memory import compared, plan_memory
 from engine.runner.rows import RowTable
 from engine.runner.runner import Runner
+from engine.runner.shapes import decode_words, mixed_words
 from engine.scheduler.blocks import BlockPool
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 
@@ -94,9 +95,10 @@ class Engine:
         with fitting("KV cache, adapter arena and tables", TABLES_REMEDY):
             self._allocate(config, region, dtype, pinning)
         if self.platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
-            with fitting("the decode graphs", GRAPHS_REMEDY):
+            with fitting("the CUDA graphs", GRAPHS_REMEDY):
                 targets = max(len(group.targets) for _, _, group in self.layout.places())
-                self.runner.capture(targets * config.adapters.max_adapter_rank)
+                width = targets * config.adapters.max_adapter_rank
+                self.runner.capture(width, self.plan.max_step_tokens)
 
     def _load(self, config: EngineConfig) -> torch.dtype:
         """The model; returns the type of its weights."""
@@ -144,6 +146,7 @@ class Engine:
             plan.max_total_tokens,
             -(-plan.max_total_tokens // plan.block_size),
             device,
+            decode_words(plan.max_rows) + mixed_words(plan.max_rows, plan.max_step_tokens),
         )
         host = (arena, records, region)
         placer = Placer(*host) if pinning is None else CudaPlacer(*host, pinning)

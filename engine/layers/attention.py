@@ -55,5 +55,6 @@ class Attention:
             self.scale,
             self.softcap,
             self.window,
+            kv.decodes,
         )
         return self.out(y.view(-1, self.heads * self.head_dim), batch.lora)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -13,31 +12,11 @@ class KVView:
     """The KV cache as one step sees it. S sequences, T tokens."""
 
     cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
-    tables: Tensor  # [S, blocks of the longest] int32
+    tables: Tensor  # [S, at least the blocks of the longest] int32
     starts: Tensor  # [S + 1] int32: first token of each sequence
     lengths: Tensor  # [S] int32: positions in the cache, with those of this step
     places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
-
-
-class Beside(Protocol):
-    """Where small work can run beside the large: what is called inside `with` needs `join` before it is used."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def join(self) -> None:
-        """What follows may use what was computed beside."""
-
-
-class InLine:
-    """Nowhere else: one thing after the other."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def join(self) -> None: ...
+    decodes: int  # so many first sequences have one token each; tokens behind the last sequence are padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +29,6 @@ class LoraBatch:
     starts: Tensor  # [S + 1] int32
     width: int  # columns of t: at least the largest stacked rank in the batch
     touched: list[list[bool]]  # [layers + 1][groups]: does any adapter of the batch act there
-    beside: Beside = InLine()  # where the shrink of a linear runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,5 +39,5 @@ class Batch:
     positions: Tensor  # [T] int64
     kv: KVView
     lora: LoraBatch | None
-    outputs: Tensor | None  # [O] int64: tokens whose logits are wanted; None: all
+    outputs: Tensor | None  # [O] int32: tokens whose logits are wanted; None: all
     lora_outputs: LoraBatch | None  # `lora` over the wanted tokens only

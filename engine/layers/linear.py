@@ -80,10 +80,8 @@ class Linear:
         if lora is None or not lora.touched[self.layer][self.number]:
             return self.method.matmul(x)
         where = (lora.arena, lora.records, lora.slots, lora.starts, self.layer, self.number)
-        with lora.beside:
-            t = ops.lora_shrink(x, *where, lora.width)
         y = self.method.matmul(x)
-        lora.beside.join()
+        t = ops.lora_shrink(x, *where, lora.width, beside=True)
         ops.lora_expand_(y, t, *where, self.splits)
         return y
 

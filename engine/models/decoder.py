@@ -98,7 +98,7 @@ class Decoder:
         return norm(spec.norm.kind, spec.norm.eps, spec.hidden, self.dtype, self.device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits of the wanted tokens, [O, vocab] float32."""
+        """Logits of the wanted tokens, [O, vocab]: of the model's dtype, or float32 if they are scaled or capped."""
         scales = self.spec.scales
         x = self.embedding(batch.ids, batch.lora)
         if scales.embedding != 1.0:
@@ -110,11 +110,11 @@ class Decoder:
             x, residual = layer(x, residual, batch)
         assert residual is not None
         if batch.outputs is not None:
-            x, residual = x[batch.outputs], residual[batch.outputs]
+            x, residual = (t.index_select(0, batch.outputs) for t in (x, residual))
         x = self.final_norm(x, residual)
-        logits = self.head(x, batch.lora_outputs).float()
+        logits = self.head(x, batch.lora_outputs)
         if scales.logits != 1.0:
-            logits = logits * scales.logits
+            logits = logits.float() * scales.logits
         if scales.softcap:
-            logits = scales.softcap * torch.tanh(logits / scales.softcap)
+            logits = scales.softcap * torch.tanh(logits.float() / scales.softcap)
         return logits

@@ -19,7 +19,9 @@ Backend = Literal["extension", "torch", "reference"]
 CPU_LIBRARY = Path(__file__).with_name("_lorax_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_lorax_cuda.so")
 DEVICES = ("cpu", "cuda")  # those an extension exists for
-BY_TORCH = {("linear", "cuda")}  # whose reference is torch's fast path: cuBLAS
+# Those whose reference is as fast as torch is there: cuBLAS, and vectorised work on small tensors.
+BY_TORCH = {("linear", "cuda")}
+BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy_", "top_p_floor")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,10 +95,13 @@ def paged_attention(
     scale: float,
     softcap: float,
     window: int,
+    decodes: int = 0,
 ) -> Tensor:
     """Causal attention; the queries of a sequence are its last positions. Softmax in float32.
 
-    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2).
+    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2). `decodes` is
+    for kernels that treat sequences of one token apart; it changes no result. Tokens behind the last sequence are
+    padding: what they get is not defined.
     """
     out = torch.empty_like(q)
     block, groups = kv.shape[3], kv.shape[4]
@@ -124,6 +127,77 @@ def paged_attention(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[first:last] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
     return out
+
+
+def write_runs_(
+    words: Tensor,  # [N] int32
+    patch: Tensor,  # [P] int32, on the host or with `words`: values, and from the end the runs
+    runs: int,
+) -> None:
+    """`words[to : to + count] = patch[source : source + count]` of each run (to, count, source)."""
+    for run in range(runs):
+        at = len(patch) - 3 * (run + 1)
+        to, count, source = patch[at : at + 3].tolist()
+        words[to : to + count] = patch[source : source + count].to(words.device)
+
+
+def prepare_step_(
+    computed: Tensor,  # [rows] int32: positions in the KV cache
+    tokens: Tensor,  # [rows, positions] int32
+    blocks: Tensor,  # [rows, blocks] int32
+    rows: Tensor,  # [S] int32; 0: padding, which stays at position 0
+    first: Tensor,  # [S] int32: position of the first new token; below 0: where the row is
+    starts: Tensor,  # [S + 1] int32: first new token of each sequence
+    num_tokens: int,  # T; those behind the last sequence are padding
+    block: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ids[T], positions[T], places[T] int64, tables[S, width], lengths[S] int32; `computed` becomes `lengths`.
+
+    `tables[s, i]` is `blocks[rows[s], i]` as far as `lengths[s]` reaches, and not defined behind it.
+    """
+    index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
+    begin = torch.where(first < 0, computed[index], first)
+    lengths = begin + starts.diff()
+    computed[index] = lengths
+    computed[:1] = 0
+    owner = torch.searchsorted(starts, at, right=True) - 1
+    inside = owner < len(rows)
+    owner = owner.clamp(max=len(rows) - 1)
+    positions = torch.where(inside, begin[owner] + at - starts[owner], 0).long()
+    row = index[owner]
+    ids = torch.where(inside, tokens[row, positions], 0).long()
+    places = blocks[row, positions // block].long() * block + positions % block
+    return ids, positions, torch.where(inside, places, 0), blocks[index, :width], lengths
+
+
+def pick_greedy_(
+    logits: Tensor,  # [n, vocab]
+    rows: Tensor,  # [n] int32 or int64
+    lengths: Tensor,  # [n] int32 or int64
+    tokens: Tensor,  # [rows, positions] int32
+) -> Tensor:
+    """[n] int64: the column of each row's largest logit, of equals the first; also at tokens[rows, lengths]."""
+    chosen = logits.argmax(-1)
+    tokens[rows.long(), lengths.long()] = chosen.to(torch.int32)
+    return chosen
+
+
+NUCLEUS = 1024  # most likely tokens to look for a top-p set in before all of them are sorted
+
+
+def top_p_floor(
+    probs: Tensor,  # [n, vocab] float32
+    top_p: Tensor,  # [n] float32
+) -> Tensor:
+    """[n, 1]: the least probability inside the smallest set of mass top_p or more (Holtzman et al. 2020)."""
+    count = min(NUCLEUS, probs.shape[1])
+    values = probs.topk(count).values
+    if count < probs.shape[1] and bool((values.sum(-1) < top_p).any()):
+        values = probs.sort(descending=True).values
+    before = values.cumsum(-1) - values
+    inside = (before < top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
+    return values.gather(1, inside - 1)
 
 
 def _segments(
@@ -160,6 +234,7 @@ def lora_shrink(
     layer: int,
     group: int,
     width: int,
+    beside: bool = False,
 ) -> Tensor:
     """Partial sums t[P, T, width] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
     t = x.new_zeros((1, x.shape[0], width), dtype=torch.float32)

@@ -24,15 +24,30 @@ SCHEMAS = {
         "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(c!) kv, Tensor places,"
         " int layer, bool interleaved) -> ()"
     ),
-    # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off
+    # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off; each of the first
+    # `decodes` sequences is known to have one token
     "paged_attention": (
         "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor starts, Tensor lengths, float scale,"
-        " float softcap, int window) -> Tensor"
+        " float softcap, int window, int decodes=0) -> Tensor"
     ),
-    # t[P, T, width] float32, to be summed over P: x @ A(slot).T
+    # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
+    # (destination, count, source) at the end of `patch`, the last one first
+    "write_runs_": "(Tensor(a!) words, Tensor patch, int runs) -> ()",
+    # ids, positions and places of the T new tokens of S sequences, and their tables[S, width] and lengths[S]; counts
+    # `computed` on
+    "prepare_step_": (
+        "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor starts, int num_tokens,"
+        " int block, int width) -> (Tensor ids, Tensor positions, Tensor places, Tensor tables, Tensor lengths)"
+    ),
+    # the largest logit's column of every row, also written to tokens[rows, lengths]
+    "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",
+    # floor[n, 1]: the least probability inside the smallest set of mass top_p[n] or more
+    "top_p_floor": "(Tensor probs, Tensor top_p) -> Tensor",
+    # t[P, T, width] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the op that was launched
+    # last, so the two may run side by side
     "lora_shrink": (
-        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width)"
-        " -> Tensor"
+        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width,"
+        " bool beside=False) -> Tensor"
     ),
     # the same for an embedding: t[1, T, width] = A(slot)[ids]
     "lora_gather": (

@@ -1,38 +1,34 @@
-"""From a plan to a `Batch`: which token of which row, where its KV goes, and which adapter it uses."""
+"""From a plan to a `Batch`: which token of which row, where its KV goes, and which adapter it uses.
+
+The host describes the step (`engine.runner.inputs`) and the device expands the description: `prepare_step_` gathers
+what the layers need from the row table. A CUDA graph holds everything from there on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
 from engine.ops.layout import SEGMENT_TOKENS
+from engine.runner.inputs import Description, Inputs
 from engine.runner.rows import RowTable
-from engine.runner.transfer import upload
+from engine.runner.shapes import Shape, decode_words
+
+ops = torch.ops.lorax
 
 Touched = list[list[bool]]  # [layers + 1][groups]
 
 
-def runs(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
-    """Segments (slots [S], starts [S + 1]) of consecutive sequences with equal slots, of at most `most` tokens."""
-    of_runs: list[int] = []
-    starts = [0]
-    at = begin = 0
-    for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-        at += count
-        if index + 1 < len(slots) and slots[index + 1] == slot:
-            continue
-        cuts = range(begin + most, at, most) if slot else ()
-        for end in (*cuts, at):
-            of_runs.append(slot)
-            starts.append(end)
-        begin = at
-    return of_runs, starts
+class Reach(NamedTuple):
+    """What the adapters of a step may do."""
+
+    width: int  # the largest stacked rank
+    touched: Touched  # where any of them acts
 
 
 class Adapters:
@@ -46,22 +42,20 @@ class Adapters:
     def placed(self, slot: int, width: int, touched: Touched) -> None:
         self.widths[slot], self.touched[slot] = width, touched
 
-    def batch(self, slots: Sequence[int], counts: Sequence[int]) -> LoraBatch | None:
-        """Segments of consecutive sequences with equal slots; `counts` are their tokens. None: all base."""
+    def reach(self, slots: Iterable[int]) -> Reach | None:
+        """Of all adapters in `slots` together; None: all base."""
         used = {slot for slot in slots if slot}
         if not used:
             return None
-        device = self.records.device
-        of_runs, starts = runs(slots, counts, SEGMENT_TOKENS[device.type])
         layers = zip(*(self.touched[slot] for slot in used), strict=True)
-        return LoraBatch(
-            self.arena,
-            self.records,
-            upload(of_runs, torch.int32, device),
-            upload(starts, torch.int32, device),
-            max(self.widths[slot] for slot in used),
-            [[any(group) for group in zip(*layer, strict=True)] for layer in layers],
-        )
+        touched = [[any(group) for group in zip(*layer, strict=True)] for layer in layers]
+        return Reach(max(self.widths[slot] for slot in used), touched)
+
+    def batch(self, slots: Tensor, starts: Tensor, reach: Reach | None) -> LoraBatch | None:
+        """The segments `slots` [S], `starts` [S + 1] for the layers."""
+        if reach is None:
+            return None
+        return LoraBatch(self.arena, self.records, slots, starts, *reach)
 
 
 class Model(Protocol):
@@ -69,79 +63,99 @@ class Model(Protocol):
 
 
 class Step(NamedTuple):
-    """A batch and the rows that are sampled after it."""
+    """A batch and the rows that are sampled after it. There may be more than are sampled: padding, scored tokens."""
 
     batch: Batch
-    rows: Tensor  # [n] int64
-    lengths: Tensor  # [n] int64: known tokens of each, which is the position of the new one
+    rows: Tensor  # [n] int32
+    lengths: Tensor  # [n] int32: known tokens of each, which is the position of the new one
 
 
 class BatchBuilder:
-    """Builds the batch of every step; parts that depend on membership alone are kept while it lasts."""
+    """Describes steps and expands their descriptions. The rows that decode are described when they change."""
 
     def __init__(self, rows: RowTable, cache: Tensor, adapters: Adapters) -> None:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.block = cache.shape[3]
-        self.decode: list[int] = []
-        self.decode_lora: LoraBatch | None = None
+        self.most = SEGMENT_TOKENS[rows.device.type]
+        self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
+        self.decode = Description([], [], [], [])
+        self._reached: tuple[Description, Reach | None] = (
+            self.decode,
+            None,
+        )  # of the last step built
+        self._written: tuple[Description, Shape] | None = None  # of steps that only decode
 
-    def set_decode(self, decode: list[int]) -> None:
+    def set_decode(self, rows: list[int]) -> None:
         """The rows that advance by one token every step until the next call."""
-        self.decode = decode
-        slots = [self.rows.slots[row] for row in decode]
-        self.decode_lora = self.adapters.batch(slots, [1] * len(decode))
+        self.decode = Description(rows, [], [self.rows.slots[row] for row in rows], [])
 
-    def build(self, chunks: list[Chunk]) -> Step:
-        table, known = self.rows, self.rows.known
-        num_decode = len(self.decode)
-        row_list = self.decode + [chunk.row for chunk in chunks]
-        count_list = [1] * num_decode + [chunk.count for chunk in chunks]
-        first_list = [known[row] for row in self.decode] + [chunk.start for chunk in chunks]
-        rows, first, counts = np.array(row_list), np.array(first_list), np.array(count_list)
-        starts = np.concatenate([[0], counts.cumsum()])
-        lengths = first + counts
-        of_token = np.repeat(np.arange(len(rows)), counts)
-        positions = np.arange(len(of_token)) - starts[of_token] + first[of_token]
-        for row, length in zip(row_list, lengths.tolist(), strict=True):
-            known[row] = length
-        sampled = [*range(num_decode)]
-        sampled += [num_decode + i for i, chunk in enumerate(chunks) if chunk.sample]
-        lora, lora_outputs, wanted = self._adapters(chunks, row_list, count_list, starts, sampled)
-        parts = [rows[of_token], positions, rows, lengths, starts, rows[sampled], lengths[sampled]]
-        packed = upload(np.concatenate([*parts, wanted]), torch.int64, table.device)
-        split = packed.split([*map(len, parts), len(wanted)])
-        token_rows, at, all_rows, all_lengths, all_starts, out_rows, out_lengths, outputs = split
-        table.computed[all_rows] = all_lengths
-        places = table.blocks[token_rows, at // self.block].long() * self.block + at % self.block
-        kv = KVView(
-            self.cache,
-            table.blocks[all_rows, : -(-int(lengths.max()) // self.block)],
-            all_starts.to(torch.int32),
-            all_lengths.to(torch.int32),
-            places,
-        )
-        ids = table.tokens[token_rows, at].long()
-        batch = Batch(ids, at, kv, lora, outputs if chunks else None, lora_outputs)
-        return Step(batch, out_rows, out_lengths)
-
-    def _adapters(
-        self,
-        chunks: list[Chunk],
-        rows: list[int],
-        counts: list[int],
-        starts: np.ndarray,
-        sampled: list[int],
-    ) -> tuple[LoraBatch | None, LoraBatch | None, np.ndarray]:
-        """LoRA over all tokens and over the wanted ones: the sampled first, then whole prompt chunks."""
+    def describe(self, chunks: list[Chunk]) -> Description:
+        """The next step."""
         if not chunks:
-            return self.decode_lora, self.decode_lora, np.empty(0, dtype=np.int64)
-        slots = [self.rows.slots[row] for row in rows]
-        wanted = [starts[1:][sampled] - 1]
-        out_slots, out_counts = [slots[i] for i in sampled], [1] * len(sampled)
-        for i, chunk in enumerate(chunks, len(self.decode)):
-            if chunk.prompt_logprobs:
-                wanted.append(np.arange(starts[i], starts[i + 1]))
-                out_slots.append(slots[i])
-                out_counts.append(chunk.count)
-        lora = self.adapters.batch(slots, counts)
-        return lora, self.adapters.batch(out_slots, out_counts), np.concatenate(wanted)
+            return self.decode
+        decode = self.decode.decode
+        slots = self.decode.slots + [self.rows.slots[chunk.row] for chunk in chunks]
+        return Description(decode, chunks, slots, [self.rows.known[row] + 1 for row in decode])
+
+    def advance(self, description: Description) -> None:
+        """Counts the positions that the step computes."""
+        known = self.rows.known
+        for row in description.decode:
+            known[row] += 1
+        for chunk in description.chunks:
+            known[chunk.row] = chunk.start + chunk.count
+
+    def inputs(self, shape: Shape) -> Inputs:
+        """Where a step of this shape finds its inputs on the device, which is always the same."""
+        return Inputs.of(self.rows.spare[self.mixed_at if shape.chunks else 0 :], shape)
+
+    def write(self, description: Description, shape: Shape) -> None:
+        """Notes the inputs of the step for the next `send`, unless they are there."""
+        if shape.chunks:
+            at = self.rows.spare_at + self.mixed_at
+            self.rows.words.write(at, description.words(shape, self.most))
+        elif not self._is_written(description, shape):
+            self.rows.words.write(self.rows.spare_at, description.words(shape, self.most))
+            self._written = (description, shape)
+
+    def _is_written(self, description: Description, shape: Shape) -> bool:
+        written = self._written
+        return written is not None and written[0] is description and written[1] == shape
+
+    def build(self, description: Description) -> Step:
+        """The step as it is, without padding."""
+        shape = description.shape(self.most)
+        self.write(description, shape)
+        self.rows.words.send()
+        if self._reached[0] is not description:
+            self._reached = (description, self.adapters.reach(description.slots))
+        return self.expand(shape, self._longest(description), self._reached[1])
+
+    def _longest(self, description: Description) -> int:
+        """Positions of the longest sequence once the step is done."""
+        known = self.rows.known
+        lengths = [known[row] + 1 for row in description.decode]
+        lengths += [chunk.start + chunk.count for chunk in description.chunks]
+        return max(lengths)
+
+    def expand(self, shape: Shape, longest: int, reach: Reach | None) -> Step:
+        """The step whose inputs were sent; each row counts on. `longest`: no sequence has more positions."""
+        table, inputs = self.rows, self.inputs(shape)
+        ids, positions, places, tables, lengths = ops.prepare_step_(
+            table.computed,
+            table.tokens,
+            table.blocks,
+            inputs.rows,
+            inputs.first,
+            inputs.starts,
+            shape.tokens,
+            self.block,
+            -(-longest // self.block),
+        )
+        kv = KVView(self.cache, tables, inputs.starts, lengths, places, shape.decodes)
+        lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
+        if not shape.chunks:
+            return Step(Batch(ids, positions, kv, lora, None, lora), inputs.rows, lengths)
+        of_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
+        batch = Batch(ids, positions, kv, lora, inputs.outputs, of_outputs)
+        return Step(batch, inputs.sampled_rows, inputs.sampled_lengths)

@@ -1,25 +1,24 @@
-"""Decode steps as CUDA graphs: captured once at start, replayed for any rows, adapters, ranks and targets.
+"""Steps as CUDA graphs: captured once at start, replayed for any rows, adapters, ranks and targets.
 
-A graph reads the rows of the step and their adapters from tensors at fixed addresses, gathers their state from the row
-table, runs the model and counts each row one position on. It ends at the logits; sampling is launched behind it. Rows
-that fill a bucket up are row 0, the scratch row, with the base model.
+A graph reads the inputs of its step from words at fixed addresses, gathers the state of the rows from the row table,
+runs the model and leaves the logits in one place for all graphs. Sampling is launched behind it. There is a graph for
+every shape and for what adapters may do in it. Steps that fit no shape are launched kernel by kernel: the GPU is busy
+with them for longer than the host needs.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch, KVView, LoraBatch
-from engine.ops.layout import SEGMENT_TOKENS
-from engine.runner.batch import Adapters, Model, Step, Touched, runs
-from engine.runner.rows import RowTable
-from engine.runner.transfer import upload
+from engine.runner.batch import BatchBuilder, Model, Reach, Step
+from engine.runner.inputs import Description
+from engine.runner.shapes import Shape, decode_shapes, mixed_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -27,145 +26,116 @@ logger = logging.getLogger(__name__)
 NO_LORA, IN_LAYERS, EVERYWHERE = range(3)
 
 
-def buckets(max_rows: int) -> list[int]:
-    """Batch sizes to capture, rising to `max_rows`."""
-    sizes = [1, 2, 4, *range(8, min(max_rows, 128), 8), *range(128, max_rows, 32)]
-    return sorted({size for size in sizes if size < max_rows} | {max_rows})
-
-
-class SideStream:
-    """A stream beside the current one. Memory taken on it is reused on it, so always behind a join."""
-
-    def __init__(self) -> None:
-        self._side = torch.cuda.Stream()
-        self._inside = torch.cuda.stream(self._side)
-
-    def __enter__(self) -> None:
-        self._side.wait_stream(torch.cuda.current_stream())
-        self._inside.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._inside.__exit__(None, None, None)
-
-    def join(self) -> None:
-        torch.cuda.current_stream().wait_stream(self._side)
-
-
 @dataclass(frozen=True, slots=True)
-class _Captured:
+class Captured:
+    """A graph, and what is at fixed addresses when it has run."""
+
     graph: torch.cuda.CUDAGraph
-    step: Step
-    logits: Tensor  # [bucket, vocab] float32
+    shape: Shape
+    rows: Tensor  # as in `Step`
+    lengths: Tensor
 
 
-class DecodeGraphs:
-    """The graphs of every bucket, with and without adapters."""
+class StepGraphs:
+    """The graphs of every shape, with and without adapters."""
 
-    def __init__(
-        self, model: Model, rows: RowTable, cache: Tensor, adapters: Adapters, width: int
-    ) -> None:
-        """`width`: the largest stacked rank that an adapter may have."""
-        self.model, self.table, self.cache, self.adapters = model, rows, cache, adapters
-        self.width = width
-        device, max_rows = rows.device, len(rows.known) - 1
-        self.sizes = buckets(max_rows)
-        self.rows = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.starts = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        self.kv_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.beside = SideStream()
-        self.captured: dict[tuple[int, int], _Captured] = {}
-        self.kind = NO_LORA
-        self.size = 0
-        self.count = 0
+    def __init__(self, model: Model, builder: BatchBuilder, width: int, max_tokens: int) -> None:
+        """`width`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
+        self.model, self.builder = model, builder
+        max_rows = len(builder.rows.known) - 1
+        self.decode_shapes = decode_shapes(max_rows, builder.most)
+        self.mixed_shapes = mixed_shapes(max_rows, max_tokens, builder.most)
+        layers, groups = builder.adapters.records.shape[1:3]
+        inside = [[True] * groups] * (layers - 1)
+        self.reaches: dict[int, Reach | None] = {NO_LORA: None}
+        if builder.adapters.arena.numel():
+            self.reaches[IN_LAYERS] = Reach(width, [*inside, [False] * groups])
+            self.reaches[EVERYWHERE] = Reach(width, [*inside, [True] * groups])
+        self.captured: dict[tuple[Shape, int], Captured] = {}
+        self.logits: Tensor | None = None  # [most outputs, vocab], of the graph that ran last
+        self._found: tuple[Description, Captured | None] | None = None
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The largest first: the graphs of all others fit into its memory."""
+        return sorted([*self.decode_shapes, *self.mixed_shapes], key=lambda shape: -shape.tokens)
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures every graph; takes seconds."""
-        started = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
-        kinds = (NO_LORA, IN_LAYERS, EVERYWHERE) if self.adapters.arena.numel() else (NO_LORA,)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate what they need before a capture
-            for kind in kinds:
-                self._run(self.sizes[-1], kind)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        for size in reversed(self.sizes):  # the largest first: the others fit into its memory
-            for kind in kinds:
+        started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
+        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._warm_up(side, [self.decode_shapes[-1], self.shapes[0]])
+        for shape in self.shapes:
+            for kind in self.reaches:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    step, logits = self._run(size, kind)
-                self.captured[size, kind] = _Captured(graph, step, logits)
+                with torch.cuda.graph(graph, pool=pool, stream=side):
+                    step = self._run(shape, kind)
+                self.captured[shape, kind] = Captured(graph, shape, step.rows, step.lengths)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        logger.info("captured %d decode graphs in %.1f s", len(self.captured), seconds)
+        mib = (free - torch.cuda.mem_get_info()[0]) >> 20
+        logger.info("captured %d graphs in %.1f s, %d MiB", len(self.captured), seconds, mib)
 
-    def _run(self, size: int, kind: int) -> tuple[Step, Tensor]:
-        """One decode step over the first `size` of `rows`, on the current stream."""
-        table, block = self.table, self.cache.shape[3]
-        rows = self.rows[:size]
-        positions = table.computed[rows]
-        lengths = positions + 1
-        tables = table.blocks[rows]
-        at = tables.gather(1, (positions // block)[:, None]).squeeze(1).long()
-        kv = KVView(
-            self.cache,
-            tables,
-            self.kv_starts[: size + 1],
-            lengths.to(torch.int32),
-            at * block + positions % block,
-        )
-        lora = self._lora(size, kind)
-        ids = table.tokens[rows, positions].long()
-        logits = self.model(Batch(ids, positions, kv, lora, None, lora))
-        table.computed[rows] = lengths
-        table.computed[:1].zero_()
-        return Step(Batch(ids, positions, kv, lora, None, lora), rows, lengths), logits
+    def _warm_up(self, side: torch.cuda.Stream, shapes: list[Shape]) -> None:
+        """Runs steps of padding on the stream of the captures: libraries allocate what they need before."""
+        nothing = Description([], [], [], [])
+        outputs = max(shape.outputs or shape.tokens for shape in self.shapes)
+        for shape, kind in product(shapes, self.reaches):
+            self.builder.write(nothing, shape)
+            self.builder.rows.words.send()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                if self.logits is None:
+                    logits = self._logits(shape, kind)[1]
+                    self.logits = torch.empty(
+                        outputs, logits.shape[1], dtype=logits.dtype, device=logits.device
+                    )
+                self._run(shape, kind)
+            torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
 
-    def _lora(self, size: int, kind: int) -> LoraBatch | None:
-        if kind == NO_LORA:
+    def _logits(self, shape: Shape, kind: int) -> tuple[Step, Tensor]:
+        table = self.builder.rows
+        most = table.blocks.shape[1] * self.builder.block
+        step = self.builder.expand(shape, most, self.reaches[kind])
+        return step, self.model(step.batch)
+
+    def _run(self, shape: Shape, kind: int) -> Step:
+        """One step on the current stream."""
+        step, logits = self._logits(shape, kind)
+        assert self.logits is not None
+        self.logits[: logits.shape[0]].copy_(logits)
+        return step
+
+    def find(self, description: Description) -> Captured | None:
+        """The graph that the step is padded to; None: it fits none."""
+        if self._found is None or self._found[0] is not description:
+            self._found = (description, self._fitting(description))
+        return self._found[1]
+
+    def _fitting(self, description: Description) -> Captured | None:
+        if description.scored:
             return None
-        layers, groups = self.adapters.records.shape[1:3]
-        touched = [[True] * groups] * (layers - 1) + [[kind == EVERYWHERE] * groups]
-        arena, records = self.adapters.arena, self.adapters.records
-        starts = self.starts[: size + 1]
-        slots = self.slots[:size]
-        return LoraBatch(arena, records, slots, starts, self.width, touched, self.beside)
+        needed = description.shape(self.builder.most)
+        shapes = self.mixed_shapes if description.chunks else self.decode_shapes
+        shape = next((shape for shape in shapes if shape.holds(needed)), None)
+        return None if shape is None else self.captured[shape, self._kind(description)]
 
-    def set_decode(self, decode: list[int], slots: list[int]) -> None:
-        """The rows of the next steps, sorted by slot."""
-        self.count = len(decode)
-        if not decode:
-            return
-        self.size = self.sizes[bisect_left(self.sizes, self.count)]
-        padding = self.size - self.count
-        rows = [0] * padding + decode
-        device = self.table.device
-        self.rows[: self.size].copy_(upload(rows, torch.int64, device))
-        used = {slot for slot in slots if slot}
-        self.kind = self._kind([self.adapters.touched[slot] for slot in used])
-        if used:
-            of_runs, starts = runs([0] * padding + slots, [1] * self.size, SEGMENT_TOKENS["cuda"])
-            missing = self.size - len(of_runs)
-            self.slots[: self.size].copy_(upload(of_runs + [0] * missing, torch.int32, device))
-            ends = starts + [self.size] * missing
-            self.starts[: self.size + 1].copy_(upload(ends, torch.int32, device))
-
-    @staticmethod
-    def _kind(touched: list[Touched]) -> int:
-        if not touched:
+    def _kind(self, description: Description) -> int:
+        used = {slot for slot in description.slots if slot}
+        if not used:
             return NO_LORA
-        return EVERYWHERE if any(any(one[-1]) for one in touched) else IN_LAYERS
+        touched = self.builder.adapters.touched
+        return EVERYWHERE if any(any(touched[slot][-1]) for slot in used) else IN_LAYERS
 
-    def replay(self, decode: list[int]) -> tuple[Step, Tensor]:
-        """Starts the step; returns it with the logits of its rows, which the next replay overwrites."""
-        captured = self.captured[self.size, self.kind]
+    def replay(self, captured: Captured, description: Description) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts the step: rows and lengths of those that are sampled, and their logits, until the next replay."""
+        self.builder.write(description, captured.shape)
+        self.builder.rows.words.send()
         captured.graph.replay()
-        for row in decode:
-            self.table.known[row] += 1
-        first, step = self.size - self.count, captured.step
-        return step._replace(rows=step.rows[first:], lengths=step.lengths[first:]), captured.logits[
-            first:
-        ]
+        assert self.logits is not None
+        shape, count = captured.shape, len(description.sampled)
+        first = 0 if shape.chunks else shape.decodes - count  # behind the padding
+        part = slice(first, first + count)
+        return captured.rows[part], captured.lengths[part], self.logits[part]

@@ -9,11 +9,13 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 from engine.platform import GIB, Platform
+from engine.runner.shapes import mixed_shapes
 
 DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 DEFAULT_BLOCK = 16
+COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
@@ -103,7 +105,7 @@ def plan_memory(
             "--adapter-memory-fraction must be at least 0 and below 1",
             field="adapter_memory_fraction",
         )
-    working = working_memory(spec, max(step, rows), rows, itemsize) if platform.is_cuda else 0
+    working = _working(config, spec, (rows, max(step, rows)), itemsize) if platform.is_cuda else 0
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)
@@ -139,17 +141,28 @@ def plan_memory(
     )
 
 
-def working_memory(spec: ModelSpec, step_tokens: int, rows: int, itemsize: int) -> int:
-    """Bytes that a step of `step_tokens` takes beside what it keeps: an upper estimate, for a GPU."""
+def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], itemsize: int) -> int:
+    """Bytes that steps take on a GPU beside what they keep, an upper estimate; `limits`: rows and tokens of a step."""
+    rows, tokens = limits
+    logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
+    working = _activations(spec, tokens, itemsize, COMMON_RANK) + logits + LIBRARIES
+    if config.memory.eager or config.memory.slow_reference:
+        return working
+    # all graphs share what the largest needs, which has room for any rank, and one copy of logits
+    shape = mixed_shapes(rows, tokens, 1)[-1]
+    captured = _activations(spec, shape.tokens, itemsize, config.adapters.max_adapter_rank)
+    return working + captured + 2 * max(shape.outputs, rows) * spec.vocab * 4
+
+
+def _activations(spec: ModelSpec, tokens: int, itemsize: int, rank: int) -> int:
+    """Bytes of what the layers hand each other for `tokens` tokens."""
     attention, mlp = spec.attention, spec.mlp
     heads = attention.heads + 2 * attention.kv_heads
     widest = max(heads * attention.head_dim, mlp.size * (2 if mlp.gated else 1))
     # x, residual and a norm's output; the widest linear's output and what an activation makes of it
-    activations = step_tokens * (4 * spec.hidden + 2 * widest) * itemsize
-    # of a step's shrink: partial sums in float32 of a rank of 64 on each of three targets
-    shrunk = step_tokens * 3 * 64 * 4 * -(-max(spec.hidden, mlp.size) // 512)
-    logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
-    return activations + shrunk + logits + LIBRARIES
+    activations = tokens * (4 * spec.hidden + 2 * widest) * itemsize
+    # of a step's shrink: partial sums in float32 of a rank on each of three targets
+    return activations + tokens * 3 * rank * 4 * -(-max(spec.hidden, mlp.size) // 512)
 
 
 def _input_length(config: EngineConfig, total: int) -> int:

@@ -2,52 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.messages import Admit, SamplingParams
-from engine.runner.transfer import upload
+from engine.runner.transfer import device_words
 
 GREEDY = SamplingParams()
 
 
 class RowTable:
-    """Row -> known tokens, how many are computed, KV blocks, slot, sampling parameters."""
+    """Row -> known tokens, how many are computed, KV blocks, slot, sampling parameters.
+
+    The device's part lies in `words`, a row after the other, and behind the rows are `spare` words for the inputs of
+    steps: all that the host changes ahead of a step goes up together.
+    """
 
     def __init__(
-        self, num_rows: int, max_tokens: int, max_blocks: int, device: torch.device
+        self,
+        num_rows: int,
+        max_tokens: int,
+        max_blocks: int,
+        device: torch.device,
+        spare: int = 0,
     ) -> None:
         """`num_rows` counts the scratch row; `max_tokens` and `max_blocks` bound one row."""
-        self.tokens = torch.zeros(num_rows, max_tokens + 1, dtype=torch.int32, device=device)
-        self.blocks = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
-        self.computed = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.prompt_lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.device = device
+        self._blocks_at = max_tokens + 1
+        self._computed_at = self._blocks_at + max_blocks
+        self._width = self._computed_at + 2
+        self.spare_at = num_rows * self._width
+        self.words = device_words(self.spare_at + spare, device)
+        table = self.words.words[: self.spare_at].view(num_rows, self._width)
+        self.tokens = table[:, : self._blocks_at]
+        self.blocks = table[:, self._blocks_at : self._computed_at]
+        self.computed = table[:, self._computed_at]
+        self.prompt_lengths = table[:, self._computed_at + 1]
         self.known = [0] * num_rows  # `computed`, as the host counts it
         self.slots = [0] * num_rows
         self.params = [GREEDY] * num_rows
         self.num_blocks = [0] * num_rows
-        self.device = device
+
+    @property
+    def spare(self) -> Tensor:
+        return self.words.words[self.spare_at :]
+
+    def _write(self, row: int, column: int, values: Sequence[int] | np.ndarray) -> None:
+        self.words.write(row * self._width + column, values)
 
     def admit(self, admit: Admit) -> None:
         row = admit.row
-        self.tokens[row, : len(admit.tokens)] = upload(admit.tokens, torch.int32, self.device)
-        self.computed[row] = self.known[row] = admit.computed
-        self.prompt_lengths[row] = admit.prompt_length
+        self._write(row, 0, admit.tokens)
+        self._write(row, self._computed_at, [admit.computed, admit.prompt_length])
+        self.known[row] = admit.computed
         self.slots[row] = admit.slot
         self.params[row] = admit.sampling
         self.num_blocks[row] = 0
         self.extend(row, admit.blocks)
 
     def extend(self, row: int, blocks: list[int]) -> None:
-        if blocks:
-            first = self.num_blocks[row]
-            new = upload(blocks, torch.int32, self.device)
-            self.blocks[row, first : first + len(blocks)] = new
-            self.num_blocks[row] = first + len(blocks)
+        self._write(row, self._blocks_at + self.num_blocks[row], blocks)
+        self.num_blocks[row] += len(blocks)
 
     def release(self, row: int) -> None:
-        """The row is free; its block table points at the scratch block again."""
-        self.blocks[row, : self.num_blocks[row]] = 0
+        """The row is free; who takes it next overwrites it."""
         self.num_blocks[row] = 0
         self.slots[row] = 0
         self.params[row] = GREEDY

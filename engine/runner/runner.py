@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.messages import Chunk, Placement, StepPlan, StepResult
-from engine.runner.batch import Adapters, BatchBuilder, Model, Step
-from engine.runner.graphs import DecodeGraphs
+from engine.runner.batch import Adapters, BatchBuilder, Model
+from engine.runner.graphs import StepGraphs
+from engine.runner.inputs import Description
 from engine.runner.rows import RowTable
 from engine.runner.sampler import Sampled, SamplePlan
 from engine.runner.transfer import Mark, read_back
@@ -60,21 +61,22 @@ class Runner:
         self.adapters = adapters
         self.builder = BatchBuilder(rows, cache, adapters)
         self.decode_sampling = SamplePlan([], rows.device)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.way = read_back(rows.device)
         self.launched: deque[_Launched] = deque()
 
-    def capture(self, width: int) -> None:
-        """Decode steps are replayed from now on; `width` is the largest stacked rank of an adapter."""
-        parts = (self.model, self.rows, self.builder.cache, self.adapters)
-        self.graphs = DecodeGraphs(*parts, width)
+    def capture(self, width: int, max_tokens: int) -> None:
+        """Steps are replayed from now on. `width`: the largest stacked rank of an adapter; `max_tokens`: of a step."""
+        self.graphs = StepGraphs(self.model, self.builder, width, max_tokens)
         self.graphs.capture()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
+        self.rows.words.send()  # what a launch that failed left behind, before the same is written again
         self._apply(plan)
-        busy = bool(self.builder.decode or plan.chunks)
-        sampled, prompt = self._compute(plan.chunks) if busy else (None, {})
+        description = self.builder.describe(plan.chunks)
+        busy = bool(description.slots)
+        sampled, prompt = self._compute(description) if busy else (None, {})
         resident = self.placer.advance(self.placer.beside_step if busy else self.placer.alone)
         self.launched.append(_Launched(plan.step, sampled, prompt, resident, self.way.mark()))
 
@@ -109,31 +111,34 @@ class Runner:
             self.rows.extend(row, blocks)
         if plan.decode is not None:
             self.builder.set_decode(plan.decode)
-            if self.graphs is not None:
-                slots = [self.rows.slots[row] for row in plan.decode]
-                self.graphs.set_decode(plan.decode, slots)
             params = [self.rows.params[row] for row in plan.decode]
             self.decode_sampling = SamplePlan(params, self.rows.device)
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[Step, Tensor]:
-        if self.graphs is not None and not chunks:
-            return self.graphs.replay(self.builder.decode)
-        step = self.builder.build(chunks)
-        return step, self.model(step.batch)
+    def _forward(self, description: Description) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts the step: (rows, their known tokens, logits), the sampled ones first."""
+        graphs = self.graphs
+        if graphs is not None and (captured := graphs.find(description)) is not None:
+            return graphs.replay(captured, description)
+        step = self.builder.build(description)
+        return step.rows, step.lengths, self.model(step.batch)
 
-    def _compute(self, chunks: list[Chunk]) -> tuple[Sampled | None, dict[int, Tensor]]:
-        step, logits = self._forward(chunks)
-        wanted = len(step.rows)
+    def _compute(self, description: Description) -> tuple[Sampled | None, dict[int, Tensor]]:
+        rows, lengths, logits = self._forward(description)
+        self.builder.advance(description)
+        chunks = description.chunks
+        new = [chunk.row for chunk in chunks if chunk.sample]
+        count = len(description.decode) + len(new)
         out: Sampled | None = None
-        if wanted:
+        if count:
             sampling = self.decode_sampling
-            new = [self.rows.params[chunk.row] for chunk in chunks if chunk.sample]
             if new:
-                sampling = SamplePlan(sampling.params + new, self.rows.device)
-            sampled = sampling.sample(logits[:wanted], self.rows, step.rows, step.lengths)
-            self.rows.store(step.rows, step.lengths, sampled.tokens)
+                params = [self.rows.params[row] for row in new]
+                sampling = SamplePlan(sampling.params + params, self.rows.device)
+            longest = max(self.rows.known[row] for row in (*description.decode, *new))
+            part = slice(count)
+            sampled = sampling.sample(logits[part], self.rows, rows[part], lengths[part], longest)
             out = sampled.fetched(self.way)
-        return out, self._prompt_logprobs(chunks, logits[wanted:])
+        return out, self._prompt_logprobs(chunks, logits[count:])
 
     def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, Tensor]:
         """Log-probability of the known token after each position of the chunks that want them."""
@@ -147,7 +152,7 @@ class Runner:
                 after = self.rows.tokens[
                     chunk.row, chunk.start + 1 : chunk.start + 1 + known
                 ].long()
-                rows = logits[first : first + known].log_softmax(-1)
+                rows = logits[first : first + known].float().log_softmax(-1)
                 found[i] = self.way.fetch(rows.gather(1, after[:, None])[:, 0])
                 first += chunk.count
         return found

@@ -1,8 +1,9 @@
 """The next token of every row: penalties, temperature, filters, and a draw that only (seed, position) decide.
 
-Every operation works row by row, so a row's token does not depend on the rest of the batch. The pipeline is that of
-transformers' logits processors: repetition, frequency and presence penalties, temperature, top-k, top-p, typical-p,
-min-p. The draw inverts the distribution's cumulative sum at one Philox number (Salmon et al. 2011, Philox4x32-10).
+Every operation works row by row, so a row's token does not depend on the rest of the batch, and none waits for the
+device. The pipeline is that of transformers' logits processors: repetition, frequency and presence penalties,
+temperature, top-k, top-p, typical-p, min-p. The draw inverts the distribution's cumulative sum at one Philox number
+(Salmon et al. 2011, Philox4x32-10).
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from torch import Tensor
 
 from engine.messages import SamplingParams, TokenOutput
 from engine.runner.rows import RowTable
-from engine.runner.transfer import ReadBack, upload
+from engine.runner.transfer import ReadBack, upload_all
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
-NUCLEUS = 1024  # most likely tokens to look for a top-p set in before all of them are sorted
+
+# Fields of `SamplingParams` that go up as float32: of drawn rows, and of rows with penalties.
+FRACTIONS = ("temperature", "top_p", "typical_p", "min_p")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+
+ops = torch.ops.lorax
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
@@ -70,17 +76,6 @@ def penalise(
     logits.sub_(frequency[:, None] * counts).sub_(presence[:, None] * (counts > 0))
 
 
-def _keep_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
-    """The least probability inside the smallest set of mass top_p or more (Holtzman et al. 2020), [n, 1]."""
-    count = min(NUCLEUS, probs.shape[1])
-    values = probs.topk(count).values
-    if count < probs.shape[1] and bool((values.sum(-1) < top_p).any()):
-        values = probs.sort(descending=True).values
-    before = values.cumsum(-1) - values
-    inside = (before < top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
-    return values.gather(1, inside - 1)
-
-
 def _typical(probs: Tensor, typical_p: Tensor) -> Tensor:
     """Mask of the tokens whose surprise is nearest the entropy, up to mass typical_p (Meister et al. 2023)."""
     surprise = -probs.log()
@@ -94,11 +89,12 @@ def _typical(probs: Tensor, typical_p: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Filters:
-    """Sampling parameters of the sampled rows as tensors [n]; None where no row uses one."""
+    """Sampling parameters of the drawn rows as tensors [n]; None where no row uses one."""
 
     temperature: Tensor
     seeds: Tensor
     top_k: Tensor | None
+    largest_top_k: int
     top_p: Tensor | None
     typical_p: Tensor | None
     min_p: Tensor | None
@@ -108,11 +104,11 @@ def distribution(logits: Tensor, filters: _Filters) -> Tensor:
     """Probabilities [n, vocab] after temperature and filters; filtered tokens have none, rows sum to one."""
     probs = (logits / filters.temperature[:, None]).softmax(-1)
     if (top_k := filters.top_k) is not None:
-        values = probs.topk(min(int(top_k.max()), probs.shape[1])).values
+        values = probs.topk(min(filters.largest_top_k, probs.shape[1])).values
         last = (top_k - 1).clamp(0, values.shape[1] - 1)[:, None]
         probs = _restrict(probs, probs >= values.gather(1, last), top_k > 0)
     if (top_p := filters.top_p) is not None:
-        probs = _restrict(probs, probs >= _keep_top_p(probs, top_p), top_p < 1)
+        probs = _restrict(probs, probs >= ops.top_p_floor(probs, top_p), top_p < 1)
     if (typical_p := filters.typical_p) is not None:
         probs = _restrict(probs, _typical(probs, typical_p), typical_p < 1)
     if (min_p := filters.min_p) is not None:
@@ -136,73 +132,72 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     )
 
 
+def _filters(
+    params: list[SamplingParams], seeds: Tensor, top_k: Tensor, fractions: list[Tensor]
+) -> _Filters:
+    """The filters that any of the drawn rows uses."""
+    temperature, top_p, typical_p, min_p = fractions
+    return _Filters(
+        temperature,
+        seeds,
+        top_k if any(p.top_k for p in params) else None,
+        max(p.top_k for p in params),
+        top_p if any(p.top_p < 1 for p in params) else None,
+        typical_p if any(p.typical_p < 1 for p in params) else None,
+        min_p if any(p.min_p > 0 for p in params) else None,
+    )
+
+
+def _punished(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
+    )
+
+
 class SamplePlan:
     """How a fixed list of rows is sampled: made when the list changes, used every step."""
 
     def __init__(self, params: list[SamplingParams], device: torch.device) -> None:
         self.params = params
-        self.device = device
         drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-        self.drawn = self._indices(drawn)
-        self.filters = self._filters([params[i] for i in drawn]) if drawn else None
-        punished = [
-            i
-            for i, p in enumerate(params)
-            if p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty
-        ]
-        self.punished = self._indices(punished)
-        self.penalties = [
-            self._floats([getattr(params[i], name) for i in punished])
-            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        ]
+        punished = [i for i, p in enumerate(params) if _punished(p)]
         self.reported_rows = [i for i, p in enumerate(params) if p.logprobs or p.num_alternatives]
-        self.reported = self._indices(self.reported_rows)
         self.num_alternatives = max((p.num_alternatives for p in params), default=0)
-
-    def _indices(self, values: list[int]) -> Tensor:
-        return upload(values, torch.int64, self.device)
-
-    def _floats(self, values: list[float]) -> Tensor:
-        return upload(values, torch.float32, self.device)
-
-    def _filters(self, drawn: list[SamplingParams]) -> _Filters:
-        return _Filters(
-            temperature=self._floats([p.temperature for p in drawn]),
-            seeds=self._indices([p.seed for p in drawn]),
-            top_k=self._indices([p.top_k for p in drawn]) if any(p.top_k for p in drawn) else None,
-            top_p=self._floats([p.top_p for p in drawn])
-            if any(p.top_p < 1 for p in drawn)
-            else None,
-            typical_p=self._floats([p.typical_p for p in drawn])
-            if any(p.typical_p < 1 for p in drawn)
-            else None,
-            min_p=self._floats([p.min_p for p in drawn])
-            if any(p.min_p > 0 for p in drawn)
-            else None,
-        )
+        of_drawn = [params[i] for i in drawn]
+        integers = [drawn, punished, self.reported_rows]
+        integers += [[p.seed for p in of_drawn], [p.top_k for p in of_drawn]]
+        floats = [[getattr(p, name) for p in of_drawn] for name in FRACTIONS]
+        floats += [[getattr(params[i], name) for i in punished] for name in PENALTIES]
+        on_device = upload_all(integers, floats, device)
+        self.drawn, self.punished, self.reported, seeds, top_k = on_device[: len(integers)]
+        fractions = on_device[len(integers) :][: len(FRACTIONS)]
+        self.penalties = on_device[len(integers) + len(FRACTIONS) :]
+        self.filters = _filters(of_drawn, seeds, top_k, fractions) if drawn else None
 
     def sample(
         self,
-        logits: Tensor,  # [n, vocab] float32
+        logits: Tensor,  # [n, vocab]
         table: RowTable,
-        rows: Tensor,  # [n] int64
-        lengths: Tensor,  # [n] int64: known tokens of each row = position of the new one
+        rows: Tensor,  # [n] int32 or int64
+        lengths: Tensor,  # [n] int32 or int64: known tokens of each row = position of the new one
+        longest: int | None = None,
     ) -> Sampled:
-        """The new tokens [n], with the log-probabilities that were asked for."""
+        """The new tokens [n], also written to their rows, with the log-probabilities that were asked for.
+
+        `longest`: no row has more known tokens. The log-probabilities are of the logits as they came.
+        """
         report = None
         if self.reported_rows:
-            report = logits[self.reported].log_softmax(-1)
+            report = logits[self.reported].float().log_softmax(-1)
         if len(self.punished):
-            i = self.punished
-            changed, known = logits[i], lengths[i]
-            tokens = table.tokens[rows[i], : int(known.max())].long()
-            penalise(changed, tokens, known, table.prompt_lengths[rows[i]], *self.penalties)
-            logits = logits.index_copy(0, i, changed)
-        chosen = logits.argmax(-1)
+            logits = self._penalised(logits.float(), table, rows, lengths, longest)
+        chosen = ops.pick_greedy_(logits, rows, lengths, table.tokens)
         if self.filters is not None:
-            probs = distribution(logits[self.drawn], self.filters)
-            uniform = philox_uniform(self.filters.seeds, lengths[self.drawn])
-            chosen = chosen.index_copy(0, self.drawn, draw(probs, uniform))
+            probs = distribution(logits[self.drawn].float(), self.filters)
+            positions = lengths[self.drawn].long()
+            drawn = draw(probs, philox_uniform(self.filters.seeds, positions))
+            table.store(rows[self.drawn].long(), positions, drawn)
+            chosen = chosen.index_copy(0, self.drawn, drawn)
         if report is None:
             return Sampled(self, chosen)
         logprobs = report.gather(1, chosen[self.reported][:, None])[:, 0]
@@ -210,6 +205,21 @@ class SamplePlan:
             return Sampled(self, chosen, logprobs)
         top = report.topk(min(self.num_alternatives, report.shape[1]))
         return Sampled(self, chosen, logprobs, top.indices, top.values)
+
+    def _penalised(
+        self,
+        logits: Tensor,
+        table: RowTable,
+        rows: Tensor,
+        lengths: Tensor,
+        longest: int | None,
+    ) -> Tensor:
+        """The float32 logits with the penalties of those rows that have any."""
+        changed, index = logits[self.punished], rows[self.punished].long()
+        tokens = table.tokens[index, :longest].long()
+        known, prompt = lengths[self.punished].long(), table.prompt_lengths[index].long()
+        penalise(changed, tokens, known, prompt, *self.penalties)
+        return logits.index_copy(0, self.punished, changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,21 @@
 """Small data between host and device, never waiting for the device.
 
-Inputs of a step go up from pinned memory; results come down into it, so that the next step can be launched before they
-have arrived.
+What the host changes for a step goes up in one launch that reads it from pinned memory; results come down into such
+memory, so that the next step can be launched before they have arrived.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+ops = torch.ops.lorax
 
 
 class ReadBack(Protocol):
@@ -55,9 +59,106 @@ def read_back(device: torch.device) -> ReadBack:
     return CudaReadBack() if device.type == "cuda" else HostReadBack()
 
 
-def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` (a list or a numpy array) as a tensor on `device`; the copy is ordered with the device's own work."""
-    host = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+class Words(Protocol):
+    """int32 words on the device that the host edits: `write` notes an edit, `send` makes the noted ones happen.
+
+    They happen behind all work launched before `send` and ahead of all after it, in no order among themselves.
+    """
+
+    words: Tensor  # [size] int32
+
+    def write(self, at: int, values: Sequence[int] | np.ndarray) -> None: ...
+
+    def send(self) -> None: ...
+
+
+class HostWords:
+    """Words in host memory: edits happen at once."""
+
+    def __init__(self, size: int) -> None:
+        self.words = torch.zeros(size, dtype=torch.int32)
+        self._host = self.words.numpy()
+
+    def write(self, at: int, values: Sequence[int] | np.ndarray) -> None:
+        self._host[at : at + len(values)] = values
+
+    def send(self) -> None:
+        """There is nothing left to do."""
+
+
+@dataclass(slots=True)
+class _Patch:
+    """Edits under way: values from the front of a pinned buffer, (destination, count, source) from its end."""
+
+    pinned: Tensor  # [size] int32
+    host: np.ndarray  # the same memory
+    read: torch.cuda.Event  # recorded behind the last launch that reads it
+    used: int = 0
+    runs: int = 0
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, pin_memory=True)
+
+
+class CudaWords:
+    """Words on a GPU. A kernel reads the edits from a ring of pinned buffers, so they queue behind no copy."""
+
+    DEPTH = (
+        4  # steps whose edits may be under way; the host waits only for the one before all of them
+    )
+    PATCH = 1 << 17  # words of edits in one launch; more of them take several
+
+    def __init__(self, size: int, device: torch.device, patch: int = PATCH) -> None:
+        self.words = torch.zeros(size, dtype=torch.int32, device=device)
+        self._ring: deque[_Patch] = deque()
+        for _ in range(self.DEPTH):
+            pinned = _pinned(patch)
+            self._ring.append(_Patch(pinned, pinned.numpy(), torch.cuda.Event()))
+
+    def write(self, at: int, values: Sequence[int] | np.ndarray) -> None:
+        done = 0
+        while done < len(values):
+            patch = self._ring[0]
+            if patch.runs == 0:
+                patch.read.synchronize()
+            room = len(patch.host) - patch.used - 3 * (patch.runs + 1)
+            if room <= 0:
+                self.send()
+                continue
+            part = values[done : done + room]
+            first, end = patch.used, len(patch.host) - 3 * patch.runs
+            patch.host[first : first + len(part)] = part
+            patch.host[end - 3 : end] = (at + done, len(part), first)
+            patch.used, patch.runs, done = first + len(part), patch.runs + 1, done + len(part)
+
+    def send(self) -> None:
+        patch = self._ring[0]
+        if patch.runs:
+            ops.write_runs_(self.words, patch.pinned, patch.runs)
+            patch.read.record()
+            patch.used = patch.runs = 0
+            self._ring.rotate(-1)
+
+
+def device_words(size: int, device: torch.device) -> Words:
+    """`size` words of zero on `device`."""
+    return CudaWords(size, device) if device.type == "cuda" else HostWords(size)
+
+
+def upload_all(
+    integers: list[list[int]], floats: list[list[float]], device: torch.device
+) -> list[Tensor]:
+    """Lists of int64, then of float32, as tensors on `device` in one copy that is ordered with its work."""
+    sizes = [len(values) for values in integers], [len(values) for values in floats]
+    ends = sum(sizes[0]) * 8
+    size = ends + sum(sizes[1]) * 4
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda" and size > 0)
+    packed = host.numpy()
+    packed[:ends].view(np.int64)[:] = [value for values in integers for value in values]
+    packed[ends:].view(np.float32)[:] = [value for values in floats for value in values]
+    there = host.to(device, non_blocking=True)
+    return [
+        *there[:ends].view(torch.int64).split(sizes[0]),
+        *there[ends:].view(torch.float32).split(sizes[1]),
+    ]

@@ -227,6 +227,8 @@ BAD = [
     ({"lengths": torch.tensor([40, 9])}, "lengths must"),
     ({"window": -1}, "window"),
     ({"softcap": -1.0}, "softcap"),
+    ({"decodes": -1}, "decodes"),
+    ({"decodes": 3}, "decodes 3 of 2 sequences"),
 ]
 
 

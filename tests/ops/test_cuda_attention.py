@@ -73,9 +73,11 @@ class Cache:
         for s, length in enumerate(self.lengths.tolist()):
             self.tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
 
-    def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
+    def __call__(
+        self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, decodes: int = 0
+    ) -> Tensor:
         where = (self.kv, LAYER, self.tables, self.starts, self.lengths)
-        return ops.paged_attention(self.q, *where, scale, softcap, window)
+        return ops.paged_attention(self.q, *where, scale, softcap, window, decodes)
 
     def part(self, s: int) -> Tensor:
         """Sequence s computed alone."""
@@ -93,8 +95,15 @@ class Cache:
         )
 
 
-def check(cache: Cache, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> None:
-    actual = cache(scale=scale, softcap=softcap, window=window)
+def check(
+    cache: Cache,
+    *,
+    scale: float = 0.125,
+    softcap: float = 0.0,
+    window: int = 0,
+    decodes: int = 0,
+) -> None:
+    actual = cache(scale=scale, softcap=softcap, window=window, decodes=decodes)
     where = (cache.kv, LAYER, cache.whole_tables, cache.starts, cache.lengths)
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
     assert actual.is_contiguous()
@@ -164,6 +173,57 @@ def test_a_sequence_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
         for s, queries in enumerate(cache.counts):
             begin = sum(cache.counts[:s])
             assert torch.equal(cache.part(s), whole[begin : begin + queries])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 256])
+@pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
+def test_decodes_ahead_of_chunks(
+    dtype: torch.dtype, block: int, heads: int, groups: int, size: int
+) -> None:
+    """Decodes go to their own kernel, chunks to theirs; sequences without tokens and padding behind both."""
+    decodes = [(1, 1), (1, 16), (1, 700), (1, 5000), (1, 33)]
+    chunks = [(70, 70), (33, 260), (1, 90), (2, 513), (64, 64), (0, 1), (0, 1)]
+    for count in (1, 3, 5):
+        for padding in (0, 150):
+            sequences = decodes[:count] + chunks
+            check(
+                Cache(sequences, heads, groups, size, block, dtype, padding=padding), decodes=count
+            )
+    check(Cache([*decodes, (0, 1)], heads, groups, size, block, dtype, padding=9), decodes=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> None:
+    """Bit for bit alone, among decodes, and in a mixed batch of any padding; so is a chunk."""
+    decodes, chunks = [(1, 700), (1, 40), (1, 5000), (1, 1)], [(70, 600), (9, 9), (0, 1)]
+    mixed = Cache(decodes + chunks, 8, 2, 128, 16, dtype, padding=50)
+    whole = mixed(window=window, decodes=len(decodes))
+    n = len(decodes)
+    where = (mixed.kv, LAYER, mixed.tables[:n], mixed.starts[: n + 1], mixed.lengths[:n])
+    among = ops.paged_attention(mixed.q[:n], *where, 0.125, 0.0, window, n)
+    assert torch.equal(among, whole[:n])
+    for s, queries in enumerate(mixed.counts):
+        begin = int(mixed.starts[s])
+        alone = ops.paged_attention(
+            mixed.q[begin : begin + queries],
+            mixed.kv,
+            LAYER,
+            mixed.tables[s : s + 1],
+            torch.tensor([0, queries], dtype=torch.int32).cuda(),
+            mixed.lengths[s : s + 1],
+            0.125,
+            0.0,
+            window,
+            int(s < n),
+        )
+        assert torch.equal(alone, whole[begin : begin + queries])
+
+
+def test_more_decodes_than_sequences_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="decodes 4 of 3 sequences"):
+        Cache([(1, 40), (1, 3), (5, 5)], 4, 2, 32, 16, torch.bfloat16)(decodes=4)
 
 
 def test_no_queries() -> None:

@@ -44,7 +44,8 @@ void check_sequences(const char* op, const AttentionArgs& args, int64_t tokens, 
 }
 
 Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables, Tensor starts,
-                            Tensor lengths, double scale, double softcap, int64_t window) {
+                            Tensor lengths, double scale, double softcap, int64_t window,
+                            int64_t decodes) {
   const char* op = "paged_attention";
   check_layout(op, "q", q, 3);
   check_layout(op, "kv", kv, 6);
@@ -73,6 +74,9 @@ Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tab
   args.tables = check_table(op, "block_tables", block_tables, 2, args.sequences);
   args.table_stride = block_tables.stride(0);
   args.window = window;
+  // one kernel serves all sequences, so it need not know which of them decode
+  LORAX_CHECK(decodes >= 0 && decodes <= args.sequences, op, ": decodes ", decodes, " of ",
+              args.sequences, " sequences");
   check_sequences(op, args, tokens, block_tables.size(1), kv.size(0));
 
   Tensor out = empty({tokens, args.heads, args.size}, q.scalar_type());

@@ -119,7 +119,7 @@ T* outer_scratch(int64_t count) {
 }
 
 Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width) {
+                        int64_t layer, int64_t group, int64_t width, bool) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
   ShrinkArgs args{};

@@ -21,18 +21,20 @@ struct AttentionArgs {
   const int32_t* starts;   // [sequences + 1]
   const int32_t* lengths;  // [sequences]
   int tokens, sequences, heads, groups, size, block;
+  int decodes;  // each of so many first sequences has one token
   float scale, softcap;
   int window;
   int parts;         // parts a decode may have: min(16, positions of a table row / 256), at least 1
-  float* workspace;  // decode with parts > 1: tokens * heads * parts * (size + 2) floats, else null
+  float* workspace;  // attention_workspace(args) floats
 };
 
-// True if the batch goes to the decode kernel, which wants a workspace when parts > 1.
-bool attention_is_decode(const AttentionArgs& args);
+// How many floats the decode kernel keeps its parts in; 0 if it is not called or has one part.
+int64_t attention_workspace(const AttentionArgs& args);
 
 void paged_attention(const AttentionArgs& args, cudaStream_t stream);
 
-// The kernels behind paged_attention. Each is right for every batch of its dtypes and sizes.
+// The kernels behind paged_attention: of the first `decodes` tokens, of the sequences behind
+// them, and of everything. A token behind the last sequence is padding, its output undefined.
 void attention_decode(const AttentionArgs& args, cudaStream_t stream);
 void attention_prefill(const AttentionArgs& args, cudaStream_t stream);
 void attention_fma(const AttentionArgs& args, cudaStream_t stream);

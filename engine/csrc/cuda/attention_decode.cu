@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "attention_mma.cuh"
+#include "chain.cuh"
 
 namespace lorax::cuda {
 namespace {
@@ -26,11 +27,13 @@ __device__ inline Cut cut_of(const AttentionArgs& args, int sequence, int token)
   return cut;
 }
 
-// Grid (tokens, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
+// Grid (decodes, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
 // walks the parts z, z + gridDim.z, ...; in a part warp w walks the chunks of 16 positions
 // w, w + kWarps, ... with its own copies in flight, and at the end the warps are put together.
 template <class T, int kSize, int kWarps = decode_warps(kSize)>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float tops[kWarps][16], sums[kWarps][16];
   constexpr int kStride = kSize + 8, kTile = kKeys * kStride;
@@ -141,9 +144,11 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
   }
 }
 
-// Grid (tokens, heads), a thread walks the head size: puts the parts together, in their order.
+// Grid (decodes, heads), a thread walks the head size: puts the parts together, in their order.
 template <class T>
 __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   const int token = blockIdx.x, head = blockIdx.y;
   const int sequence = sequence_of(args.starts, args.sequences, token);
   if (sequence < 0) return;
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) 
 
 void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
   const int tiles = (args.heads / args.groups + 15) / 16;
-  const int64_t pairs = int64_t(args.tokens) * args.groups * tiles;
+  const int64_t pairs = int64_t(args.decodes) * args.groups * tiles;
   const int64_t wanted = (1024 + pairs - 1) / pairs;  // enough CTAs to fill the GPU
   const int z = int(wanted < args.parts ? wanted : args.parts);
   for_kernel(args, [&](auto zero, auto size) {
@@ -178,9 +183,10 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
     constexpr int kWarps = decode_warps(kSize);
     cudaFuncSetAttribute(decode_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
-    const dim3 grid(args.tokens, args.groups * tiles, z);
-    decode_kernel<T, kSize><<<grid, kWarps * 32, kShared, stream>>>(args);
-    if (args.parts > 1) combine_kernel<T><<<dim3(args.tokens, args.heads), 128, 0, stream>>>(args);
+    const dim3 grid(args.decodes, args.groups * tiles, z);
+    launch_chained(decode_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
+    if (args.parts > 1)
+      launch_chained(combine_kernel<T>, dim3(args.decodes, args.heads), 128, 0, stream, args);
   });
 }
 

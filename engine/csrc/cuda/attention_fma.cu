@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "attention_mma.cuh"
+#include "chain.cuh"
 
 namespace lorax::cuda {
 namespace {
@@ -30,6 +31,8 @@ __device__ inline void store(void* p, DType dtype, int64_t i, float value) {
 // places i, i + 32, ... of the head, kEach of them. Chunks begin at multiples of 4.
 template <class KV, int kEach>
 __global__ void __launch_bounds__(kWarps * 32) fma_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   __shared__ float tops[kWarps], sums[kWarps], merged[kWarps][kEach * 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int token = blockIdx.x, head = blockIdx.y;
@@ -117,11 +120,11 @@ template <class KV>
 void launch(const AttentionArgs& args, cudaStream_t stream) {
   const dim3 grid(args.tokens, args.heads);
   if (args.size <= 64)
-    fma_kernel<KV, 2><<<grid, kWarps * 32, 0, stream>>>(args);
+    launch_chained(fma_kernel<KV, 2>, grid, kWarps * 32, 0, stream, args);
   else if (args.size <= 128)
-    fma_kernel<KV, 4><<<grid, kWarps * 32, 0, stream>>>(args);
+    launch_chained(fma_kernel<KV, 4>, grid, kWarps * 32, 0, stream, args);
   else
-    fma_kernel<KV, 8><<<grid, kWarps * 32, 0, stream>>>(args);
+    launch_chained(fma_kernel<KV, 8>, grid, kWarps * 32, 0, stream, args);
 }
 
 // The tensor core kernels copy 16 bytes at a time.
@@ -143,18 +146,16 @@ void attention_fma(const AttentionArgs& args, cudaStream_t stream) {
     launch<__half>(args, stream);
 }
 
-bool attention_is_decode(const AttentionArgs& args) {
-  return takes_tensor_cores(args) && args.tokens == args.sequences;
+int64_t attention_workspace(const AttentionArgs& args) {
+  if (!takes_tensor_cores(args) || args.parts == 1) return 0;
+  return int64_t(args.decodes) * args.heads * args.parts * (args.size + 2);
 }
 
 void paged_attention(const AttentionArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return;
-  if (!takes_tensor_cores(args))
-    attention_fma(args, stream);
-  else if (attention_is_decode(args))
-    attention_decode(args, stream);
-  else
-    attention_prefill(args, stream);
+  if (!takes_tensor_cores(args)) return attention_fma(args, stream);
+  if (args.decodes > 0) attention_decode(args, stream);
+  if (args.tokens > args.decodes && args.sequences > args.decodes) attention_prefill(args, stream);
 }
 
 }  // namespace lorax::cuda

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "attention_mma.cuh"
+#include "chain.cuh"
 
 namespace lorax::cuda {
 namespace {
@@ -15,16 +16,24 @@ constexpr int kKeysOf = kSize <= 128 ? 64 : 32;  // positions of a tile
 
 template <int kSize>
 constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and values
-  return (kRows + kStages * 2 * kKeysOf<kSize>) * (kSize + 8) * 2;
+  return (kRows + kStages * 2 * kKeysOf<kSize>)*(kSize + 8) * 2;
+}
+
+// Of the sequence behind the decodes.
+__host__ __device__ inline int first_tile(const AttentionArgs& args) {
+  return int(int64_t(args.decodes) * (args.heads / args.groups) / kRows) + args.decodes;
 }
 
 // Grid (upper bound of the tiles, groups). The rows of a sequence are its tokens x the heads of
 // the group, token by token; a tile is 64 of them. Sequence s has the tiles from
-// starts[s] * repeats / 64 + s on: room for its last, partial one. The CTA walks the tiles of
-// 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
+// starts[s] * repeats / 64 + s on: room for its last, partial one. The first tile of the grid is
+// that of sequence `decodes`, ahead of which every sequence has one token. The CTA walks the tiles
+// of 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
 // does not depend on how its prompt is cut into steps.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArgs args) {
+  allow_next();
+  wait_for_previous();
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr int kKeys = kKeysOf<kSize>, kStride = kSize + 8, kTile = kKeys * kStride;
   constexpr int kShare = kKeys / kWarps;  // rows of a tile that a warp copies
@@ -34,15 +43,14 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
   const int group = blockIdx.y, repeats = args.heads / args.groups;
 
   // later tiles see more keys: start with them
-  const int index = gridDim.x - 1 - blockIdx.x;
-  int s = 0, above = args.sequences;  // first tile of s <= index < first tile of above
+  const int index = first_tile(args) + gridDim.x - 1 - blockIdx.x;
+  int s = args.decodes, above = args.sequences;  // first tile of s <= index < first tile of above
   while (above - s > 1) {
     const int middle = (s + above) / 2;
     (int64_t(args.starts[middle]) * repeats / kRows + middle <= index ? s : above) = middle;
   }
   const int first_token = args.starts[s], tokens = args.starts[s + 1] - first_token;
-  const int64_t first_row =
-      (index - (int64_t(first_token) * repeats / kRows + s)) * int64_t(kRows);
+  const int64_t first_row = (index - (int64_t(first_token) * repeats / kRows + s)) * int64_t(kRows);
   const int64_t all_rows = int64_t(tokens) * repeats;
   if (first_row >= all_rows) return;
   const int rows = int(min(int64_t(kRows), all_rows - first_row));
@@ -69,11 +77,10 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
   for (int i = threadIdx.x; i < kRows * kSize; i += blockDim.x) {  // over rows, then head size
     const int r = i / kSize, d = i % kSize;
     const int64_t row = first_row + r;
-    queries[r * kStride + d] =
-        r < rows && d < args.size
-            ? q[(first_token + row / repeats) * args.q_stride +
-                (group * repeats + row % repeats) * args.q_head_stride + d]
-            : T(0.f);
+    queries[r * kStride + d] = r < rows && d < args.size
+                                   ? q[(first_token + row / repeats) * args.q_stride +
+                                       (group * repeats + row % repeats) * args.q_head_stride + d]
+                                   : T(0.f);
   }
   __syncthreads();
 
@@ -95,8 +102,8 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
     wait_async<1>();
     __syncthreads();
     const T* keys = stages + stage * 2 * kTile;
-    state.template attend<kKeys>(mine, keys, keys + kTile, at, low, high, args.scale,
-                                 args.softcap, lane);
+    state.template attend<kKeys>(mine, keys, keys + kTile, at, low, high, args.scale, args.softcap,
+                                 lane);
     __syncthreads();  // before the next copy into this stage
     stage ^= 1;
   }
@@ -126,14 +133,14 @@ __global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArg
 
 void attention_prefill(const AttentionArgs& args, cudaStream_t stream) {
   const int64_t rows = int64_t(args.tokens) * (args.heads / args.groups);
-  const dim3 grid(unsigned(rows / kRows + args.sequences), args.groups);
+  const dim3 grid(unsigned(rows / kRows + args.sequences - first_tile(args)), args.groups);
   for_kernel(args, [&](auto zero, auto size) {
     using T = decltype(zero);
     constexpr int kSize = decltype(size)::value, kShared = prefill_shared<kSize>();
     static_assert(kShared <= kSharedMemory);
     cudaFuncSetAttribute(prefill_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
-    prefill_kernel<T, kSize><<<grid, kWarps * 32, kShared, stream>>>(args);
+    launch_chained(prefill_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
   });
 }
 

@@ -20,7 +20,8 @@ const int32_t* check_table(const char* op, const char* name, const Tensor& t, in
 }
 
 Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables, Tensor starts,
-                            Tensor lengths, double scale, double softcap, int64_t window) {
+                            Tensor lengths, double scale, double softcap, int64_t window,
+                            int64_t decodes) {
   const char* op = "paged_attention";
   check_layout(op, "q", q, 3);
   check_layout(op, "kv", kv, 6);
@@ -57,6 +58,10 @@ Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tab
   args.block = int(block);
   args.window = int(std::min<int64_t>(window, INT32_MAX));
   LORAX_CHECK(tokens == 0 || sequences > 0, op, ": ", tokens, " tokens without a sequence");
+  LORAX_CHECK(decodes >= 0 && decodes <= std::min(tokens, sequences), op, ": decodes ", decodes,
+              " of ", sequences, " sequences and ", tokens, " tokens");
+  // as many tokens as sequences: one for each, or a few without any, which the kernel sees
+  args.decodes = int(tokens == sequences ? tokens : decodes);
 
   Tensor out = empty(q, {tokens, heads, size}, q.scalar_type());
   args.q = q.const_data_ptr();
@@ -76,10 +81,8 @@ Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tab
   const int64_t positions = block_tables.size(1) * block;
   args.parts = int(std::clamp<int64_t>((positions + kAttentionPartSize - 1) / kAttentionPartSize, 1,
                                        kAttentionMaxParts));
-  const bool split = args.parts > 1 && attention_is_decode(args);
   // torch's allocator keeps it for the stream, so that it may go back before the kernels ran
-  Tensor workspace =
-      empty(q, {split ? tokens * heads * args.parts * (size + 2) : 0}, ScalarType::Float);
+  Tensor workspace = empty(q, {attention_workspace(args)}, ScalarType::Float);
   args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   paged_attention(args, current_stream(q));
   check_launch(op);

@@ -53,7 +53,7 @@ LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& reco
 }
 
 Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width) {
+                        int64_t layer, int64_t group, int64_t width, bool beside) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
@@ -64,6 +64,7 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   args.x_stride = x.stride(0);
   args.k = x.size(1);
   args.width = width;
+  args.beside = beside;
   Tensor t = empty(x, {shrink_parts(args.k), x.size(0), width}, ScalarType::Float);
   args.t = static_cast<float*>(t.mutable_data_ptr());
   lora_shrink(args, current_stream(x));

@@ -1,4 +1,5 @@
 // RMS norm and gated activations. Both round where the reference in ops/reference.py does.
+#include "chain.cuh"
 #include "elementwise.h"
 #include "pack.h"
 
@@ -58,6 +59,8 @@ __device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale
 // over the columns; with kHeld = 0, for rows too wide for that, the second pass reads them again.
 template <class T, class W, int N, int kHeld>
 __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsNormArgs args) {
+  allow_next();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   T* residual =
@@ -100,8 +103,8 @@ void launch_add_rms_norm(const AddRmsNormArgs& args, cudaStream_t stream) {
   const int64_t packs = ceil_div(ceil_div(args.width, N), kHeld ? kHeld : 1);
   const int64_t warps = ceil_div(packs, kWarp);
   const int64_t threads = warps * kWarp < kMaxThreads ? warps * kWarp : kMaxThreads;
-  add_rms_norm_kernel<T, W, N, kHeld>
-      <<<dim3(unsigned(args.rows)), dim3(unsigned(threads)), 0, stream>>>(args);
+  launch_chained(add_rms_norm_kernel<T, W, N, kHeld>, dim3(unsigned(args.rows)),
+                 dim3(unsigned(threads)), 0, stream, args);
 }
 
 template <class T>
@@ -123,6 +126,8 @@ __device__ __forceinline__ T activate(T gate, Activation act) {
 // the tiles of columns. A thread has N columns side by side.
 template <class T, int N, Activation kAct>
 __global__ void __launch_bounds__(kActThreads) act_and_mul_kernel(const ActAndMulArgs args) {
+  allow_next();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const int64_t column = (int64_t(blockIdx.y) * kActThreads + threadIdx.x) * N;
   if (column >= args.width) return;
@@ -142,13 +147,16 @@ void launch_act_and_mul(const ActAndMulArgs& args, cudaStream_t stream) {
   const dim3 grid(unsigned(args.rows), unsigned(ceil_div(args.width, kActThreads * N)));
   switch (args.act) {
     case Activation::silu:
-      act_and_mul_kernel<T, N, Activation::silu><<<grid, kActThreads, 0, stream>>>(args);
+      launch_chained(act_and_mul_kernel<T, N, Activation::silu>, grid, kActThreads, 0, stream,
+                     args);
       return;
     case Activation::gelu:
-      act_and_mul_kernel<T, N, Activation::gelu><<<grid, kActThreads, 0, stream>>>(args);
+      launch_chained(act_and_mul_kernel<T, N, Activation::gelu>, grid, kActThreads, 0, stream,
+                     args);
       return;
     case Activation::gelu_tanh:
-      act_and_mul_kernel<T, N, Activation::gelu_tanh><<<grid, kActThreads, 0, stream>>>(args);
+      launch_chained(act_and_mul_kernel<T, N, Activation::gelu_tanh>, grid, kActThreads, 0, stream,
+                     args);
       return;
   }
 }

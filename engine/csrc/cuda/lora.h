@@ -8,7 +8,7 @@
 
 namespace lorax::cuda {
 
-constexpr int kLoraChunk = 512;  // of K: one part of t
+constexpr int kLoraChunk = 4096;  // of K: one part of t
 constexpr int kLoraTargets = 3;
 constexpr int kLoraAlign = 16;  // bytes; the unit of a record's offsets
 constexpr int kRecordWords = 8;
@@ -34,6 +34,7 @@ struct ShrinkArgs {
   int64_t k;
   float* t;  // [shrink_parts(k), T, width]
   int64_t width;
+  bool beside;  // x was complete before the kernel that was launched last: do not wait for that one
 };
 
 struct GatherArgs {

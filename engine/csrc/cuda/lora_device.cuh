@@ -39,6 +39,64 @@ __device__ __forceinline__ bool find_segment(const LoraSegments& all, int s, Seg
   return (segment.ranks[0] | segment.ranks[1] | segment.ranks[2]) != 0;
 }
 
+// The work of a launch, counted on the device: items of segment 0, then of segment 1, and so on. A
+// grid then has as many CTAs as the GPU runs at a time, whatever the segments hold. blockIdx.y is a
+// page of kPage segments; first[i] is the first item of the page's segment i.
+constexpr int kPage = 128;
+
+struct WorkList {
+  Segment segments[kPage];
+  int first[kPage + 1];
+  int warp_sums[kPage / 32];
+};
+
+// Every thread gets the number of items; `items_of(segment)` counts those of one. Reads only what
+// no kernel of a step writes. Takes at least kPage threads.
+template <class ItemsOf>
+__device__ __forceinline__ int count_work(const LoraSegments& all, WorkList& list,
+                                          const ItemsOf& items_of) {
+  const int thread = threadIdx.x, lane = thread % 32, page = blockIdx.y * kPage;
+  int items = 0, before = 0;
+  if (thread < kPage) {
+    if (page + thread < all.count && find_segment(all, page + thread, list.segments[thread]))
+      items = items_of(list.segments[thread]);
+    before = items;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, before, d);
+      if (lane >= d) before += other;
+    }
+    if (lane == 31) list.warp_sums[thread / 32] = before;
+  }
+  __syncthreads();
+  int total = 0;
+  for (int w = 0; w < kPage / 32; ++w) {
+    if (w < thread / 32) before += list.warp_sums[w];
+    total += list.warp_sums[w];
+  }
+  if (thread < kPage) list.first[thread] = before - items;
+  if (thread == 0) list.first[kPage] = total;
+  __syncthreads();
+  return total;
+}
+
+// The segment that has the item, as its index in the page.
+__device__ __forceinline__ int find_work(const WorkList& list, int item) {
+  int low = 0, high = kPage;
+  while (high - low > 1) {  // first[low] <= item < first[high]
+    const int middle = (low + high) / 2;
+    (list.first[middle] <= item ? low : high) = middle;
+  }
+  return low;
+}
+
+inline int64_t pages(const LoraSegments& all) { return (all.count + kPage - 1) / kPage; }
+
+// The grid of a launch of at most `most` items, of which `room` CTAs run at a time.
+inline dim3 work_grid(const LoraSegments& all, int64_t most, int64_t room) {
+  return dim3(uint32_t(most < room ? most : room), uint32_t(pages(all)));
+}
+
 // Bytes from one row of A or B to the next.
 __host__ __device__ __forceinline__ int64_t row_bytes(int64_t length, int size) {
   return (length * size + kLoraAlign - 1) / kLoraAlign * kLoraAlign;
@@ -46,25 +104,6 @@ __host__ __device__ __forceinline__ int64_t row_bytes(int64_t length, int size) 
 
 __device__ __forceinline__ const char* arena_at(const LoraSegments& all, uint32_t offset) {
   return static_cast<const char*>(all.arena) + int64_t(offset) * kLoraAlign;
-}
-
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-
-template <class T>
-__device__ __forceinline__ T from_float(float v);
-template <>
-__device__ __forceinline__ float from_float<float>(float v) {
-  return v;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
-  return __float2bfloat16(v);
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float v) {
-  return __float2half(v);
 }
 
 }  // namespace lorax::cuda

@@ -67,8 +67,9 @@ void with_dtype(DType dtype, const Run& run) {
 }
 
 // Whether packs of `n` elements may be moved from `data`, and from every multiple of `stride`.
-inline bool fits_packs(const void* data, int64_t stride, int n) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % n == 0;
+__host__ __device__ inline bool fits_packs(const void* data, int64_t stride, int n,
+                                           int alignment = 16) {
+  return reinterpret_cast<uintptr_t>(data) % alignment == 0 && stride % n == 0;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,5 @@
 // Rotary embedding of q and k in place, and the store of k and v in the paged cache.
+#include "chain.cuh"
 #include "pack.h"
 #include "rope.h"
 
@@ -36,8 +37,8 @@ __device__ __forceinline__ void rotate(T& a, T& b, float cos, float sin) {
 // Not interleaved: feature j turns with half + j, N pairs a task. Interleaved: 2 j turns with
 // 2 j + 1, N / 2 pairs of one pack a task, or one pair where N = 1.
 template <class T, class KV, int N, bool kInterleaved>
-__device__ __forceinline__ void rotate_task(T* head, KV* cached, const float* cos,
-                                            uint32_t half, uint32_t index) {
+__device__ __forceinline__ void rotate_task(T* head, KV* cached, const float* cos, uint32_t half,
+                                            uint32_t index) {
   const float* sin = cos + half;
   if constexpr (kInterleaved && N > 1) {
     const uint32_t at = index * N;
@@ -69,12 +70,13 @@ __device__ __forceinline__ void rotate_task(T* head, KV* cached, const float* co
 template <class T, class KV, int N, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads)
     rope_store_kv_kernel(const RopeStoreKvArgs args, const Tasks tasks) {
+  allow_next();
+  wait_for_previous();
   const int64_t token = blockIdx.x;
   uint32_t task = blockIdx.y * kThreads + threadIdx.x;
   if (task >= tasks.end_v) return;
   const uint32_t half = uint32_t(args.half);
-  const float* cos =
-      half ? args.cos_sin + args.positions[token] * args.cos_sin_stride : nullptr;
+  const float* cos = half ? args.cos_sin + args.positions[token] * args.cos_sin_stride : nullptr;
   if (task < tasks.end_q) {
     T* head = static_cast<T*>(args.q.data) + token * args.q.token_stride +
               int64_t(task / tasks.rotations) * args.q.head_stride;
@@ -90,8 +92,8 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t of_head = tasks.rotations + tasks.copies;
     const int64_t index = task / of_head;
     task %= of_head;
-    T* head = static_cast<T*>(args.k.data) + token * args.k.token_stride +
-              index * args.k.head_stride;
+    T* head =
+        static_cast<T*>(args.k.data) + token * args.k.token_stride + index * args.k.head_stride;
     cached += index * args.kv_head_stride;
     if (task < tasks.rotations) {
       rotate_task<T, KV, N, kInterleaved>(head, cached, cos, half, task);
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(kThreads)
   task -= tasks.end_k;
   const int64_t index = task / tasks.packs;
   const uint32_t at = task % tasks.packs * N;
-  const T* head = static_cast<const T*>(args.v.data) + token * args.v.token_stride +
-                  index * args.v.head_stride;
+  const T* head =
+      static_cast<const T*>(args.v.data) + token * args.v.token_stride + index * args.v.head_stride;
   store_kv<KV, N>(cached + args.kv_half_stride + index * args.kv_head_stride + at,
                   load_pack<N>(head + at));
 }
@@ -122,9 +124,9 @@ void launch(const RopeStoreKvArgs& args, cudaStream_t stream) {
   if (tasks.end_v == 0) return;
   const dim3 grid(unsigned(args.tokens), unsigned(ceil_div(tasks.end_v, kThreads)));
   if (args.interleaved) {
-    rope_store_kv_kernel<T, KV, N, true><<<grid, kThreads, 0, stream>>>(args, tasks);
+    launch_chained(rope_store_kv_kernel<T, KV, N, true>, grid, kThreads, 0, stream, args, tasks);
   } else {
-    rope_store_kv_kernel<T, KV, N, false><<<grid, kThreads, 0, stream>>>(args, tasks);
+    launch_chained(rope_store_kv_kernel<T, KV, N, false>, grid, kThreads, 0, stream, args, tasks);
   }
 }
 

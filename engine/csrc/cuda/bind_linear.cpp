@@ -1,0 +1,58 @@
+// lorax::linear on CUDA: few tokens by our own kernel, others by the library behind torch.
+#include <array>
+
+#include "bind.h"
+#include "linear.h"
+
+namespace lorax::cuda {
+namespace {
+
+constexpr const char* kOp = "linear";
+
+Tensor by_torch(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Whether our kernel can serve the call; what torch takes beyond it is not an error.
+bool fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const auto is_matrix = [](const Tensor& t) { return t.dim() == 2 && t.stride(1) == 1; };
+  const auto is_short = [](ScalarType t) {
+    return t == ScalarType::BFloat16 || t == ScalarType::Half;
+  };
+  return is_short(x.scalar_type()) && weight.scalar_type() == x.scalar_type() && is_matrix(x) &&
+         is_matrix(weight) && x.size(1) == weight.size(1) &&
+         (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() &&
+                    bias->scalar_type() == x.scalar_type()));
+}
+
+Tensor bind_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  if (!fits(x, weight, bias)) return by_torch(x, weight, bias);
+  LinearArgs args{};
+  args.dtype = dtype_of(kOp, "x", x);
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.bias = bias ? bias->const_data_ptr() : nullptr;
+  args.tokens = x.size(0);
+  args.rows = weight.size(0);
+  args.columns = x.size(1);
+  args.x_stride = x.stride(0);
+  args.weight_stride = weight.stride(0);
+  if (!linear_takes(args)) return by_torch(x, weight, bias);
+  Tensor y = empty(x, {args.tokens, args.rows}, x.scalar_type());
+  args.y = y.mutable_data_ptr();
+  linear(args, current_stream(x));
+  check_launch(kOp);
+  return y;
+}
+
+}  // namespace
+}  // namespace lorax::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(lorax, CUDA, m) {
+  m.impl("linear", TORCH_BOX(&lorax::cuda::bind_linear));
+}

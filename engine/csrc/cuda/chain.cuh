@@ -1,0 +1,66 @@
+// Programmatic dependent launch: a kernel starts while the one before it still runs.
+//
+// Every kernel of a step is launched with `launch_chained`. Until `wait_for_previous` has returned
+// it reads only what no kernel of the step writes: weights, adapters, their records and segments.
+// CTA 0 always calls it, so that the end of a kernel means the end of all before it; a CTA that has
+// nothing to do leaves at once, for it would take up room that the next kernel can use.
+// `allow_next` lets that one start as soon as all CTAs have called it or left. (CUDA C++
+// Programming Guide, "Programmatic Dependent Launch and Synchronization".)
+#pragma once
+
+#include "kernels.h"
+
+namespace lorax::cuda {
+
+__device__ __forceinline__ void allow_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Major and minor of the current device as 90, 100, ...; asked once.
+inline int compute_capability() {
+  static const int found = [] {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return major * 10 + minor;
+  }();
+  return found;
+}
+
+// Of the current device; asked once.
+inline int multiprocessors() {
+  static const int found = [] {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+  }();
+  return found;
+}
+
+template <class... Parameters, class... Arguments>
+void launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                    cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = compute_capability() >= 90 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // check_launch asks for its error
+}
+
+}  // namespace lorax::cuda

@@ -1,0 +1,300 @@
+// y[T, N] = x[T, K] @ weight[N, K].T for T <= 64 on Hopper: the weights stream past few tokens.
+//
+// A cluster of 1, 2 or 4 CTAs owns a tile of 128 rows of the weight, each CTA a part of K. One
+// thread keeps tiles of the weight and of x coming (bulk tensor copies), 4 warps multiply them with
+// the weight as the 64-row operand; then the parts are added in the order of K, each CTA adding the
+// rows that the others send it. How K is cut depends on N alone, so an element is one sum in one
+// order, whatever the tokens beside it. Weights are asked for before the kernel in front has ended.
+#include "chain.cuh"
+#include "hopper.cuh"
+#include "linear.h"
+#include "pack.h"
+
+namespace lorax::cuda {
+namespace {
+constexpr int kRows = 128;       // of the weight: a tile
+constexpr int kStep = 64;        // of K: 128 bytes, the width of a swizzled tile
+constexpr int kConsumers = 128;  // threads that multiply
+constexpr int kThreads = kConsumers + 32;
+constexpr int kSharedGoal = 113 * 1024;  // of a CTA: two fit into an SM
+
+// What a CTA keeps in shared memory.
+template <int kTokens, int kSplit>
+struct Shape {
+  static constexpr int kSlabs = kRows / 16 / kSplit;  // of 16 rows, that a CTA adds up
+  static constexpr int kSlabBytes = 16 * kTokens * 4;
+  static constexpr int kWeightBytes = kRows * kStep * 2;
+  static constexpr int kStageBytes = kWeightBytes + kTokens * kStep * 2;
+  static constexpr int kReceiveBytes = (kSplit - 1) * kSlabs * kSlabBytes;
+  static constexpr int kFit = (kSharedGoal - 256 - kReceiveBytes) / kStageBytes;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kShared = kStages * kStageBytes + kReceiveBytes + kStages * 16 + 16;
+  static_assert(kStages >= 2 && kShared <= kSharedGoal);
+};
+
+template <class T>
+__device__ __forceinline__ uint32_t pair(float a, float b) {
+  Pack<T, 2> both{{narrow<T>(a), narrow<T>(b)}};
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// An 8 x 8 matrix of 16-bit elements, two side by side in a register, transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t v) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
+// Grid: tiles of 128 rows of the weight, clusters of kSplit CTAs that share one.
+template <class T, int kTokens, int kSplit>
+__global__ void __launch_bounds__(kThreads, 4)
+    linear_kernel(const __grid_constant__ CUtensorMap weight_map,
+                  const __grid_constant__ CUtensorMap x_map, const LinearArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using namespace hopper;
+  using S = Shape<kTokens, kSplit>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const uint32_t base = shared_address(memory);
+  const uint32_t received = base + S::kStages * S::kStageBytes;
+  const uint32_t barriers = received + S::kReceiveBytes;
+  const auto full = [&](int stage) { return barriers + stage * 16; };
+  const auto empty = [&](int stage) { return barriers + stage * 16 + 8; };
+  const uint32_t arrived = barriers + S::kStages * 16;
+
+  const int rank = kSplit > 1 ? int(cluster_rank()) : 0;
+  const int row0 = blockIdx.x / kSplit * kRows;
+  const int steps = int((args.columns + kStep - 1) / kStep);
+  const int first = steps * rank / kSplit, count = steps * (rank + 1) / kSplit - first;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == kConsumers) {  // the producer
+    prefetch_map(&weight_map);
+    prefetch_map(&x_map);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      init_barrier(full(stage), 1);
+      init_barrier(empty(stage), kConsumers / 32);
+    }
+    if (kSplit > 1) {
+      init_barrier(arrived, 1);
+      arrive_and_expect(arrived, S::kReceiveBytes);
+    }
+    publish_barriers();
+  }
+  if constexpr (kSplit > 1) {
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+
+  if (warp == kConsumers / 32) {
+    if (lane == 0) {
+      const auto load_weight = [&](int i) {
+        const int stage = i % S::kStages;
+        arrive_and_expect(full(stage), S::kStageBytes);
+        stream_tile(base + stage * S::kStageBytes, &weight_map, (first + i) * kStep, row0,
+                    full(stage));
+      };
+      const auto load_x = [&](int i) {
+        const int stage = i % S::kStages;
+        copy_tile(base + stage * S::kStageBytes + S::kWeightBytes, &x_map, (first + i) * kStep, 0,
+                  full(stage));
+      };
+      const int ahead = count < S::kStages ? count : S::kStages;
+      for (int i = 0; i < ahead; ++i) load_weight(i);
+      wait_for_previous();
+      allow_next();  // after the wait: x is complete for whatever starts next
+      for (int i = 0; i < ahead; ++i) load_x(i);
+      for (int i = ahead; i < count; ++i) {
+        wait(empty(i % S::kStages), (i / S::kStages - 1) & 1);
+        load_weight(i);
+        load_x(i);
+      }
+    }
+    __syncwarp();
+  } else {
+    constexpr int kTiles = kTokens / 8;  // fragments of 8 tokens, 16 bytes a lane
+    float sums[2][kTokens / 2];          // of 64 rows each
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums[b][i] = 0.0f;
+    for (int i = 0; i < count; ++i) {  // over this CTA's part of K
+      const int stage = i % S::kStages;
+      const uint32_t weight = base + stage * S::kStageBytes, x = weight + S::kWeightBytes;
+      wait(full(stage), (i / S::kStages) & 1);
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < kStep; k += 16)  // 32 bytes into the swizzled rows
+#pragma unroll
+        for (int b = 0; b < 2; ++b)
+          Product<T, kTokens>::add(sums[b], tile_descriptor(weight + b * 64 * 128 + k * 2),
+                                   tile_descriptor(x + k * 2));
+      products_commit();
+      products_wait<0>();
+      if (lane == 0) arrive(empty(stage));
+    }
+    // Slab s, rows 16 s .. of the tile, is warp s % 4's part of block s / 4; CTA s / kSlabs adds
+    // it up. The reader of a slab is the same warp there, so fragments travel as they are.
+    if constexpr (kSplit > 1) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int slab = b * 4 + warp, to = slab / S::kSlabs;
+        if (to == rank) continue;
+        const int from = rank < to ? rank : rank - 1;  // my place among the senders
+        const uint32_t place = remote_address(
+            received + (from * S::kSlabs + slab % S::kSlabs) * S::kSlabBytes + lane * 16, to);
+        const uint32_t there = remote_address(arrived, to);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) send(place + j * 512, &sums[b][j * 4], there);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int slab = b * 4 + warp;
+      if (slab / S::kSlabs != rank) continue;
+      const int64_t row = row0 + slab * 16;
+      float bias[2] = {0.0f, 0.0f};
+      if (args.bias) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (row + lane / 4 + i * 8 < args.rows)
+            bias[i] = widen(static_cast<const T*>(args.bias)[row + lane / 4 + i * 8]);
+      }
+      if (kSplit > 1) wait(arrived, 0);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        float whole[4];
+#pragma unroll
+        for (int from = 0; from < kSplit; ++from) {  // in the order of K
+          const int sender = from < rank ? from : from - 1;
+          float v[4];
+          if (from == rank) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[i] = sums[b][j * 4 + i];
+          } else {
+            load_shared(v, received + (sender * S::kSlabs + slab % S::kSlabs) * S::kSlabBytes +
+                               lane * 16 + j * 512);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) whole[i] = from == 0 ? v[i] : whole[i] + v[i];
+        }
+        const int token = j * 8 + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // rows 0 .. 7 of the slab, then 8 .. 15
+          const uint32_t two =
+              transposed(pair<T>(whole[2 * i] + bias[i], whole[2 * i + 1] + bias[i]));
+          const int64_t column = row + i * 8 + lane % 4 * 2;
+          if (token < args.tokens && column < args.rows)
+            *reinterpret_cast<uint32_t*>(static_cast<T*>(args.y) + token * args.rows + column) =
+                two;
+        }
+      }
+    }
+  }
+  wait_for_previous();
+  if constexpr (kSplit > 1) {
+    __syncwarp();
+    cluster_arrive();  // nobody leaves while others may write to its memory
+    cluster_wait();
+  }
+#endif
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                            CUtensorMapFloatOOBfill);
+
+// The driver's function, looked up so that nothing links against the driver.
+Encode encoder() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+    return error == cudaSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  return found;
+}
+
+// Tiles of `tall` rows by 64 columns of a matrix of 16-bit elements.
+bool encode(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride,
+            int tall, bool bfloat16) {
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
+  const cuuint32_t box[2] = {kStep, cuuint32_t(tall)}, ones[2] = {1, 1};
+  return encoder()(
+             map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             const_cast<void*>(data), sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class T, int kTokens, int kSplit>
+void launch(const LinearArgs& args, cudaStream_t stream) {
+  using S = Shape<kTokens, kSplit>;
+  const bool bfloat16 = args.dtype == DType::bfloat16;
+  CUtensorMap weight, x;
+  if (!encode(&weight, args.weight, args.rows, args.columns, args.weight_stride, kRows, bfloat16) ||
+      !encode(&x, args.x, args.tokens, args.columns, args.x_stride, kTokens, bfloat16))
+    return;  // linear_takes refuses what cannot be encoded
+  const auto kernel = linear_kernel<T, kTokens, kSplit>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = kSplit;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(ceil_div(args.rows, kRows) * kSplit));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = S::kShared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  cudaLaunchKernelEx(&config, kernel, weight, x, args);
+}
+
+// As many parts of K as let all CTAs run at once, two to an SM: few enough of them wait, and
+// reading is shared by all until the end.
+template <class T, int kTokens>
+void launch_split(const LinearArgs& args, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(args.rows, kRows), room = 2 * multiprocessors();
+  if (tiles * 4 <= room) return launch<T, kTokens, 4>(args, stream);
+  if (tiles * 2 <= room) return launch<T, kTokens, 2>(args, stream);
+  launch<T, kTokens, 1>(args, stream);
+}
+
+template <class T>
+void launch_tokens(const LinearArgs& args, cudaStream_t stream) {
+  if (args.tokens <= 8) return launch_split<T, 8>(args, stream);
+  if (args.tokens <= 16) return launch_split<T, 16>(args, stream);
+  if (args.tokens <= 32) return launch_split<T, 32>(args, stream);
+  launch_split<T, 64>(args, stream);
+}
+
+}  // namespace
+
+bool linear_takes(const LinearArgs& args) {
+  const auto copies = [](const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+  };
+  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kLinearMaxTokens &&
+         args.rows > 0 && args.rows % 8 == 0 && args.rows < (int64_t(1) << 31) &&
+         args.columns >= kStep && args.columns < (int64_t(1) << 31) &&
+         copies(args.x, args.x_stride) && copies(args.weight, args.weight_stride) &&
+         args.x_stride >= args.columns && args.weight_stride >= args.columns &&
+         compute_capability() == 90 && encoder();
+}
+
+void linear(const LinearArgs& args, cudaStream_t stream) {
+  if (args.dtype == DType::bfloat16)
+    launch_tokens<__nv_bfloat16>(args, stream);
+  else
+    launch_tokens<__half>(args, stream);
+}
+
+}  // namespace lorax::cuda

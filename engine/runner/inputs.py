@@ -1,0 +1,138 @@
+"""What the host says of a step: a few int32 words per sequence, in a layout that depends on the step's shape alone.
+
+Where a shape has more room than the step takes, the rest is padding: sequences of row 0, which is scratch, ahead of the
+rows that decode and, without tokens, behind the chunks; tokens that no sequence has behind all others; outputs that
+point at token 0; empty segments of the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from engine.messages import Chunk
+from engine.runner.shapes import Shape
+
+IN_TABLE = -1  # in place of a first position: where the row is, which the device knows
+
+
+class Inputs(NamedTuple):
+    """The words of a step on the device, int32. S sequences, O outputs, G segments, H segments of the outputs."""
+
+    rows: Tensor  # [S]
+    first: Tensor  # [S]: position of the first new token, or IN_TABLE
+    starts: Tensor  # [S + 1]: first new token of each sequence
+    outputs: Tensor  # [O]: tokens whose logits are wanted, those that are sampled first
+    sampled_rows: Tensor  # [O]: the row of each output that is sampled
+    sampled_lengths: Tensor  # [O]: its known tokens, which is the position of the new one
+    slots: Tensor  # [G]
+    segments: Tensor  # [G + 1]: first token of each
+    output_slots: Tensor  # [H]
+    output_segments: Tensor  # [H + 1]: first output of each
+
+    @classmethod
+    def of(cls, words: Tensor, shape: Shape) -> Inputs:
+        """The fields of a step of this shape, whose words these begin with."""
+        return cls(*words[: sum(shape.sizes)].split(shape.sizes))
+
+
+def runs(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
+    """Segments (slots [S], starts [S + 1]) of consecutive sequences with equal slots, of at most `most` tokens."""
+    of_runs: list[int] = []
+    starts = [0]
+    at = begin = 0
+    for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        at += count
+        if index + 1 < len(slots) and slots[index + 1] == slot:
+            continue
+        cuts = range(begin + most, at, most) if slot else ()
+        for end in (*cuts, at):
+            of_runs.append(slot)
+            starts.append(end)
+        begin = at
+    return of_runs, starts
+
+
+class Description(NamedTuple):
+    """A step in plain numbers: the rows that decode, sorted by slot, then chunks, sorted by slot."""
+
+    decode: list[int]
+    chunks: list[Chunk]
+    slots: list[int]  # of each sequence
+    known: list[int]  # tokens of each decoding row once the step is done; empty: the device knows
+
+    @property
+    def sampled(self) -> list[int]:
+        """Sequences whose next token is sampled."""
+        first = len(self.decode)
+        chosen = [first + i for i, chunk in enumerate(self.chunks) if chunk.sample]
+        return [*range(first), *chosen]
+
+    @property
+    def scored(self) -> list[int]:
+        """Sequences of whose every token the logits are wanted, behind those of the sampled ones."""
+        first = len(self.decode)
+        return [first + i for i, chunk in enumerate(self.chunks) if chunk.prompt_logprobs]
+
+    @property
+    def counts(self) -> list[int]:
+        """New tokens of each sequence."""
+        return [1] * len(self.decode) + [chunk.count for chunk in self.chunks]
+
+    def shape(self, most: int) -> Shape:
+        """What the step takes, without padding, in segments of up to `most` tokens."""
+        counts, slots = self.counts, self.slots
+        decodes, chunks = len(self.decode), len(self.chunks)
+        segments = len(runs(slots, counts, most)[0])
+        if not chunks:
+            return Shape(decodes, 0, decodes, 0, segments, 0)
+        out_slots, out_counts = self._outputs(slots, counts)
+        of_outputs = len(runs(out_slots, out_counts, most)[0])
+        return Shape(decodes, chunks, sum(counts), sum(out_counts), segments, of_outputs)
+
+    def _outputs(self, slots: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
+        """(slot, number of outputs) of every sampled sequence, then of every scored one."""
+        sampled, scored = self.sampled, self.scored
+        out_counts = [1] * len(sampled) + [counts[s] for s in scored]
+        return [slots[s] for s in (*sampled, *scored)], out_counts
+
+    def words(self, shape: Shape, most: int) -> np.ndarray:
+        """The fields of `Inputs` one after the other, int32."""
+        ahead = [0] * (shape.decodes - len(self.decode))
+        behind = [0] * (shape.chunks - len(self.chunks))
+        rows = [*ahead, *self.decode, *(chunk.row for chunk in self.chunks), *behind]
+        first = [IN_TABLE] * shape.decodes + [chunk.start for chunk in self.chunks] + behind
+        counts = [1] * len(ahead) + self.counts
+        starts = [0, *accumulate(counts)]
+        fields = [rows, first, _padded(starts, shape.sequences + 1, starts[-1])]
+        fields += self._output_fields(shape, starts[len(ahead) :])
+        fields += _segment_fields(ahead + self.slots, counts, most, shape.segments)
+        outputs = self._outputs(self.slots, self.counts) if shape.chunks else ([], [])
+        fields += _segment_fields(*outputs, most, shape.output_segments)
+        return np.concatenate([np.array(field, dtype=np.int32) for field in fields])
+
+    def _output_fields(self, shape: Shape, starts: list[int]) -> list[list[int]]:
+        """Outputs, and rows and lengths of those that are sampled; `starts`: first token of each sequence."""
+        if not shape.chunks:
+            return [[], [], []]
+        outputs = [starts[s + 1] - 1 for s in self.sampled]
+        for s in self.scored:
+            outputs += range(starts[s], starts[s + 1])
+        new = [chunk for chunk in self.chunks if chunk.sample]
+        rows = self.decode + [chunk.row for chunk in new]
+        lengths = self.known + [chunk.start + chunk.count for chunk in new]
+        return [_padded(field, shape.outputs, 0) for field in (outputs, rows, lengths)]
+
+
+def _padded(values: list[int], size: int, value: int) -> list[int]:
+    return values + [value] * (size - len(values))
+
+
+def _segment_fields(slots: list[int], counts: list[int], most: int, size: int) -> list[list[int]]:
+    """Segments and, to fill up, empty ones of the base model."""
+    of_runs, starts = runs(slots, counts, most)
+    return [_padded(of_runs, size, 0), _padded(starts, size + 1, starts[-1])]

@@ -1,0 +1,188 @@
+"""Steps padded to the shapes of the graphs give what the same steps give as they are; shapes and their bounds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from engine.messages import Admit, Chunk, SamplingParams
+from engine.runner.batch import Adapters, BatchBuilder, Reach
+from engine.runner.graphs import EVERYWHERE, IN_LAYERS, NO_LORA
+from engine.runner.inputs import Description, runs
+from engine.runner.rows import RowTable
+from engine.runner.shapes import decode_shapes, decode_words, mixed_shapes, mixed_words
+from tests.ops.test_cpu_lora import per_token
+from tests.runner.twins import (
+    SEGMENT,
+    PaddedSteps,
+    Scene,
+    Twins,
+    let_attention_pad,
+    make_scene,
+    small_config,
+)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("steps"))
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["in turn", "run ahead"])
+@pytest.mark.parametrize("step_tokens", [23, 200])
+def test_padded_is_plain(
+    scene: Scene, ahead: int, step_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_attention_pad(monkeypatch)
+    config = small_config(scene, max_batch_prefill_tokens=step_tokens)
+    twins = Twins(scene, config, config)
+    engine = twins.padded.engine
+    runner = engine.runner
+    runner.builder.most = SEGMENT
+    graphs = PaddedSteps(runner.model, runner.builder, 3 * 64, engine.plan.max_step_tokens)
+    graphs.capture()
+    runner.graphs = graphs
+    twins.run(40, seed=step_tokens + ahead, longest=min(150, 4 * step_tokens), ahead=ahead)
+    replayed = graphs.replayed
+    assert {kind for _, kind in replayed} == {NO_LORA, IN_LAYERS, EVERYWHERE}
+    assert any(shape.chunks for shape, _ in replayed)
+    assert any(not shape.chunks for shape, _ in replayed)
+    assert len({shape for shape, _ in replayed}) > 3
+    assert sum(plan.chunks != [] for plan in twins.plans) > 15
+    assert engine.stats.evictions > 0
+    assert len(replayed) > 0.8 * len([p for p in twins.plans if p.decode or p.chunks])
+    twins.close()
+
+
+def random_description(
+    generator: random.Random, max_rows: int, max_tokens: int, chunks: bool
+) -> Description:
+    """Rows and chunks in the order of their slots, as a scheduler plans them."""
+    rows = generator.sample(range(1, max_rows + 1), generator.randint(1, max_rows))
+    cut = generator.randint(0, len(rows)) if chunks else len(rows)
+    decode, others = rows[:cut], rows[cut:]
+    budget = max_tokens - len(decode)
+    planned = []
+    for row in others:
+        count = generator.choice([1, generator.randint(1, 9), generator.randint(1, max_tokens)])
+        if count > budget:
+            break
+        budget -= count
+        start = generator.randint(0, 50)
+        planned.append(Chunk(row, start, count, generator.random() < 0.5))
+    popular = generator.choice([1, 3, 200])
+    slots = sorted(generator.randrange(popular) for _ in decode)
+    slots += sorted(generator.randrange(popular) for _ in planned)
+    return Description(decode, planned, slots, [generator.randint(1, 60) for _ in decode])
+
+
+@pytest.mark.parametrize("most", [8, 1 << 30])
+@pytest.mark.parametrize(("max_rows", "max_tokens"), [(1, 1), (7, 19), (20, 300), (256, 8192)])
+def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int, most: int) -> None:
+    """As many rows, chunks and tokens as a bucket has never need more segments, outputs or words than it has."""
+    generator = random.Random(max_rows)
+    max_tokens = max(max_rows, max_tokens)
+    shapes = decode_shapes(max_rows, most), mixed_shapes(max_rows, max_tokens, most)
+    found = 0
+    for i in range(300):
+        step = random_description(generator, max_rows, max_tokens, chunks=i % 2 == 1)
+        needed = step.shape(most)
+        mixed = bool(step.chunks)
+        assert needed.words <= (mixed_words if mixed else decode_words)(
+            *([max_rows, max_tokens] if mixed else [max_rows])
+        )
+        for shape in shapes[mixed]:
+            rows_fit = shape.decodes >= needed.decodes and shape.chunks >= needed.chunks
+            tokens_fit = shape.tokens - shape.decodes >= needed.tokens - needed.decodes
+            assert shape.holds(needed) == (rows_fit and tokens_fit)
+            if shape.holds(needed):
+                found += 1
+                assert len(step.words(shape, most)) == shape.words
+        if not mixed and needed.decodes:
+            assert any(shape.holds(needed) for shape in shapes[0])
+    assert found >= 300
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_description_expands_to_its_tokens(seed: int) -> None:
+    """Every token, place, output and slot of a step against what its rows hold, with padding and without."""
+    generator = random.Random(seed)
+    max_rows, block = 20, 4
+    device = torch.device("cpu")
+    spare = decode_words(max_rows) + mixed_words(max_rows, 300)
+    table = RowTable(max_rows + 1, 400, 100, device, spare)
+    records = torch.zeros(201, 2, 1, 8, dtype=torch.int32)
+    builder = BatchBuilder(
+        table, torch.zeros(9, 1, 2, block, 1, 1), Adapters(torch.zeros(16).byte(), records)
+    )
+    builder.most = SEGMENT
+    step = random_description(generator, max_rows, 300, chunks=seed % 3 > 0)
+    held: dict[int, Admit] = {}
+    for row, slot in zip([*step.decode, *(c.row for c in step.chunks)], step.slots, strict=True):
+        tokens = [generator.randrange(1, 999) for _ in range(400)]
+        blocks = [generator.randrange(1, 999) for _ in range(100)]
+        known = generator.randint(0, 399)
+        held[row] = Admit(row, slot, tokens, 1, known, blocks, SamplingParams())
+        table.admit(held[row])
+    builder.set_decode(step.decode)
+    step = builder.describe(step.chunks)
+    new = [(row, held[row].computed, 1) for row in step.decode]
+    new += [(chunk.row, chunk.start, chunk.count) for chunk in step.chunks]
+    shapes = (
+        mixed_shapes(max_rows, 300, SEGMENT) if step.chunks else decode_shapes(max_rows, SEGMENT)
+    )
+    for shape in [step.shape(SEGMENT), *(s for s in shapes if s.holds(step.shape(SEGMENT)))]:
+        for row, admit in held.items():
+            table.computed[row] = admit.computed
+        builder.write(step, shape)
+        reach = Reach(1, [[True], [True]])
+        batch, rows, lengths = builder.expand(shape, 400, reach)
+        ahead = shape.decodes - len(step.decode)
+        assert batch.kv.decodes == shape.decodes
+        last, slots = [], []
+        for s, (row, start, count) in enumerate(new, ahead):
+            at, end = int(batch.kv.starts[s]), int(batch.kv.starts[s + 1])
+            positions = [*range(start, start + count)]
+            assert batch.positions[at:end].tolist() == positions
+            assert batch.ids[at:end].tolist() == [held[row].tokens[i] for i in positions]
+            assert batch.kv.places[at:end].tolist() == [
+                held[row].blocks[i // block] * block + i % block for i in positions
+            ]
+            assert batch.kv.lengths[s] == table.computed[row] == start + count
+            last.append(end - 1)
+            slots += [held[row].slot] * count
+        assert batch.kv.starts[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
+        assert batch.lora is not None and batch.lora_outputs is not None
+        assert per_token(batch.lora.slots, batch.lora.starts)[ahead:] == slots
+        sampled, first = step.sampled, 0 if step.chunks else ahead
+        expected = [(new[s][0], new[s][1] + new[s][2]) for s in sampled]
+        found = zip(rows.tolist()[first:], lengths.tolist()[first:], strict=True)
+        assert [*found][: len(sampled)] == expected
+        if step.chunks:
+            assert batch.outputs is not None and len(batch.outputs) == shape.outputs
+            assert batch.outputs[: len(sampled)].tolist() == [last[s] for s in sampled]
+            assert not batch.outputs[len(sampled) :].any()
+            of_outputs = per_token(batch.lora_outputs.slots, batch.lora_outputs.starts)
+            assert of_outputs == [step.slots[s] for s in sampled]
+
+
+def test_buckets_rise_and_end_with_every_row() -> None:
+    for max_rows in (1, 3, 16, 64, 200, 256):
+        sizes = [shape.decodes for shape in decode_shapes(max_rows, 8)]
+        assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows and sizes[0] == 1
+        for max_tokens in (256, 1000, 8192):
+            shapes = mixed_shapes(max_rows, max_tokens, 8)
+            tokens = [shape.tokens for shape in shapes]
+            assert tokens == sorted(tokens)
+            assert max(shape.decodes for shape in shapes) == max_rows
+            most = max(shape.tokens - shape.decodes for shape in shapes)
+            assert most == 2048 or max_tokens <= most < 2 * max_tokens
+
+
+def test_segments() -> None:
+    assert runs([0, 0, 5, 5, 2], [1, 3, 9, 8, 1], 8) == ([0, 5, 5, 5, 2], [0, 4, 12, 20, 21, 22])
+    assert runs([0], [30], 8) == ([0], [0, 30])
+    assert runs([3], [16], 8) == ([3, 3], [0, 8, 16])
+    assert runs([], [], 8) == ([], [0])
