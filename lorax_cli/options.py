@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from engine.bench.options import Ask, asks, flag_of
 from engine.config import EngineConfig, Setting, resolve, settings
 from lorax_cli.legacy import LEGACY, check_environment, check_flags
 from lorax_cli.output import warn
@@ -146,3 +147,51 @@ def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[
         return run
 
     return decorate
+
+
+def with_asks(*panels: tuple[str, type[Any]]) -> Callable[..., Callable[..., None]]:
+    """Adds the fields of dataclasses of `engine.bench.options` as options, each under its heading.
+
+    The command receives `given`: the texts that were given, by field. A field that several dataclasses share is one
+    option, described by the first.
+    """
+    found: dict[str, tuple[Ask, str]] = {}
+    for title, cls in panels:
+        for name, ask in asks(cls):
+            shared = name in found
+            found[name] = (found[name][0], "Both ways") if shared else (ask, title)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            taken = {name: arguments.pop(name) for name in found}
+            given = {name: value for name, value in taken.items() if value not in (None, [])}
+            command(**arguments, given=given)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.name != "given"]
+        parameters += [_asked(name, *entry) for name, entry in found.items()]
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+        )
+        run.__annotations__ = {}
+        return run
+
+    return decorate
+
+
+def _asked(name: str, ask: Ask, panel: str) -> inspect.Parameter:
+    annotation: Any = list[str] if ask.repeated else str
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Option(
+            None,
+            flag_of(name),
+            help=f"{ask.help} (default {ask.default})",
+            rich_help_panel=panel,
+            show_default=False,
+            metavar="TEXT",
+        ),
+        annotation=annotation | None,
+    )

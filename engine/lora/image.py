@@ -124,11 +124,9 @@ def write_image(
     size = image_size(weights, layout)
     if len(out) != size.total:
         raise ValueError(f"the image has {size.total} bytes, not {len(out)}")
-    flat = torch.frombuffer(out, dtype=torch.uint8)
-    flat[: size.data_start].zero_()
-    data = flat[size.data_start :]
+    write_records(weights, layout, out[: size.data_start])
+    data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
     for block in _blocks(weights, layout):
-        _write_record(block, layout, out)
         writer = _Writer(data, _dtype(layout), pause)
         offset = block.a
         for pair in block.pairs:
@@ -145,6 +143,13 @@ def write_image(
         assert offset == block.end
     weights.verify()
     return _digest(out, size, pause)
+
+
+def write_records(weights: LoraWeights, layout: AdapterLayout, out: memoryview) -> None:
+    """Writes what stands before the data into `out` (writable, `image_size().data_start` bytes)."""
+    torch.frombuffer(out, dtype=torch.uint8).zero_()
+    for block in _blocks(weights, layout):
+        _write_record(block, layout, out)
 
 
 def _dtype(layout: AdapterLayout) -> torch.dtype:

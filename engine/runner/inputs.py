@@ -17,6 +17,8 @@ from torch import Tensor
 from engine.messages import Chunk
 from engine.runner.shapes import Shape
 
+FEW_SEGMENTS = 32
+LONGER = 8
 IN_TABLE = -1  # in place of a first position: where the row is, which the device knows
 
 
@@ -57,6 +59,12 @@ def runs(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[i
     return of_runs, starts
 
 
+def segments(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
+    """`runs` for the kernels. Few tokens are cut into segments of `most`, so that even one adapter keeps a GPU busy;
+    many into longer ones, so that its matrices are read fewer times."""
+    return runs(slots, counts, most if sum(counts) <= FEW_SEGMENTS * most else LONGER * most)
+
+
 class Description(NamedTuple):
     """A step in plain numbers: the rows that decode, sorted by slot, then chunks, sorted by slot."""
 
@@ -87,12 +95,12 @@ class Description(NamedTuple):
         """What the step takes, without padding, in segments of up to `most` tokens."""
         counts, slots = self.counts, self.slots
         decodes, chunks = len(self.decode), len(self.chunks)
-        segments = len(runs(slots, counts, most)[0])
+        of_tokens = len(segments(slots, counts, most)[0])
         if not chunks:
-            return Shape(decodes, 0, decodes, 0, segments, 0)
+            return Shape(decodes, 0, decodes, 0, of_tokens, 0)
         out_slots, out_counts = self._outputs(slots, counts)
-        of_outputs = len(runs(out_slots, out_counts, most)[0])
-        return Shape(decodes, chunks, sum(counts), sum(out_counts), segments, of_outputs)
+        of_outputs = len(segments(out_slots, out_counts, most)[0])
+        return Shape(decodes, chunks, sum(counts), sum(out_counts), of_tokens, of_outputs)
 
     def _outputs(self, slots: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
         """(slot, number of outputs) of every sampled sequence, then of every scored one."""
@@ -134,5 +142,5 @@ def _padded(values: list[int], size: int, value: int) -> list[int]:
 
 def _segment_fields(slots: list[int], counts: list[int], most: int, size: int) -> list[list[int]]:
     """Segments and, to fill up, empty ones of the base model."""
-    of_runs, starts = runs(slots, counts, most)
+    of_runs, starts = segments(slots, counts, most)
     return [_padded(of_runs, size, 0), _padded(starts, size + 1, starts[-1])]

@@ -15,6 +15,7 @@ DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 DEFAULT_BLOCK = 16
+SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
 COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
@@ -162,7 +163,7 @@ def _activations(spec: ModelSpec, tokens: int, itemsize: int, rank: int) -> int:
     # x, residual and a norm's output; the widest linear's output and what an activation makes of it
     activations = tokens * (4 * spec.hidden + 2 * widest) * itemsize
     # of a step's shrink: partial sums in float32 of a rank on each of three targets
-    return activations + tokens * 3 * rank * 4 * -(-max(spec.hidden, mlp.size) // 512)
+    return activations + tokens * 3 * rank * 4 * -(-max(spec.hidden, mlp.size) // SHRINK_CHUNK)
 
 
 def _input_length(config: EngineConfig, total: int) -> int:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
-import random
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from engine import bench
-from engine.config import EngineConfig, ModelConfig
-from engine.lora.image import image_size, read_image
-from engine.messages import AdapterImageRef
+from engine.bench.adapters import size_of
+from engine.bench.report import report_from
+from engine.config import ModelConfig
 from engine.models import adapter_layout
 from lorax_cli.app import app
+from tests.cli.conftest import FakeServer
 from tests.tiny import make_model
+
+CASES = [
+    "base",
+    "LoRA enabled, none used",
+    "1 adapter, rank 4",
+    "2 distinct, rank 4",
+    "identical of 2, rank 4",
+    "2 distinct, ranks 4/9",
+    "1 x 100 beside 2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,62 +35,75 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refs(number: int) -> list[AdapterImageRef]:
-    return [AdapterImageRef(bytes([index]), 0, 0, 0) for index in range(number)]
-
-
-def test_popularity() -> None:
-    chooser = random.Random(0)
-    eight = refs(8)
-    assert bench.assign(eight, 16, "distinct", chooser) == eight * 2
-    assert bench.assign(eight, 16, "identical", chooser) == [eight[0]] * 16
-    zipf = bench.assign(eight, 1000, "zipf", chooser)
-    counts = [zipf.count(ref) for ref in eight]
-    assert counts[0] > 2 * counts[3] > 0
-    uniform = bench.assign(eight, 1000, "uniform", chooser)
-    assert all(80 < uniform.count(ref) < 180 for ref in eight)
-
-
-def test_adapters_are_what_was_asked_for(model: Path) -> None:
-    config = EngineConfig(model=ModelConfig(model_id=str(model)))
-    layout, _, _ = adapter_layout(config.model)
-    workload = bench.Workload(adapters=4, ranks=(8, 3), targets=("q_proj", "down_proj"))
-    images = bench.Images(layout, workload)
-    assert len({ref.digest for ref in images.refs}) == 4
-    for number, ref in enumerate(images.refs):
-        start, rank = ref.offset, workload.ranks[number % 2]
-        size = image_size(bench.random_adapter(layout, rank, workload.targets), layout)
-        assert ref.data_bytes == size.data_bytes
-        pairs = read_image(images.region.view[start : start + size.total], layout)
-        assert len(pairs) == 2 * layout.num_layers
-        for a, b, scale in pairs.values():
-            assert a.shape[0] == rank and scale == bench.SCALE
-            assert a.ne(0).any() and b.ne(0).any()
-    images.region.close()
-
-
-def test_command(model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    sizes = "--batch 3 --input-tokens 8 --output-tokens 4 --adapters 2 --ranks 4,9 --repeat 2"
+def test_in_this_process(model: Path, tmp_path: Path) -> None:
+    file, plot = tmp_path / "bench.json", tmp_path / "bench.html"
+    sizes = "--batch 3 --input-tokens 8 --output-tokens 12 --adapters 2 --ranks 4 --ranks 4,9"
     result = CliRunner().invoke(
         app,
         [
-            *("bench", "--model-id", str(model), *sizes.split()),
-            *("--popularity", "distinct,identical", "--json", str(file)),
-            *("--cpu-memory-gb", "0.2"),
+            *("bench", "--model-id", str(model), *sizes.split(), "--repeat", "2", "--files", "2"),
+            *("--popularity", "distinct,identical", "--long-context", "100"),
+            *("--json", str(file), "--plot", str(plot), "--cpu-memory-gb", "0.2"),
         ],
         env={"COLUMNS": "200"},
     )
     assert result.exit_code == 0, result.output
-    report = json.loads(file.read_text())
-    assert [one["case"] for one in report["measurements"]] == ["base", "distinct", "identical"]
-    base, distinct, identical = report["measurements"]
-    assert base["ratio"] == 1 and base["adapters"] == 0
-    assert (distinct["adapters"], identical["adapters"]) == (2, 1)
-    assert distinct["must_move_bytes"] > identical["must_move_bytes"] > base["must_move_bytes"]
-    for one in report["measurements"]:
-        assert one["resident"] and one["step_ms"] > 0 and one["tokens_per_s"] > 0
-        assert one["case"] in result.stdout
+    report = report_from(json.loads(file.read_text()))
+    by_name = {one.case: one for one in report.measurements}
+    assert list(by_name) == CASES
+    for one in report.measurements:
+        assert one.case in result.stdout
+        assert one.resident and one.tokens_per_s > 0 and one.prefill_tokens_per_s > 0
+        assert len(one.rounds_ms) == 2 and one.forward_ms is not None and one.forward_ms > 0
+        assert one.must_move_bytes == one.weight_bytes + one.kv_bytes + one.adapter_bytes
+        assert one.limit_ms == pytest.approx(one.must_move_bytes / report.copy_bytes_per_s * 1e3)
+        assert one.share == pytest.approx(one.limit_ms / one.step_ms)
+    assert [one.adapters for one in report.measurements] == [0, 0, 1, 2, 1, 2, 0]
+    layout, spec, _ = adapter_layout(ModelConfig(model_id=str(model)))
+    four, nine = (size_of(layout, rank).data_bytes for rank in (4, 9))
+    assert by_name["2 distinct, rank 4"].adapter_bytes == 2 * four
+    assert by_name["2 distinct, ranks 4/9"].adapter_bytes == four + nine
+    position = spec.num_layers * 2 * spec.attention.kv_heads * spec.attention.head_dim * 4
+    assert by_name["base"].kv_bytes == 3 * (8 + 6) * position
+    assert by_name["1 x 100 beside 2"].kv_bytes == (2 * (8 + 6) + 100 - 6) * position
+    assert report.placed is not None and report.placed.adapters == 4
+    assert report.loaded is not None and report.loaded.adapters == 2
+    assert report.loaded.bytes_each == four
+    assert report.adapter_memory_fraction == report.needed_memory_fraction > 0
+    assert f"{report.needed_memory_fraction:.4f}" in result.stdout
+    ET.parse(plot)
+
+
+def test_a_known_shape_and_a_single_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.bench import shapes
+
+    small = shapes.SHAPES["smollm2-135m"] | {"num_hidden_layers": 1, "hidden_size": 36}
+    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", small | {"head_dim": 4})
+    words = "bench --shape smollm2-135m --batch 1 --input-tokens 4 --output-tokens 5 --repeat 1"
+    memory = ["--cpu-memory-gb", "0.2", "--files", "0"]
+    result = CliRunner().invoke(app, [*words.split(), *memory, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    report = report_from(json.loads(result.stdout))
+    assert report.model_id == "smollm2-135m, random weights" and report.loaded is None
+    names = [one.case for one in report.measurements]
+    assert names == ["base", "LoRA enabled, none used", "1 adapter, rank 16"]
+
+
+def test_too_little_memory_is_told(model: Path) -> None:
+    """The fraction that the user chose is kept, and what it leads to is said."""
+    result = CliRunner().invoke(
+        app,
+        [
+            *("bench", "--model-id", str(model), "--batch", "4", "--input-tokens", "4"),
+            *("--output-tokens", "6", "--adapters", "4", "--ranks", "128", "--repeat", "1"),
+            *("--cases", "adapters", "--cpu-memory-gb", "0.02"),
+            *("--adapter-memory-fraction", "0.15", "--max-adapter-rank", "128"),
+        ],
+    )
+    assert result.exit_code != 0 or "placed anew" in result.stderr, result.output
+    assert "0.1500" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -90,10 +113,37 @@ def test_command(model: Path, tmp_path: Path) -> None:
         (["--popularity", "distinct,fair"], "'fair'"),
         (["--batch", "0"], "--batch"),
         (["--output-tokens", "1"], "--output-tokens"),
+        (["--output-tokens", "1000"], "longer than the model's 256 positions"),
         (["--targets", "nonsense"], "nonsense"),
+        (["--shape", "mistral-7b"], "not both"),
+        (["--long-context", "50", "--batch", "1"], "beside others"),
+        (["--long-context", "50", "--cases", "long"], "too short to last"),
+        (["--cases", "long"], "nothing to measure"),
+        (["--rate", "3"], "--rate needs --url"),
+        (["--url", "http://x", "--ranks", "8"], "--ranks is for an engine in this process"),
+        (["--url", "http://x", "--rate", "3", "--concurrency", "2"], "give one of them"),
+        (["--plot", "a.pdf"], "neither .html nor .png"),
     ],
 )
 def test_bad_values(model: Path, arguments: list[str], words: str) -> None:
-    result = CliRunner().invoke(app, ["bench", "--model-id", str(model), *arguments])
-    assert result.exit_code == 2
+    given = ["bench", "--model-id", str(model), "--cpu-memory-gb", "0.2", *arguments]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2, result.output
     assert words in result.stderr
+
+
+def test_over_http(server: FakeServer, tmp_path: Path) -> None:
+    from engine.bench.load.report import load_report_from
+
+    plot = tmp_path / "load.html"
+    words = "--requests 5 --concurrency 2 --warm-up 0 --api openai --popularity zipf"
+    result = CliRunner().invoke(
+        app,
+        ["bench", "--url", server.url, *words.split(), "--json", "-", "--plot", str(plot)],
+    )
+    assert result.exit_code == 0, result.output
+    report = load_report_from(json.loads(result.stdout))
+    assert report.errors == {"404": 5} and report.completed == 0  # it has no such route
+    ET.parse(plot)
+    table = CliRunner().invoke(app, ["bench", "--url", server.url, *words.split()])
+    assert "5 x 404" in table.stdout and "0 of 5 requests" in table.stdout

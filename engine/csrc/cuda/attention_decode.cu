@@ -9,6 +9,7 @@ namespace lorax::cuda {
 namespace {
 
 constexpr int kKeys = kDecodeKeys, kStages = kDecodeStages;
+constexpr int kCombineHeads = 8;  // heads that a CTA puts together
 
 // What a token sees, low .. high - 1, and its cut into `count` parts of `share` positions.
 struct Cut {
@@ -33,7 +34,6 @@ __device__ inline Cut cut_of(const AttentionArgs& args, int sequence, int token)
 template <class T, int kSize, int kWarps = decode_warps(kSize)>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args) {
   allow_next();
-  wait_for_previous();
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ float tops[kWarps][16], sums[kWarps][16];
   constexpr int kStride = kSize + 8, kTile = kKeys * kStride;
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
 
   const int sequence = sequence_of(args.starts, args.sequences, token);
   if (sequence < 0) {  // padding
+    wait_for_previous();
     if (blockIdx.z == 0)
       for (int i = threadIdx.x; i < rows * args.size; i += blockDim.x) out[i] = T(0.f);
     return;
@@ -69,12 +70,15 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
     if (lane >= kKeys) row = -1;
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
+      // only the last position is written by the kernel in front; all before it are there
+      if (start + stage * step + kKeys >= cut.high) wait_for_previous();
       if (start + stage * step < end)
         copy_rows<T, kSize, kKeys>(args, mine + stage * 2 * kTile, mine + stage * 2 * kTile + kTile,
                                    row, lane);
       commit_async();
       row = row_of(args, table, group, start + (stage + 1) * step + lane, cut.low, end);
     }
+    wait_for_previous();
     if (part == int(blockIdx.z)) {  // while the first copies are on their way
       const T* q =
           static_cast<const T*>(args.q) + token * args.q_stride + head * args.q_head_stride;
@@ -144,14 +148,14 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
   }
 }
 
-// Grid (decodes, heads), a thread walks the head size: puts the parts together, in their order.
+// Grid (decodes, tiles of 8 heads), a warp each: puts the parts together, in their order.
 template <class T>
-__global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) {
+__global__ void __launch_bounds__(kCombineHeads * 32) combine_kernel(const AttentionArgs args) {
   allow_next();
   wait_for_previous();
-  const int token = blockIdx.x, head = blockIdx.y;
+  const int token = blockIdx.x, head = blockIdx.y * kCombineHeads + threadIdx.x / 32;
   const int sequence = sequence_of(args.starts, args.sequences, token);
-  if (sequence < 0) return;
+  if (sequence < 0 || head >= args.heads) return;
   const Cut cut = cut_of(args, sequence, token);
   if (cut.count <= 1) return;
   const int64_t row = (int64_t)token * args.heads + head, width = args.size + 2;
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const AttentionArgs args) 
   float top = -INFINITY;
   for (int p = 0; p < cut.count; ++p) top = fmaxf(top, parts[p * width + args.size]);
   const float base = top == -INFINITY ? 0.f : top;
-  for (int d = threadIdx.x; d < args.size; d += blockDim.x) {
+  for (int d = threadIdx.x % 32; d < args.size; d += 32) {  // over the head size
     float sum = 0.f, value = 0.f;
     for (int p = 0; p < cut.count; ++p) {
       const float weight = exp2f(parts[p * width + args.size] - base);
@@ -186,7 +190,8 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
     const dim3 grid(args.decodes, args.groups * tiles, z);
     launch_chained(decode_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);
     if (args.parts > 1)
-      launch_chained(combine_kernel<T>, dim3(args.decodes, args.heads), 128, 0, stream, args);
+      launch_chained(combine_kernel<T>, dim3(args.decodes, (args.heads - 1) / kCombineHeads + 1),
+                     kCombineHeads * 32, 0, stream, args);
   });
 }
 

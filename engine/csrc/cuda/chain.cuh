@@ -3,9 +3,13 @@
 // Every kernel of a step is launched with `launch_chained`. Until `wait_for_previous` has returned
 // it reads only what no kernel of the step writes: weights, adapters, their records and segments.
 // CTA 0 always calls it, so that the end of a kernel means the end of all before it; a CTA that has
-// nothing to do leaves at once, for it would take up room that the next kernel can use.
-// `allow_next` lets that one start as soon as all CTAs have called it or left. (CUDA C++
-// Programming Guide, "Programmatic Dependent Launch and Synchronization".)
+// nothing to do leaves at once, for it would take up room that the next kernel can use. `allow_next`
+// lets that one start as soon as all CTAs have called it or left.
+//
+// The linear calls it only when its x is complete. So what starts behind a linear, or behind kernels
+// that started behind it, finds complete what was launched ahead of that linear: the shrink reads x
+// beside it, and attention reads the cache of earlier steps.
+// (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".)
 #pragma once
 
 #include "kernels.h"

@@ -17,7 +17,11 @@ constexpr int kBatchK = kSteps * 32;
 constexpr int kRankTile = 16;  // M of the mma
 constexpr int kTokenTile = 8;  // N of the mma
 
-// A is read once by a CTA: keep it out of L1.
+__device__ __forceinline__ uint4 load_again(const void* p) {
+  return __ldg(static_cast<const uint4*>(p));
+}
+
+// For an A that the CTA reads once: keep it out of L1.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -111,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
           for (int half = 0; half < 2; ++half) {
             as[step][half] = {0, 0, 0, 0};
             if (rank0 + row + half * 8 < rank && k < have)
-              as[step][half] = load_once(a + half * 8 * stride + k * 2);
+              as[step][half] = segment.count > kTokenTile ? load_again(a + half * 8 * stride + k * 2)
+                                                          : load_once(a + half * 8 * stride + k * 2);
           }
         }
         if (!waited) wait_for_previous();

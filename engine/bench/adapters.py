@@ -1,0 +1,230 @@
+"""Random adapters, quickly: as images in a host region, and as PEFT folders.
+
+Values come from one pool of random numbers, read from another place for each adapter, so that all differ and none
+costs more than a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.adapters.tiers import UNIT, HostRegion
+from engine.errors import ConfigError
+from engine.lora.image import ImageSize, image_size, write_image, write_records
+from engine.lora.weights import LoraWeights, Pair, Place, TensorMatrix
+from engine.messages import AdapterImageRef
+from engine.ops.layout import ALIGN, AdapterLayout
+
+SCALE = 0.5  # of every adapter; not 1, so that a forgotten scale would show
+DEVIATION = 0.02  # of every value of A and B
+POOL_VALUES = (1 << 23) + 61  # not a multiple of any row, so that no two rows are alike
+SHIFT = 8209  # values from one adapter's beginning in the pool to the next; a prime number
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class Pool:
+    """Random numbers, none of them zero, as a ring."""
+
+    def __init__(self, dtype: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(POOL_VALUES, generator=generator) * DEVIATION
+        least = DEVIATION / 1000
+        values = torch.where(values.abs() < least, least, values)
+        self.values = values.to(getattr(torch, dtype))
+
+    def pieces(self, number: int, count: int) -> Iterator[Tensor]:
+        """`count` values in pieces; another `number` gives others."""
+        at = number * SHIFT % POOL_VALUES
+        while count > 0:
+            piece = self.values[at : at + count]
+            yield piece
+            count -= len(piece)
+            at = 0
+
+    def fill(self, out: Tensor, number: int) -> None:
+        """Writes values over all of `out` [n], of the pool's dtype."""
+        done = 0
+        for piece in self.pieces(number, len(out)):
+            out[done : done + len(piece)].copy_(piece)
+            done += len(piece)
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """What the images of one rank have in common."""
+
+    size: ImageSize
+    head: Tensor  # [data_start] uint8: records, and zeros
+    filling: Tensor | None  # [values] bool: what fills rows up; None: no row is filled up
+
+
+def _ones(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> LoraWeights:
+    """An adapter of ones on `targets` (none: every linear of the layers) that takes no memory."""
+    pairs: dict[Place, Pair] = {}
+    one = torch.ones(1, 1, dtype=getattr(torch, layout.dtype))
+    for layer, number, group in layout.places():
+        for index, target in enumerate(group.targets):
+            if target.name in targets if targets else layer < layout.num_layers:
+                a = TensorMatrix(one.expand(rank, group.in_features))
+                b = TensorMatrix(one.expand(target.out_features, rank))
+                pairs[layer, number, index] = Pair(a, b, SCALE, target.module)
+    return LoraWeights(pairs)
+
+
+def size_of(layout: AdapterLayout, rank: int, targets: Sequence[str] = ()) -> ImageSize:
+    """Of the image of an adapter of one rank."""
+    return image_size(_ones(layout, rank, targets), layout)
+
+
+def check_targets(layout: AdapterLayout, targets: Sequence[str]) -> None:
+    """Raises ConfigError for a target that the model does not have."""
+    known = {target.name for _, _, group in layout.places() for target in group.targets}
+    if unknown := sorted(set(targets) - known):
+        raise ConfigError(
+            f"--targets: the model has no {unknown[0]!r}",
+            field="targets",
+            hint=f"it has {', '.join(sorted(known))}",
+        )
+
+
+class Images:
+    """Adapters in a host region of their own: `adapters` of each mix of ranks.
+
+    `room` is the least size of the region, in bytes.
+    """
+
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        mixes: Sequence[Sequence[int]],
+        adapters: int,
+        targets: Sequence[str] = (),
+        seed: int = 0,
+        room: int = 0,
+    ) -> None:
+        check_targets(layout, targets)
+        templates = {
+            rank: _template(layout, rank, targets) for rank in {*sum(map(tuple, mixes), ())}
+        }
+        ranks = [[mix[index % len(mix)] for index in range(adapters)] for mix in mixes]
+        sizes = [templates[rank].size.total for mix in ranks for rank in mix]
+        self.region = HostRegion.create(max(room, sum(-(-size // UNIT) * UNIT for size in sizes)))
+        host = torch.frombuffer(self.region.view, dtype=torch.uint8)
+        pool = Pool(layout.dtype, seed)
+        self.mixes: list[list[AdapterImageRef]] = []
+        offset = number = 0
+        for mix in ranks:
+            refs: list[AdapterImageRef] = []
+            for rank in mix:
+                template = templates[rank]
+                end = offset + template.size.total
+                _write(template, host[offset:end], pool, number)
+                digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=16).digest()
+                name = f"random-{number}-rank-{rank}"
+                size = template.size
+                ref = AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, name)
+                refs.append(ref)
+                offset = -(-end // UNIT) * UNIT
+                number += 1
+            self.mixes.append(refs)
+
+    @property
+    def arena_bytes(self) -> int:
+        """What all of them take in the arena together."""
+        return sum(-(-ref.data_bytes // UNIT) * UNIT for mix in self.mixes for ref in mix)
+
+
+def _template(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> _Template:
+    weights = _ones(layout, rank, targets)
+    size = image_size(weights, layout)
+    head = torch.empty(size.data_start, dtype=torch.uint8)
+    write_records(weights, layout, head.numpy().data)
+    dtype = getattr(torch, layout.dtype)
+    lengths = [
+        length
+        for _, _, group in layout.places()
+        for length in (
+            rank if group.embedding else group.in_features,
+            *(target.out_features for target in group.targets),
+        )
+    ]
+    if not any(length * dtype.itemsize % ALIGN for length in lengths):
+        return _Template(size, head, None)
+    image = torch.empty(size.total, dtype=torch.uint8)
+    write_image(weights, layout, image.numpy().data)
+    return _Template(size, head, image[size.data_start :].view(dtype) == 0)
+
+
+def _write(template: _Template, out: Tensor, pool: Pool, number: int) -> None:
+    """One adapter's image: the template's structure, the pool's values."""
+    start = template.size.data_start
+    out[:start].copy_(template.head)
+    data = out[start:].view(pool.values.dtype)
+    pool.fill(data, number)
+    if template.filling is not None:
+        data.masked_fill_(template.filling, 0)
+
+
+# -- PEFT folders
+
+
+class Folders:
+    """Adapters of one rank as PEFT saves them. What takes time, the values, is written once for each `write`."""
+
+    def __init__(
+        self, layout: AdapterLayout, rank: int, targets: Sequence[str] = (), seed: int = 0
+    ) -> None:
+        check_targets(layout, targets)
+        self._pool = Pool(layout.dtype, seed)
+        itemsize = self._pool.values.dtype.itemsize
+        header: dict[str, object] = {}
+        end = 0
+        names: set[str] = set()
+        for layer in range(layout.num_layers):
+            for group in layout.groups:
+                for target in group.targets:
+                    if targets and target.name not in targets:
+                        continue
+                    names.add(target.name)
+                    module = f"base_model.model.{target.module.format(layer=layer)}"
+                    shapes = {"A": (rank, group.in_features), "B": (target.out_features, rank)}
+                    for half, shape in shapes.items():
+                        start, end = end, end + shape[0] * shape[1] * itemsize
+                        header[f"{module}.lora_{half}.weight"] = {
+                            "dtype": SAFETENSORS[layout.dtype],
+                            "shape": shape,
+                            "data_offsets": (start, end),
+                        }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        # safetensors: the header's length in 8 bytes, little-endian; the header; the tensors
+        self._head = len(text).to_bytes(8, "little") + text
+        self._config = {"peft_type": "LORA", "r": rank, "target_modules": sorted(names)}
+        self.num_bytes = end  # of an adapter's values
+
+    def write(self, folder: Path, number: int) -> None:
+        """A folder with values of its own."""
+        self._describe(folder, SCALE)
+        count = self.num_bytes // self._pool.values.element_size()
+        with (folder / "adapter_model.safetensors").open("wb") as file:
+            file.write(self._head)
+            for piece in self._pool.pieces(number, count):
+                file.write(piece.view(torch.uint8).numpy().data)
+
+    def link(self, folder: Path, written: Path, number: int) -> None:
+        """A folder that shares the values of another on disk. Its scale is its own, so it is another adapter."""
+        self._describe(folder, SCALE * (1 + (number + 1) / 4096))
+        os.link(written / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+
+    def _describe(self, folder: Path, scale: float) -> None:
+        folder.mkdir(parents=True)
+        config = self._config | {"lora_alpha": scale * int(str(self._config["r"]))}
+        (folder / "adapter_config.json").write_text(json.dumps(config))

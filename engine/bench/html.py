@@ -1,0 +1,130 @@
+"""A page with drawings in it: one file of well-formed XHTML and SVG, no script, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.bench.plot import Bars, Curves, Drawing
+
+WIDTH, LEFT, RIGHT = 900, 250, 110  # of a drawing, of the labels, of what stands behind a bar
+ROW = 34
+CURVE_HEIGHT, CURVE_LEFT = 260, 60
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
+STYLE = """
+body { font: 15px system-ui, sans-serif; max-width: 940px; margin: 2em auto; color: #222; }
+svg { font: 12px system-ui, sans-serif; width: 100%; height: auto; }
+h2 { font-size: 1.1em; margin-top: 2em; }
+td { padding: 2px 12px 2px 0; vertical-align: top; }
+"""
+
+
+def page(drawing: Drawing) -> str:
+    """The whole file."""
+    from engine.bench.plot import Bars
+
+    title = escape(drawing.title)
+    parts = [
+        "<!DOCTYPE html>",
+        '<html xmlns="http://www.w3.org/1999/xhtml" lang="en"><head><meta charset="utf-8" />',
+        f"<title>{title}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{title}</h1>",
+    ]
+    for figure in drawing.figures:
+        parts.append(f"<h2>{escape(figure.title)}</h2>")
+        parts.append(_bars(figure) if isinstance(figure, Bars) else _curves(figure))
+    parts.append("<h2>Conditions</h2><table>")
+    parts += [
+        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in drawing.facts
+    ]
+    parts.append("</table></body></html>\n")
+    return "\n".join(parts)
+
+
+def _svg(height: float, parts: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img">'
+    return "\n".join([head, *parts, "</svg>"])
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str) -> str:
+    size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{colour}" />'
+
+
+def _line(points: list[tuple[float, float]], colour: str, width: float = 1.0) -> str:
+    at = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="{width}" />'
+
+
+def _bars(figure: Bars) -> str:
+    """One row for each case: the step, in it the model alone, a stroke at the limit."""
+    longest = max((max(bar.step_ms, bar.limit_ms) for bar in figure.bars), default=1.0)
+    scale = (WIDTH - LEFT - RIGHT) / longest
+    parts = [
+        _box(LEFT, 4, 12, 12, "#b8c7dc"),
+        _text(LEFT + 18, 14, "step"),
+        _box(LEFT + 70, 4, 12, 12, "#4c72b0"),
+        _text(LEFT + 88, 14, "model alone"),
+        _box(LEFT + 180, 4, 4, 12, "#c44e52"),
+        _text(LEFT + 190, 14, "limit by memory"),
+    ]
+    for index, bar in enumerate(figure.bars):
+        top = 26 + index * ROW
+        parts += [
+            _text(LEFT - 8, top + 17, bar.label, "end"),
+            _box(LEFT, top, bar.step_ms * scale, 26, "#b8c7dc"),
+            _box(LEFT, top + 7, (bar.forward_ms or 0.0) * scale, 12, "#4c72b0"),
+            _box(LEFT + bar.limit_ms * scale - 1.5, top - 2, 3, 30, "#c44e52"),
+            _text(
+                LEFT + max(bar.step_ms, bar.limit_ms) * scale + 6,
+                top + 17,
+                f"{bar.step_ms:.2f} ms, {bar.share:.0%}",
+            ),
+        ]
+    return _svg(26 + ROW * len(figure.bars), parts)
+
+
+def ticks(low: float, high: float) -> Iterator[float]:
+    """1, 2 and 5 times the powers of ten from `low` to `high`."""
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        for factor in (1, 2, 5):
+            if low <= (value := factor * 10.0**power) <= high:
+                yield value
+
+
+def _curves(figure: Curves) -> str:
+    """Cumulative distributions over a logarithmic axis."""
+    values = [value for curve in figure.curves.values() for value in curve if value > 0]
+    low, high = min(values, default=1.0), max(values, default=10.0)
+    if high < low * 1.01:
+        high = low * 1.01
+    span = math.log(high / low)
+    width, height = WIDTH - CURVE_LEFT - 20, CURVE_HEIGHT - 50
+
+    def at(value: float, share: float) -> tuple[float, float]:
+        x = CURVE_LEFT + width * math.log(max(value, low) / low) / span
+        return x, 10 + height * (1 - share)
+
+    parts: list[str] = []
+    for share in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0):
+        parts.append(_line([at(low, share), at(high, share)], "#ddd"))
+        parts.append(_text(CURVE_LEFT - 8, at(low, share)[1] + 4, f"{share:.0%}", "end"))
+    for value in ticks(low, high):
+        x = at(value, 0)[0]
+        parts.append(_line([(x, 10), (x, 10 + height)], "#eee"))
+        parts.append(_text(x, height + 26, f"{value:g}", "middle"))
+    parts.append(_text(CURVE_LEFT + width, height + 42, "milliseconds", "end"))
+    for index, (name, curve) in enumerate(figure.curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        points = [at(value, step / (len(curve) - 1)) for step, value in enumerate(curve)]
+        parts.append(_line(points, colour, 2.0))
+        parts.append(_box(CURVE_LEFT + index * 200, height + 34, 12, 12, colour))
+        parts.append(_text(CURVE_LEFT + index * 200 + 18, height + 44, name))
+    return _svg(CURVE_HEIGHT, parts)

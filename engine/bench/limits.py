@@ -1,0 +1,118 @@
+"""What a decode step must move, what the device can move, and the memory that a workload needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from engine.bench.workload import Workload
+from engine.config import AdapterConfig, EngineConfig
+from engine.errors import ConfigError
+from engine.models.spec import ModelSpec
+from engine.runner.memory import ARENA_UNIT, MemoryPlan
+
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+COPIES = 8
+# Tokens for each request beside its own: the scheduler admits none that would have to be preempted soon.
+SPARE_TOKENS = 64
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read plus written, of the best of a few copies as large as memory allows, warmed up."""
+    size = COPY_BYTES[device.type]
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 3)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    target.copy_(source)
+    best = min(_copy_seconds(source, target) for _ in range(COPIES))
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * size / best
+
+
+def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
+    if source.device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    target.copy_(source)
+    return time.perf_counter() - start
+
+
+def weight_bytes(plan: MemoryPlan, spec: ModelSpec, itemsize: int) -> int:
+    """Of the weights, what a decode step reads: all but the rows of the embedding that no token names."""
+    return plan.weights - (0 if spec.tied else spec.vocab * spec.hidden * itemsize)
+
+
+def kv_bytes(spec: ModelSpec, itemsize: int, contexts: Sequence[float]) -> int:
+    """Keys and values that sequences of these mean contexts read in one step."""
+    attention = spec.attention
+    position = 2 * attention.kv_heads * attention.head_dim * itemsize
+    total = 0.0
+    for layer in range(spec.num_layers):
+        window = attention.window(layer) or math.inf
+        total += sum(min(context, window) for context in contexts) * position
+    return int(total)
+
+
+def needed_fraction(arena_bytes: int, budget: int) -> float:
+    """The least --adapter-memory-fraction with room for so many bytes of adapters, to four decimals."""
+    units = -(-arena_bytes // ARENA_UNIT) + 1
+    return math.ceil(units * ARENA_UNIT / budget * 10_000) / 10_000
+
+
+def chosen_fraction(config: EngineConfig, needed: float) -> float:
+    """What the user says; left at its default, what the workload needs."""
+    given = config.adapters.adapter_memory_fraction
+    if given != AdapterConfig().adapter_memory_fraction:
+        return given
+    if needed >= 1:
+        raise ConfigError(
+            f"the adapters need {needed:.2f} of the memory budget",
+            field="adapters",
+            hint="lower --adapters or --ranks, or raise --cpu-memory-gb or --cuda-memory-fraction",
+        )
+    return needed
+
+
+def fitting(config: EngineConfig, workload: Workload, positions: int, long: bool) -> EngineConfig:
+    """`config` with room for the workload where it says nothing itself.
+
+    The model has `positions`; `long` asks for room for the one request of --long-context too.
+    """
+    scheduler = config.scheduler
+    each = workload.input_tokens + workload.output_tokens
+    longest = max(each, workload.long_context) if long else each
+    if longest > positions:
+        raise ConfigError(
+            f"sequences of {longest} tokens are longer than the model's {positions} positions",
+            field="long_context" if long else "output_tokens",
+            hint="lower --input-tokens, --output-tokens or --long-context",
+        )
+    if scheduler.max_batch_size is None:
+        scheduler = dataclasses.replace(scheduler, max_batch_size=workload.batch)
+    if scheduler.max_total_tokens is None:
+        total = min(longest + SPARE_TOKENS, positions)
+        scheduler = dataclasses.replace(scheduler, max_total_tokens=total)
+    if long and scheduler.max_batch_total_tokens is None:
+        room = workload.batch * (each + SPARE_TOKENS) + longest + SPARE_TOKENS
+        scheduler = dataclasses.replace(scheduler, max_batch_total_tokens=room)
+    return dataclasses.replace(config, scheduler=scheduler)
+
+
+def without_adapters(config: EngineConfig) -> EngineConfig:
+    """LoRA not enabled: no arena."""
+    adapters = dataclasses.replace(
+        config.adapters, adapter_memory_fraction=0.0, max_active_adapters=1
+    )
+    return dataclasses.replace(config, adapters=adapters)

@@ -1,0 +1,103 @@
+"""The tables of `lorax bench`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from engine.bench.load.report import LoadReport
+    from engine.bench.quantiles import Times
+    from engine.bench.report import Report
+
+
+def engine_table(report: Report) -> RenderableType:
+    """One row for each case, and what loading adapters takes."""
+    workload = report.workload
+    title = (
+        f"{report.model_id}, {report.dtype} on {report.machine.device}: {workload.batch} x "
+        f"({workload.input_tokens} + {workload.output_tokens}) tokens"
+    )
+    needs = (
+        f"; --adapter-memory-fraction {report.adapter_memory_fraction:.4f}, "
+        f"needed {report.needed_memory_fraction:.4f}"
+    )
+    caption = f"copy: {report.copy_bytes_per_s / 1e9:.1f} GB/s, read plus written"
+    table = Table("case", title=title, caption=caption + (needs if report.adapter_bytes else ""))
+    for head in (
+        "adapters",
+        "step ms",
+        "model ms",
+        "limit ms",
+        "of limit",
+        "x first",
+        "tok/s",
+        "prefill tok/s",
+        "must move MB",
+    ):
+        table.add_column(head, justify="right")
+    for one in report.measurements:
+        table.add_row(
+            one.case,
+            str(one.adapters),
+            f"{one.step_ms:.2f}",
+            "-" if one.forward_ms is None else f"{one.forward_ms:.2f}",
+            f"{one.limit_ms:.2f}",
+            f"{one.share:.0%}",
+            f"{one.ratio:.2f}",
+            f"{one.tokens_per_s:.1f}",
+            f"{one.prefill_tokens_per_s:.0f}",
+            f"{one.must_move_bytes / 1e6:.1f}",
+        )
+    parts: list[RenderableType] = [table]
+    if placed := report.placed:
+        parts.append(
+            f"placed {placed.adapters} adapters, {placed.num_bytes / 1e6:.1f} MB, from host memory: "
+            f"{placed.adapters_per_s:.1f}/s, {placed.bytes_per_s / 1e9:.2f} GB/s"
+        )
+    if loaded := report.loaded:
+        parts.append(
+            f"loaded {loaded.adapters} adapters of {loaded.bytes_each / 1e6:.1f} MB from files: first token after "
+            f"{loaded.first_token_ms:.1f} ms ({loaded.warm_first_token_ms:.1f} in place), "
+            f"{loaded.bytes_per_s / 1e9:.2f} GB/s to host memory"
+        )
+    return Group(*parts)
+
+
+def load_table(report: LoadReport) -> RenderableType:
+    """Quantiles, rates and errors of a server."""
+    title = f"{report.model} at {report.url}"
+    table = Table("milliseconds", title=title)
+    for head in ("count", "mean", "p50", "p90", "p99", "max"):
+        table.add_column(head, justify="right")
+    rows: list[tuple[str, Times | None]] = [("first token", report.ttft)]
+    if report.ttft_cold:
+        rows += [("  warm", report.ttft_warm), ("  cold", report.ttft_cold)]
+    rows += [("between tokens", report.itl), ("last token", report.latency)]
+    if beside := report.background:
+        rows += [
+            ("endless streams, alone", beside.alone),
+            ("  no cold adapter loads", beside.outside),
+            ("  a cold adapter loads", beside.inside),
+        ]
+    rows.append(("lag of this client", report.client_lag))
+    for name, times in rows:
+        if times is not None:
+            values = (times.mean, times.p50, times.p90, times.p99, times.max)
+            table.add_row(name, str(times.count), *(f"{value:.2f}" for value in values))
+    lines = [
+        f"{report.completed} of {report.sent} requests in {report.seconds:.1f} s: "
+        f"{report.requests_per_s:.2f} requests/s, {report.tokens_per_s:.1f} tokens/s"
+    ]
+    if beside:
+        lines.append(
+            f"{beside.streams} endless streams: {beside.tokens_per_s:.1f} tokens/s; cold adapters loaded in "
+            f"{beside.inside_s:.1f} s of it"
+        )
+    failed = ", ".join(f"{count} x {kind}" for kind, count in report.errors.items())
+    lines.append(f"errors: {failed or 'none'}; this client took {report.client_cpu:.0%} of a core")
+    return Group(table, *lines)

@@ -1,0 +1,186 @@
+"""Pictures: well-formed pages that need nothing else, PNG files that open, and whatever the numbers are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from engine.bench.html import ticks
+from engine.bench.load.report import Background, LoadReport
+from engine.bench.load.workload import Load
+from engine.bench.machine import Machine, machine
+from engine.bench.plot import Bars, check_plot, draw, drawing_of
+from engine.bench.quantiles import Times
+from engine.bench.report import Loaded, Measurement, Placed, Report, report_from
+from engine.bench.workload import Workload
+from engine.errors import ConfigError
+
+MACHINE = Machine("a <card> & more", "2026-01-02T03:04:05+00:00", {"torch": "2.11.0"})
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def measurement(case: str, step: float, limit: float, forward: float | None) -> Measurement:
+    return Measurement(
+        *(case, 1, step, (step, step), forward, 100.0, 1000.0, 10, 20, 30, 60),
+        *(limit, limit / step, 1.0, True),
+    )
+
+
+def engine_report() -> Report:
+    cases = [
+        measurement("base", 7.0, 5.4, 6.5),
+        measurement('64 "distinct" <&>', 10.0, 7.2, None),
+        measurement("noise", 1.0, 2.0, 0.5),
+    ]
+    return Report(
+        machine=MACHINE,
+        workload=Workload(ranks=((16,), (8, 64))),
+        model_id="mistral-7b",
+        dtype="bfloat16",
+        backends={"linear": "extension"},
+        copy_bytes_per_s=3e12,
+        adapter_bytes=10,
+        adapter_memory_fraction=0.2,
+        needed_memory_fraction=0.1,
+        make_seconds=1.0,
+        measurements=cases,
+        placed=Placed(8, 100, 2.0, 4.0, 50.0),
+        loaded=Loaded(4, 84, 20.0, 5.0, 10.0, 8400.0),
+    )
+
+
+def times(*values: float) -> Times:
+    made = Times.of(value / 1000 for value in values)
+    assert made is not None
+    return made
+
+
+def load_report(**changes: object) -> LoadReport:
+    report = LoadReport(
+        machine=MACHINE,
+        url="http://x",
+        model="base",
+        server={"version": "1"},
+        load=Load(),
+        seconds=3.0,
+        sent=4,
+        completed=3,
+        errors={"timeout": 1},
+        tokens_per_s=9.0,
+        requests_per_s=1.0,
+        ttft=times(10, 20, 300),
+        ttft_warm=times(10),
+        ttft_cold=times(20, 300),
+        itl=times(0, 0, 7, 7.5, 8, 60),
+        latency=times(100, 100),
+        background=Background(2, 1, 5.0, times(7), None, times(7, 9), 1.0),
+        client_lag=times(0.1),
+        client_cpu=0.2,
+    )
+    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
+
+
+def test_page_of_an_engine(tmp_path: Path) -> None:
+    file = tmp_path / "a.html"
+    draw(engine_report(), file)
+    root = ET.parse(file).getroot()
+    (svg,) = root.iter(f"{SVG}svg")
+    texts = [node.text for node in svg.iter(f"{SVG}text")]
+    assert {"base", '64 "distinct" <&>', "7.00 ms, 77%", "10.00 ms, 72%"} <= set(texts)
+    page = "".join(root.itertext())
+    for words in ("a <card> & more", "torch 2.11.0", "2026-01-02T03:04:05", "3000.0 GB/s"):
+        assert words in page
+    # Widths are in the proportion of the times.
+    boxes = [node for node in svg.iter(f"{SVG}rect") if node.get("height") == "26.0"]
+    widths = [float(str(box.get("width"))) for box in boxes]
+    assert widths == pytest.approx([7 * widths[2], 10 * widths[2], widths[2]], abs=1.0)
+    assert "<script" not in file.read_text() and not outside(file.read_text())
+
+
+def outside(page: str) -> list[str]:
+    """What the page would fetch from elsewhere."""
+    return re.findall(r'(?:src|href|url\()\s*=?\s*["\']?http', page)
+
+
+def test_page_of_a_server(tmp_path: Path) -> None:
+    file = tmp_path / "a.html"
+    draw(load_report(), file)
+    root = ET.parse(file).getroot()
+    assert len(list(root.iter(f"{SVG}svg"))) == 4
+    texts = {node.text for node in root.iter(f"{SVG}text")}
+    assert {"all", "cold", "warm", "alone", "a cold adapter loads", "milliseconds"} <= texts
+    assert "no cold adapter loads" not in texts
+    for line in root.iter(f"{SVG}polyline"):
+        for point in str(line.get("points")).split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= 900 and 0 <= y <= 260
+    assert not outside(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ttft": None, "itl": None, "latency": None, "background": None, "ttft_cold": None},
+        {"itl": times(0, 0, 0)},
+        {"itl": times(5)},
+    ],
+)
+def test_pages_of_odd_numbers(tmp_path: Path, changes: dict[str, object]) -> None:
+    draw(load_report(**changes), tmp_path / "a.html")
+    ET.parse(tmp_path / "a.html")
+
+
+def test_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    nothing = {"ttft": None, "itl": None, "latency": None, "background": None, "ttft_cold": None}
+    for number, report in enumerate((engine_report(), load_report(), load_report(**nothing))):
+        file = tmp_path / f"{number}.png"
+        draw(report, file)
+        with Image.open(file) as image:
+            image.load()
+            assert image.width > 500 and len(image.convert("L").getcolors() or []) > 2
+
+
+def test_png_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="matplotlib") as raised:
+        check_plot(tmp_path / "a.png")
+    assert raised.value.hint is not None and "lorax-engine[bench]" in raised.value.hint
+
+
+def test_other_endings() -> None:
+    with pytest.raises(ConfigError, match="neither"):
+        check_plot(Path("a.pdf"))
+
+
+def test_drawing_of_either() -> None:
+    (figure,) = drawing_of(engine_report()).figures
+    assert isinstance(figure, Bars) and [bar.label for bar in figure.bars][0] == "base"
+    assert ("errors", "1 x timeout") in drawing_of(load_report()).facts
+
+
+def test_ticks() -> None:
+    assert list(ticks(3.0, 150.0)) == pytest.approx([5, 10, 20, 50, 100])
+    assert list(ticks(0.02, 0.02)) == pytest.approx([0.02])
+
+
+def test_report_goes_to_json_and_back() -> None:
+    report = engine_report()
+    assert report_from(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_machine_tells_versions() -> None:
+    import torch
+
+    found = machine("x")
+    assert found.device == "x" and found.versions["torch"] == torch.__version__
+    assert {"lorax", "python", "system"} <= found.versions.keys() and found.date.endswith("+00:00")
