@@ -43,6 +43,13 @@ class ModelConfig:
         Literal["auto", "float32", "bfloat16", "float16"],
         Option("Precision of weights and KV cache; auto: float32 on a CPU, else the checkpoint's."),
     ] = "auto"
+    quantize: Annotated[
+        Literal["bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"] | None,
+        Option(
+            "Quantise the linears while they are read: to 8 bits, or to 4 bits as NF4 or FP4; adapters, embedding and"
+            " head stay in --dtype. Needs the package bitsandbytes."
+        ),
+    ] = None
     load_format: Annotated[
         Literal["safetensors", "dummy"],
         Option("Where weights come from; dummy: random weights at the model's real shape."),

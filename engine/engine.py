@@ -18,6 +18,7 @@ from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError, OutOfMemory
+from engine.layers import quantised
 from engine.lora.pinning import Pinning
 from engine.lora.placement import CudaPlacer, Placer, pin
 from engine.messages import (
@@ -43,7 +44,7 @@ from engine.scheduler.scheduler import Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_REMEDY = "serve a smaller model, or free memory that other processes hold on the device"
+WEIGHTS_REMEDY = "quantise them with --quantize, serve a smaller model, or free what other processes hold on the device"
 TABLES_REMEDY = "lower --cuda-memory-fraction (--cpu-memory-gb on a CPU), --adapter-memory-fraction or --max-batch-size"
 GRAPHS_REMEDY = (
     "lower --cuda-memory-fraction, --max-batch-size or --max-adapter-rank, or set --eager"
@@ -79,7 +80,7 @@ class Engine:
             raise
         self._start_scheduler(config, clock)
         self.info = self._info(config)
-        self._log_start(time.perf_counter() - started)
+        self._log_start(time.perf_counter() - started, config.model.quantize)
 
     def _build(self, config: EngineConfig, region: HostRegion, pinning: Pinning | None) -> None:
         """Everything that takes memory, each part named if it finds no room."""
@@ -90,7 +91,12 @@ class Engine:
             self.platform,
             self.spec,
             dtype.itemsize,
-            (weights.size(self.model), self.layout.record_bytes, region.size),
+            (
+                weights.size(self.model),
+                weights.scratch(self.model),
+                self.layout.record_bytes,
+                region.size,
+            ),
         )
         with fitting("KV cache, adapter arena and tables", TABLES_REMEDY):
             self._allocate(config, region, dtype, pinning)
@@ -101,26 +107,32 @@ class Engine:
                 self.runner.capture(width, self.plan.max_step_tokens)
 
     def _load(self, config: EngineConfig) -> torch.dtype:
-        """The model; returns the type of its weights."""
+        """The model; returns the type of what it computes in."""
+        method = quantised.method_of(config.model.quantize)
         folder = models.folder_of(config.model, weights=config.model.load_format != "dummy")
         self.spec = models.spec_from(folder)
         dtype = models.dtype_of(config.model, self.spec.config, self.platform.device)
         with fitting("the weights", WEIGHTS_REMEDY):
-            self.model = Decoder(self.spec, dtype, self.platform.device)
+            self.model = Decoder(self.spec, dtype, self.platform.device, method)
             if config.model.load_format == "dummy":
                 weights.make_up(self.model)
             else:
                 weights.load(self.model, folder)
         return dtype
 
-    def _log_start(self, seconds: float) -> None:
+    def _log_start(self, seconds: float, quantize: str | None) -> None:
         device = self.platform.device
         served = ", ".join(f"{op}: {backend}" for op, backend in self.info.backends.items())
         logger.info("ops on %s: %s", device.type, served)
         if self.platform.is_cuda:
             free, _ = torch.cuda.mem_get_info(device)
             logger.info("%s", compared(self.plan, torch.cuda.memory_stats(device), free))
-        logger.info("engine ready in %.1f s on %s", seconds, self.platform.name)
+        logger.info(
+            "engine ready in %.1f s on %s, linears %s",
+            seconds,
+            self.platform.name,
+            quantize or self.layout.dtype,
+        )
 
     def _allocate(
         self,
@@ -188,6 +200,7 @@ class Engine:
             backends={op: served[device] for op, served in ops.backends().items()},
             memory_plan=plan.lines,
             targets=sorted(targets),
+            quantize=config.model.quantize,
         )
 
     @property

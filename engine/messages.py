@@ -168,6 +168,7 @@ class EngineInfo(Struct, frozen=True):
     backends: dict[str, str]  # op -> what serves it on this device
     memory_plan: list[tuple[str, int]]  # (what, bytes)
     targets: list[str]  # names that adapters may target
+    quantize: str | None = None  # how the linears are quantised
 
 
 class EngineStats(Struct, frozen=True):

@@ -74,7 +74,6 @@ LEGACY: tuple[LegacyFlag, ...] = (
     *_unused("traces are not sent yet", "--otlp-endpoint"),
     *_unused("there is no speculation yet", "--speculation-max-batch-size"),
     *_unused("`/info` shows the environment of a server", "--env", takes_value=False),
-    _refused("--quantize", "quantised weights are not served yet"),
     _refused("--num-shard", "one shard is all there is yet", harmless=("", "1")),
     _refused("--sharded", "one shard is all there is yet", harmless=_OFF),
     _refused("--compile", "there is no compiled mode yet", takes_value=False),
@@ -104,9 +103,25 @@ LEGACY: tuple[LegacyFlag, ...] = (
     _refused("--ngrok-edge", "there is no tunnel"),
 )
 
+# Values that LoRAX's launcher takes for a setting that is here too, and that are not served: setting, value, why.
+_CHECKPOINT = "checkpoints that are quantised already are not served yet"
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "quantize": {
+        "awq": _CHECKPOINT,
+        "gptq": _CHECKPOINT,
+        "exl2": _CHECKPOINT,
+        "fp8": _CHECKPOINT,
+        "fp8-kv": "the KV cache is kept in --dtype",
+        "eetq": "bitsandbytes is the one way to 8 bits while weights are read",
+        "hqq-4bit": "bitsandbytes is the one way to 4 bits while weights are read",
+        "hqq-3bit": "4 bits are the fewest",
+        "hqq-2bit": "4 bits are the fewest",
+    }
+}
+_INSTEAD = {"quantize": "bitsandbytes, bitsandbytes-nf4 and bitsandbytes-fp4 are served"}
+
 # Read from the environment too, by the names of LoRAX: those that would change what is served.
 _ENVIRONMENT = (
-    "QUANTIZE",
     "NUM_SHARD",
     "SHARDED",
     "SPECULATIVE_TOKENS",
@@ -123,8 +138,16 @@ def _check(flag: LegacyFlag, value: Any, where: str) -> Iterator[str]:
         yield f"{where} has no effect: {flag.why}"
 
 
+def _check_value(name: str, value: Any, where: str) -> None:
+    why = REFUSED_VALUES[name].get(str(value).lower())
+    if why is not None:
+        raise ConfigError(f"{where} {value}: {why}", field=name, hint=_INSTEAD[name])
+
+
 def check_flags(given: Mapping[str, Any]) -> Iterator[str]:
-    """One warning for each flag without effect; raises ConfigError for a refused one."""
+    """One warning for each flag without effect; raises ConfigError for a refused one, or a refused value."""
+    for name in REFUSED_VALUES:
+        _check_value(name, given.get(name), "--" + name.replace("_", "-"))
     for flag in LEGACY:
         yield from _check(flag, given.get(flag.name), flag.flag)
 
@@ -132,6 +155,8 @@ def check_flags(given: Mapping[str, Any]) -> Iterator[str]:
 def check_environment(environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """The same for the variables that would change what is served."""
     environment = os.environ if environment is None else environment
+    for name in REFUSED_VALUES:
+        _check_value(name, environment.get(name.upper()), name.upper())
     flags = {flag.name.upper(): flag for flag in LEGACY}
     for variable in _ENVIRONMENT:
         value: Any = environment.get(variable)

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from engine.bench.options import Ask, asks, flag_of
 from engine.config import EngineConfig, Setting, resolve, settings
-from lorax_cli.legacy import LEGACY, check_environment, check_flags
+from lorax_cli.legacy import LEGACY, REFUSED_VALUES, check_environment, check_flags
 from lorax_cli.output import warn
 
 CONFIG_FILE = "config_file"
@@ -52,12 +52,18 @@ def concern_titles() -> dict[str, str]:
 def _option(setting: Setting, panel: str) -> inspect.Parameter:
     flags = setting.flag
     annotation: Any = setting.type
+    complete: Callable[[], list[str]] | None = None
     if setting.type is bool:
         flags = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
     elif setting.repeated:
         annotation = list[str]
     elif setting.type in _METAVARS:
         annotation = str  # `engine.config` reads numbers, and says the same wherever they come from
+    elif setting.name in REFUSED_VALUES:
+        annotation = (
+            str  # so that a value of LoRAX reaches `lorax_cli.legacy`, which says why it is refused
+        )
+        complete = lambda: list(setting.choices)  # noqa: E731
     return inspect.Parameter(
         setting.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -68,6 +74,7 @@ def _option(setting: Setting, panel: str) -> inspect.Parameter:
             rich_help_panel=panel,
             show_default=False,
             metavar=_METAVARS.get(setting.type, "CHOICE" if setting.choices else "TEXT"),
+            autocompletion=complete,
         ),
         annotation=annotation | None,
     )
@@ -131,7 +138,7 @@ def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[
             chosen = {setting.name: given.pop(setting.name) for setting in wanted}
             if legacy:
                 flags = {flag.name: given.pop(flag.name) for flag in LEGACY}
-                for warning in [*check_flags(flags), *check_environment()]:
+                for warning in [*check_flags(flags | chosen), *check_environment()]:
                     warn(warning)
             command(**given, config=resolve(chosen, file=file))
 

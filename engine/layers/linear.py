@@ -20,6 +20,14 @@ ops = torch.ops.lorax
 class LinearMethod(Protocol):
     """How a weight is held and multiplied: plain, or quantised."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of weight and bias as they are held."""
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that a matmul takes beside x and y, at most."""
+
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
         """Makes room for a `[rows, columns]` weight."""
 
@@ -35,6 +43,7 @@ class Plain:
 
     weight: Tensor
     bias: Tensor | None = None
+    scratch = 0
 
     def __init__(
         self, dtype: torch.dtype, device: torch.device, weight: Tensor | None = None
@@ -43,6 +52,10 @@ class Plain:
         self.dtype, self.device = dtype, device
         if weight is not None:
             self.weight = weight
+
+    @property
+    def size(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
         if not hasattr(self, "weight"):

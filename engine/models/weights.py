@@ -30,6 +30,7 @@ class Destination:
 
     shape: tuple[int, ...]
     store: Callable[[Tensor], None]
+    linear: Linear | None = None  # which it is a part of
 
 
 def destinations(model: Decoder) -> dict[str, Destination]:
@@ -48,10 +49,11 @@ def destinations(model: Decoder) -> dict[str, Destination]:
             found[f"{module}.weight"] = Destination(
                 shape[::-1] if names.transposed else shape,
                 partial(_load, linear, "weight", row, names.transposed),
+                linear,
             )
             if bias:
                 found[f"{module}.bias"] = Destination(
-                    shape[:1], partial(_load, linear, "bias", row, False)
+                    shape[:1], partial(_load, linear, "bias", row, False), linear
                 )
             row += target.out_features
 
@@ -161,6 +163,16 @@ def make_up(model: Decoder, seed: int = 0) -> None:
 
 
 def size(model: Decoder) -> int:
-    """Bytes of all weights."""
-    itemsize = model.dtype.itemsize
-    return sum(math.prod(found.shape) for found in destinations(model).values()) * itemsize
+    """Bytes of all weights as they are held."""
+    found = destinations(model).values()
+    whole = sum(math.prod(one.shape) for one in found if one.linear is None) * model.dtype.itemsize
+    return whole + sum(linear.method.size for linear in _linears(model))
+
+
+def scratch(model: Decoder) -> int:
+    """Bytes that a linear takes beside its input and output while it multiplies, at most."""
+    return max(linear.method.scratch for linear in _linears(model))
+
+
+def _linears(model: Decoder) -> set[Linear]:
+    return {one.linear for one in destinations(model).values() if one.linear is not None}

@@ -87,13 +87,14 @@ def plan_memory(
     platform: Platform,
     spec: ModelSpec,
     itemsize: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
 ) -> MemoryPlan:
-    """Splits the budget; `sizes` are bytes of weights, of one slot's records, and of the host tier.
+    """Splits the budget; `sizes` are bytes of weights, of what a linear takes while it multiplies, of one slot's
+    records, and of the host tier.
 
     Raises ConfigError that names the flag to change when something does not fit.
     """
-    weights, record, host_tier = sizes
+    weights, scratch, record, host_tier = sizes
     scheduler, device = config.scheduler, platform.device.type
     block = _positive(scheduler.block_size, DEFAULT_BLOCK, "block_size")
     rows = _positive(scheduler.max_batch_size, DEFAULT_ROWS[device], "max_batch_size")
@@ -106,7 +107,9 @@ def plan_memory(
             "--adapter-memory-fraction must be at least 0 and below 1",
             field="adapter_memory_fraction",
         )
-    working = _working(config, spec, (rows, max(step, rows)), itemsize) if platform.is_cuda else 0
+    working = 0
+    if platform.is_cuda:
+        working = _working(config, spec, (rows, max(step, rows)), itemsize) + scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)
@@ -116,15 +119,7 @@ def plan_memory(
     shares = {"weights": weights if platform.is_cuda else 0, "a step": working}
     shares |= {"adapter arena": arena, "adapter records": records}
     total = _total_tokens(config, spec, (room - 1) * block, _shortage(platform, shares))
-    blocks = min(room, rows * -(-total // block) + 1)
-    if scheduler.max_batch_total_tokens is not None:
-        blocks = min(blocks, scheduler.max_batch_total_tokens // block + 1)
-        if (blocks - 1) * block < total:
-            raise ConfigError(
-                f"--max-batch-total-tokens {scheduler.max_batch_total_tokens} is less than one sequence"
-                f" of --max-total-tokens {total}",
-                field="max_batch_total_tokens",
-            )
+    blocks = _num_blocks(config, min(room, rows * -(-total // block) + 1), block, total)
     longest = _input_length(config, total)
     return MemoryPlan(
         weights,
@@ -140,6 +135,20 @@ def plan_memory(
         total,
         longest,
     )
+
+
+def _num_blocks(config: EngineConfig, most: int, block: int, total: int) -> int:
+    """Blocks of the KV cache, with the scratch block: `most`, or less where the user says so."""
+    given = config.scheduler.max_batch_total_tokens
+    if given is None:
+        return most
+    blocks = min(most, given // block + 1)
+    if (blocks - 1) * block < total:
+        raise ConfigError(
+            f"--max-batch-total-tokens {given} is less than one sequence of --max-total-tokens {total}",
+            field="max_batch_total_tokens",
+        )
+    return blocks
 
 
 def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], itemsize: int) -> int:

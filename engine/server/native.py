@@ -342,6 +342,7 @@ async def info(request: web.Request) -> web.StreamResponse:
     }
     ours = {
         "model_type": about.model_type,
+        "quantize": about.quantize,
         "device_name": about.device_name,
         "vocab_size": about.vocab_size,
         "max_batch_size": about.max_batch_size,

@@ -31,7 +31,8 @@ def memory_table(info: EngineInfo) -> Table:
 
 def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
     """What was started, on stderr: the memory plan, the backends, where adapters may come from."""
-    out.note(f"{info.model_id} on {info.device_name} ({info.dtype})")
+    held = info.dtype if info.quantize is None else f"{info.dtype}, linears {info.quantize}"
+    out.note(f"{info.model_id} on {info.device_name} ({held})")
     out.note(memory_table(info))
     by_backend: dict[str, list[str]] = {}
     for op, backend in info.backends.items():

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from engine.config import EngineConfig
@@ -18,6 +19,8 @@ from engine.messages import EngineInfo
 from lorax_cli import serving
 from lorax_cli.app import app
 from lorax_cli.client import Client
+from lorax_cli.commands.launch import announce
+from lorax_cli.output import Output
 from tests.cli.conftest import BUDGET
 
 INFO = EngineInfo(
@@ -75,6 +78,11 @@ def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
         "listening on http://127.0.0.1:1234",
     ):
         assert words in result.stderr
+
+
+def test_tells_how_linears_are_quantised(capsys: pytest.CaptureFixture[str]) -> None:
+    announce(Output(), replace(INFO, quantize="bitsandbytes-nf4"), EngineConfig())
+    assert "base on a processor (float32, linears bitsandbytes-nf4)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

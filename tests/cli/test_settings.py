@@ -181,6 +181,24 @@ def test_legacy_flag_that_is_refused(
         assert run(app, f"--no-{flag.flag[2:]}").exit_code == 0
 
 
+@pytest.mark.parametrize("value", legacy.REFUSED_VALUES["quantize"])
+def test_legacy_value_that_is_refused(
+    app: typer.Typer, seen: list[EngineConfig], value: str
+) -> None:
+    why = legacy.REFUSED_VALUES["quantize"][value]
+    by_flag, by_environment = run(app, "--quantize", value), run(app, env={"QUANTIZE": value})
+    assert by_flag.exit_code == by_environment.exit_code == ConfigError.exit_code
+    assert by_flag.stderr.startswith(f"error: --quantize {value}: {why}\nhint: bitsandbytes,")
+    assert by_environment.stderr.startswith(f"error: QUANTIZE {value}: {why}\n")
+    assert seen == []
+
+
+def test_refused_values_are_not_those_that_are_served() -> None:
+    served = {setting.name: set(setting.choices) for setting in SETTINGS}
+    for name, values in legacy.REFUSED_VALUES.items():
+        assert served[name] and not served[name] & values.keys()
+
+
 def test_legacy_environment(app: typer.Typer) -> None:
     result = run(app, env={"QUANTIZE": "awq"})
     assert result.exit_code == 2 and "QUANTIZE" in result.stderr

@@ -284,11 +284,13 @@ async def test_startup(client: TestClient, backend: FakeBackend) -> None:
 
 async def test_info(client: TestClient, backend: FakeBackend) -> None:
     backend.stats = EngineStats(resident=[("lora", b"\x01\x02", 64)])
+    backend.info = msgspec.structs.replace(backend.info, quantize="bitsandbytes")
     found = await (await client.get("/info")).json()
     assert found["model_id"] == "tiny/base"
     assert found["max_best_of"] == 4
     assert found["max_total_tokens"] == 256
     assert found["version"]
+    assert found["quantize"] == "bitsandbytes"
     assert found["memory_plan"] == {"weights": 1000, "kv": 2000}
     assert found["adapters_resident"] == [{"name": "lora", "digest": "0102", "bytes": 64}]
 

@@ -45,13 +45,14 @@ __device__ __forceinline__ float add_squares(const Pack<T, N>& pack, float sum) 
 }
 
 template <class T, class W, int N>
-__device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale, const W* weight,
-                                             T* out, int64_t column) {
-  const Pack<W, N> w = load_pack<N>(weight + column);
+__device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale,
+                                             const Pack<W, N>& weight, T* out) {
   Pack<T, N> normed;
 #pragma unroll
-  for (int i = 0; i < N; ++i) normed.v[i] = narrow<T>(widen(pack.v[i]) * scale * widen(w.v[i]));
-  store_pack<N>(out + column, normed);
+  for (int i = 0; i < N; ++i) {
+    normed.v[i] = narrow<T>(widen(pack.v[i]) * scale * widen(weight.v[i]));
+  }
+  store_pack<N>(out, normed);
 }
 
 // Tile: one CTA per row of [rows, width]. Pack i of a thread is at column
@@ -60,7 +61,6 @@ __device__ __forceinline__ void store_normed(const Pack<T, N>& pack, float scale
 template <class T, class W, int N, int kHeld>
 __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsNormArgs args) {
   allow_next();
-  wait_for_previous();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   T* residual =
@@ -72,6 +72,12 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
   float sum = 0.0f;
   if constexpr (kHeld > 0) {
     Pack<T, N> held[kHeld];
+    Pack<W, N> weights[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {  // columns
+      if (first + i * step < args.width) weights[i] = load_pack<N>(weight + first + i * step);
+    }
+    wait_for_previous();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {  // columns
       if (first + i * step < args.width) {
@@ -83,17 +89,19 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {  // columns
       if (first + i * step < args.width) {
-        store_normed<T, W, N>(held[i], scale, weight, out, first + i * step);
+        store_normed<T, W, N>(held[i], scale, weights[i], out + first + i * step);
       }
     }
   } else {
+    wait_for_previous();
     for (int64_t column = first; column < args.width; column += step) {
       sum = add_squares<T, N>(load_and_add<T, N>(x, residual, column), sum);
     }
     const float scale = rsqrtf(sum_over_cta(sum) / float(args.width) + args.eps);
     const T* normed = residual ? residual : x;  // each thread reads back what it wrote itself
     for (int64_t column = first; column < args.width; column += step) {
-      store_normed<T, W, N>(load_pack<N>(normed + column), scale, weight, out, column);
+      store_normed<T, W, N>(load_pack<N>(normed + column), scale, load_pack<N>(weight + column),
+                            out + column);
     }
   }
 }
