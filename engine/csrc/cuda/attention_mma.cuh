@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "attention.h"
+#include "attention_shape.h"
 #include "pack.h"
 
 namespace lorax::cuda {
