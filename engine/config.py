@@ -145,6 +145,13 @@ class SchedulerConfig:
 class MemoryConfig:
     """How much of the machine the engine takes."""
 
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Option(
+            "Where the model runs; auto: on the GPU where torch sees one.",
+            env_name="LORAX_DEVICE",
+        ),
+    ] = "auto"
     cuda_memory_fraction: Annotated[float, Option("Share of the GPU's memory to use.")] = 0.9
     eager: Annotated[
         bool, Option("Launch every kernel by itself on a GPU, without CUDA graphs; for debugging.")

@@ -11,6 +11,7 @@
     │   └── AdapterLoadFailed     the source did not deliver
     ├── Overloaded
     ├── GenerationError
+    ├── OutOfMemory               a request that does not fit into the device's memory even alone
     ├── EngineDead
     ├── ModelError                the base model cannot be loaded
     └── ConfigError
@@ -87,6 +88,10 @@ class Overloaded(LoraxError):
 
 class GenerationError(LoraxError):
     status, error_type, exit_code = 500, "generation", 21
+
+
+class OutOfMemory(LoraxError):
+    status, error_type, exit_code = 503, "out_of_memory", 23
 
 
 class EngineDead(LoraxError):

@@ -63,10 +63,24 @@ def _processor_name() -> str:
     return host.processor() or host.machine()
 
 
+def device_type(config: EngineConfig) -> str:
+    """`--device`; auto is "cuda" where torch sees a GPU, else "cpu". Raises ConfigError for a GPU that is not there."""
+    wanted = config.memory.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch sees no GPU",
+            field="device",
+            hint="install a CUDA build of torch and the GPU's driver, or leave the flag out",
+        )
+    return wanted
+
+
 def detect(config: EngineConfig) -> Platform:
-    """The GPU where torch sees one, else the CPU."""
+    """The device of `device_type`, with the memory that is free on it."""
     threads = config.memory.num_threads or len(os.sched_getaffinity(0))
-    if torch.cuda.is_available():
+    if device_type(config) == "cuda":
         fraction = config.memory.cuda_memory_fraction
         if not 0 < fraction <= 1:
             raise ConfigError(

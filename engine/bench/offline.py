@@ -40,7 +40,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.messages import AdapterImageRef, Request, SamplingParams
 from engine.models import adapter_layout
-from engine.platform import detect
+from engine.platform import detect, device_type
 
 WARM_UP_TOKENS = 4
 
@@ -83,7 +83,7 @@ class Bench:
         self.workload, self.tell = workload, tell
         self.cases = cases_of(workload)
         self.chooser = random.Random(workload.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device_type(config))
         self.bandwidth = copy_bandwidth(self.device)
         self.layout, self.spec, _ = adapter_layout(config.model, self.device.type)
         self.engines: dict[str, Engine] = {}

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
 from engine.lora.image import data_start
+from engine.lora.pinning import Pinning
 from engine.messages import Placement
 from engine.ops.layout import (
     ALIGN,
@@ -121,16 +121,13 @@ class CudaPlacer(Placer):
     )  # PCIe moves this in about 5 ms; a copy takes next to nothing from a step
     alone = 1 << 30
 
-    def __init__(self, arena: Tensor, records: Tensor, region: Region) -> None:
-        """Pins the whole region; raises ConfigError where the system does not allow it."""
+    def __init__(
+        self, arena: Tensor, records: Tensor, region: Region, pinning: Pinning | None = None
+    ) -> None:
+        """`pinning` of the region, if it was begun before. Raises ConfigError where the system does not allow it."""
         super().__init__(arena, records, region)
-        error = torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), self.host.numel(), 0)
-        if int(error):
-            raise ConfigError(
-                f"{self.host.numel()} bytes of host memory cannot be pinned: {error}",
-                field="host_cache_gb",
-                hint="lower --host-cache-gb or raise the limit of locked memory (ulimit -l)",
-            )
+        self._pinning = pinning or pin(region, arena.device)
+        self._pinning.wait()
         self._stream = torch.cuda.Stream(arena.device)
         self._staging = torch.empty(records.shape, dtype=torch.int32, pin_memory=True)
         self._landing: deque[tuple[int, torch.cuda.Event]] = deque()  # in the order of the stream
@@ -163,7 +160,12 @@ class CudaPlacer(Placer):
 
     def close(self) -> None:
         self._stream.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr())
+        self._pinning.release()
+
+
+def pin(region: Region, device: torch.device) -> Pinning:
+    """Begins to pin the whole region for a GPU."""
+    return Pinning(torch.frombuffer(region.view, dtype=torch.uint8), device)
 
 
 def adapted(records: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Stepper:
     def turn(self, messages: Sequence[Submit | Cancel]) -> list[Update]:
         """Takes the messages, then steps once if there is work.
 
-        A failed submission or step costs the requests in it. Raises EngineDead when steps go on failing.
+        A failed submission or step costs the requests in it. Raises EngineDead when steps go on failing, or at once
+        when the engine says that its device works no more.
         """
         updates: list[Update] = []
         for message in messages:

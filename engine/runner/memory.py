@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 from engine.ops.attention import Backend
-from engine.platform import Platform
+from engine.platform import GIB, Platform
 from engine.runner.shapes import mixed_shapes
 
 DEFAULT_TOTAL_TOKENS = 4096
@@ -56,6 +57,27 @@ class MemoryPlan:
         ]
 
 
+def compared(plan: MemoryPlan, stats: Mapping[str, int], free: int) -> str:
+    """One line: what a GPU was planned to hold, and what it holds; `stats` are those of torch's allocator."""
+
+    def gib(num_bytes: int) -> str:
+        return f"{num_bytes / GIB:.2f}"
+
+    kept = plan.weights + plan.num_blocks * plan.kv_block + plan.arena + plan.records
+    used, held, peak = (
+        stats.get(name, 0)
+        for name in (
+            "allocated_bytes.all.current",
+            "reserved_bytes.all.current",
+            "reserved_bytes.all.peak",
+        )
+    )
+    return (
+        f"memory in GiB: planned {gib(kept)} and {gib(plan.working)} for a step; in use {gib(used)}, held by torch "
+        f"{gib(held)}, at most {gib(peak)} so far; free on the device {gib(free)}"
+    )
+
+
 def _positive(value: int | None, default: int, name: str) -> int:
     if value is not None and value < 1:
         raise ConfigError(f"--{name.replace('_', '-')} must be above 0", field=name)
@@ -94,16 +116,10 @@ def plan_memory(
     attention = spec.attention
     kv_block = spec.num_layers * 2 * block * attention.kv_heads * attention.head_dim * itemsize
     room = max(budget - arena - records, 0) // kv_block
-    total = _total_tokens(config, spec, (room - 1) * block)
-    blocks = min(room, rows * -(-total // block) + 1)
-    if scheduler.max_batch_total_tokens is not None:
-        blocks = min(blocks, scheduler.max_batch_total_tokens // block + 1)
-        if (blocks - 1) * block < total:
-            raise ConfigError(
-                f"--max-batch-total-tokens {scheduler.max_batch_total_tokens} is less than one sequence"
-                f" of --max-total-tokens {total}",
-                field="max_batch_total_tokens",
-            )
+    shares = {"weights": weights if platform.is_cuda else 0, "a step": working}
+    shares |= {"adapter arena": arena, "adapter records": records}
+    total = _total_tokens(config, spec, (room - 1) * block, _shortage(platform, shares))
+    blocks = _num_blocks(config, min(room, rows * -(-total // block) + 1), block, total)
     longest = _input_length(config, total)
     return MemoryPlan(
         weights,
@@ -146,6 +162,20 @@ def _adapter_fraction(config: EngineConfig) -> float:
     return fraction
 
 
+def _num_blocks(config: EngineConfig, most: int, block: int, total: int) -> int:
+    """Blocks of the KV cache, with the scratch block: `most`, or less where the user says so."""
+    given = config.scheduler.max_batch_total_tokens
+    if given is None:
+        return most
+    blocks = min(most, given // block + 1)
+    if (blocks - 1) * block < total:
+        raise ConfigError(
+            f"--max-batch-total-tokens {given} is less than one sequence of --max-total-tokens {total}",
+            field="max_batch_total_tokens",
+        )
+    return blocks
+
+
 def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], itemsize: int) -> int:
     """Bytes that steps take on a GPU beside what they keep, an upper estimate; `limits`: rows and tokens of a step."""
     rows, tokens = limits
@@ -181,8 +211,24 @@ def _input_length(config: EngineConfig, total: int) -> int:
     return longest
 
 
-def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int) -> int:
-    """Longest sequence: what the user says, else what model and memory allow."""
+def _shortage(platform: Platform, shares: dict[str, int]) -> ConfigError:
+    """Why so little is left for the KV cache."""
+    taken = ", ".join(f"{what} {size / GIB:.2f}" for what, size in shares.items() if size)
+    less = "--max-total-tokens, --adapter-memory-fraction or --max-active-adapters"
+    if platform.is_cuda:
+        name, less = "cuda_memory_fraction", f"--max-batch-prefill-tokens, --max-batch-size, {less}"
+    else:
+        name = "cpu_memory_gb"
+    flag = f"--{name.replace('_', '-')}"
+    return ConfigError(
+        f"{flag} allows {platform.budget / GIB:.2f} GiB, of which the others take: {taken or 'nothing'}",
+        field=name,
+        hint=f"raise {flag}, or lower {less}",
+    )
+
+
+def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int, shortage: ConfigError) -> int:
+    """Longest sequence: what the user says, else what model and memory allow. Raises `shortage`, with the tokens."""
     given = config.scheduler.max_total_tokens
     if given is not None and given > spec.max_positions:
         raise ConfigError(
@@ -192,8 +238,8 @@ def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int) -> int:
     total = _positive(given, min(spec.max_positions, DEFAULT_TOTAL_TOKENS), "max_total_tokens")
     if room < (2 if given is None else total):
         raise ConfigError(
-            f"the KV cache has room for {max(room, 0)} tokens only",
-            field="cpu_memory_gb",
-            hint="raise --cpu-memory-gb or --cuda-memory-fraction, or lower --max-total-tokens",
+            f"the KV cache has room for {max(room, 0)} tokens only: {shortage.message}",
+            field=shortage.field,
+            hint=shortage.hint,
         )
     return min(total, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.messages import Admit, Chunk, Placement, StepPlan
@@ -19,6 +20,16 @@ class Flight:
     plan: StepPlan
     decode: list[tuple[Sequence, int]]
     chunks: list[tuple[Sequence, int, Chunk]]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode) + sum(chunk.count for _, _, chunk in self.chunks)
+
+    def alive(self) -> Iterator[Sequence]:
+        """Those of its sequences that are still in the rows they were planned in."""
+        for sequence, epoch in (*self.decode, *(entry[:2] for entry in self.chunks)):
+            if sequence.epoch == epoch:
+                yield sequence
 
 
 @dataclass(slots=True)

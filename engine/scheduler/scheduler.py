@@ -29,6 +29,7 @@ from engine.messages import (
 )
 from engine.scheduler.admission import Admission
 from engine.scheduler.blocks import BlockPool, root_key
+from engine.scheduler.budget import StepBudget
 from engine.scheduler.draft import Draft, Flight
 from engine.scheduler.fairness import Rotation, Slots
 from engine.scheduler.limits import SchedulerLimits, adapter_too_large
@@ -63,6 +64,7 @@ class Scheduler:
         self._admission = Admission(self._rows, self._tables, slots, self._rotation)
         self._outbox = Outbox(slots)
         self._flights: deque[Flight] = deque()
+        self._budget = StepBudget(limits.max_step_tokens)
         self._step = 0  # the last that was planned
         self._decode_rows: list[int] | None = None  # of that step; None: the runner's are unknown
         self._unplace: list[int] = []  # for the next plan, as are these:
@@ -118,9 +120,35 @@ class Scheduler:
             return
         lost, self._flights = self._flights, deque()
         for flight in lost:
-            for sequence, epoch in [*flight.decode, *(entry[:2] for entry in flight.chunks)]:
-                if sequence.epoch == epoch:
-                    self._end(sequence, error=error)
+            for sequence in flight.alive():
+                self._end(sequence, error=error)
+        self._ask_again(lost)
+
+    def take_back(self, error: LoraxError) -> list[str]:
+        """The steps in flight did not fit into the device's memory: plan what they were to compute in smaller ones.
+
+        Their sequences wait in front and keep what earlier steps computed; sampled again, tokens are what they were
+        (see `_make_room`). A sequence that was alone in a step of one token cannot be served: it ends with `error`.
+        Returns the ids of those that took part; none: no smaller step would help. The rest is as in `fail`.
+        """
+        lost, self._flights = self._flights, deque()
+        involved = list(dict.fromkeys(s for flight in lost for s in flight.alive()))
+        tokens = max((flight.num_tokens for flight in lost), default=0)
+        if len(involved) == 1 and tokens == 1:
+            self._end(involved[0], error=error)
+            self._budget.restore()
+        elif involved:
+            for sequence in involved:
+                self._leave_row(sequence)
+                sequence.computed = sequence.committed
+                sequence.preempted = True
+                self._admission.add(sequence, self._clock())
+            self._budget.did_not_fit(tokens)
+        self._ask_again(lost)
+        return [sequence.request.id for sequence in involved]
+
+    def _ask_again(self, lost: Iterable[Flight]) -> None:
+        """What lost plans asked of the runner beside computing is asked again."""
         self._rows.release_again({row for flight in lost for row in flight.plan.release})
         self._placements = self.slots.placing()
         unplaced = {slot for flight in lost for slot in flight.plan.unplace}
@@ -145,7 +173,7 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None if there is nothing to do before another event (a request, a commit)."""
         now = self._clock()
-        draft = Draft(self.limits.max_step_tokens, self._rows, self._tables, self._placements)
+        draft = Draft(self._budget.tokens, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(draft, held)
         if decode and self.limits.max_chunk_tokens is not None:
@@ -181,7 +209,7 @@ class Scheduler:
             sequence.computed += 1
             if sequence.computed + 1 == sequence.limit:
                 self._rows.last_planned()
-        draft.budget -= len(decode)
+        draft.budget = max(draft.budget - len(decode), 0)
         return decode
 
     def _make_room(self, needy: list[Sequence]) -> list[Sequence]:
@@ -261,6 +289,7 @@ class Scheduler:
         """Take in the result of the oldest step in flight; returns what the requests learn."""
         flight = self._flights.popleft()
         assert flight.plan.step == result.step, "results come in the order of the plans"
+        self._budget.fitted()
         self._step_tokens += len(flight.decode)
         outputs = iter(result.outputs)
         size = self.blocks.block_size

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,12 +24,15 @@ from engine.messages import (
 from tools.adapters import stage
 
 MIB = 1 << 20
+Device = Literal["auto", "cpu", "cuda"]
 
 
-def config_of(model: Path, arena_mib: int = 8, **scheduler: object) -> EngineConfig:
+def config_of(
+    model: Path, arena_mib: int = 8, device: Device = "auto", **scheduler: object
+) -> EngineConfig:
     """A small engine: 32 MiB in all, of which `arena_mib` are the arena; on a GPU the same arena in what is free."""
     share = arena_mib / 32
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         budget = torch.cuda.mem_get_info()[0] * MemoryConfig().cuda_memory_fraction
         share = (arena_mib + 0.5) * MIB / budget  # rounded down to whole MiB
     return EngineConfig(
@@ -37,7 +43,7 @@ def config_of(model: Path, arena_mib: int = 8, **scheduler: object) -> EngineCon
             adapter_cycle_time_s=0.02,
         ),
         scheduler=replace(SchedulerConfig(max_total_tokens=200), **scheduler),  # type: ignore[arg-type]
-        memory=MemoryConfig(cpu_memory_gb=32 / 1024),
+        memory=MemoryConfig(device=device, cpu_memory_gb=32 / 1024),
     )
 
 
@@ -64,10 +70,14 @@ class Harness:
     """One engine; `stage` puts adapters into its host region, `run` ends a list of requests."""
 
     def __init__(
-        self, config: EngineConfig, host_mib: int = 64, run_ahead: int | None = None
+        self,
+        config: EngineConfig,
+        host_mib: int = 64,
+        run_ahead: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.region = HostRegion.create(host_mib * MIB)
-        self.engine = Engine(config, self.region, run_ahead=run_ahead)
+        self.engine = Engine(config, self.region, clock, run_ahead)
         self.free = 0
 
     def stage(self, folder: Path) -> AdapterImageRef:

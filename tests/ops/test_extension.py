@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import ConfigError
 from engine.ops import extension
 from engine.ops.schemas import SCHEMAS
 
@@ -31,6 +32,18 @@ def test_status_names_what_serves() -> None:
     for op, served in extension.backends().items():
         without = "torch" if op in by_torch else "reference"
         assert served["cpu"] == ("extension" if op in status.ops else without)
+
+
+def test_a_reference_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every test marked `gpu` asks for, and every engine on a GPU."""
+    on_gpu = set(SCHEMAS) - {"linear"}  # torch's own is fast
+    monkeypatch.setattr(extension, "_registered", lambda op, key: op in on_gpu)
+    extension.require_cuda()
+    for op in sorted(on_gpu):
+        monkeypatch.setattr(extension, "_registered", lambda name, key, op=op: name != op)
+        assert extension.backends()[op]["cuda"] == "reference"
+        with pytest.raises(ConfigError):
+            extension.require_cuda()
 
 
 def test_a_missing_or_broken_library_has_a_reason(tmp_path: Path) -> None:

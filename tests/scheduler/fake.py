@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from engine.adapters.slots import SlotTable
+from engine.errors import OutOfMemory
 from engine.messages import (
     AdapterImageRef,
     Admit,
@@ -29,6 +30,7 @@ from engine.scheduler import BlockPool, Scheduler, SchedulerLimits
 
 EOS = 0
 VOCABULARY = 50
+SHORT = OutOfMemory("injected")
 
 
 def image(name: str, size: int = 256) -> AdapterImageRef:
@@ -274,8 +276,13 @@ class House:
         step_seconds: float = 0.01,
         delay=lambda: 1,
         chunk_tokens: int | None = None,
+        fits=lambda flight: True,
+        reached: bool = True,
     ) -> None:
+        """`fits` says whether a planned step fits into the device's memory."""
         self.clock = Clock()
+        self.fits, self.reached = fits, reached
+        self.short: list[list[str]] = []  # ids in the steps that did not fit
         self.pool = BlockPool(blocks, block_size, prefix_caching)
         self.table = SlotTable(slots, arena)
         limits = SchedulerLimits(rows, step_tokens, max_input, max_total, cycle, chunk_tokens)
@@ -317,6 +324,9 @@ class House:
         self.learn(self.scheduler.take_updates())
         plan = self.scheduler.plan()
         self.scheduler.check()
+        if plan is not None and not self.fits(self.scheduler._flights[-1]):
+            self.fall_short(plan)
+            return True
         if plan is not None:
             self.plans.append(plan)
             self.results.append(self.runner.run(plan))
@@ -325,6 +335,19 @@ class House:
             self.commit()
             committed = True
         return plan is not None or committed
+
+    def fall_short(self, plan: StepPlan) -> None:
+        """The step does not fit into memory, which shows before or after the runner took the plan."""
+        if self.reached:
+            self.runner.run(plan)
+        else:
+            self.runner.last_step = plan.step
+        while self.results:
+            self.commit()
+        self.runner.lose()
+        self.short.append(self.scheduler.take_back(SHORT))
+        self.scheduler.check()
+        self.learn(self.scheduler.take_updates())
 
     def drain(self, steps: int = 5000) -> None:
         """Step until nothing is left to do, and see that everything is free again."""

@@ -1,4 +1,7 @@
-"""Random histories: arrivals, cancels, failures, lost steps, slow copies, tight pools. Outputs must still be exact."""
+"""Random histories: arrivals, cancels, failures, lost steps, steps that do not fit, slow copies, tight pools.
+
+Outputs must still be exact.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ def tight_house(rng: random.Random) -> House:
         prefix_caching=rng.random() < 0.8,
         depth=rng.randrange(2),
         delay=lambda: rng.randrange(4),
+        fits=lambda flight: flight.num_tokens <= 1 or rng.random() < 0.97,
+        reached=rng.random() < 0.5,
     )
 
 

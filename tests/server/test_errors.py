@@ -18,6 +18,7 @@ from engine.errors import (
     EngineDead,
     GenerationError,
     LoraxError,
+    OutOfMemory,
 )
 from tests.server.fake import FakeBackend, Json, Start
 
@@ -193,6 +194,7 @@ FAILURES: list[tuple[LoraxError, int, str]] = [
     (AdapterIncompatible("a"), 422, "adapter_incompatible"),
     (AdapterTooLarge("a"), 413, "adapter_too_large"),
     (AdapterLoadFailed("a"), 424, "adapter_load_failed"),
+    (OutOfMemory("a"), 503, "out_of_memory"),
     (EngineDead("a"), 503, "engine_dead"),
 ]
 

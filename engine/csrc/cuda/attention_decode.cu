@@ -8,9 +8,7 @@
 namespace lorax::cuda {
 namespace {
 
-constexpr int kWarps = 3;         // of heads of 128, four CTAs fit into an SM: 64 x 8 are one wave
-constexpr int kKeys = 16;         // positions a warp takes at a time
-constexpr int kStages = 2;        // chunks of a warp that are in flight or in use
+constexpr int kKeys = kDecodeKeys, kStages = kDecodeStages;
 constexpr int kCombineHeads = 8;  // heads that a CTA puts together
 
 // What a token sees, low .. high - 1, and its cut into `count` parts of `share` positions.
@@ -23,22 +21,17 @@ __device__ inline Cut cut_of(const AttentionArgs& args, int sequence, int token)
   cut.high = args.lengths[sequence] - (args.starts[sequence + 1] - token) + 1;
   cut.low = args.window > 0 ? max(cut.high - args.window, 0) : 0;
   cut.begin = cut.low / kKeys * kKeys;
-  const int range = cut.high - cut.begin, wide = kWarps * kKeys;
+  const int range = cut.high - cut.begin, wide = decode_warps(args.size) * kKeys;
   const int share = (range + kAttentionMaxParts - 1) / kAttentionMaxParts;
   cut.share = max(kAttentionPartSize, (share + wide - 1) / wide * wide);
   cut.count = (range + cut.share - 1) / cut.share;
   return cut;
 }
 
-template <int kSize>
-constexpr int decode_shared() {  // bytes: queries, then the stages of each warp, keys and values
-  return (16 + kWarps * kStages * 2 * kKeys) * (kSize + 8) * 2;
-}
-
 // Grid (decodes, groups x tiles of 16 heads, z). Rows are the heads that share a kv head. A CTA
 // walks the parts z, z + gridDim.z, ...; in a part warp w walks the chunks of 16 positions
-// w, w + 3, ... with its own copies in flight, and at the end the warps are put together.
-template <class T, int kSize>
+// w, w + kWarps, ... with its own copies in flight, and at the end the warps are put together.
+template <class T, int kSize, int kWarps = decode_warps(kSize)>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args) {
   allow_next();
   extern __shared__ __align__(16) unsigned char memory[];
@@ -190,7 +183,8 @@ void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
   const int z = int(wanted < args.parts ? wanted : args.parts);
   for_kernel(args, [&](auto zero, auto size) {
     using T = decltype(zero);
-    constexpr int kSize = decltype(size)::value, kShared = decode_shared<kSize>();
+    constexpr int kSize = decltype(size)::value, kShared = decode_shared(kSize);
+    constexpr int kWarps = decode_warps(kSize);
     cudaFuncSetAttribute(decode_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
     const dim3 grid(args.decodes, args.groups * tiles, z);

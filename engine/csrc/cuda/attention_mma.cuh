@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 
 #include "attention.h"
+#include "attention_shape.h"
+#include "pack.h"
 
 namespace lorax::cuda {
 
@@ -22,10 +24,6 @@ __device__ inline int sequence_of(const int32_t* starts, int sequences, int t) {
     (starts[middle] <= t ? low : high) = middle;
   }
   return low;
-}
-
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // 16 bytes to shared memory; zeros unless valid, and then the source is not read.
@@ -164,8 +162,8 @@ struct Rows {
 #pragma unroll
       for (int j = 0; j < kKeys / 16; ++j) {  // over positions, 16 at a time
         uint32_t b[4];
-        load_matrices(b, keys + (j * 16 + lane / 16 * 8 + lane % 8) * kStride + k * 16 +
-                             lane / 8 % 2 * 8);
+        load_matrices(
+            b, keys + (j * 16 + lane / 16 * 8 + lane % 8) * kStride + k * 16 + lane / 8 % 2 * 8);
         Half2<T>::mma(s[2 * j], a, b[0], b[1]);
         Half2<T>::mma(s[2 * j + 1], a, b[2], b[3]);
       }
@@ -178,8 +176,7 @@ struct Rows {
         const int position = first + j * 8 + lane % 4 * 2 + i % 2;
         float x = s[j][i] * scale;
         // tanh(x) = 1 - 2 / (e^2x + 1)
-        if (softcap > 0.f)
-          x = softcap * (1.f - 2.f / (exp2f(x / softcap * (2.f * kLog2e)) + 1.f));
+        if (softcap > 0.f) x = softcap * (1.f - 2.f / (exp2f(x / softcap * (2.f * kLog2e)) + 1.f));
         const bool seen = position >= low[i / 2] && position < high[i / 2];
         s[j][i] = seen ? x * kLog2e : -INFINITY;
         top[i / 2] = fmaxf(top[i / 2], s[j][i]);
@@ -216,8 +213,8 @@ struct Rows {
 #pragma unroll
       for (int j = 0; j < kSize / 16; ++j) {  // over the head size, 16 at a time
         uint32_t b[4];
-        load_matrices_transposed(
-            b, values + (k * 16 + lane % 16) * kStride + j * 16 + lane / 16 * 8);
+        load_matrices_transposed(b,
+                                 values + (k * 16 + lane % 16) * kStride + j * 16 + lane / 16 * 8);
         Half2<T>::mma(o[2 * j], a, b[0], b[1]);
         Half2<T>::mma(o[2 * j + 1], a, b[2], b[3]);
       }

@@ -137,6 +137,7 @@ void attention_prefill(const AttentionArgs& args, cudaStream_t stream) {
   for_kernel(args, [&](auto zero, auto size) {
     using T = decltype(zero);
     constexpr int kSize = decltype(size)::value, kShared = prefill_shared<kSize>();
+    static_assert(kShared <= kSharedMemory);
     cudaFuncSetAttribute(prefill_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
     launch_chained(prefill_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);

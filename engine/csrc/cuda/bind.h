@@ -75,9 +75,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   }
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cuda(),
-      int32_t(like.get_device()), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, code,
+                               aoti_torch_device_type_cuda(), int32_t(like.get_device()), &handle));
   return Tensor(handle);
 }
 

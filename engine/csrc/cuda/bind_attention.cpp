@@ -38,8 +38,7 @@ Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tab
               " query heads cannot share ", groups, " key-value heads");
   LORAX_CHECK(size > 0 && size == kv.size(5), op, ": q has head size ", size, " and kv ",
               kv.size(5));
-  LORAX_CHECK(size <= kAttentionMaxSize, op, ": head size ", size, " is above ",
-              kAttentionMaxSize);
+  LORAX_CHECK(size <= kAttentionMaxSize, op, ": head size ", size, " is above ", kAttentionMaxSize);
   LORAX_CHECK(block > 0, op, ": kv must have blocks of at least one position");
   LORAX_CHECK(window >= 0, op, ": window ", window, " is negative");
   LORAX_CHECK(softcap >= 0, op, ": softcap ", softcap, " is negative");

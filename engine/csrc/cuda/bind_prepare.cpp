@@ -41,13 +41,15 @@ void bind_write_runs(Tensor words, Tensor patch, int64_t runs) {
   check_launch(op);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
-    Tensor computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor starts,
-    int64_t num_tokens, int64_t block, int64_t width) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor computed, Tensor tokens,
+                                                                     Tensor blocks, Tensor rows,
+                                                                     Tensor first, Tensor starts,
+                                                                     int64_t num_tokens,
+                                                                     int64_t block, int64_t width) {
   const char* op = "prepare_step_";
-  LORAX_CHECK(computed.is_cuda() && computed.dim() == 1 &&
-                  computed.scalar_type() == ScalarType::Int,
-              op, ": computed must be int32 [rows] on the GPU");
+  LORAX_CHECK(
+      computed.is_cuda() && computed.dim() == 1 && computed.scalar_type() == ScalarType::Int, op,
+      ": computed must be int32 [rows] on the GPU");
   check_int32(op, "tokens", tokens, 2);
   check_int32(op, "blocks", blocks, 2);
   check_int32(op, "rows", rows, 1);

@@ -3,13 +3,13 @@
 // Every kernel of a step is launched with `launch_chained`. Until `wait_for_previous` has returned
 // it reads only what no kernel of the step writes: weights, adapters, their records and segments.
 // CTA 0 always calls it, so that the end of a kernel means the end of all before it; a CTA that has
-// nothing to do leaves at once, for it would take up room that the next kernel can use. `allow_next`
-// lets that one start as soon as all CTAs have called it or left.
+// nothing to do leaves at once, for it would take up room that the next kernel can use.
+// `allow_next` lets that one start as soon as all CTAs have called it or left.
 //
-// The linear calls it only when its x is complete. So what starts behind a linear, or behind kernels
-// that started behind it, finds complete what was launched ahead of that linear: the shrink reads x
-// beside it, and attention reads the cache of earlier steps.
-// (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".)
+// The linear calls it only when its x is complete. So what starts behind a linear, or behind
+// kernels that started behind it, finds complete what was launched ahead of that linear: the shrink
+// reads x beside it, and attention reads the cache of earlier steps. (CUDA C++ Programming Guide,
+// "Programmatic Dependent Launch and Synchronization".)
 #pragma once
 
 #include "kernels.h"
@@ -51,20 +51,30 @@ inline int multiprocessors() {
   return found;
 }
 
+// Clusters of `cluster` CTAs, which only Hopper and later GPUs have.
 template <class... Parameters, class... Arguments>
-void launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                    cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                     size_t shared, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = compute_capability() >= 90 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = compute_capability() < 90 ? 0 : cluster > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, arguments...);  // check_launch asks for its error
+}
+
+template <class... Parameters, class... Arguments>
+void launch_chained(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                    cudaStream_t stream, const Arguments&... arguments) {
+  launch_clusters(1, kernel, grid, block, shared, stream, arguments...);
 }
 
 }  // namespace lorax::cuda

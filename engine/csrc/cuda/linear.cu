@@ -12,6 +12,7 @@
 
 namespace lorax::cuda {
 namespace {
+
 constexpr int kRows = 128;       // of the weight: a tile
 constexpr int kStep = 64;        // of K: 128 bytes, the width of a swizzled tile
 constexpr int kConsumers = 128;  // threads that multiply
@@ -242,20 +243,8 @@ void launch(const LinearArgs& args, cudaStream_t stream) {
     return;  // linear_takes refuses what cannot be encoded
   const auto kernel = linear_kernel<T, kTokens, kSplit>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = kSplit;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(ceil_div(args.rows, kRows) * kSplit));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = S::kShared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  cudaLaunchKernelEx(&config, kernel, weight, x, args);
+  const dim3 grid(unsigned(ceil_div(args.rows, kRows) * kSplit));
+  launch_clusters(kSplit, kernel, grid, kThreads, S::kShared, stream, weight, x, args);
 }
 
 // As many parts of K as let all CTAs run at once, two to an SM: few enough of them wait, and

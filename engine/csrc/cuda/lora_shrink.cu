@@ -41,15 +41,15 @@ __device__ __forceinline__ uint4 keep(uint4 v, int count) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Eight elements of x, of which the first `left` exist.
+// Eight elements of x, of which the first `left` exist; from L2, since another kernel wrote them.
 template <bool kVector>
 __device__ __forceinline__ uint4 load_x(const uint16_t* x, int left) {
-  if (kVector && left >= 8) return __ldg(reinterpret_cast<const uint4*>(x));
+  if (kVector && left >= 8) return __ldcg(reinterpret_cast<const uint4*>(x));
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < left ? __ldg(x + 2 * i) : 0;
-    const uint32_t high = 2 * i + 1 < left ? __ldg(x + 2 * i + 1) : 0;
+    const uint32_t low = 2 * i < left ? __ldcg(x + 2 * i) : 0;
+    const uint32_t high = 2 * i + 1 < left ? __ldcg(x + 2 * i + 1) : 0;
     words[i] = low | high << 16;
   }
   return {words[0], words[1], words[2], words[3]};
@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
           for (int half = 0; half < 2; ++half) {
             as[step][half] = {0, 0, 0, 0};
             if (rank0 + row + half * 8 < rank && k < have)
-              as[step][half] = segment.count > kTokenTile ? load_again(a + half * 8 * stride + k * 2)
-                                                          : load_once(a + half * 8 * stride + k * 2);
+              as[step][half] = segment.count > kTokenTile
+                                   ? load_again(a + half * 8 * stride + k * 2)
+                                   : load_once(a + half * 8 * stride + k * 2);
           }
         }
         if (!waited) wait_for_previous();

@@ -53,6 +53,11 @@ struct TypeTag {
   using type = T;
 };
 
+// Of something in shared memory, as instructions take it.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // Calls `run` with the tag of the element type.
 template <class Run>
 void with_dtype(DType dtype, const Run& run) {

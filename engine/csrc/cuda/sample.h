@@ -12,8 +12,8 @@ struct PickGreedyArgs {
   const void* logits;  // [rows, vocab], rows `logits_stride` apart
   int64_t logits_stride;
   int64_t vocab;
-  int count;          // rows
-  const void* rows;   // [count] int32, or int64 if rows_wide
+  int count;         // rows
+  const void* rows;  // [count] int32, or int64 if rows_wide
   const void* lengths;
   bool rows_wide, lengths_wide;
   int32_t* tokens;  // [table rows, positions]: the chosen go to (rows[i], lengths[i])
@@ -22,9 +22,7 @@ struct PickGreedyArgs {
   uint64_t* candidates;  // [count, greedy_parts(vocab)]
 };
 
-inline int64_t greedy_parts(int64_t vocab) {
-  return (vocab + kGreedyColumns - 1) / kGreedyColumns;
-}
+inline int64_t greedy_parts(int64_t vocab) { return (vocab + kGreedyColumns - 1) / kGreedyColumns; }
 
 void pick_greedy(const PickGreedyArgs& args, cudaStream_t stream);
 

@@ -1,0 +1,33 @@
+// How the decode kernel is cut, and the shared memory that follows. Plain C++, so that a machine
+// without nvcc tests it.
+#pragma once
+
+namespace lorax::cuda {
+
+// What a block may have on sm_86, 89 and 120, the least of the GPUs that we build for.
+constexpr int kSharedMemory = 99 * 1024;
+
+constexpr int kHeadSizes[] = {32, 64, 96, 128, 192, 256};  // that a kernel is compiled for
+
+constexpr int kDecodeKeys = 16;   // positions a warp takes at a time
+constexpr int kDecodeStages = 2;  // chunks of a warp that are in flight or in use
+
+// Of heads of 128, four CTAs of 3 warps fit into an SM of 227 KB: 64 x 8 are one wave. Of larger
+// heads than 192, 3 warps need more than kSharedMemory; the SM holds as many warps either way.
+constexpr int decode_warps(int size) { return size <= 192 ? 3 : 2; }
+
+// Bytes of shared memory: queries, then the stages of each warp, keys and values.
+constexpr int decode_shared(int size) {
+  return (16 + decode_warps(size) * kDecodeStages * 2 * kDecodeKeys) * (size + 8) * 2;
+}
+
+constexpr bool decode_fits() {
+  for (const int size : kHeadSizes) {
+    const int fixed = 2 * decode_warps(size) * 16 * 4;  // maximum and sum of each warp's rows
+    if (decode_shared(size) + fixed > kSharedMemory) return false;
+  }
+  return true;
+}
+static_assert(decode_fits(), "the kernel could not be launched on sm_86, 89 and 120");
+
+}  // namespace lorax::cuda
