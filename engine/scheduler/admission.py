@@ -7,6 +7,7 @@ sequence that lacks a row, blocks or budget ends admission, so that nobody overt
 from __future__ import annotations
 
 from bisect import insort
+from itertools import islice
 from math import inf
 from operator import attrgetter
 from typing import Literal
@@ -19,6 +20,7 @@ from engine.scheduler.sequence import Sequence
 from engine.scheduler.tables import BlockTables
 
 HEADROOM = 32  # decode steps of the running sequences that an admission leaves blocks for
+LOOKED_AT = 256
 MAX_PLACING = 32  # copies under way at one time; more would only evict earlier
 
 _age = attrgetter("age")
@@ -52,6 +54,15 @@ class Admission:
         self.waiting.remove(sequence)
         self._rotation.left_waiting(sequence)
         self.wake()
+
+    def tokens_beside(self, num_decoding: int, bound: int) -> int:
+        """Prompt tokens of a step in which rows decode: `bound`, or in proportion more where more requests wait for
+        their first token, and for nothing but room, than are held up. Only the first LOOKED_AT of the queue count."""
+        ready = sum(
+            sequence.adapter is None or self._slots.slot_of(sequence.adapter.digest) is not None
+            for sequence in islice(self.waiting, LOOKED_AT)
+        )
+        return max(bound, bound * (len(self._rows.prefilling) + ready) // num_decoding)
 
     def paused(self) -> list[Sequence]:
         """Those that keep blocks while they wait, the youngest first."""

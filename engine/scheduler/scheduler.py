@@ -176,8 +176,8 @@ class Scheduler:
         draft = Draft(self._budget.tokens, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(draft, held)
-        if decode and self.limits.max_chunk_tokens is not None:
-            draft.budget = min(draft.budget, self.limits.max_chunk_tokens)
+        if decode and (bound := self.limits.max_chunk_tokens) is not None:
+            draft.budget = min(draft.budget, self._admission.tokens_beside(len(decode), bound))
         self._plan_chunks(draft, held)
         self._admission.admit(draft, now)
         self._unplace += self.slots.take_unplaced()

@@ -169,22 +169,45 @@ def test_decode_goes_on_beside_many_prefills() -> None:
     house.drain()
 
 
+def chunk_tokens(house: House) -> list[tuple[int, int]]:
+    """(rows that decode, prompt tokens beside them) of every step."""
+    decoding: list[int] = []
+    found = []
+    for plan in house.plans:
+        decoding = decoding if plan.decode is None else plan.decode
+        found.append((len(decoding), sum(chunk.count for chunk in plan.chunks)))
+    return found
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_chunks_beside_decoding_rows_are_bounded(depth: int) -> None:
     """And nothing is lost by it; a step in which nobody decodes takes all that the budget has room for."""
     rng = random.Random(0)
-    prompts = [random_prompt(rng, 40 + 7 * i) for i in range(5)]
-    requests = [request(str(i), prompt, 12, eos=False) for i, prompt in enumerate(prompts)]
-    house = House(blocks=200, rows=5, step_tokens=64, chunk_tokens=8, depth=depth)
-    house.generate(requests)
-    exact(house, requests)
-    decoding: list[int] = []
-    beside, alone = [], []
-    for plan in house.plans:
-        decoding = decoding if plan.decode is None else plan.decode
-        tokens = sum(chunk.count for chunk in plan.chunks)
-        (beside if decoding else alone).append(tokens)
-    assert max(beside) == 8 and max(alone) > 8
+    short = [request(str(i), random_prompt(rng, 3), 40, eos=False) for i in range(4)]
+    long = [request(str(4 + i), random_prompt(rng, 50 + i), 12, eos=False) for i in range(4)]
+    house = House(blocks=400, rows=8, step_tokens=64, chunk_tokens=8, depth=depth)
+    for one in short:
+        house.add(one)
+    for _ in range(4):
+        house.step()
+    house.generate(long)
+    exact(house, short + long)
+    steps = chunk_tokens(house)
+    assert max(tokens for decoding, tokens in steps if decoding) == 8
+    assert max(tokens for decoding, tokens in steps if not decoding) == 12
+
+
+def test_chunks_grow_with_those_who_wait_for_their_first_token() -> None:
+    """Who waits for an adapter is not counted."""
+    house = House(blocks=400, rows=8, step_tokens=64, chunk_tokens=8, depth=0, delay=lambda: 30)
+    house.add(request("talks", [1], 40, eos=False))
+    house.step()
+    house.add(request("cold", [9] * 60, 1, image("cold"), eos=False))
+    for index in range(6):
+        house.add(request(f"long{index}", [index + 2] * 60, 1, eos=False))
+    house.step()
+    assert chunk_tokens(house)[-1] == (1, 48)
+    house.drain()
 
 
 def test_chunks_are_first_come_first_served() -> None:
