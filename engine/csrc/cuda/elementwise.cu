@@ -72,11 +72,8 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
   float sum = 0.0f;
   if constexpr (kHeld > 0) {
     Pack<T, N> held[kHeld];
-    Pack<W, N> weights[kHeld];
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {  // columns
-      if (first + i * step < args.width) weights[i] = load_pack<N>(weight + first + i * step);
-    }
+    Pack<W, N> ahead{};  // more of them would not fit into registers
+    if (kHeld == 1 && first < args.width) ahead = load_pack<N>(weight + first);
     wait_for_previous();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {  // columns
@@ -89,7 +86,9 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {  // columns
       if (first + i * step < args.width) {
-        store_normed<T, W, N>(held[i], scale, weights[i], out + first + i * step);
+        const int64_t column = first + i * step;
+        const Pack<W, N> one = kHeld == 1 ? ahead : load_pack<N>(weight + column);
+        store_normed<T, W, N>(held[i], scale, one, out + column);
       }
     }
   } else {
