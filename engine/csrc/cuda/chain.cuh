@@ -8,8 +8,9 @@
 //
 // The linear calls it only when its x is complete. So what starts behind a linear, or behind
 // kernels that started behind it, finds complete what was launched ahead of that linear: the shrink
-// reads x beside it, and attention reads the cache of earlier steps. (CUDA C++ Programming Guide,
-// "Programmatic Dependent Launch and Synchronization".)
+// reads x and writes t beside it, and attention reads the cache of earlier steps. What they write
+// there is memory that nobody used since. (CUDA C++ Programming Guide, "Programmatic Dependent
+// Launch and Synchronization".)
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// What the LoRA kernels share on the device: the segment of a CTA, and 16-byte vectors.
+// What the LoRA kernels share on the device: segments, and how their work is shared by the CTAs.
 #pragma once
 
 #include <cuda_bf16.h>
