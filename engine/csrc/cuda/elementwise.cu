@@ -184,8 +184,8 @@ void add_rms_norm(const AddRmsNormArgs& args, cudaStream_t stream) {
         launch_add_rms_norm<T, W, kN, 1>(args, stream);
       } else if (packs && args.width <= 4 * kMaxThreads * kN) {
         launch_add_rms_norm<T, W, kN, 4>(args, stream);
-      } else if (args.width <= 16 * kMaxThreads) {
-        launch_add_rms_norm<T, W, 1, 16>(args, stream);
+      } else if (args.width <= 8 * kMaxThreads) {
+        launch_add_rms_norm<T, W, 1, 8>(args, stream);
       } else {
         launch_add_rms_norm<T, W, 1, 0>(args, stream);
       }

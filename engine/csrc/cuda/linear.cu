@@ -34,13 +34,13 @@ struct Shape {
 };
 
 template <class T>
-__device__ __forceinline__ uint32_t pair(float a, float b) {
+[[maybe_unused]] __device__ __forceinline__ uint32_t pair(float a, float b) {
   Pack<T, 2> both{{narrow<T>(a), narrow<T>(b)}};
   return reinterpret_cast<const uint32_t&>(both);
 }
 
 // An 8 x 8 matrix of 16-bit elements, two side by side in a register, transposed.
-__device__ __forceinline__ uint32_t transposed(uint32_t v) {
+[[maybe_unused]] __device__ __forceinline__ uint32_t transposed(uint32_t v) {
   uint32_t out;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
   return out;
