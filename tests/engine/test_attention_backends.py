@@ -165,8 +165,6 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
 @pytest.fixture
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
     """A bfloat16 model with heads of 128, which every package serves, and an adapter beside it."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     monkeypatch.setitem(CONFIGS, "wide", lambda: LlamaConfig(**SMALL, head_dim=128))
     model = make_model("wide", tmp_path / "base")
     make_adapter(model, tmp_path / "adapter", seed=3)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.engine.harness import Harness
 from tests.engine.test_quantised import (
@@ -24,12 +23,6 @@ from tests.engine.test_quantised import (
 __all__ = ["scene"]  # a fixture
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def on_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
 
 
 @every_scheme

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from engine.layers.quantised import FourBit
-from engine.ops import extension
 from tests.layers.test_quantised import (
     CPU,
     SHAPES,
@@ -31,13 +30,6 @@ GPU = torch.device("cuda")
 # Of every kernel there is: few tokens, a tile of the matrix unit, and more than are tried with fused 4 bits.
 TOKENS = [1, 2, 3, 4, 5, 8, 17, 64, 200, 600]
 LARGE = (6144, 4096)  # enough tiles to fill a GPU
-
-
-@pytest.fixture(autouse=True)
-def loaded() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    extension.load_cuda()
 
 
 def looseness(method: Method) -> float:

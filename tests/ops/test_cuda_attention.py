@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.ops import extension, reference
+from engine.ops import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -16,15 +16,6 @@ ops = torch.ops.lorax
 LAYERS, LAYER = 3, 1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLACES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def loaded() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    status = extension.load_cuda()
-    if status.path is None:
-        pytest.skip(status.reason or "")
 
 
 class Cache:

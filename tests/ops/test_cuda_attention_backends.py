@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.batch import KVView
-from engine.ops import attention, extension, reference
+from engine.ops import attention, reference
 from engine.ops.attention import Backend, Gpu, Needs, Room, StepLengths, choose
 from tests.ops.test_cuda_attention import LAYER, LAYERS, PLACES, Cache
 
@@ -59,11 +59,6 @@ every_run = pytest.mark.parametrize(("name", "case"), RUNS)
 
 @pytest.fixture
 def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    status = extension.load_cuda()
-    if status.path is None:
-        pytest.skip(status.reason or "")
     pytest.importorskip(PACKAGES[name])
     needs = needs_of(**CASES[case])
     backend = choose(name, needs)

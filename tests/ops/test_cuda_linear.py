@@ -24,8 +24,6 @@ TOKENS = [1, 3, 8, 9, 16, 17, 32, 33, 63, 64, 65, 130]
 
 @pytest.fixture(autouse=True)
 def loaded() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     assert "linear" in extension.load_cuda().ops, extension.load_cuda().reason
 
 
