@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product, repeat
 
 import torch
 from torch import Tensor
@@ -113,8 +113,8 @@ class StepGraphs:
         """Tells the attention of the shape's graphs how long the rows are that decode; padding has one position."""
         known = self.builder.rows.known
         padding = shape.decodes - len(description.decode)
-        lengths = [1] * padding + [known[row] + 1 for row in description.decode]
-        self.attention[shape].plan(lengths)
+        lengths = (known[row] + 1 for row in description.decode)
+        self.attention[shape].plan(chain(repeat(1, padding), lengths))
 
     def _run(self, shape: Shape, kind: int) -> Step:
         """One step on the current stream."""

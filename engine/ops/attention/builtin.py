@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -58,4 +58,4 @@ class Builtin:
     def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
         return attend
 
-    def plan(self, lengths: Sequence[int]) -> None: ...
+    def plan(self, lengths: Iterable[int]) -> None: ...

@@ -6,7 +6,7 @@ fill the GPU, by the width of the block table, which is fixed in a captured grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class _Graph:
     def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
         return self.step
 
-    def plan(self, lengths: Sequence[int]) -> None: ...
+    def plan(self, lengths: Iterable[int]) -> None: ...
 
 
 class FlashAttention:

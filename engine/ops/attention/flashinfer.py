@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,11 +105,11 @@ class _Graph:
         self.pages.fill(tables, lengths, self.backend.block)
         return _Step(self.backend.needs, self.wrappers, {}, self.rows)
 
-    def plan(self, lengths: Sequence[int]) -> None:
+    def plan(self, lengths: Iterable[int]) -> None:
         """The page arrays are the graph's own, so only the cut of the keys goes up."""
         backend = self.backend
         self.copied.synchronize()
-        indptr, last = backend.host_pages(lengths)
+        indptr, last = backend.host_pages(list(lengths))
         for window, wrapper in self.wrappers.items():
             backend.package.fast_decode_plan(
                 wrapper,

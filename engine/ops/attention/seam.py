@@ -7,7 +7,7 @@ the `Attend` that the layers call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,7 +105,7 @@ class Captured(Protocol):
         """Called while the graph is captured: what it launches is part of the graph."""
         ...
 
-    def plan(self, lengths: Sequence[int]) -> None:
+    def plan(self, lengths: Iterable[int]) -> None:
         """Before the capture and each replay: lengths of the rows with one token, and with it. Waits for no step."""
         ...
 
