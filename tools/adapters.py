@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from engine.adapters.tiers import UNIT, HostRegion
+from engine.adapters.tiers import HostRegion, whole_units
 from engine.lora.formats import load_peft
 from engine.lora.image import image_size, write_image
 from engine.messages import AdapterImageRef
@@ -57,5 +57,5 @@ def stage(
     with load_peft(*files, layout) as weights:
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[offset : offset + size.total])
-    end = offset + -(-size.total // UNIT) * UNIT
+    end = offset + whole_units(size.total)
     return AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, folder.name), end

@@ -18,6 +18,11 @@ from dataclasses import dataclass
 UNIT = 256  # images start at multiples of it
 
 
+def whole_units(num_bytes: int) -> int:
+    """`num_bytes` rounded up to where the next image may start."""
+    return -(-num_bytes // UNIT) * UNIT
+
+
 class HostRegion:
     """Shared memory of a fixed size. Pages are taken when they are first written, so a large region costs nothing."""
 
@@ -121,7 +126,7 @@ class HostTier:
 
         None if leases are in the way: nothing is evicted then. Raises ValueError if it can never fit.
         """
-        size = max(1, -(-num_bytes // UNIT)) * UNIT
+        size = max(UNIT, whole_units(num_bytes))
         if size > self.capacity:
             raise ValueError(f"{num_bytes} bytes do not fit a tier of {self.capacity}")
         if self._first_fit(size, leased_only=True) is None:
