@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "attention_shape.h"
+#include "mma.cuh"
 #include "pack.h"
 
 namespace lorax::cuda {
@@ -50,37 +51,6 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p)
                : "r"(shared_address(p))
                : "memory");
 }
-
-template <class T>
-struct Half2;
-template <>
-struct Half2<__nv_bfloat16> {
-  __device__ static uint32_t pack(float a, float b) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-  __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-template <>
-struct Half2<__half> {
-  __device__ static uint32_t pack(float a, float b) {
-    const __half2 v = __floats2half2_rn(a, b);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-  __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
 
 // Where the key of a position lies, in elements from args.kv; -1 outside low .. high - 1, whose
 // block may be gone.

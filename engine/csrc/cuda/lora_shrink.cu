@@ -5,6 +5,7 @@
 // same in every batch.
 #include "chain.cuh"
 #include "lora_device.cuh"
+#include "mma.cuh"
 
 namespace lorax::cuda {
 namespace {
@@ -54,23 +55,6 @@ __device__ __forceinline__ uint4 load_x(const uint16_t* x, int left) {
   }
   return {words[0], words[1], words[2], words[3]};
 }
-
-template <class T>
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                    uint32_t a3, uint32_t b0, uint32_t b1);
-
-#define LORAX_MMA(T, NAME)                                                                     \
-  template <>                                                                                  \
-  __device__ __forceinline__ void mma<T>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, \
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {              \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                        \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                              \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                      \
-  }
-LORAX_MMA(__nv_bfloat16, "bf16")
-LORAX_MMA(__half, "f16")
-#undef LORAX_MMA
 
 // Stacked ranks of a segment, those that t has room for.
 __device__ __forceinline__ int rank_of(const ShrinkArgs& args, const Segment& segment) {
@@ -136,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
             const int left = have - batch * kBatchK - (step0 + step) * 32;
             const uint4 p = keep(as[step0 + step][0], left), q = keep(as[step0 + step][1], left);
             const uint4 v = xs[step];
-            mma<T>(even, p.x, q.x, p.y, q.y, v.x, v.y);
-            mma<T>(odd, p.z, q.z, p.w, q.w, v.z, v.w);
+            Half2<T>::mma(even, {p.x, q.x, p.y, q.y}, v.x, v.y);
+            Half2<T>::mma(odd, {p.z, q.z, p.w, q.w}, v.z, v.w);
           }
         }
       }
