@@ -1,6 +1,6 @@
-"""One decode step on a GPU, profiled: time in kernels against wall time, so the gaps; the longest kernels.
+"""Decode steps on a GPU, or a prefill, profiled: time in kernels against wall time, so the gaps; the longest kernels.
 
-    python -m tools.profile_step [--shape mistral-7b] [--batch 64] [--adapters 0] [--steps 30]
+    python -m tools.profile_step [--shape mistral-7b] [--batch 64] [--adapters 0] [--steps 30] [--prefill]
 
 Gaps are the moments in which the device does nothing, from the first kernel of the profiled steps to the last. Copies
 of adapters are not counted as work. The profiler itself slows the host; the step without it is printed beside.
@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,37 @@ def engine_of(
         str(write_model(folder / shape, shape)), dtype="bfloat16", load_format="dummy"
     )
     images = Images(adapter_layout(model, "cuda")[0], [[rank]], adapters)
-    scheduler = SchedulerConfig(max_batch_size=batch, max_total_tokens=total, prefix_caching=False)
+    scheduler = SchedulerConfig(
+        max_batch_size=batch,
+        max_batch_prefill_tokens=batch * PROMPT,
+        max_total_tokens=total,
+        prefix_caching=False,
+    )
     config = EngineConfig(model, scheduler=scheduler, memory=MemoryConfig(device="cuda"))
     fraction = needed_fraction(images.arena_bytes, detect(config).budget)
     arena = AdapterConfig(adapter_memory_fraction=fraction)
     return Engine(replace(config, adapters=arena), images.region), images
+
+
+def submit(engine: Engine, images: Images, batch: int, adapters: int, new: int, name: str) -> None:
+    """`batch` prompts of PROMPT tokens, of `adapters` adapters in turn (0: base)."""
+    refs = images.mixes[0] if adapters else [None]
+    for number in range(batch):
+        tokens = [(number * 31 + i) % engine.spec.vocab for i in range(PROMPT)]
+        adapter = refs[number % len(refs)]
+        engine.submit(Request(f"{name}{number}", tokens, SamplingParams(), new, [], adapter))
+
+
+def timed(engine: Engine, steps: int) -> float:
+    """Seconds a step; 0 steps: until nothing is left, all of it."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    while not steps and engine.has_work:
+        engine.step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / max(steps, 1)
 
 
 def main() -> None:
@@ -85,6 +112,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=0, help="distinct, of rank 16; 0: base")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--prefill", action="store_true", help="one step that takes all prompts")
     given = parser.parse_args()
     new = WARM_UP_STEPS + TIMED_STEPS + given.steps + given.batch + 64
     with tempfile.TemporaryDirectory() as name:
@@ -92,32 +120,30 @@ def main() -> None:
         engine, images = engine_of(
             folder, given.shape, given.batch, max(given.adapters, 1), 16, PROMPT + new + 1
         )
-        refs = images.mixes[0] if given.adapters else [None]
-        for number in range(given.batch):
-            tokens = [(number * 31 + i) % engine.spec.vocab for i in range(PROMPT)]
-            adapter = refs[number % len(refs)]
-            engine.submit(Request(str(number), tokens, SamplingParams(), new, [], adapter))
-        while engine.stats.running < given.batch or engine.stats.placed < given.adapters:
-            engine.step()
-        for _ in range(WARM_UP_STEPS):
-            engine.step()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(TIMED_STEPS):
-            engine.step()
-        torch.cuda.synchronize()
-        plain = (time.perf_counter() - started) / TIMED_STEPS
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(given.steps):
+        load = partial(submit, engine, images, given.batch, given.adapters)
+        if given.prefill:
+            steps = 1
+            for turn in ("placed", "warm"):  # adapters stay where they are
+                load(1, turn)
+                timed(engine, 0)
+            load(1, "plain")
+            plain = timed(engine, 0)
+            load(1, "profiled")
+        else:
+            steps = given.steps
+            load(new, "")
+            while engine.stats.running < given.batch or engine.stats.placed < given.adapters:
                 engine.step()
-            torch.cuda.synchronize()
+            timed(engine, WARM_UP_STEPS)
+            plain = timed(engine, TIMED_STEPS)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            timed(engine, 0 if given.prefill else steps)
         profiler.export_chrome_trace(str(folder / "trace.json"))
         events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     what = f"{given.adapters} distinct adapters" if given.adapters else "base"
     print(f"{engine.platform.name}, {given.batch} rows, {what}")
     print(f"step without the profiler {plain * 1000:.3f} ms")
-    print("\n".join(report(events, given.steps)))
+    print("\n".join(report(events, steps)))
     engine.close()
     images.region.close()
 
