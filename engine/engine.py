@@ -36,7 +36,7 @@ from engine.ops.attention import Backend, Gpu, Needs, Room, choose
 from engine.ops.layout import RECORD_WORDS, AdapterLayout
 from engine.platform import detect
 from engine.runner.batch import Adapters
-from engine.runner.faults import empty_cache, first_line, fitting, is_out_of_memory
+from engine.runner.faults import empty_cache, first_line, fitting, out_of_memory
 from engine.runner.memory import compared, plan_memory
 from engine.runner.rows import RowTable
 from engine.runner.runner import Runner
@@ -272,9 +272,9 @@ class Engine:
         try:
             self.runner.launch(plan)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if (reason := out_of_memory(error)) is None:
                 raise
-            return first_line(error)  # the error itself would keep the step's activations alive
+            return reason  # the error itself would keep the step's activations alive
         return None
 
     def _take_back(self, reason: str) -> list[Update]:

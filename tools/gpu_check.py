@@ -102,8 +102,12 @@ SECTIONS = (
     Section("tests", 900, tests),
     Section("memcheck", 300, sanitizer("memcheck")),
     Section("racecheck", 300, sanitizer("racecheck")),
-    Section("profile", 180, module("tools.profile_step")),
-    Section("profile-lora", 180, module("tools.profile_step", "--adapters", "64")),
+    Section("profile", 180, module("tools.profile_step", "--modes", "prefill,decode,mixed")),
+    Section(
+        "profile-lora",
+        180,
+        module("tools.profile_step", "--adapters", "64", "--modes", "prefill,decode,mixed"),
+    ),
     Section("copies", 180, module("tools.bench_copy")),
 )
 

@@ -1,6 +1,9 @@
-"""Decode steps on a GPU, or a prefill, profiled: time in kernels against wall time, so the gaps; the longest kernels.
+"""Steps on a GPU, profiled: time in kernels against wall time, so the gaps; the longest kernels.
 
-    python -m tools.profile_step [--shape mistral-7b] [--batch 64] [--adapters 0] [--steps 30] [--prefill]
+    python -m tools.profile_step [--shape mistral-7b] [--batch 64] [--adapters 0] [--modes prefill,decode,mixed]
+
+Prefill is one step that takes a prompt of every row; decode a step of rows that all have their prompt; mixed such a
+step that takes one more prompt.
 
 Gaps are the moments in which the device does nothing, from the first kernel of the profiled steps to the last. Copies
 of adapters are not counted as work. The profiler itself slows the host; the step without it is printed beside.
@@ -15,7 +18,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from engine.platform import detect
 
 PROMPT, WARM_UP_STEPS, TIMED_STEPS = 128, 30, 100
 LONGEST_KERNELS = 14
+SPARE_ROWS = 8  # for prompts beside decoding rows
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
@@ -74,7 +77,7 @@ def engine_of(
     )
     images = Images(adapter_layout(model, "cuda")[0], [[rank]], adapters)
     scheduler = SchedulerConfig(
-        max_batch_size=batch,
+        max_batch_size=batch + SPARE_ROWS,
         max_batch_prefill_tokens=batch * PROMPT,
         max_total_tokens=total,
         prefix_caching=False,
@@ -85,25 +88,60 @@ def engine_of(
     return Engine(replace(config, adapters=arena), images.region), images
 
 
-def submit(engine: Engine, images: Images, batch: int, adapters: int, new: int, name: str) -> None:
-    """`batch` prompts of PROMPT tokens, of `adapters` adapters in turn (0: base)."""
-    refs = images.mixes[0] if adapters else [None]
-    for number in range(batch):
-        tokens = [(number * 31 + i) % engine.spec.vocab for i in range(PROMPT)]
-        adapter = refs[number % len(refs)]
-        engine.submit(Request(f"{name}{number}", tokens, SamplingParams(), new, [], adapter))
+class Steps:
+    """An engine's steps in one mode after the other."""
 
+    def __init__(self, engine: Engine, images: Images, batch: int, adapters: int) -> None:
+        """Prompts are of `adapters` adapters in turn (0: base)."""
+        self.engine, self.batch, self.adapters = engine, batch, adapters
+        self.refs = images.mixes[0][:adapters] if adapters else [None]
+        self.submitted = 0
 
-def timed(engine: Engine, steps: int) -> float:
-    """Seconds a step; 0 steps: until nothing is left, all of it."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
-    while not steps and engine.has_work:
-        engine.step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / max(steps, 1)
+    def submit(self, requests: int, new: int) -> None:
+        """So many prompts of PROMPT tokens, and `new` tokens for each."""
+        for number in range(self.submitted, self.submitted + requests):
+            tokens = [(number * 31 + i) % self.engine.spec.vocab for i in range(PROMPT)]
+            adapter = self.refs[number % len(self.refs)]
+            self.engine.submit(Request(str(number), tokens, SamplingParams(), new, [], adapter))
+        self.submitted += requests
+
+    def prepare(self, mode: str, new: int) -> None:
+        """Adapters are placed, graphs and libraries warm; but for prefill, `batch` rows run."""
+        if mode == "prefill":
+            for _ in range(2):
+                self.run(mode, 1)
+        elif self.engine.stats.running < self.batch:
+            self.submit(self.batch, new)
+            while (
+                self.engine.stats.running < self.batch or self.engine.stats.placed < self.adapters
+            ):
+                self.engine.step()
+        self.run(mode, WARM_UP_STEPS if mode != "prefill" else 1)
+
+    def run(self, mode: str, steps: int) -> float:
+        """Seconds a step."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            if mode == "prefill":
+                self.submit(self.batch, 1)
+                while self.engine.has_work:
+                    self.engine.step()
+            else:
+                self.submit(mode == "mixed", 1)
+                self.engine.step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / steps
+
+    def profile(self, mode: str, steps: int, folder: Path) -> list[dict[str, Any]]:
+        """The events of so many steps."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            self.run(mode, steps)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        events: list[dict[str, Any]] = json.loads((folder / "trace.json").read_text())[
+            "traceEvents"
+        ]
+        return events
 
 
 def main() -> None:
@@ -112,38 +150,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=0, help="distinct, of rank 16; 0: base")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prefill", action="store_true", help="one step that takes all prompts")
+    parser.add_argument("--modes", default="decode", help="of prefill, decode, mixed, in order")
     given = parser.parse_args()
-    new = WARM_UP_STEPS + TIMED_STEPS + given.steps + given.batch + 64
+    new = 2 * (WARM_UP_STEPS + TIMED_STEPS + given.steps) + given.batch + 64
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engine, images = engine_of(
             folder, given.shape, given.batch, max(given.adapters, 1), 16, PROMPT + new + 1
         )
-        load = partial(submit, engine, images, given.batch, given.adapters)
-        if given.prefill:
-            steps = 1
-            for turn in ("placed", "warm"):  # adapters stay where they are
-                load(1, turn)
-                timed(engine, 0)
-            load(1, "plain")
-            plain = timed(engine, 0)
-            load(1, "profiled")
-        else:
-            steps = given.steps
-            load(new, "")
-            while engine.stats.running < given.batch or engine.stats.placed < given.adapters:
-                engine.step()
-            timed(engine, WARM_UP_STEPS)
-            plain = timed(engine, TIMED_STEPS)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            timed(engine, 0 if given.prefill else steps)
-        profiler.export_chrome_trace(str(folder / "trace.json"))
-        events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    what = f"{given.adapters} distinct adapters" if given.adapters else "base"
-    print(f"{engine.platform.name}, {given.batch} rows, {what}")
-    print(f"step without the profiler {plain * 1000:.3f} ms")
-    print("\n".join(report(events, steps)))
+        steps = Steps(engine, images, given.batch, given.adapters)
+        what = f"{given.adapters} distinct adapters" if given.adapters else "base"
+        for mode in given.modes.split(","):
+            steps.prepare(mode, new)
+            times, profiled = (3, 1) if mode == "prefill" else (TIMED_STEPS, given.steps)
+            plain = steps.run(mode, times)
+            events = steps.profile(mode, profiled, folder)
+            print(f"{engine.platform.name}, {given.batch} rows, {what}, {mode}")
+            print(f"step without the profiler {plain * 1000:.3f} ms")
+            print("\n".join(report(events, profiled)))
     engine.close()
     images.region.close()
 

@@ -11,17 +11,40 @@ from engine.errors import ConfigError
 
 # Beside torch's own class: the CUDA runtime, cuBLAS, and torch's allocator of host memory.
 MEMORY_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+EXTENSION_TEXT = "API call failed"  # all that torch's stable ABI leaves of an error inside an op
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, in `error` itself or in what it came from."""
+class Refusals:
+    """Of torch's CUDA allocator: its own count tells of those that an op's error says nothing of."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def new(self) -> bool:
+        """Whether there was one since the last call."""
+        before = self.seen
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self.seen = torch.cuda.memory_stats().get("num_ooms", 0)
+        return self.seen > before
+
+
+_refusals = Refusals()
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """Why memory ran out, in `error` itself or in what it came from; None if it did not."""
+    refused = _refusals.new()
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_TEXTS):
-            return True
+            return first_line(error)
+        if isinstance(error, RuntimeError):
+            text = str(error)
+            if any(one in text for one in MEMORY_TEXTS):
+                return first_line(error)
+            if refused and EXTENSION_TEXT in text:
+                return "torch's allocator refused an op"
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 @contextmanager
@@ -30,10 +53,10 @@ def fitting(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if (reason := out_of_memory(error)) is None:
             raise
         raise ConfigError(
-            f"the device's memory has no room for {what}: {first_line(error)}",
+            f"the device's memory has no room for {what}: {reason}",
             field="cuda_memory_fraction",
             hint=hint,
         ) from error

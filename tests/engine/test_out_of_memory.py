@@ -19,7 +19,8 @@ from engine.messages import Request
 from engine.models.decoder import Decoder
 from engine.process.messages import Submit
 from engine.process.stepper import Stepper
-from engine.runner.faults import fitting, is_out_of_memory
+from engine.runner import faults
+from engine.runner.faults import fitting, out_of_memory
 from engine.runner.memory import compared
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tests.tiny import TARGETS, VOCAB, make_adapter, make_model
@@ -184,14 +185,23 @@ def test_which_errors_are_of_memory() -> None:
         "lora_shrink: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED when",
     ):
-        assert is_out_of_memory(RuntimeError(text))
-    assert is_out_of_memory(chained()) and is_out_of_memory(torch.OutOfMemoryError("full"))
-    assert not is_out_of_memory(
-        RuntimeError("CUDA error: an illegal memory access was encountered")
-    )
-    assert not is_out_of_memory(ValueError("out of memory"))
+        assert out_of_memory(RuntimeError(f"{text}\nadvice")) == text
+    assert out_of_memory(chained()) == "full"
+    for error in (RuntimeError("an illegal memory access was encountered"), ValueError(text)):
+        assert out_of_memory(error) is None
     with pytest.raises(RuntimeError, match="another"), fitting("all", "less"):
         raise RuntimeError("another")
+
+
+def test_an_op_that_was_refused_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error inside an extension's op loses its text; torch's allocator counts what it refused."""
+    ooms = iter((0, 1, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": next(ooms)})
+    monkeypatch.setattr(faults, "_refusals", faults.Refusals())
+    error = RuntimeError('torch_call_dispatcher("aten::linear", ...) API call failed at line 16')
+    assert [out_of_memory(error) is not None for _ in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize(

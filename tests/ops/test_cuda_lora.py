@@ -98,6 +98,7 @@ def test_every_rank(dtype: torch.dtype, rank: int) -> None:
     for ranks in [(rank,), (rank, 0, 3), (0, rank, 0), (0, 2, rank)]:
         adapters = make_adapters([ranks, ranks], 96, [80, 24, 40][: len(ranks)], dtype)
         check(adapters, random.choice([1, 2, 5, 9]), "uniform")
+        check(adapters, 64 + random.choice([1, 2, 9, 40]), "uniform")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,6 +106,19 @@ def test_prefill(dtype: torch.dtype) -> None:
     adapters = make_adapters([(16, 16, 16), (4, 0, 9)], 1160, [160, 64, 64], dtype)
     for popularity in ("identical", "uniform"):
         check(adapters, 261, popularity)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_tokens_are_as_exact_as_few(dtype: torch.dtype) -> None:
+    """Tensor cores beyond 64 tokens: but for rounding at a tie, the sums of the kernel for few."""
+    adapters = make_adapters([(16, 64, 33)], 96, [512, 640, 128], dtype)
+    slots = torch.tensor([1], dtype=torch.int32)
+    x, y = torch.randn(96, 96).to(dtype), torch.randn(96, 1280).to(dtype)
+    many = run(adapters, x, y, slots, torch.tensor([0, 96], dtype=torch.int32))[1]
+    half = torch.tensor([0, 48], dtype=torch.int32)
+    few = [run(adapters, x[part], y[part], slots, half)[1] for part in (slice(48), slice(48, 96))]
+    assert (many != torch.cat(few)).double().mean() < 0.002
+    torch.testing.assert_close(many, torch.cat(few), **tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

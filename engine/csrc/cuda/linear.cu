@@ -271,7 +271,7 @@ bool linear_takes(const LinearArgs& args) {
   const auto copies = [](const void* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
   };
-  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kLinearMaxTokens &&
+  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kFewTokens &&
          args.rows > 0 && args.rows % 8 == 0 && args.rows < (int64_t(1) << 31) &&
          args.columns >= kStep && args.columns < (int64_t(1) << 31) &&
          copies(args.x, args.x_stride) && copies(args.weight, args.weight_stride) &&

@@ -90,6 +90,16 @@ __device__ __forceinline__ int find_work(const WorkList& list, int item) {
   return low;
 }
 
+// Passes of at most kTokens tokens over a segment's tokens, and over those of all segments.
+template <int kTokens>
+__device__ __forceinline__ int passes(const Segment& segment) {
+  return (segment.count + kTokens - 1) / kTokens;
+}
+
+inline int64_t most_passes(const LoraSegments& all, int64_t tokens) {
+  return all.count + all.tokens / tokens;
+}
+
 inline int64_t pages(const LoraSegments& all) { return (all.count + kPage - 1) / kPage; }
 
 // The grid of a launch of at most `most` items, of which `room` CTAs run at a time.

@@ -1,12 +1,12 @@
 // y[i, columns of target] += scale * sum over parts(t)[i, ranks of target] @ B of the target; and
 // the shrink of an embedding, which gathers rows of A.
 //
-// An item of work is 1024 columns of one target of one segment, 8 of a thread; or half of that
-// where the segment has more than one token, so that few segments still fill the GPU. An element is
+// An item of work is 1024 columns of one target of a segment of one token, 8 of a thread; or half
+// of that and 8 tokens of a longer one, so that few segments still fill the GPU. An element is
 // summed over ranks in ascending order whatever the tile, so a token's y is the same in every
 // batch.
 #include "chain.cuh"
-#include "lora_device.cuh"
+#include "lora_expand.cuh"
 #include "pack.h"
 
 namespace lorax::cuda {
@@ -15,33 +15,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kRankChunk = 256;  // ranks whose t lie in shared memory at a time
 constexpr int kMaxTokens = 8;    // of a pass
-
-// What a CTA works on: columns of a target.
-struct Piece {
-  const char* b;   // at the thread's first column
-  int64_t stride;  // bytes from a row of B to the next
-  int64_t left;    // columns of the target from the thread's first on; <= 0: none
-  int64_t column;  // of y: the thread's first
-  int rank, row;   // of the target: how many, and the first in t
-  float scale;
-};
-
-template <class T, int N>
-__device__ __forceinline__ void unpack(const Pack<T, N>& pack, float (&out)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = widen(pack.v[i]);
-}
-
-// Where it stands: the compiler would else widen all rows at once and run out of registers.
-template <int N>
-__device__ __forceinline__ void unpack(const Pack<__nv_bfloat16, N>& pack, float (&out)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    const uint32_t two = *reinterpret_cast<const uint32_t*>(&pack.v[i]);
-    asm volatile("shl.b32 %0, %1, 16;" : "=f"(out[i]) : "r"(two));
-    asm volatile("and.b32 %0, %1, 0xffff0000;" : "=f"(out[i + 1]) : "r"(two));
-  }
-}
 
 // Adds the tokens [first, first + count) of at most kTokens. The loop walks the ranks, kUnroll rows
 // of B in flight at a time. What no kernel writes comes first, then y and t.
@@ -57,14 +30,15 @@ __device__ __forceinline__ void expand_tokens(const ExpandArgs& args, const Piec
   for (int rank0 = 0; rank0 < piece.rank; rank0 += kRankChunk) {  // over chunks of ranks
     const int ranks = min(piece.rank - rank0, kRankChunk);
     const int rounded = (ranks + kUnroll - 1) / kUnroll * kUnroll;
-    const char* b = piece.b + rank0 * piece.stride;
+    const char* b = piece.b + int64_t(rank0) * piece.stride;
     Columns rows[kUnroll];
     const auto load = [&](int r0) {  // a row is padded to 16 bytes
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         rows[u] = {};
         if (r0 + u < ranks && piece.left > 0)
-          rows[u] = load_pack<kColumns>(reinterpret_cast<const T*>(b + (r0 + u) * piece.stride));
+          rows[u] =
+              load_pack<kColumns>(reinterpret_cast<const T*>(b + int64_t(r0 + u) * piece.stride));
       }
     };
     load(0);
@@ -129,62 +103,29 @@ __device__ __forceinline__ void expand_tokens(const ExpandArgs& args, const Piec
   }
 }
 
-// The item `local` of a segment: a tile of columns of a target that it adapts.
-template <class T, int kColumns>
-__device__ __forceinline__ Piece piece_of(const ExpandArgs& args, const Segment& segment,
-                                          int local) {
-  constexpr int kTile = kThreads * kColumns;
-  const char* b = arena_at(args.segments, segment.b);
-  Piece piece{};
-  int64_t column = 0;
-  int row = 0;
-#pragma unroll
-  for (int target = 0; target < kLoraTargets; ++target) {
-    const int64_t n = args.splits[target];
-    const int rank = segment.ranks[target], tiles = rank ? int((n + kTile - 1) / kTile) : 0;
-    const int64_t stride = row_bytes(n, int(sizeof(T)));
-    if (local >= 0 && local < tiles) {
-      const int64_t c = int64_t(local) * kTile + threadIdx.x * kColumns;
-      piece = {b + c * int(sizeof(T)), stride, n - c, column + c, rank, row,
-               segment.scales[target]};
-    }
-    local -= tiles;
-    b += rank * stride;
-    column += n;
-    row += rank;
-  }
-  return piece;
-}
-
-// An item of work is a tile of columns of one target of one segment.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) expand(const ExpandArgs args) {
   __shared__ __align__(16) float sums[kRankChunk][kMaxTokens];
   __shared__ WorkList list;
   allow_next();
   const int items = count_work(args.segments, list, [&](const Segment& segment) {
-    const int tile = kThreads * (segment.count == 1 ? 8 : 4);
-    int64_t tiles = 0;
-#pragma unroll
-    for (int target = 0; target < kLoraTargets; ++target)
-      if (segment.ranks[target]) tiles += (args.splits[target] + tile - 1) / tile;
-    return int(tiles);
+    return passes<kMaxTokens>(segment) *
+           count_tiles(args, segment, kThreads * (segment.count == 1 ? 8 : 4));
   });
   constexpr int kUnroll = 32 / int(sizeof(T));  // rows of B in flight
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int index = find_work(list, item), local = item - list.first[index];
     const Segment& segment = list.segments[index];
-    if (segment.ranks[0] + segment.ranks[1] + segment.ranks[2] > args.width) continue;
+    if (!fits_width(args, segment)) continue;
     if (segment.count == 1) {
-      const Piece piece = piece_of<T, 8>(args, segment, local);
+      const Piece piece = piece_of<T>(args, segment, local, kThreads * 8, threadIdx.x * 8);
       expand_tokens<T, 8, 1, kUnroll>(args, piece, segment.first, segment.count, sums);
       continue;
     }
-    const Piece piece = piece_of<T, 4>(args, segment, local);
-    for (int token = 0; token < segment.count; token += kMaxTokens) {  // over tokens
-      const int count = min(segment.count - token, kMaxTokens);
-      expand_tokens<T, 4, kMaxTokens, kUnroll>(args, piece, segment.first + token, count, sums);
-    }
+    const int tokens = passes<kMaxTokens>(segment), token = local % tokens * kMaxTokens;
+    const Piece piece = piece_of<T>(args, segment, local / tokens, kThreads * 4, threadIdx.x * 4);
+    expand_tokens<T, 4, kMaxTokens, kUnroll>(args, piece, segment.first + token,
+                                             min(segment.count - token, kMaxTokens), sums);
   }
   if (blockIdx.x == 0) wait_for_previous();
 }
@@ -194,7 +135,8 @@ void launch_expand(const ExpandArgs& args, cudaStream_t stream) {
   int64_t tiles = 0;
   for (int64_t n : args.splits) tiles += ceil_div(n, kThreads * 4);
   if (tiles == 0) return;
-  const dim3 grid = work_grid(args.segments, tiles * args.segments.count, 4 * multiprocessors());
+  const dim3 grid = work_grid(args.segments, tiles * most_passes(args.segments, kMaxTokens),
+                              4 * multiprocessors());
   launch_chained(expand<T>, grid, kThreads, 0, stream, args);
 }
 
@@ -222,6 +164,7 @@ __global__ void __launch_bounds__(kThreads) gather(const GatherArgs args) {
 
 void lora_expand(const ExpandArgs& args, cudaStream_t stream) {
   if (args.segments.count == 0 || args.segments.tokens == 0 || args.width == 0) return;
+  if (expand_mma_takes(args)) return lora_expand_mma(args, stream);
   switch (args.dtype) {
     case DType::float32:
       return launch_expand<float>(args, stream);

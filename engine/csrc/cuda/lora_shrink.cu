@@ -1,8 +1,8 @@
 // t[p, i, :r] = x[i, chunk p] @ A[:r, chunk p].T of the adapter of token i.
 //
-// An item of work is one chunk of 4096 of K and 16 ranks of one segment. Each part of t is stored
-// and never added to, and how an element is summed depends on K alone, so a token's delta is the
-// same in every batch.
+// An item of work is 8 tokens of a segment (32 in steps of many tokens), one chunk of 4096 of K and
+// 16 ranks. Each part of t is stored and never added to, and how an element is summed depends on K
+// alone, so a token's t is the same in every batch.
 #include "chain.cuh"
 #include "lora_device.cuh"
 #include "mma.cuh"
@@ -13,10 +13,9 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kWarpK = kLoraChunk / kWarps;  // 512
-constexpr int kSteps = 8;  // of 32 of K, in flight: 16 bytes for each of 4 threads
-constexpr int kBatchK = kSteps * 32;
-constexpr int kRankTile = 16;  // M of the mma
-constexpr int kTokenTile = 8;  // N of the mma
+constexpr int kStepK = 32;                   // 16 bytes for each of 4 threads
+constexpr int kRankTile = 16;                // M of the mma
+constexpr int kTokenTile = 8;                // N of the mma
 
 __device__ __forceinline__ uint4 load_again(const void* p) {
   return __ldg(static_cast<const uint4*>(p));
@@ -43,17 +42,23 @@ __device__ __forceinline__ uint4 keep(uint4 v, int count) {
 }
 
 // Eight elements of x, of which the first `left` exist; from L2, since another kernel wrote them.
+// kVector: all or none.
 template <bool kVector>
 __device__ __forceinline__ uint4 load_x(const uint16_t* x, int left) {
-  if (kVector && left >= 8) return __ldcg(reinterpret_cast<const uint4*>(x));
-  uint32_t words[4];
+  uint4 v = {0, 0, 0, 0};
+  if constexpr (kVector) {
+    if (left > 0) v = __ldcg(reinterpret_cast<const uint4*>(x));
+  } else {
+    uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < left ? __ldcg(x + 2 * i) : 0;
-    const uint32_t high = 2 * i + 1 < left ? __ldcg(x + 2 * i + 1) : 0;
-    words[i] = low | high << 16;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = 2 * i < left ? __ldcg(x + 2 * i) : 0;
+      const uint32_t high = 2 * i + 1 < left ? __ldcg(x + 2 * i + 1) : 0;
+      words[i] = low | high << 16;
+    }
+    v = {words[0], words[1], words[2], words[3]};
   }
-  return {words[0], words[1], words[2], words[3]};
+  return v;
 }
 
 // Stacked ranks of a segment, those that t has room for.
@@ -64,15 +69,17 @@ __device__ __forceinline__ int rank_of(const ShrinkArgs& args, const Segment& se
 
 // 16 bits: tiles of 16 ranks by 8 tokens. Each of 8 warps sums its 512 of the chunk's 4096 of K,
 // then the eight sums are added in order. The k of an mma are permuted alike for A and x: a
-// thread's 16 contiguous bytes are its k of two consecutive mmas.
-template <class T, bool kVectorX>
+// thread's 16 contiguous bytes are its k of two consecutive mmas. The fewer the tokens of an item,
+// the more steps of A may be in flight.
+template <class T, bool kVectorX, int kTokens, int kSteps>
 __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
     shrink_mma(const ShrinkArgs args, int parts) {
-  __shared__ float sums[kWarps][kTokenTile][kRankTile + 4];  // a row of 20 keeps the banks apart
+  constexpr int kBatchK = kSteps * kStepK, kGroups = kTokens / kTokenTile;
+  __shared__ float sums[kWarps][kTokens][kRankTile + 4];  // a row of 20 keeps the banks apart
   __shared__ WorkList list;
   allow_next();
   const int items = count_work(args.segments, list, [&](const Segment& segment) {
-    return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts;
+    return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts * passes<kTokens>(segment);
   });
   bool waited = args.beside;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
@@ -80,65 +87,75 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int index = find_work(list, item), local = item - list.first[index];
     const Segment& segment = list.segments[index];
-    const int part = local % parts, rank0 = local / parts * kRankTile;
+    const int tokens = passes<kTokens>(segment), token0 = local % tokens * kTokens;
+    const int part = local / tokens % parts, rank0 = local / tokens / parts * kRankTile;
     const int rank = rank_of(args, segment);
     const int64_t k0 = int64_t(part) * kLoraChunk + warp * kWarpK + quad * 8;
     const int have = int(args.k - k0);  // of K, from the thread's first on
     const char* a = arena_at(args.segments, segment.a) + (rank0 + row) * stride + k0 * 2;
-    const uint16_t* x = static_cast<const uint16_t*>(args.x) + segment.first * args.x_stride + k0;
-    float* t = args.t + (int64_t(part) * args.segments.tokens + segment.first) * args.width;
-    for (int token0 = 0; token0 < segment.count; token0 += kTokenTile) {  // over tokens
-      float even[4] = {}, odd[4] = {};
+    const uint16_t* x =
+        static_cast<const uint16_t*>(args.x) + (segment.first + token0 + row) * args.x_stride + k0;
+    const int count = min(segment.count - token0, kTokens);
+    float even[kGroups][4] = {}, odd[kGroups][4] = {};
 #pragma unroll 1
-      for (int batch = 0; batch < kWarpK / kBatchK; ++batch) {  // over the warp's part of K
-        uint4 as[kSteps][2];
+    for (int batch = 0; batch < kWarpK / kBatchK; ++batch) {  // over the warp's part of K
+      uint4 as[kSteps][2];
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {  // two rows of eight steps: 16 loads in flight
-          const int k = batch * kBatchK + step * 32;
+      for (int step = 0; step < kSteps; ++step) {  // two rows of each: so many loads in flight
+        const int k = batch * kBatchK + step * kStepK;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            as[step][half] = {0, 0, 0, 0};
-            if (rank0 + row + half * 8 < rank && k < have)
-              as[step][half] = segment.count > kTokenTile
-                                   ? load_again(a + half * 8 * stride + k * 2)
-                                   : load_once(a + half * 8 * stride + k * 2);
-          }
+        for (int half = 0; half < 2; ++half) {
+          as[step][half] = {0, 0, 0, 0};
+          if (rank0 + row + half * 8 < rank && k < have)
+            as[step][half] = tokens > 1 ? load_again(a + half * 8 * stride + k * 2)
+                                        : load_once(a + half * 8 * stride + k * 2);
         }
-        if (!waited) wait_for_previous();
-        waited = true;
+      }
+      if (!waited) wait_for_previous();
+      waited = true;
 #pragma unroll
-        for (int step0 = 0; step0 < kSteps; step0 += kSteps / 2) {
-          uint4 xs[kSteps / 2];
+      for (int group = 0; group < kGroups; ++group) {  // over tokens: 8 at a time
+        if (group > 0 && group % 2 == 0) {
+          if (group * kTokenTile >= count) break;
+          asm volatile("" ::: "memory");  // loads of two groups in flight: the registers' limit
+        }
 #pragma unroll
-          for (int step = 0; step < kSteps / 2; ++step) {
-            const int k = batch * kBatchK + (step0 + step) * 32;
-            const int left = token0 + row < segment.count ? have - k : 0;
-            xs[step] = load_x<kVectorX>(x + (token0 + row) * args.x_stride + k, left);
+        for (int step0 = 0; step0 < kSteps; step0 += 4) {
+          uint4 xs[4];
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            const int k = batch * kBatchK + (step0 + step) * kStepK;
+            const int left = group * kTokenTile + row < count ? have - k : 0;
+            xs[step] = load_x<kVectorX>(x + group * kTokenTile * args.x_stride + k, left);
           }
 #pragma unroll
-          for (int step = 0; step < kSteps / 2; ++step) {  // over k: 32 at a time
-            const int left = have - batch * kBatchK - (step0 + step) * 32;
-            const uint4 p = keep(as[step0 + step][0], left), q = keep(as[step0 + step][1], left);
+          for (int step = 0; step < 4; ++step) {  // over k: 32 at a time
+            const int left = have - batch * kBatchK - (step0 + step) * kStepK;
+            uint4 p = as[step0 + step][0], q = as[step0 + step][1];
+            if (!kVectorX) p = keep(p, left), q = keep(q, left);
             const uint4 v = xs[step];
-            Half2<T>::mma(even, {p.x, q.x, p.y, q.y}, v.x, v.y);
-            Half2<T>::mma(odd, {p.z, q.z, p.w, q.w}, v.z, v.w);
+            Half2<T>::mma(even[group], {p.x, q.x, p.y, q.y}, v.x, v.y);
+            Half2<T>::mma(odd[group], {p.z, q.z, p.w, q.w}, v.z, v.w);
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[warp][quad * 2 + i % 2][row + i / 2 * 8] = even[i] + odd[i];
-      }
-      __syncthreads();
-      const int token = threadIdx.x / kRankTile, r = threadIdx.x % kRankTile;
-      if (token < kTokenTile && token0 + token < segment.count && rank0 + r < rank) {
-        float sum = sums[0][token][r];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum += sums[w][token][r];
-        t[(token0 + token) * args.width + rank0 + r] = sum;
-      }
-      __syncthreads();
     }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[warp][group * kTokenTile + quad * 2 + i % 2][row + i / 2 * 8] =
+            even[group][i] + odd[group][i];
+    __syncthreads();
+    const int64_t first = int64_t(part) * args.segments.tokens + segment.first + token0;
+    for (int i = threadIdx.x; i < count * kRankTile; i += kThreads) {
+      const int token = i / kRankTile, r = i % kRankTile;
+      float sum = sums[0][token][r];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) sum += sums[w][token][r];
+      if (rank0 + r < rank) args.t[(first + token) * args.width + rank0 + r] = sum;
+    }
+    __syncthreads();
   }
   if (blockIdx.x == 0) wait_for_previous();
 }
@@ -196,27 +213,39 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <class T, bool kVectorX>
+void launch_mma(const ShrinkArgs& args, dim3 grid, int parts, cudaStream_t stream) {
+  if (args.segments.tokens <= kFewTokens)
+    launch_chained(shrink_mma<T, kVectorX, kTokenTile, 8>, grid, kThreads, 0, stream, args, parts);
+  else
+    launch_chained(shrink_mma<T, kVectorX, 32, 4>, grid, kThreads, 0, stream, args, parts);
+}
+
+template <class T>
+void launch_mma(const ShrinkArgs& args, dim3 grid, int parts, bool vector_x, cudaStream_t stream) {
+  if (vector_x)
+    launch_mma<T, true>(args, grid, parts, stream);
+  else
+    launch_mma<T, false>(args, grid, parts, stream);
+}
+
 }  // namespace
 
 void lora_shrink(const ShrinkArgs& args, cudaStream_t stream) {
   if (args.segments.count == 0 || args.segments.tokens == 0 || args.width == 0) return;
   const int parts = int(shrink_parts(args.k));
   const int64_t tiles = (args.width + kRankTile - 1) / kRankTile;
-  const dim3 grid =
-      work_grid(args.segments, args.segments.count * tiles * parts, 2 * multiprocessors());
+  const dim3 grid = work_grid(args.segments, most_passes(args.segments, kTokenTile) * tiles * parts,
+                              2 * multiprocessors());
   const int size = args.dtype == DType::float32 ? 4 : 2;
-  const bool vector_x =
-      reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.x_stride * size % 16 == 0;
-  if (args.dtype == DType::float32) {
+  const bool vector_x = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
+                        args.x_stride * size % 16 == 0 && args.k * size % 16 == 0;
+  if (args.dtype == DType::float32)
     launch_chained(shrink_fma, grid, kThreads, 0, stream, args, parts, vector_x);
-  } else if (args.dtype == DType::bfloat16) {
-    const auto kernel =
-        vector_x ? shrink_mma<__nv_bfloat16, true> : shrink_mma<__nv_bfloat16, false>;
-    launch_chained(kernel, grid, kThreads, 0, stream, args, parts);
-  } else {
-    const auto kernel = vector_x ? shrink_mma<__half, true> : shrink_mma<__half, false>;
-    launch_chained(kernel, grid, kThreads, 0, stream, args, parts);
-  }
+  else if (args.dtype == DType::bfloat16)
+    launch_mma<__nv_bfloat16>(args, grid, parts, vector_x, stream);
+  else
+    launch_mma<__half>(args, grid, parts, vector_x, stream);
 }
 
 }  // namespace lorax::cuda
