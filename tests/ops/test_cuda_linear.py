@@ -19,7 +19,7 @@ ops = torch.ops.lorax
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-4}
 # (rows, columns): parts of K that are uneven, empty or cut off, one tile, many tiles, odd rows
 SHAPES = [(6144, 4096), (1024, 14336), (2664, 520), (64, 64), (8, 1000), (584, 72), (33, 96)]
-TOKENS = [1, 3, 8, 9, 16, 17, 32, 33, 63, 64, 65, 130]
+TOKENS = [1, 3, 8, 9, 16, 17, 32, 33, 63, 64, 65, 100, 128, 130]
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +53,11 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
         pytest.skip("a library serves the linear of this GPU")
     for rows, columns in SHAPES[:-1]:
         weight = torch.randn(rows, columns, device="cuda").to(dtype)
-        x = torch.randn(64, columns, device="cuda").to(dtype)
-        whole = ops.linear(x, weight, None)
-        for tokens in (1, 7, 8, 15, 31, 40):
-            assert torch.equal(ops.linear(x[-tokens:], weight, None), whole[-tokens:])
+        for most, parts in ((64, (1, 7, 8, 15, 31, 40)), (128, (65, 72, 100, 127))):
+            x = torch.randn(most, columns, device="cuda").to(dtype)
+            whole = ops.linear(x, weight, None)
+            for tokens in parts:
+                assert torch.equal(ops.linear(x[-tokens:], weight, None), whole[-tokens:])
 
 
 def layers(
@@ -88,10 +89,14 @@ def layers(
 
 
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "identical"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kernels_that_overlap_wait_for_what_they_need(dtype: torch.dtype, popularity: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(torch.bfloat16, 48), (torch.bfloat16, 100), (torch.float32, 48)]
+)
+def test_kernels_that_overlap_wait_for_what_they_need(
+    dtype: torch.dtype, tokens: int, popularity: str
+) -> None:
     """Layers in a graph have the bits of the same layers with the GPU idle after every op."""
-    k, splits, tokens, num = 2048, [4096, 4096], 48, 48
+    k, splits, num = 2048, [4096, 4096], 48
     adapters = make_adapters([(8, 16)] * num, k, splits, dtype)
     slots, starts = cut(*make_batch(tokens, num, popularity), 8)
     where = tuple(part.cuda() for part in (adapters.arena, adapters.records, slots, starts))

@@ -27,6 +27,7 @@ from tests.ops.test_cpu_lora import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
 
 ops = torch.ops.lorax
+FEW_TOKENS = 64  # up to here a token's result has the same bits in every batch
 SHAPES = [(4096, [4096, 1024, 1024]), (1000, [333, 1, 50]), (1, [9]), (520, [1032, 1032])]
 
 
@@ -78,7 +79,18 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
     torch.testing.assert_close(new, expected_y, **tolerance(adapters.dtype))
     for most in (1, 8, 64):  # one: more segments than a page of the work list has
         t_cut, new_cut = run(adapters, x, y, *cut(slots, starts, most))
-        assert torch.equal(t_cut, t) and torch.equal(new_cut, new)
+        assert torch.equal(t_cut, t)
+        if tokens <= FEW_TOKENS:
+            assert torch.equal(new_cut, new)
+        else:
+            as_exact(new_cut, new)
+
+
+def as_exact(first: Tensor, second: Tensor) -> None:
+    """Sums in another order, rounded at the end: they differ where they are next to a tie."""
+    torch.testing.assert_close(first, second, **tolerance(first.dtype))
+    if first.dtype != torch.float32:
+        assert (first != second).double().mean() < 0.002
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
@@ -110,15 +122,14 @@ def test_prefill(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_are_as_exact_as_few(dtype: torch.dtype) -> None:
-    """Tensor cores beyond 64 tokens: but for rounding at a tie, the sums of the kernel for few."""
+    """Long segments of large batches go to tensor cores."""
     adapters = make_adapters([(16, 64, 33)], 96, [512, 640, 128], dtype)
     slots = torch.tensor([1], dtype=torch.int32)
     x, y = torch.randn(96, 96).to(dtype), torch.randn(96, 1280).to(dtype)
     many = run(adapters, x, y, slots, torch.tensor([0, 96], dtype=torch.int32))[1]
     half = torch.tensor([0, 48], dtype=torch.int32)
     few = [run(adapters, x[part], y[part], slots, half)[1] for part in (slice(48), slice(48, 96))]
-    assert (many != torch.cat(few)).double().mean() < 0.002
-    torch.testing.assert_close(many, torch.cat(few), **tolerance(dtype))
+    as_exact(many, torch.cat(few))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

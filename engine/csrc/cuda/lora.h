@@ -63,8 +63,4 @@ void lora_shrink(const ShrinkArgs& args, cudaStream_t stream);
 void lora_gather(const GatherArgs& args, cudaStream_t stream);
 void lora_expand(const ExpandArgs& args, cudaStream_t stream);
 
-// Its twin on tensor cores, and whether that serves the call: 16-bit elements, many tokens, packs.
-void lora_expand_mma(const ExpandArgs& args, cudaStream_t stream);
-bool expand_mma_takes(const ExpandArgs& args);
-
 }  // namespace lorax::cuda

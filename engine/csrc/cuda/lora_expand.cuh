@@ -6,6 +6,8 @@
 
 namespace lorax::cuda {
 
+constexpr int kExpandThreads = 128;
+
 // The columns of a target that a thread works on.
 struct Piece {
   const char* b;   // at the first of them

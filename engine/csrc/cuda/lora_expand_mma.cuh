@@ -1,24 +1,24 @@
-// lora_expand of 16-bit elements on tensor cores, for steps of many tokens.
+// Expand of segments of many tokens, on tensor cores; 16-bit elements.
 //
-// An item of work is 32 tokens of a segment by 512 columns of a target, 64 columns of a warp. B is
+// An item of work is 32 tokens of a segment by 256 columns of a target, 64 columns of a warp. B is
 // the left operand, so that a thread's 16 contiguous bytes of a row of B are one row of four mmas,
 // and its sums 8 contiguous columns of two tokens. The operands are tf32: B is exact in it, t is
 // split into two halves of 11 bits each. How an element is summed depends on its ranks alone.
+#pragma once
+
 #include "chain.cuh"
 #include "lora_expand.cuh"
-#include "pack.h"
 
 namespace lorax::cuda {
-namespace {
 
-constexpr int kThreads = 256;
-constexpr int kColumns = 8;  // of a thread
-constexpr int kTile = kThreads / 32 * 64;
-constexpr int kTokens = 32;  // of an item
-constexpr int kGroups = kTokens / 8;
-constexpr int kRankChunk = 64;        // ranks whose t lie in shared memory at a time
-constexpr int kStride = kTokens + 4;  // keeps the banks of eight tokens of four ranks apart
-constexpr int kRows = 4;              // of B, that a thread has of 16
+constexpr int kMmaColumns = 8;  // of a thread
+constexpr int kMmaTile = kExpandThreads / 32 * 64;
+constexpr int kMmaTokens = 32;  // of an item
+constexpr int kGroups = kMmaTokens / 8;
+constexpr int kMmaRanks = 64;  // whose t lie in shared memory at a time
+constexpr int kRows = 4;       // of B, that a thread has of 16
+// t in halves; the stride keeps the banks of eight tokens of four ranks apart.
+using Halves = uint2[kMmaRanks][kMmaTokens + 4];
 
 // c[16, 8] += a[16, 8] @ b[8, 8], fragments as in PTX's mma.m16n8k8.
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], uint32_t b0,
@@ -45,11 +45,11 @@ __device__ __forceinline__ uint2 halves_of(float x) {
 
 // t of the chunk's ranks and the item's tokens, scaled and in halves; zeros in place of others.
 __device__ __forceinline__ void load_t(const ExpandArgs& args, const Piece& piece, int rank0,
-                                       int ranks, int64_t first, int count,
-                                       uint2 (*halves)[kStride]) {
+                                       int ranks, int64_t first, int count, Halves& halves) {
   const int64_t part = args.segments.tokens * args.width;
   const int rounded = (ranks + kRows * 4 - 1) / (kRows * 4) * kRows * 4;
-  for (int i = threadIdx.x; i < rounded * kTokens; i += kThreads) {  // over tokens, then ranks
+  for (int i = threadIdx.x; i < rounded * kMmaTokens;
+       i += kExpandThreads) {  // over tokens, then ranks
     const int token = i / rounded, r = i % rounded;
     float sum = 0.0f;
     if (token < count && r < ranks) {
@@ -69,21 +69,21 @@ __device__ __forceinline__ int token_of(int j, int h) { return j * 8 + threadIdx
 
 template <class T>
 __device__ __forceinline__ void load_y(const ExpandArgs& args, const T* y, int count, Sums& sums) {
-  Pack<T, kColumns> old[kGroups][2] = {};
+  Pack<T, kMmaColumns> old[kGroups][2] = {};
 #pragma unroll
   for (int j = 0; j < kGroups; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       if (token_of(j, h) < count)
-        old[j][h] = load_pack<kColumns>(y + token_of(j, h) * args.y_stride);
+        old[j][h] = load_pack<kMmaColumns>(y + token_of(j, h) * args.y_stride);
 #pragma unroll
   for (int j = 0; j < kGroups; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float row[kColumns];
+      float row[kMmaColumns];
       unpack(old[j][h], row);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) sums[j][c / 2][c % 2 * 2 + h] = row[c];
+      for (int c = 0; c < kMmaColumns; ++c) sums[j][c / 2][c % 2 * 2 + h] = row[c];
     }
 }
 
@@ -93,20 +93,20 @@ __device__ __forceinline__ void store_y(const ExpandArgs& args, T* y, int count,
   for (int j = 0; j < kGroups; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      Pack<T, kColumns> pack;
+      Pack<T, kMmaColumns> pack;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) pack.v[c] = narrow<T>(sums[j][c / 2][c % 2 * 2 + h]);
-      if (token_of(j, h) < count) store_pack<kColumns>(y + token_of(j, h) * args.y_stride, pack);
+      for (int c = 0; c < kMmaColumns; ++c) pack.v[c] = narrow<T>(sums[j][c / 2][c % 2 * 2 + h]);
+      if (token_of(j, h) < count) store_pack<kMmaColumns>(y + token_of(j, h) * args.y_stride, pack);
     }
 }
 
 // Adds `count` tokens from `first` on.
 template <class T>
 __device__ __forceinline__ void expand_item(const ExpandArgs& args, const Piece& piece,
-                                            int64_t first, int count, uint2 (*halves)[kStride]) {
+                                            int64_t first, int count, Halves& halves) {
   const int lane = threadIdx.x % 32, here = piece.left > 0 ? count : 0;
   T* const y = static_cast<T*>(args.y) + first * args.y_stride + piece.column;
-  Pack<T, kColumns> rows[kRows];  // of B, every fourth
+  Pack<T, kMmaColumns> rows[kRows];  // of B, every fourth
   const auto load = [&](int r0) {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
@@ -114,15 +114,15 @@ __device__ __forceinline__ void expand_item(const ExpandArgs& args, const Piece&
       rows[u] = {};
       if (r < piece.rank && here)
         rows[u] =
-            load_pack<kColumns>(reinterpret_cast<const T*>(piece.b + int64_t(r) * piece.stride));
+            load_pack<kMmaColumns>(reinterpret_cast<const T*>(piece.b + int64_t(r) * piece.stride));
     }
   };
   load(0);
   wait_for_previous();
   Sums out;
   load_y(args, y, here, out);
-  for (int rank0 = 0; rank0 < piece.rank; rank0 += kRankChunk) {  // over chunks of ranks
-    const int ranks = min(piece.rank - rank0, kRankChunk);
+  for (int rank0 = 0; rank0 < piece.rank; rank0 += kMmaRanks) {  // over chunks of ranks
+    const int ranks = min(piece.rank - rank0, kMmaRanks);
     __syncthreads();
     load_t(args, piece, rank0, ranks, first, count, halves);
     __syncthreads();
@@ -130,8 +130,8 @@ __device__ __forceinline__ void expand_item(const ExpandArgs& args, const Piece&
       if (rank0 + r0 > 0) load(rank0 + r0);
 #pragma unroll
       for (int u = 0; u < kRows; u += 2) {  // eight of them
-        const uint2(*t)[kStride] = halves + r0 + u * 4 + lane % 4;
-        float b0[kColumns], b1[kColumns];
+        const auto* t = halves + r0 + u * 4 + lane % 4;
+        float b0[kMmaColumns], b1[kMmaColumns];
         unpack(rows[u], b0);
         unpack(rows[u + 1], b1);
 #pragma unroll
@@ -151,50 +151,21 @@ __device__ __forceinline__ void expand_item(const ExpandArgs& args, const Piece&
   store_y(args, y, here, out);
 }
 
+// The number of items of a segment, and one of them.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) expand_mma(const ExpandArgs args) {
-  __shared__ uint2 halves[kRankChunk][kStride];
-  __shared__ WorkList list;
-  allow_next();
-  const int items = count_work(args.segments, list, [&](const Segment& segment) {
-    return passes<kTokens>(segment) * count_tiles(args, segment, kTile);
-  });
-  const int offset = threadIdx.x / 32 * 64 + threadIdx.x % 32 / 4 * kColumns;
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const int index = find_work(list, item), local = item - list.first[index];
-    const Segment& segment = list.segments[index];
-    if (!fits_width(args, segment)) continue;
-    const int tokens = passes<kTokens>(segment), token = local % tokens * kTokens;
-    const Piece piece = piece_of<T>(args, segment, local / tokens, kTile, offset);
-    expand_item<T>(args, piece, segment.first + token, min(segment.count - token, kTokens), halves);
+struct MmaItems {
+  static __device__ __forceinline__ int count(const ExpandArgs& args, const Segment& segment) {
+    return passes<kMmaTokens>(segment) * count_tiles(args, segment, kMmaTile);
   }
-  if (blockIdx.x == 0) wait_for_previous();
-}
 
-template <class T>
-void launch(const ExpandArgs& args, cudaStream_t stream) {
-  int64_t tiles = 0;
-  for (int64_t n : args.splits) tiles += ceil_div(n, kTile);
-  if (tiles == 0) return;
-  const dim3 grid =
-      work_grid(args.segments, tiles * most_passes(args.segments, kTokens), 2 * multiprocessors());
-  launch_chained(expand_mma<T>, grid, kThreads, 0, stream, args);
-}
-
-}  // namespace
-
-bool expand_mma_takes(const ExpandArgs& args) {
-  for (int64_t n : args.splits)
-    if (n % kColumns) return false;
-  return args.dtype != DType::float32 && args.segments.tokens > kFewTokens &&
-         fits_packs(args.y, args.y_stride, kColumns);
-}
-
-void lora_expand_mma(const ExpandArgs& args, cudaStream_t stream) {
-  if (args.dtype == DType::bfloat16)
-    launch<__nv_bfloat16>(args, stream);
-  else
-    launch<__half>(args, stream);
-}
+  static __device__ __forceinline__ void add(const ExpandArgs& args, const Segment& segment,
+                                             int item, Halves& halves) {
+    const int tokens = passes<kMmaTokens>(segment), token = item % tokens * kMmaTokens;
+    const int offset = threadIdx.x / 32 * 64 + threadIdx.x % 32 / 4 * kMmaColumns;
+    const Piece piece = piece_of<T>(args, segment, item / tokens, kMmaTile, offset);
+    expand_item<T>(args, piece, segment.first + token, min(segment.count - token, kMmaTokens),
+                   halves);
+  }
+};
 
 }  // namespace lorax::cuda
