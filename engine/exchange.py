@@ -346,10 +346,9 @@ class Exchange:
         )
 
     def _pause(self) -> None:
-        """Between two pieces of work in a thread: lets others have the interpreter and the core."""
+        """Between two pieces of work in a thread."""
         if self._closing:
             raise AdapterLoadFailed("the server is shutting down")
-        time.sleep(0)
 
     def _remember(self, key: Hashable, adapter: _Adapter) -> None:
         """Notes an adapter that is going to be loaded; forgets those that were not asked for for longest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -117,6 +118,10 @@ class Service:
                 stand_back()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
             self._exchange = self._build(layout, message.device)
+            # What was imported stays: a full collection among it would hold up every thread for 0.1 s, and a few
+            # adapters make enough objects for one.
+            gc.collect()
+            gc.freeze()
             await self._exchange.start()
         except Exception as error:
             answer, self._exit_code = child.cannot_start("exchange", error)
