@@ -4,7 +4,8 @@
     zeros     to the next multiple of DATA_ALIGN bytes
     data      group after group, layer after layer, the ends last: A of all targets, then each target's B, transposed
 
-The digest is BLAKE2b (16 bytes) over records and data: adapters that act alike on this base model share it.
+The digest is BLAKE2b (16 bytes) over the records and the digests of the data's leaves (`engine.ops.digest`): adapters
+that act alike on this base model share it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import AdapterIncompatible, AdapterTooLarge
 from engine.lora.weights import LoraWeights, Matrix, Pair, Place
+from engine.ops.digest import LEAF_BYTES, leaf_digests
 from engine.ops.layout import (
     ALIGN,
     MAX_TARGETS,
@@ -34,6 +36,7 @@ DATA_ALIGN = 256  # bytes
 CHUNK_BYTES = 1 << 20  # the most that is read, converted or hashed in one piece
 _RECORD = struct.Struct("=IIIHHHHfff")  # a, b, extra, three ranks, flags, three scales
 assert _RECORD.size == RECORD_WORDS * 4
+assert CHUNK_BYTES % LEAF_BYTES == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +251,9 @@ class _Writer:
 
 def _digest(out: memoryview, size: ImageSize, pause: Callable[[], None]) -> bytes:
     state = hashlib.blake2b(out[: size.record_bytes], digest_size=16)
-    for start in range(size.data_start, size.total, CHUNK_BYTES):
-        state.update(out[start : start + CHUNK_BYTES])
+    data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
+    for piece in data.split(CHUNK_BYTES):
+        state.update(leaf_digests(piece))
         pause()
     return state.digest()
 
