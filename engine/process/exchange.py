@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -45,6 +46,8 @@ def main(socket_fd: int, region_fd: int) -> int:
     try:
         import torch
 
+        from engine.lora.pinning import populate
+
         torch.set_num_threads(1)  # the cores are the engine's
         factory = load(setup.parts.exchange)
     except Exception as error:
@@ -52,6 +55,9 @@ def main(socket_fd: int, region_fd: int) -> int:
 
     def build(layout: AdapterLayout, device: str) -> Exchange:
         region = HostRegion.attach(region_fd)
+        if device != "cpu":  # the shard pins the region, so its pages are there for the mapping
+            host = torch.frombuffer(region.view, dtype=torch.uint8)
+            threading.Thread(target=populate, args=(host,), daemon=True).start()
         exchange: Exchange = factory(setup.config, layout, region, device=device)
         return exchange
 
