@@ -73,5 +73,6 @@ def reference(
         if not matrix.isfinite().all():
             return index
         strides = (1, piece.stride) if piece.transposed else (piece.stride, 1)
-        values.as_strided(shape, strides, piece.target // dtype.itemsize).copy_(matrix)
+        first = values.storage_offset() + piece.target // dtype.itemsize
+        values.as_strided(shape, strides, first).copy_(matrix)
     return None

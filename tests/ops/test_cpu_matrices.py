@@ -45,9 +45,11 @@ def fill(pieces: list[Piece], size: int) -> Tensor:
 def test_the_same_bytes_as_the_reference(isa: str, fresh: None, dtype: torch.dtype) -> None:
     pieces, source_bytes, image_bytes = pieces_of(60, dtype)
     source = fill(pieces, source_bytes)
-    images = [torch.full((image_bytes,), FILLING, dtype=torch.uint8) for _ in range(2)]
+    room = 64  # before the image, as an image's records are
+    images = [torch.full((room + image_bytes,), FILLING, dtype=torch.uint8) for _ in range(2)]
     for write, image in zip((write_matrices, reference), images, strict=True):
-        assert write(source, image, pieces, dtype) is None
+        assert write(source, image[room:], pieces, dtype) is None
+        assert (image[:room] == FILLING).all()
     assert torch.equal(*images)
 
 
