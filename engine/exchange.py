@@ -37,6 +37,8 @@ from engine.lora.image import ImageSize, image_size, write_image
 from engine.lora.report import AdapterReport, count_targets, inspect
 from engine.lora.weights import LoraWeights
 from engine.messages import AdapterImageRef, AdapterStatus
+from engine.ops.extension import cpu_function
+from engine.ops.extension import load as load_library
 from engine.ops.layout import AdapterLayout
 
 __all__ = ["AdapterReport", "Exchange", "Lease", "inspect"]
@@ -117,6 +119,9 @@ class Exchange:
         demo = self._registry.sources.get("demo")
         self._shipped = demo.names() if isinstance(demo, DemoSource) else []
         self._closing = False
+        if cpu_function("lorax_cpu_write_matrices") is None:
+            reason = load_library().reason or "the compiled CPU library is out of date"
+            logger.warning("adapters load several times slower than they could: %s", reason)
 
     async def start(self) -> None:
         """Loads the adapters of --preloaded-adapter-ids and --adapter-id and keeps them in host memory.
@@ -346,10 +351,9 @@ class Exchange:
         )
 
     def _pause(self) -> None:
-        """Between two pieces of work in a thread: lets others have the interpreter and the core."""
+        """Between two pieces of work in a thread."""
         if self._closing:
             raise AdapterLoadFailed("the server is shutting down")
-        time.sleep(0)
 
     def _remember(self, key: Hashable, adapter: _Adapter) -> None:
         """Notes an adapter that is going to be loaded; forgets those that were not asked for for longest."""

@@ -4,13 +4,13 @@
     zeros     to the next multiple of DATA_ALIGN bytes
     data      group after group, layer after layer, the ends last: A of all targets, then each target's B, transposed
 
-The digest is BLAKE2b (16 bytes) over records and data: adapters that act alike on this base model share it.
+The digest is BLAKE2b (16 bytes) over the records and the digests of the data's leaves (`engine.ops.digest`): adapters
+that act alike on this base model share it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import AdapterIncompatible, AdapterTooLarge
 from engine.lora.weights import LoraWeights, Matrix, Pair, Place
+from engine.ops.digest import LEAF_BYTES, leaf_digests
 from engine.ops.layout import (
     ALIGN,
     MAX_TARGETS,
@@ -29,11 +30,13 @@ from engine.ops.layout import (
     padded,
     row_stride,
 )
+from engine.ops.matrices import ELEMENTS, Piece, write_matrices
 
 DATA_ALIGN = 256  # bytes
 CHUNK_BYTES = 1 << 20  # the most that is read, converted or hashed in one piece
 _RECORD = struct.Struct("=IIIHHHHfff")  # a, b, extra, three ranks, flags, three scales
 assert _RECORD.size == RECORD_WORDS * 4
+assert CHUNK_BYTES % LEAF_BYTES == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ def write_image(
 ) -> bytes:
     """Writes the image into `out` (writable, `image_size().total` bytes) and returns its digest.
 
-    Works in pieces of CHUNK_BYTES, calling `pause` after each, and allocates no more than a few of them. Values are
+    Works in batches of CHUNK_BYTES, calling `pause` after each, and allocates no more than one of them. Values are
     rounded to the layout's dtype. Raises AdapterIncompatible for values that are not finite in it, and
     AdapterLoadFailed where the files fail.
     """
@@ -126,21 +129,19 @@ def write_image(
         raise ValueError(f"the image has {size.total} bytes, not {len(out)}")
     write_records(weights, layout, out[: size.data_start])
     data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
+    writer = _Writer(data, _dtype(layout), pause)
     for block in _blocks(weights, layout):
-        writer = _Writer(data, _dtype(layout), pause)
         offset = block.a
-        for pair in block.pairs:
-            if pair is None:
-                continue
+        for pair in filter(None, block.pairs):
             if block.group.embedding:
-                writer.transposed(pair.a, offset, pair)
+                writer.transposed(pair.a, offset, pair.module)
             else:
-                offset = writer.straight(pair.a, offset, pair)
+                offset = writer.straight(pair.a, offset, pair.module)
         offset = block.b
-        for pair in block.pairs:
-            if pair is not None:
-                offset = writer.transposed(pair.b, offset, pair)
+        for pair in filter(None, block.pairs):
+            offset = writer.transposed(pair.b, offset, pair.module)
         assert offset == block.end
+    writer.flush()
     weights.verify()
     return _digest(out, size, pause)
 
@@ -171,63 +172,88 @@ def _write_record(block: _Block, layout: AdapterLayout, out: memoryview) -> None
     )
 
 
-@dataclass(frozen=True, slots=True)
 class _Writer:
-    """Writes matrices into the data of an image, in pieces."""
+    """Writes matrices into the data of an image, a batch at a time."""
 
-    data: Tensor  # [bytes] uint8
-    dtype: torch.dtype
-    pause: Callable[[], None]
+    def __init__(self, data: Tensor, dtype: torch.dtype, pause: Callable[[], None]) -> None:
+        """`data` [bytes] uint8."""
+        self._data, self._dtype, self._pause = data, dtype, pause
+        self._read = bytearray(CHUNK_BYTES)
+        self._used = 0  # bytes of it
+        self._pieces: list[Piece] = []
+        self._modules: list[str] = []  # of the pieces, for messages
 
-    def _view(self, offset: int, rows: int, length: int) -> Tensor:
-        """[rows, length] at `offset`, with zeros behind each row."""
-        stride = row_stride(length, self.dtype.itemsize)
-        count = rows * stride * self.dtype.itemsize
-        view = self.data[offset : offset + count].view(self.dtype).view(rows, stride)
-        view[:, length:].zero_()
-        return view[:, :length]
-
-    def _pieces(self, matrix: Matrix, pair: Pair) -> Iterator[tuple[int, int, Tensor]]:
-        """(first row, last row + 1, rows in the image's dtype), each at most CHUNK_BYTES in memory."""
-        rows, columns = matrix.shape
-        widest = max(matrix.dtype.itemsize, self.dtype.itemsize)
-        step = max(1, CHUNK_BYTES // (columns * widest))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            piece = matrix.rows(start, stop).to(self.dtype)
-            low, high = (float(bound) for bound in torch.aminmax(piece))
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise AdapterIncompatible(
-                    f"{pair.module} holds values that are not finite in {self.dtype}".replace(
-                        "torch.", ""
-                    ),
-                    field=pair.module,
-                    hint="the training diverged, or the values need a wider --dtype",
-                )
-            yield start, stop, piece
-            self.pause()
-
-    def straight(self, matrix: Matrix, offset: int, pair: Pair) -> int:
+    def straight(self, matrix: Matrix, offset: int, module: str) -> int:
         """Writes the rows as they are. Returns the offset behind them."""
         rows, columns = matrix.shape
-        view = self._view(offset, rows, columns)
-        for start, stop, piece in self._pieces(matrix, pair):
-            view[start:stop].copy_(piece)
-        return offset + rows * padded(columns * self.dtype.itemsize)
+        return self._write(matrix, offset, (rows, columns), module, transposed=False)
 
-    def transposed(self, matrix: Matrix, offset: int, pair: Pair) -> int:
+    def transposed(self, matrix: Matrix, offset: int, module: str) -> int:
         """Writes the columns as rows. Returns the offset behind them."""
         rows, columns = matrix.shape
-        view = self._view(offset, columns, rows)
-        for start, stop, piece in self._pieces(matrix, pair):
-            view[:, start:stop].copy_(piece.T)
-        return offset + columns * padded(rows * self.dtype.itemsize)
+        return self._write(matrix, offset, (columns, rows), module, transposed=True)
+
+    def _write(
+        self,
+        matrix: Matrix,
+        offset: int,
+        shape: tuple[int, int],
+        module: str,
+        transposed: bool,
+    ) -> int:
+        """`shape`: rows of the image and their length; zeros come behind each."""
+        size, stride = self._dtype.itemsize, row_stride(shape[1], self._dtype.itemsize)
+        end = offset + shape[0] * stride * size
+        if stride > shape[1]:
+            values = self._data[offset:end].view(self._dtype).view(shape[0], stride)
+            values[:, shape[1] :].zero_()
+        rows, columns = matrix.shape
+        element = ELEMENTS.index(matrix.dtype)
+        num_bytes = columns * matrix.dtype.itemsize  # of a row in the file
+        done = 0
+        while done < rows:
+            count = min((len(self._read) - self._used) // num_bytes, rows - done)
+            if not count:
+                self._make_room(num_bytes)
+                continue
+            stop = self._used + count * num_bytes
+            matrix.read(done, done + count, memoryview(self._read)[self._used : stop])
+            target = offset + done * size * (1 if transposed else stride)
+            piece = Piece(self._used, count, columns, element, target, stride, transposed)
+            self._pieces.append(piece)
+            self._modules.append(module)
+            self._used = padded(stop)
+            done += count
+        return end
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Writes what has been read, so that `num_bytes` more can be."""
+        self.flush()
+        if num_bytes > len(self._read):
+            self._read = bytearray(num_bytes)
+
+    def flush(self) -> None:
+        """Writes what has been read."""
+        if not self._pieces:
+            return
+        source = torch.frombuffer(self._read, dtype=torch.uint8)
+        bad = write_matrices(source, self._data, self._pieces, self._dtype)
+        if bad is not None:
+            module, dtype = self._modules[bad], str(self._dtype).removeprefix("torch.")
+            raise AdapterIncompatible(
+                f"{module} holds values that are not finite in {dtype}",
+                field=module,
+                hint="the training diverged, or the values need a wider --dtype",
+            )
+        self._pieces, self._modules, self._used = [], [], 0
+        self._pause()
 
 
 def _digest(out: memoryview, size: ImageSize, pause: Callable[[], None]) -> bytes:
     state = hashlib.blake2b(out[: size.record_bytes], digest_size=16)
-    for start in range(size.data_start, size.total, CHUNK_BYTES):
-        state.update(out[start : start + CHUNK_BYTES])
+    data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
+    for piece in data.split(CHUNK_BYTES):
+        state.update(leaf_digests(piece))
         pause()
     return state.digest()
 

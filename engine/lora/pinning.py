@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 MADV_POPULATE_WRITE = (
     23  # Linux 5.14; older kernels refuse, and the pages are filled in while registered
 )
+POPULATED_BYTES = 16 << 20  # at a time: meanwhile no other thread can map memory
 
 logger = logging.getLogger(__name__)
 
@@ -78,5 +79,5 @@ def populate(host: Tensor) -> bool:
         return False
     madvise = ctypes.CDLL(None).madvise  # unlike mmap.madvise, it lets other threads run meanwhile
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    done: int = madvise(host.data_ptr(), host.numel(), MADV_POPULATE_WRITE)
-    return done == 0
+    pieces = host.split(POPULATED_BYTES)
+    return all(madvise(one.data_ptr(), one.numel(), MADV_POPULATE_WRITE) == 0 for one in pieces)

@@ -64,12 +64,8 @@ class _FileMatrix:
     shape: tuple[int, int]
     dtype: torch.dtype
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        columns = self.shape[1]
-        size = self.dtype.itemsize
-        buffer = bytearray((stop - start) * columns * size)
-        self.file.read_into(buffer, self.start + start * columns * size)
-        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, columns)
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        self.file.read_into(out, self.start + start * self.shape[1] * self.dtype.itemsize)
 
 
 class SafetensorsFile:
@@ -126,7 +122,7 @@ class SafetensorsFile:
             raise ValueError(f"{name} has {last - first} bytes for the shape {list(shape)}")
         return TensorInfo(dtype, shape, data + first)
 
-    def read_into(self, buffer: bytearray, offset: int) -> None:
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         """Fills `buffer` from `offset` on. Raises AdapterLoadFailed if the file ends or fails."""
         view, done = memoryview(buffer), 0
         while done < len(view):

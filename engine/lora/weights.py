@@ -22,8 +22,8 @@ class Matrix(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop - 1, contiguous."""
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        """Fills `out`, writable bytes, with the rows start .. stop - 1."""
         ...
 
 
@@ -42,8 +42,9 @@ class TensorMatrix:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.tensor[start:stop].contiguous()
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        rows = self.tensor[start:stop]
+        torch.frombuffer(out, dtype=self.dtype).view(rows.shape).copy_(rows)
 
 
 @dataclass(frozen=True, slots=True)

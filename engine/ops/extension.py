@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,13 @@ DEVICES = ("cpu", "cuda")  # those an extension exists for
 # Those whose reference is as fast as torch is there: cuBLAS, and vectorised work on small tensors.
 BY_TORCH = {("linear", "cuda")}
 BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy_", "top_p_floor")}
+
+CPU_FUNCTIONS = {
+    # source, image, pieces, number of pieces, dtype
+    "lorax_cpu_write_matrices": ([c_void_p, c_void_p, c_void_p, c_int64, c_int32], c_int64),
+    # data, its bytes, bytes of a leaf, digests
+    "lorax_cpu_leaf_digests": ([c_void_p, c_int64, c_int64, c_void_p], None),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,18 @@ def use_isa(name: str, library: Path = CPU_LIBRARY) -> bool:
 
 def _registered(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+
+
+@cache
+def cpu_function(name: str) -> Callable[..., int] | None:
+    """A function of the CPU library that is no op, of the signature in CPU_FUNCTIONS; None where there is none."""
+    library = load().path
+    if library is None or not hasattr(_functions(library), name):  # an older build
+        return None
+    function = getattr(_functions(library), name)
+    function.argtypes, function.restype = CPU_FUNCTIONS[name]
+    found: Callable[..., int] = function
+    return found
 
 
 @cache

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -44,6 +46,8 @@ def main(socket_fd: int, region_fd: int) -> int:
     try:
         import torch
 
+        from engine.lora.pinning import populate
+
         torch.set_num_threads(1)  # the cores are the engine's
         factory = load(setup.parts.exchange)
     except Exception as error:
@@ -51,6 +55,9 @@ def main(socket_fd: int, region_fd: int) -> int:
 
     def build(layout: AdapterLayout, device: str) -> Exchange:
         region = HostRegion.attach(region_fd)
+        if device != "cpu":  # the shard pins the region, so its pages are there for the mapping
+            host = torch.frombuffer(region.view, dtype=torch.uint8)
+            threading.Thread(target=populate, args=(host,), daemon=True).start()
         exchange: Exchange = factory(setup.config, layout, region, device=device)
         return exchange
 
@@ -117,6 +124,10 @@ class Service:
                 stand_back()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
             self._exchange = self._build(layout, message.device)
+            # What was imported stays: a full collection among it would hold up every thread for 0.1 s, and a few
+            # adapters make enough objects for one.
+            gc.collect()
+            gc.freeze()
             await self._exchange.start()
         except Exception as error:
             answer, self._exit_code = child.cannot_start("exchange", error)

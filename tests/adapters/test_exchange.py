@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.adapters import versions
 from engine.adapters.hub import HubSource
@@ -32,6 +33,7 @@ from engine.errors import (
 )
 from engine.exchange import MAX_FAILED, Exchange, Lease, inspect
 from engine.lora.image import data_start, read_image
+from engine.ops.digest import reference as leaf_digests
 from tests.adapters.conftest import NAMES, contents
 from tests.adapters.fake_hub import FakeHub
 from tests.lora import tiny
@@ -99,7 +101,8 @@ def digest_of(exchange: Exchange, lease: Lease) -> bytes:
     """The digest of what really lies in the region."""
     image = image_of(exchange, lease)
     state = hashlib.blake2b(image[: LAYOUT.record_bytes], digest_size=16)
-    state.update(image[data_start(LAYOUT.record_bytes) :])
+    data = torch.frombuffer(image, dtype=torch.uint8)[data_start(LAYOUT.record_bytes) :]
+    state.update(leaf_digests(data))
     return state.digest()
 
 
