@@ -28,8 +28,6 @@ BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy
 CPU_FUNCTIONS = {
     # source, image, pieces, number of pieces, dtype
     "lorax_cpu_write_matrices": ([c_void_p, c_void_p, c_void_p, c_int64, c_int32], c_int64),
-    # data, its bytes, bytes of a leaf, digests
-    "lorax_cpu_leaf_digests": ([c_void_p, c_int64, c_int64, c_void_p], None),
 }
 
 
