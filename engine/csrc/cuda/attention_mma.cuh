@@ -82,11 +82,26 @@ __device__ inline void copy_rows(const AttentionArgs& args, T* keys, T* values, 
   }
 }
 
+// The same for one tile [kRows][kSize + 8] and rows of any tensor; `size` elements of a row are
+// there.
+template <class T, int kSize, int kRows>
+__device__ inline void copy_tile(const T* tensor, T* to, long long row, int size, int lane) {
+  constexpr int kChunks = kSize / 8;  // 16 bytes each
+  static_assert(kRows <= 32 && kRows * kChunks % 32 == 0);
+#pragma unroll 4
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {  // over rows, then chunks of the head size
+    const int r = (i * 32 + lane) / kChunks, d = (i * 32 + lane) % kChunks * 8;
+    const long long at = __shfl_sync(kFull, row, r);
+    const bool valid = at >= 0 && d < size;
+    copy_async(to + r * (kSize + 8) + d, valid ? tensor + at + d : tensor, valid);
+  }
+}
+
 // State of 16 query rows in a warp: weighted values, maximum (times log2 e) and sum of weights.
 // The sum is the lane's own share until finish().
 template <class T, int kSize>
 struct Rows {
-  static constexpr bool kKeepQ = kSize <= 128;  // else fragments are read again for every tile
+  static constexpr bool kKeepQ = keeps_queries(kSize);  // else they are read again for every tile
   float o[kSize / 8][4];
   float m[2], l[2];
   uint32_t q[kKeepQ ? kSize / 16 : 1][4];
@@ -109,13 +124,10 @@ struct Rows {
     }
   }
 
-  // Takes in kKeys positions from `first` on. Row i of the lane sees low[i] .. high[i] - 1.
+  // s = queries @ keys, unscaled. queries: as above; keys: a tile [kKeys][kSize + 8].
   template <int kKeys>
-  __device__ void attend(const T* queries, const T* keys, const T* values, int first,
-                         const int (&low)[2], const int (&high)[2], float scale, float softcap,
-                         int lane) {
+  __device__ void multiply(float (&s)[kKeys / 8][4], const T* queries, const T* keys, int lane) {
     constexpr int kStride = kSize + 8;
-    float s[kKeys / 8][4];
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
@@ -138,6 +150,36 @@ struct Rows {
         Half2<T>::mma(s[2 * j + 1], a, b[2], b[3]);
       }
     }
+  }
+
+  // o += s @ values, a tile [kKeys][kSize + 8].
+  template <int kKeys>
+  __device__ void add_values(const float (&s)[kKeys / 8][4], const T* values, int lane) {
+    constexpr int kStride = kSize + 8;
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {  // over positions, 16 at a time
+      const uint32_t a[4] = {Half2<T>::pack(s[2 * k][0], s[2 * k][1]),
+                             Half2<T>::pack(s[2 * k][2], s[2 * k][3]),
+                             Half2<T>::pack(s[2 * k + 1][0], s[2 * k + 1][1]),
+                             Half2<T>::pack(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+      for (int j = 0; j < kSize / 16; ++j) {  // over the head size, 16 at a time
+        uint32_t b[4];
+        load_matrices_transposed(b,
+                                 values + (k * 16 + lane % 16) * kStride + j * 16 + lane / 16 * 8);
+        Half2<T>::mma(o[2 * j], a, b[0], b[1]);
+        Half2<T>::mma(o[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // Takes in kKeys positions from `first` on. Row i of the lane sees low[i] .. high[i] - 1.
+  template <int kKeys>
+  __device__ void attend(const T* queries, const T* keys, const T* values, int first,
+                         const int (&low)[2], const int (&high)[2], float scale, float softcap,
+                         int lane) {
+    float s[kKeys / 8][4];
+    multiply<kKeys>(s, queries, keys, lane);
     float top[2] = {m[0], m[1]};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
@@ -174,21 +216,7 @@ struct Rows {
         l[i / 2] += s[j][i];
       }
     }
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {  // over positions, 16 at a time
-      const uint32_t a[4] = {Half2<T>::pack(s[2 * k][0], s[2 * k][1]),
-                             Half2<T>::pack(s[2 * k][2], s[2 * k][3]),
-                             Half2<T>::pack(s[2 * k + 1][0], s[2 * k + 1][1]),
-                             Half2<T>::pack(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-      for (int j = 0; j < kSize / 16; ++j) {  // over the head size, 16 at a time
-        uint32_t b[4];
-        load_matrices_transposed(b,
-                                 values + (k * 16 + lane % 16) * kStride + j * 16 + lane / 16 * 8);
-        Half2<T>::mma(o[2 * j], a, b[0], b[1]);
-        Half2<T>::mma(o[2 * j + 1], a, b[2], b[3]);
-      }
-    }
+    add_values<kKeys>(s, values, lane);
   }
 
   // Adds up the sums of the four lanes of a row.

@@ -7,21 +7,177 @@
 namespace lorax::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kRows = 64;   // query rows of a CTA, 16 a warp
-constexpr int kStages = 2;  // tiles of keys and values in flight or in use
-
-template <int kSize>
-constexpr int kKeysOf = kSize <= 128 ? 64 : 32;  // positions of a tile
-
-template <int kSize>
-constexpr int prefill_shared() {  // bytes: queries, then the stages, keys and values
-  return (kRows + kStages * 2 * kKeysOf<kSize>)*(kSize + 8) * 2;
-}
+constexpr int kWarps = kPrefillWarps, kRows = kPrefillRows;
+static_assert(kRows == kWarps * 16 && kPrefillStages == 2);
 
 // Of the sequence behind the decodes.
 __host__ __device__ inline int first_tile(const AttentionArgs& args) {
-  return int(int64_t(args.decodes) * (args.heads / args.groups) / kRows) + args.decodes;
+  return prefill_tile(args.decodes, args.decodes, args.heads / args.groups);
+}
+
+// The rows of a CTA, and the positions low .. high - 1 that any of them sees.
+struct Tile {
+  int sequence, first_token, first_row, rows;
+  int before;  // positions of the sequence ahead of the step
+  int low, high;
+};
+
+// The thread that has the sequence of tile `index` tells the others, through 16 bytes at `found`.
+__device__ inline Tile find_tile(const AttentionArgs& args, int index, int repeats, int4* found) {
+#pragma unroll 2
+  for (int s = args.decodes + threadIdx.x; s < args.sequences; s += kWarps * 32) {
+    const int start = args.starts[s], end = args.starts[s + 1], length = args.lengths[s];
+    if (prefill_tile(start, s, repeats) <= index &&
+        (s + 1 == args.sequences || index < prefill_tile(end, s + 1, repeats)))
+      *found = make_int4(s, start, end - start, length);
+  }
+  __syncthreads();
+  const auto [s, start, tokens, length] = *found;
+  Tile tile;
+  tile.sequence = s;
+  tile.first_token = start;
+  tile.first_row = (index - prefill_tile(start, s, repeats)) * kRows;
+  tile.rows = min(kRows, tokens * repeats - tile.first_row);
+  tile.before = length - tokens;
+  // from the window of the first token up to the last token
+  const int first = tile.before + unsigned(tile.first_row) / unsigned(repeats);
+  tile.low = args.window > 0 ? max(first + 1 - args.window, 0) : 0;
+  tile.high = tile.before + unsigned(tile.first_row + tile.rows - 1) / unsigned(repeats) + 1;
+  return tile;
+}
+
+// How many positions there are up to a row's own one: of the lane's two rows, and the least and the
+// greatest of the warp.
+struct Sight {
+  int high[2], first, last;
+
+  // Lane i knows it of row i % 16; all zeros: there are no rows.
+  __device__ Sight(int own, int lane)
+      : high{__shfl_sync(kFull, own, lane / 4), __shfl_sync(kFull, own, lane / 4 + 8)},
+        first(__reduce_min_sync(kFull, own)),
+        last(__reduce_max_sync(kFull, own)) {}
+  // Whether a row sees one of the positions at .. at + keys - 1; every row each of them.
+  __device__ bool any(int at, int keys, int window) const {
+    return at < last && (window == 0 || at + keys > first - window);
+  }
+  __device__ bool all(int at, int keys, int window) const {
+    return at + keys <= first && (window == 0 || at >= last - window);
+  }
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Scales scores, times log2 e. A row's bits must not depend on the others, nor on whether a mask
+// follows: no product here is contracted with what comes behind it.
+template <int kKeys>
+__device__ __forceinline__ void scale_scores(float (&s)[kKeys / 8][4], float scale, float softcap) {
+  if (softcap > 0.f) {  // tanh(x) = 1 - 2 / (e^2x + 1)
+    const float inner = scale / softcap * (2.f * kLog2e), outer = softcap * kLog2e;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float e = exp2_fast(__fmul_rn(s[j][i], inner));
+        s[j][i] = __fmul_rn(outer, __fsub_rn(1.f, __fdividef(2.f, __fadd_rn(e, 1.f))));
+      }
+  } else {
+    const float factor = scale * kLog2e;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = __fmul_rn(s[j][i], factor);
+  }
+}
+
+template <int kKeys>
+__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 8][4], int at, const Sight& sight,
+                                            int window, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int high = sight.high[i / 2] - at - lane % 4 * 2 - i % 2;
+    const int low = window > 0 ? high - window : 0;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)  // over positions, 8 at a time
+      if (j * 8 < low || j * 8 >= high) s[j][i] = -INFINITY;
+  }
+}
+
+// Scores to weights; the state takes in their maximum and sum, and shrinks to match.
+template <int kKeys, class T, int kSize>
+__device__ __forceinline__ void weigh_scores(Rows<T, kSize>& state, float (&s)[kKeys / 8][4]) {
+  float shrink[2], base[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float top = state.m[i];
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+    top = fmaxf(top, __shfl_xor_sync(kFull, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kFull, top, 2));
+    base[i] = top == -INFINITY ? 0.f : top;
+    shrink[i] = exp2_fast(__fsub_rn(state.m[i], base[i]));
+    state.m[i] = top;
+  }
+  // a factor of 1 changes no bit
+  if (__any_sync(kFull, shrink[0] != 1.f || shrink[1] != 1.f)) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) state.l[i] = __fmul_rn(state.l[i], shrink[i]);
+#pragma unroll
+    for (int j = 0; j < kSize / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.o[j][i] *= shrink[i / 2];
+  }
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[j][i] = exp2_fast(__fsub_rn(s[j][i], base[i / 2]));
+      state.l[i / 2] += s[j][i];
+    }
+}
+
+// The 16 rows of a warp to shared memory, 16 bytes at a time where q's layout allows it. Lane i
+// knows where row i lies in q; -1 for none.
+template <class T, int kSize>
+__device__ __forceinline__ void copy_queries(const AttentionArgs& args, T* to, long long row,
+                                             int lane) {
+  const T* q = static_cast<const T*>(args.q);
+  if (fits_packs(q, args.q_stride, 8) && args.q_head_stride % 8 == 0)
+    return copy_tile<T, kSize, 16>(q, to, row, args.size, lane);
+#pragma unroll 1
+  for (int r = 0; r < 16; ++r) {
+    const long long at = __shfl_sync(kFull, row, r);
+    for (int d = lane; d < kSize; d += 32)  // over the head size
+      to[r * (kSize + 8) + d] = at >= 0 && d < args.size ? q[at + d] : T(0.f);
+  }
+}
+
+// The 16 rows of a warp to `out`, through shared memory that is its own. Lane i knows which of the
+// tokens x heads row i is; -1 for none.
+template <class T, int kSize>
+__device__ __forceinline__ void store_rows(const AttentionArgs& args, const Rows<T, kSize>& state,
+                                           T* staged, int row, int lane) {
+  constexpr int kChunks = kSize / 8, kStride = kSize + 8;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float inverse = 1.f / state.l[i];
+    T* to = staged + (lane / 4 + i * 8) * kStride + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kSize / 8; ++j)  // over the head size
+      *reinterpret_cast<uint32_t*>(to + j * 8) =
+          Half2<T>::pack(state.o[j][2 * i] * inverse, state.o[j][2 * i + 1] * inverse);
+  }
+  __syncwarp();
+  T* out = static_cast<T*>(args.out);
+#pragma unroll
+  for (int i = 0; i < 16 * kChunks / 32; ++i) {  // over rows, then chunks of the head size
+    const int r = (i * 32 + lane) / kChunks, d = (i * 32 + lane) % kChunks * 8;
+    const long long at = __shfl_sync(kFull, row, r);
+    if (at >= 0 && d < args.size) store_pack(out + at + d, load_pack<8>(staged + r * kStride + d));
+  }
 }
 
 // Grid (upper bound of the tiles, groups). The rows of a sequence are its tokens x the heads of
@@ -31,102 +187,89 @@ __host__ __device__ inline int first_tile(const AttentionArgs& args) {
 // of 64 (or 32) positions that its rows see; tiles begin at multiples of their size, so that a row
 // does not depend on how its prompt is cut into steps.
 template <class T, int kSize>
-__global__ void __launch_bounds__(kWarps * 32) prefill_kernel(const AttentionArgs args) {
+__global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
+    prefill_kernel(const AttentionArgs args) {
   allow_next();
-  wait_for_previous();
   extern __shared__ __align__(16) unsigned char memory[];
-  constexpr int kKeys = kKeysOf<kSize>, kStride = kSize + 8, kTile = kKeys * kStride;
+  constexpr int kKeys = prefill_keys(kSize), kStride = kSize + 8, kHalf = kKeys * kStride;
   constexpr int kShare = kKeys / kWarps;  // rows of a tile that a warp copies
-  T* queries = reinterpret_cast<T*>(memory);
-  T* stages = queries + kRows * kStride;
+  constexpr bool kKeepQ = keeps_queries(kSize);
+  static_assert(!kKeepQ || kKeys == kRows);
+  T* stages = reinterpret_cast<T*>(memory);  // [2][keys, values][kKeys][kStride]
+  T* queries = stages + (kKeepQ ? 2 : 4) * kHalf;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = blockIdx.y, repeats = args.heads / args.groups;
+  T* mine = queries + warp * 16 * kStride;
 
-  // later tiles see more keys: start with them
+  // Later tiles see more keys: start with them. The pad of the first row is free.
   const int index = first_tile(args) + gridDim.x - 1 - blockIdx.x;
-  int s = args.decodes, above = args.sequences;  // first tile of s <= index < first tile of above
-  while (above - s > 1) {
-    const int middle = (s + above) / 2;
-    (int64_t(args.starts[middle]) * repeats / kRows + middle <= index ? s : above) = middle;
+  const Tile tile = find_tile(args, index, repeats, reinterpret_cast<int4*>(stages + kSize));
+  if (tile.rows <= 0) {
+    if (blockIdx.x == 0) wait_for_previous();
+    return;
   }
-  const int first_token = args.starts[s], tokens = args.starts[s + 1] - first_token;
-  const int64_t first_row = (index - (int64_t(first_token) * repeats / kRows + s)) * int64_t(kRows);
-  const int64_t all_rows = int64_t(tokens) * repeats;
-  if (first_row >= all_rows) return;
-  const int rows = int(min(int64_t(kRows), all_rows - first_row));
-  const int32_t* table = args.tables + s * args.table_stride;
-  const int before = args.lengths[s] - tokens;  // positions ahead of the step
-
-  // what the tile sees: from the window of its first token up to its last token
-  const int first = before + int(first_row / repeats);
-  const int tile_high = before + int((first_row + rows - 1) / repeats) + 1;
-  const int tile_low = args.window > 0 ? max(first + 1 - args.window, 0) : 0;
-  const int begin = tile_low / kKeys * kKeys;
-
-  auto copy = [&](int at, int stage) {
-    long long row = -1;
-    if (lane < kShare)
-      row = row_of(args, table, group, at + warp * kShare + lane, tile_low, tile_high);
-    T* keys = stages + stage * 2 * kTile + warp * kShare * kStride;
-    copy_rows<T, kSize, kShare>(args, keys, keys + kTile, row, lane);
+  auto find_row = [&](int at, int low) {
+    return row_of(args, args.tables + tile.sequence * args.table_stride, group,
+                  at + warp * kShare + lane, low, tile.high);
   };
-  copy(begin, 0);
+  const int begin = tile.low / kKeys * kKeys;
+  const long long first_row = find_row(begin, tile.low);
+  long long next_row = find_row(begin + kKeys, 0);
+
+  // Lane i has row i % 16 of the warp. Rows behind the last one see what that sees.
+  const int r = warp * 16 + lane % 16, row = tile.first_row + min(r, tile.rows - 1);
+  const int token = unsigned(row) / unsigned(repeats), place = tile.first_token + token;
+  const int head = group * repeats + row - token * repeats;
+  const int out_row = r < tile.rows ? place * args.heads + head : -1;
+  const Sight sight(warp * 16 < tile.rows ? tile.before + token + 1 : 0, lane);
+
+  wait_for_previous();
+  const T* kv = static_cast<const T*>(args.kv);
+  T* share = stages + warp * kShare * kStride;
+  copy_queries<T, kSize>(
+      args, mine, out_row < 0 ? -1 : place * args.q_stride + head * args.q_head_stride, lane);
+  copy_tile<T, kSize, kShare>(kv, share, first_row, args.size, lane);
+  commit_async();
+  copy_tile<T, kSize, kShare>(kv + args.value_stride, share + kHalf, first_row, args.size, lane);
   commit_async();
 
-  const T* q = static_cast<const T*>(args.q);
-  for (int i = threadIdx.x; i < kRows * kSize; i += blockDim.x) {  // over rows, then head size
-    const int r = i / kSize, d = i % kSize;
-    const int64_t row = first_row + r;
-    queries[r * kStride + d] = r < rows && d < args.size
-                                   ? q[(first_token + row / repeats) * args.q_stride +
-                                       (group * repeats + row % repeats) * args.q_head_stride + d]
-                                   : T(0.f);
-  }
-  __syncthreads();
-
   Rows<T, kSize> state;
-  const T* mine = queries + warp * 16 * kStride;
-  state.load_queries(mine, lane);
   state.clear();
-  int low[2], high[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = warp * 16 + lane / 4 + i * 8;
-    high[i] = r < rows ? before + int((first_row + r) / repeats) + 1 : 0;
-    low[i] = args.window > 0 ? max(high[i] - args.window, 0) : 0;
-  }
+  wait_async<1>();
+  __syncwarp();
+  state.load_queries(mine, lane);
   int stage = 0;
-  for (int at = begin; at < tile_high; at += kKeys) {  // over tiles of positions
-    if (at + kKeys < tile_high) copy(at + kKeys, stage ^ 1);
+  for (int at = begin; at < tile.high; at += kKeys) {  // over tiles of positions
+    if (at != begin) wait_async<0>();
+    __syncthreads();  // the tile is there, and nobody reads the other stage
+    if (at + kKeys < tile.high) {
+      T* to = share + (stage ^ 1) * 2 * kHalf;
+      copy_tile<T, kSize, kShare>(kv, to, next_row, args.size, lane);
+      copy_tile<T, kSize, kShare>(kv + args.value_stride, to + kHalf, next_row, args.size, lane);
+      next_row = find_row(at + 2 * kKeys, 0);
+    }
     commit_async();
-    wait_async<1>();
-    __syncthreads();
-    const T* keys = stages + stage * 2 * kTile;
-    state.template attend<kKeys>(mine, keys, keys + kTile, at, low, high, args.scale, args.softcap,
-                                 lane);
-    __syncthreads();  // before the next copy into this stage
+    const T* keys = stages + stage * 2 * kHalf;
+    const bool seen = sight.any(at, kKeys, args.window);
+    float s[kKeys / 8][4];
+    if (seen) state.template multiply<kKeys>(s, mine, keys, lane);
+    if (at == begin) {  // the first values come behind the keys
+      wait_async<1>();
+      __syncthreads();
+    }
+    if (seen) {
+      scale_scores<kKeys>(s, args.scale, args.softcap);
+      if (!sight.all(at, kKeys, args.window)) mask_scores<kKeys>(s, at, sight, args.window, lane);
+      weigh_scores<kKeys>(state, s);
+      state.template add_values<kKeys>(s, keys + kHalf, lane);
+    }
     stage ^= 1;
   }
-  wait_async<0>();
+  if (sight.last == 0) return;
   state.finish();
-
-  T* out = static_cast<T*>(args.out);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = warp * 16 + lane / 4 + i * 8;
-    if (r >= rows) continue;
-    const int64_t row = first_row + r;
-    T* to = out + ((first_token + row / repeats) * args.heads + group * repeats + row % repeats) *
-                      args.size;
-    const float inverse = 1.f / state.l[i];
-#pragma unroll
-    for (int j = 0; j < kSize / 8; ++j) {  // over the head size
-      const int d = j * 8 + lane % 4 * 2;
-      if (d < args.size)
-        *reinterpret_cast<uint32_t*>(to + d) =
-            Half2<T>::pack(state.o[j][2 * i] * inverse, state.o[j][2 * i + 1] * inverse);
-    }
-  }
+  // The stage that the last tile did not have is free.
+  T* staged = kKeepQ ? stages + stage * 2 * kHalf + warp * 16 * kStride : mine;
+  store_rows(args, state, staged, out_row, lane);
 }
 
 }  // namespace
@@ -136,8 +279,7 @@ void attention_prefill(const AttentionArgs& args, cudaStream_t stream) {
   const dim3 grid(unsigned(rows / kRows + args.sequences - first_tile(args)), args.groups);
   for_kernel(args, [&](auto zero, auto size) {
     using T = decltype(zero);
-    constexpr int kSize = decltype(size)::value, kShared = prefill_shared<kSize>();
-    static_assert(kShared <= kSharedMemory);
+    constexpr int kSize = decltype(size)::value, kShared = prefill_shared(kSize);
     cudaFuncSetAttribute(prefill_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kShared);
     launch_chained(prefill_kernel<T, kSize>, grid, kWarps * 32, kShared, stream, args);

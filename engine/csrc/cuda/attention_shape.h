@@ -1,5 +1,5 @@
-// How the decode kernel is cut, and the shared memory that follows. Plain C++, so that a machine
-// without nvcc tests it.
+// How the attention kernels are cut, and the shared memory that follows. Plain C++, so that a
+// machine without nvcc tests it.
 #pragma once
 
 namespace lorax::cuda {
@@ -29,5 +29,37 @@ constexpr bool decode_fits() {
   return true;
 }
 static_assert(decode_fits(), "the kernel could not be launched on sm_86, 89 and 120");
+
+// -- prefill
+
+constexpr int kPrefillWarps = 4;
+constexpr int kPrefillRows = 64;   // query rows of a CTA, 16 a warp
+constexpr int kPrefillStages = 2;  // tiles of keys and values in flight or in use
+
+constexpr int prefill_keys(int size) { return size <= 128 ? 64 : 32; }  // positions of a tile
+
+// Whether a warp has its queries in registers; their shared memory is then that of a stage.
+constexpr bool keeps_queries(int size) { return size <= 128; }
+
+constexpr int prefill_shared(int size) {  // bytes: the stages, keys and values, then queries
+  const int rows =
+      kPrefillStages * 2 * prefill_keys(size) + (keeps_queries(size) ? 0 : kPrefillRows);
+  return rows * (size + 8) * 2;
+}
+
+// CTAs of an SM of 227 KB, by shared memory and, from heads of 96 on, by registers.
+constexpr int prefill_blocks(int size) { return size <= 192 ? 3 : 2; }
+
+// First tile of a sequence that begins at token `start`: room for the last, partial ones ahead.
+constexpr int prefill_tile(int start, int sequence, int repeats) {
+  return start * repeats / kPrefillRows + sequence;
+}
+
+constexpr bool prefill_fits() {
+  for (const int size : kHeadSizes)
+    if (prefill_shared(size) > kSharedMemory) return false;
+  return true;
+}
+static_assert(prefill_fits(), "the kernel could not be launched on sm_86, 89 and 120");
 
 }  // namespace lorax::cuda

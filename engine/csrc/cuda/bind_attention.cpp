@@ -36,6 +36,8 @@ Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tab
   const int64_t block = kv.size(3), groups = kv.size(4);
   LORAX_CHECK(groups > 0 && heads > 0 && heads % groups == 0, op, ": ", heads,
               " query heads cannot share ", groups, " key-value heads");
+  LORAX_CHECK(tokens <= INT32_MAX / heads, op, ": ", tokens, " tokens of ", heads,
+              " heads do not fit 32 bits");
   LORAX_CHECK(size > 0 && size == kv.size(5), op, ": q has head size ", size, " and kv ",
               kv.size(5));
   LORAX_CHECK(size <= kAttentionMaxSize, op, ": head size ", size, " is above ", kAttentionMaxSize);
