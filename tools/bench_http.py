@@ -167,6 +167,7 @@ def arrivals(url: str, folder: Folder, args: argparse.Namespace) -> LoadReport:
         duration=args.duration,
         warm_up=args.warm_up,
         background=args.streams,
+        alone=args.alone,
         api=args.api,
     )
     return run(url, load)
@@ -196,6 +197,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--duration", type=float, default=30.0)
     parser.add_argument("--warm-up", type=float, default=3.0)
+    parser.add_argument("--alone", type=float, default=5.0, help="seconds of the streams alone")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--api", choices=("openai", "native"), default="openai")
     parser.add_argument("--memory", default="", help="memory flags of both, in one word")
