@@ -1,4 +1,4 @@
-// y[T, N] = x[T, K] @ weight[N, K].T for T <= 128 on Hopper: the weights stream past few tokens.
+// y[T, N] = x[T, K] @ weight[N, K].T for T <= 64 on Hopper: the weights stream past few tokens.
 //
 // A cluster of 1, 2 or 4 CTAs owns a tile of 128 rows of the weight, each CTA a part of K. One
 // thread keeps tiles of the weight and of x coming (bulk tensor copies), 4 warps multiply them with
@@ -17,22 +17,20 @@ constexpr int kRows = 128;       // of the weight: a tile
 constexpr int kStep = 64;        // of K: 128 bytes, the width of a swizzled tile
 constexpr int kConsumers = 128;  // threads that multiply
 constexpr int kThreads = kConsumers + 32;
-// Of one CTA an SM, which leaves room for the kernel behind it, and of two.
-constexpr int kSharedGoal[] = {180 * 1024, 113 * 1024};
+constexpr int kSharedGoal = 113 * 1024;  // of a CTA: two fit into an SM
 
-// What a CTA keeps in shared memory, if kPerSm of them are to fit into an SM.
-template <int kTokens, int kSplit, int kPerSm>
+// What a CTA keeps in shared memory.
+template <int kTokens, int kSplit>
 struct Shape {
-  static constexpr int kGoal = kSharedGoal[kPerSm - 1];
   static constexpr int kSlabs = kRows / 16 / kSplit;  // of 16 rows, that a CTA adds up
   static constexpr int kSlabBytes = 16 * kTokens * 4;
   static constexpr int kWeightBytes = kRows * kStep * 2;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kStep * 2;
   static constexpr int kReceiveBytes = (kSplit - 1) * kSlabs * kSlabBytes;
-  static constexpr int kFit = (kGoal - 256 - kReceiveBytes) / kStageBytes;
+  static constexpr int kFit = (kSharedGoal - 256 - kReceiveBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kShared = kStages * kStageBytes + kReceiveBytes + kStages * 16 + 16;
-  static_assert(kStages >= 2 && kShared <= kGoal);
+  static_assert(kStages >= 2 && kShared <= kSharedGoal);
 };
 
 template <class T>
@@ -49,13 +47,13 @@ template <class T>
 }
 
 // Grid: tiles of 128 rows of the weight, clusters of kSplit CTAs that share one.
-template <class T, int kTokens, int kSplit, int kPerSm>
-__global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 4 : kPerSm)
+template <class T, int kTokens, int kSplit>
+__global__ void __launch_bounds__(kThreads, 4)
     linear_kernel(const __grid_constant__ CUtensorMap weight_map,
                   const __grid_constant__ CUtensorMap x_map, const LinearArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
-  using S = Shape<kTokens, kSplit, kPerSm>;
+  using S = Shape<kTokens, kSplit>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t base = shared_address(memory);
   const uint32_t received = base + S::kStages * S::kStageBytes;
@@ -235,15 +233,15 @@ bool encode(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, i
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <class T, int kTokens, int kSplit, int kPerSm = 2>
+template <class T, int kTokens, int kSplit>
 void launch(const LinearArgs& args, cudaStream_t stream) {
-  using S = Shape<kTokens, kSplit, kPerSm>;
+  using S = Shape<kTokens, kSplit>;
   const bool bfloat16 = args.dtype == DType::bfloat16;
   CUtensorMap weight, x;
   if (!encode(&weight, args.weight, args.rows, args.columns, args.weight_stride, kRows, bfloat16) ||
       !encode(&x, args.x, args.tokens, args.columns, args.x_stride, kTokens, bfloat16))
     return;  // linear_takes refuses what cannot be encoded
-  const auto kernel = linear_kernel<T, kTokens, kSplit, kPerSm>;
+  const auto kernel = linear_kernel<T, kTokens, kSplit>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
   const dim3 grid(unsigned(ceil_div(args.rows, kRows) * kSplit));
   launch_clusters(kSplit, kernel, grid, kThreads, S::kShared, stream, weight, x, args);
@@ -254,8 +252,6 @@ void launch(const LinearArgs& args, cudaStream_t stream) {
 template <class T, int kTokens>
 void launch_split(const LinearArgs& args, cudaStream_t stream) {
   const int64_t tiles = ceil_div(args.rows, kRows), room = 2 * multiprocessors();
-  if constexpr (kTokens > 64)  // its stages are large: one CTA has the SM where there are no more
-    if (tiles * 4 <= room / 2) return launch<T, kTokens, 4, 1>(args, stream);
   if (tiles * 4 <= room) return launch<T, kTokens, 4>(args, stream);
   if (tiles * 2 <= room) return launch<T, kTokens, 2>(args, stream);
   launch<T, kTokens, 1>(args, stream);
@@ -266,8 +262,7 @@ void launch_tokens(const LinearArgs& args, cudaStream_t stream) {
   if (args.tokens <= 8) return launch_split<T, 8>(args, stream);
   if (args.tokens <= 16) return launch_split<T, 16>(args, stream);
   if (args.tokens <= 32) return launch_split<T, 32>(args, stream);
-  if (args.tokens <= 64) return launch_split<T, 64>(args, stream);
-  launch_split<T, 128>(args, stream);
+  launch_split<T, 64>(args, stream);
 }
 
 }  // namespace
@@ -276,7 +271,7 @@ bool linear_takes(const LinearArgs& args) {
   const auto copies = [](const void* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
   };
-  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kLinearMaxTokens &&
+  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kFewTokens &&
          args.rows > 0 && args.rows % 8 == 0 && args.rows < (int64_t(1) << 31) &&
          args.columns >= kStep && args.columns < (int64_t(1) << 31) &&
          copies(args.x, args.x_stride) && copies(args.weight, args.weight_stride) &&

@@ -5,8 +5,6 @@
 
 namespace lorax::cuda {
 
-constexpr int64_t kLinearMaxTokens = 128;
-
 struct LinearArgs {
   DType dtype;         // of all: bfloat16 or float16
   const void* x;       // [tokens, columns], `x_stride` elements from row to row
