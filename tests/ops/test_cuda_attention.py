@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ PLACES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 class Cache:
-    """Sequences of (queries, length); every place that no sequence owns holds NaN."""
+    """Sequences of (queries, length); every place that no sequence owns holds NaN.
+
+    `skew` moves the queries by as many elements, and each token by as many more.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Cache:
         *,
         kv_dtype: torch.dtype | None = None,
         padding: int = 0,
+        skew: int = 0,
     ) -> None:
         needed = [(length + block - 1) // block for _, length in sequences]
         order = list(range(1, sum(needed) + 3))
@@ -55,8 +60,8 @@ class Cache:
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
         ).cuda()
         # a view of a fused projection, as the model passes it
-        fused = torch.randn(self.tokens + padding, (heads + 2 * groups) * size).to(dtype).cuda()
-        self.q = fused[:, : heads * size].unflatten(1, (heads, size))
+        fused = torch.randn(self.tokens + padding, (heads + 2 * groups) * size + skew)
+        self.q = fused.to(dtype).cuda()[:, skew : skew + heads * size].unflatten(1, (heads, size))
 
     def forget(self, window: int) -> None:
         """Gives back the blocks that no query of the step sees."""
@@ -147,6 +152,48 @@ def test_softcap_and_window(dtype: torch.dtype, softcap: float, window: int) -> 
         if window:
             cache.forget(window)
         check(cache, softcap=softcap, window=window, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skew", [1, 4])
+def test_queries_that_are_not_aligned(dtype: torch.dtype, skew: int) -> None:
+    sequences = [(1, 30), (1, 1), (70, 90), (5, 5), (0, 1)]
+    for size in (24, 64, 128, 256):
+        check(Cache(sequences, 6, 2, size, 16, dtype, skew=skew, padding=3), decodes=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_sequences(dtype: torch.dtype) -> None:
+    """More than the prefill kernel has threads, some without tokens."""
+    sequences = [(s % 4, 3 + s % 40) for s in range(300)] + [(200, 210), (0, 1), (1, 1)]
+    for decodes in (0, 70):
+        check(Cache([(1, 5)] * decodes + sequences, 4, 2, 32, 16, dtype), decodes=decodes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(6, 2, 128), (4, 4, 64), (7, 1, 256)])
+def test_a_prompt_is_the_same_in_chunks(
+    dtype: torch.dtype, softcap: float, window: int, heads: int, groups: int, size: int
+) -> None:
+    """Bit for bit, wherever it is cut: whether a tile is masked depends on the rows beside."""
+    cache = Cache([(200, 233)], heads, groups, size, 16, dtype)
+    whole = cache(softcap=softcap, window=window)
+    for cuts in ([0, 100, 200], [0, 2, 33, 64, 129, 200]):
+        for begin, end in pairwise(cuts):
+            part = ops.paged_attention(
+                cache.q[begin:end],
+                cache.kv,
+                LAYER,
+                cache.tables,
+                torch.tensor([0, end - begin], dtype=torch.int32).cuda(),
+                torch.tensor([33 + end], dtype=torch.int32).cuda(),
+                0.125,
+                softcap,
+                window,
+            )
+            assert torch.equal(part, whole[begin:end])
 
 
 def test_cache_of_another_dtype() -> None:

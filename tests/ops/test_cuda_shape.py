@@ -16,7 +16,9 @@ PROGRAM = """
 #include "attention_shape.h"
 int main() {
   using namespace lorax::cuda;
-  for (int size : kHeadSizes) std::printf("%d %d %d\\n", size, decode_warps(size), decode_shared(size));
+  for (int size : kHeadSizes)
+    std::printf("%d %d %d %d %d\\n", size, decode_warps(size), decode_shared(size), prefill_shared(size),
+                prefill_blocks(size));
 }
 """
 SM_BYTES = {
@@ -29,8 +31,8 @@ RESERVED = 1 << 10  # of every block, by the driver
 
 
 @pytest.fixture(scope="module")
-def decode(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[int, int]]:
-    """Head size -> (warps, bytes of shared memory) of the decode kernel."""
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Rows of PROGRAM."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
@@ -39,8 +41,13 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[int, int
     command = [*compiler, "-std=c++17", f"-I{CUDA}", "shape.cpp", "-o", "shape"]
     subprocess.run(command, cwd=folder, check=True)
     lines = subprocess.run([folder / "shape"], capture_output=True, text=True, check=True).stdout
-    rows = [tuple(map(int, line.split())) for line in lines.splitlines()]
-    return {size: (warps, shared) for size, warps, shared in rows}
+    return [list(map(int, line.split())) for line in lines.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def decode(shapes: list[list[int]]) -> dict[int, tuple[int, int]]:
+    """Head size -> (warps, bytes of shared memory) of the decode kernel."""
+    return {size: (warps, shared) for size, warps, shared, *_ in shapes}
 
 
 def held(size: int, warps: int) -> int:
@@ -72,3 +79,10 @@ def test_fewer_warps_for_a_block_are_not_fewer_for_an_sm(
         size = 256
         assert warps_of_sm(size, decode[size][0], sm) >= warps_of_sm(size, 3, sm), sm
     assert warps_of_sm(128, decode[128][0], "90, 100") == 12  # four blocks of three
+
+
+def test_the_prefill_kernel_has_the_blocks_it_counts_on(shapes: list[list[int]]) -> None:
+    for size, _, _, shared, blocks in shapes:
+        assert shared % 16 == 0
+        assert all(shared <= most for most in BLOCK_BYTES.values()), size
+        assert blocks * (shared + RESERVED) <= SM_BYTES["90, 100"], size

@@ -24,12 +24,12 @@ struct Tile {
 
 // The thread that has the sequence of tile `index` tells the others, through 16 bytes at `found`.
 __device__ inline Tile find_tile(const AttentionArgs& args, int index, int repeats, int4* found) {
-#pragma unroll 2
+#pragma unroll 1
   for (int s = args.decodes + threadIdx.x; s < args.sequences; s += kWarps * 32) {
     const int start = args.starts[s], end = args.starts[s + 1], length = args.lengths[s];
-    if (prefill_tile(start, s, repeats) <= index &&
-        (s + 1 == args.sequences || index < prefill_tile(end, s + 1, repeats)))
-      *found = make_int4(s, start, end - start, length);
+    const bool after = index >= prefill_tile(start, s, repeats);
+    const bool before = index < prefill_tile(end, s + 1, repeats) || s + 1 == args.sequences;
+    if (after & before & (length > 0)) *found = make_int4(s, start, end - start, length);
   }
   __syncthreads();
   const auto [s, start, tokens, length] = *found;
@@ -46,16 +46,22 @@ __device__ inline Tile find_tile(const AttentionArgs& args, int index, int repea
   return tile;
 }
 
-// How many positions there are up to a row's own one: of the lane's two rows, and the least and the
-// greatest of the warp.
-struct Sight {
-  int high[2], first, last;
+// What lies behind row r of the tile, in the pad of row r of the stages: the positions up to its
+// own one, and which of the tokens x heads it is in `out`, -1 if there is no such row.
+struct RowEnd {
+  int high, out;
+};
+template <int kSize, class T>
+__device__ __forceinline__ RowEnd& row_end(T* stages, int r) {
+  return *reinterpret_cast<RowEnd*>(stages + r * (kSize + 8) + kSize);
+}
 
-  // Lane i knows it of row i % 16; all zeros: there are no rows.
-  __device__ Sight(int own, int lane)
-      : high{__shfl_sync(kFull, own, lane / 4), __shfl_sync(kFull, own, lane / 4 + 8)},
-        first(__reduce_min_sync(kFull, own)),
-        last(__reduce_max_sync(kFull, own)) {}
+// The least and the greatest `high` of the rows of a warp; zeros: it has no rows.
+struct Sight {
+  int first, last;
+
+  __device__ explicit Sight(int high)
+      : first(__reduce_min_sync(kFull, high)), last(__reduce_max_sync(kFull, high)) {}
   // Whether a row sees one of the positions at .. at + keys - 1; every row each of them.
   __device__ bool any(int at, int keys, int window) const {
     return at < last && (window == 0 || at + keys > first - window);
@@ -93,12 +99,13 @@ __device__ __forceinline__ void scale_scores(float (&s)[kKeys / 8][4], float sca
   }
 }
 
+// Of the positions from `at` on, those that the lane's rows do not see.
 template <int kKeys>
-__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 8][4], int at, const Sight& sight,
+__device__ __forceinline__ void mask_scores(float (&s)[kKeys / 8][4], int at, const int (&highs)[2],
                                             int window, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int high = sight.high[i / 2] - at - lane % 4 * 2 - i % 2;
+    const int high = highs[i / 2] - at - lane % 4 * 2 - i % 2;
     const int low = window > 0 ? high - window : 0;
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j)  // over positions, 8 at a time
@@ -155,11 +162,10 @@ __device__ __forceinline__ void copy_queries(const AttentionArgs& args, T* to, l
   }
 }
 
-// The 16 rows of a warp to `out`, through shared memory that is its own. Lane i knows which of the
-// tokens x heads row i is; -1 for none.
+// The 16 rows of a warp from `first` on to `out`, through shared memory that is its own.
 template <class T, int kSize>
 __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Rows<T, kSize>& state,
-                                           T* staged, int row, int lane) {
+                                           T* stages, T* staged, int first, int lane) {
   constexpr int kChunks = kSize / 8, kStride = kSize + 8;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -175,8 +181,9 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Rows
 #pragma unroll
   for (int i = 0; i < 16 * kChunks / 32; ++i) {  // over rows, then chunks of the head size
     const int r = (i * 32 + lane) / kChunks, d = (i * 32 + lane) % kChunks * 8;
-    const long long at = __shfl_sync(kFull, row, r);
-    if (at >= 0 && d < args.size) store_pack(out + at + d, load_pack<8>(staged + r * kStride + d));
+    const int at = row_end<kSize>(stages, first + r).out;
+    if (at >= 0 && d < args.size)
+      store_pack(out + int64_t(at) * args.size + d, load_pack<8>(staged + r * kStride + d));
   }
 }
 
@@ -201,9 +208,10 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
   const int group = blockIdx.y, repeats = args.heads / args.groups;
   T* mine = queries + warp * 16 * kStride;
 
-  // Later tiles see more keys: start with them. The pad of the first row is free.
+  // later tiles see more keys: start with them
   const int index = first_tile(args) + gridDim.x - 1 - blockIdx.x;
-  const Tile tile = find_tile(args, index, repeats, reinterpret_cast<int4*>(stages + kSize));
+  const Tile tile =
+      find_tile(args, index, repeats, reinterpret_cast<int4*>(&row_end<kSize>(stages, kRows)));
   if (tile.rows <= 0) {
     if (blockIdx.x == 0) wait_for_previous();
     return;
@@ -220,14 +228,15 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
   const int r = warp * 16 + lane % 16, row = tile.first_row + min(r, tile.rows - 1);
   const int token = unsigned(row) / unsigned(repeats), place = tile.first_token + token;
   const int head = group * repeats + row - token * repeats;
-  const int out_row = r < tile.rows ? place * args.heads + head : -1;
-  const Sight sight(warp * 16 < tile.rows ? tile.before + token + 1 : 0, lane);
+  const int high = tile.before + token + 1;
+  const long long query = r < tile.rows ? place * args.q_stride + head * args.q_head_stride : -1;
+  row_end<kSize>(stages, r) = {high, r < tile.rows ? place * args.heads + head : -1};
+  const Sight sight(warp * 16 < tile.rows ? high : 0);
 
   wait_for_previous();
   const T* kv = static_cast<const T*>(args.kv);
   T* share = stages + warp * kShare * kStride;
-  copy_queries<T, kSize>(
-      args, mine, out_row < 0 ? -1 : place * args.q_stride + head * args.q_head_stride, lane);
+  copy_queries<T, kSize>(args, mine, query, lane);
   copy_tile<T, kSize, kShare>(kv, share, first_row, args.size, lane);
   commit_async();
   copy_tile<T, kSize, kShare>(kv + args.value_stride, share + kHalf, first_row, args.size, lane);
@@ -244,8 +253,7 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
     __syncthreads();  // the tile is there, and nobody reads the other stage
     if (at + kKeys < tile.high) {
       T* to = share + (stage ^ 1) * 2 * kHalf;
-      copy_tile<T, kSize, kShare>(kv, to, next_row, args.size, lane);
-      copy_tile<T, kSize, kShare>(kv + args.value_stride, to + kHalf, next_row, args.size, lane);
+      copy_rows<T, kSize, kShare>(args, to, to + kHalf, next_row, lane);
       next_row = find_row(at + 2 * kKeys, 0);
     }
     commit_async();
@@ -259,7 +267,12 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
     }
     if (seen) {
       scale_scores<kKeys>(s, args.scale, args.softcap);
-      if (!sight.all(at, kKeys, args.window)) mask_scores<kKeys>(s, at, sight, args.window, lane);
+      if (!sight.all(at, kKeys, args.window)) {
+        const int own = warp * 16 + lane / 4;
+        const int highs[2] = {row_end<kSize>(stages, own).high,
+                              row_end<kSize>(stages, own + 8).high};
+        mask_scores<kKeys>(s, at, highs, args.window, lane);
+      }
       weigh_scores<kKeys>(state, s);
       state.template add_values<kKeys>(s, keys + kHalf, lane);
     }
@@ -269,7 +282,7 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
   state.finish();
   // The stage that the last tile did not have is free.
   T* staged = kKeepQ ? stages + stage * 2 * kHalf + warp * 16 * kStride : mine;
-  store_rows(args, state, staged, out_row, lane);
+  store_rows(args, state, stages, staged, warp * 16, lane);
 }
 
 }  // namespace

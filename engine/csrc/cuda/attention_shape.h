@@ -47,8 +47,8 @@ constexpr int prefill_shared(int size) {  // bytes: the stages, keys and values,
   return rows * (size + 8) * 2;
 }
 
-// CTAs of an SM of 227 KB, by shared memory and, from heads of 96 on, by registers.
-constexpr int prefill_blocks(int size) { return size <= 192 ? 3 : 2; }
+// CTAs that an SM of 227 KB takes: registers are given out for so many, shared memory has room.
+constexpr int prefill_blocks(int size) { return size <= 64 ? 4 : size <= 192 ? 3 : 2; }
 
 // First tile of a sequence that begins at token `start`: room for the last, partial ones ahead.
 constexpr int prefill_tile(int start, int sequence, int repeats) {
