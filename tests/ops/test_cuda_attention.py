@@ -229,6 +229,8 @@ def test_decodes_ahead_of_chunks(
                 Cache(sequences, heads, groups, size, block, dtype, padding=padding), decodes=count
             )
     check(Cache([*decodes, (0, 1)], heads, groups, size, block, dtype, padding=9), decodes=5)
+    nothing = [*decodes, (0, 0), (0, 0)]
+    check(Cache(nothing, heads, groups, size, block, dtype, padding=150), decodes=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

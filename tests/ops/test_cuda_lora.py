@@ -87,10 +87,10 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
 
 
 def as_exact(first: Tensor, second: Tensor) -> None:
-    """Sums in another order, rounded at the end: they differ where they are next to a tie."""
+    """Sums in another order, rounded at the end: they differ only where they are next to a tie."""
     torch.testing.assert_close(first, second, **tolerance(first.dtype))
-    if first.dtype != torch.float32:
-        assert (first != second).double().mean() < 0.002
+    most = {torch.float32: 1.0, torch.bfloat16: 0.003, torch.float16: 0.02}[first.dtype]
+    assert (first != second).double().mean() <= most
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))

@@ -29,7 +29,7 @@ __device__ inline Tile find_tile(const AttentionArgs& args, int index, int repea
     const int start = args.starts[s], end = args.starts[s + 1], length = args.lengths[s];
     const bool after = index >= prefill_tile(start, s, repeats);
     const bool before = index < prefill_tile(end, s + 1, repeats) || s + 1 == args.sequences;
-    if (after & before & (length > 0)) *found = make_int4(s, start, end - start, length);
+    if (after & before & (length >= 0)) *found = make_int4(s, start, end - start, length);
   }
   __syncthreads();
   const auto [s, start, tokens, length] = *found;
