@@ -54,7 +54,7 @@ class Called(TorchDispatchMode):
 
 
 def requests(refs: list[AdapterImageRef], vocab: int) -> list[Request]:
-    """Base and adapters in turn, prompts of 1 to 70 tokens, every way to sample."""
+    """Base and adapters in turn, prompts of 1 to 140 tokens, every way to sample."""
     chooser = random.Random(0)
     ways = (
         SamplingParams(),
@@ -64,7 +64,7 @@ def requests(refs: list[AdapterImageRef], vocab: int) -> list[Request]:
     )
     made = []
     for i in range(REQUESTS):
-        tokens = [chooser.randrange(vocab) for _ in range(1 + i * 69 // (REQUESTS - 1))]
+        tokens = [chooser.randrange(vocab) for _ in range(1 + i * 139 // (REQUESTS - 1))]
         adapter = [None, *refs][i % (1 + len(refs))]
         made.append(Request(str(i), tokens, ways[i % len(ways)], NEW, [], adapter))
     return made
@@ -83,8 +83,8 @@ def run(folder: Path, name: str, dtype: str, device: str) -> set[str]:
         AdapterConfig(adapter_memory_fraction=0.3, max_active_adapters=8),
         SchedulerConfig(
             max_batch_size=16,
-            max_batch_prefill_tokens=64,
-            max_total_tokens=128,
+            max_batch_prefill_tokens=128,  # beyond what kernels for few tokens take
+            max_total_tokens=192,
         ),
         MemoryConfig(cpu_memory_gb=0.2),
     )

@@ -154,8 +154,9 @@ int64_t attention_workspace(const AttentionArgs& args) {
 void paged_attention(const AttentionArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return;
   if (!takes_tensor_cores(args)) return attention_fma(args, stream);
-  if (args.decodes > 0) attention_decode(args, stream);
+  // Prompts first: decodes fetch old positions meanwhile.
   if (args.tokens > args.decodes && args.sequences > args.decodes) attention_prefill(args, stream);
+  if (args.decodes > 0) attention_decode(args, stream);
 }
 
 }  // namespace lorax::cuda

@@ -45,9 +45,10 @@ __device__ __forceinline__ bool find_segment(const LoraSegments& all, int s, Seg
 constexpr int kPage = 128;
 
 struct WorkList {
+  // Aligned: its load must not take in a word that another thread writes.
+  alignas(16) int warp_sums[kPage / 32];
   Segment segments[kPage];
   int first[kPage + 1];
-  int warp_sums[kPage / 32];
 };
 
 // Every thread gets the number of items; `items_of(segment)` counts those of one. Reads only what
