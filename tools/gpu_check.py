@@ -1,10 +1,11 @@
-"""Everything that a GPU must show, in one run: build, tests, memory and race checks, a profile, copies.
+"""Everything that a GPU must show, in one run: build, tests, memory and race checks, profiles, copies, figures.
 
     python -m tools.gpu_check --out gpu-check [--sections build,tests] [--limit tests=600]
 
 Needs Python, torch, nvcc and what the tests import; the project itself need not be installed. Each section is a process
-with a time limit of its own and a log in the folder; a failing one stops none of the others. The table comes last, and
-the exit status is the number of sections that did not pass.
+with a time limit of its own and a log in the folder; a failing one stops none of the others. The table comes last, with
+the goals of an H100 that figures were measured for (`tools.gpu_goals`), and the exit status is the number of sections
+that did not pass.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import gpu_goals as goals
+
 ROOT = Path(__file__).resolve().parents[1]
 # For a machine without the plugin that pyproject.toml's settings of pytest name.
 PLAIN_SETTINGS = """\
@@ -33,7 +36,11 @@ markers =
     asyncio: a coroutine
 """
 SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer",)  # where it is not on the path
-FILTERS = ("--kernel-regex", "--filter")  # names that versions gave the same option
+FILTERS = ("--kernel-name", "--kernel-regex", "--filter")  # names that versions gave the same option
+BENCH = (
+    *("bench", "--shape", "mistral-7b", "--input-tokens", "128", "--output-tokens", "256"),
+    *("--no-prefix-caching", "--batch"),
+)
 GRACE_S = 5.0  # between asking a section to end and killing it
 
 
@@ -97,6 +104,15 @@ def module(name: str, *arguments: str) -> Callable[[Path], list[str]]:
     return lambda out: [sys.executable, "-m", name, *arguments]
 
 
+def figures(name: str, module: str, *arguments: str) -> Section:
+    """A benchmark whose JSON lies in the folder, for tools.gpu_goals."""
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", module, *arguments, "--json", str(out / f"{name}.json")]
+
+    return Section(name, 300, command)
+
+
 SECTIONS = (
     Section("build", 600, build),
     Section("tests", 900, tests),
@@ -109,6 +125,20 @@ SECTIONS = (
         module("tools.profile_step", "--adapters", "64", "--modes", "prefill,decode,mixed"),
     ),
     Section("copies", 180, module("tools.bench_copy")),
+    figures(
+        *("step", "lorax_cli", *BENCH, "64", "--cases", "base,enabled,adapters"),
+        *("--adapters", "64", "--ranks", "16", "--ranks", "8,16,32,64"),
+        *("--max-batch-prefill-tokens", "8192"),
+    ),
+    figures(
+        *("single", "lorax_cli", *BENCH, "1", "--cases", "base,adapters"),
+        *("--adapters", "1", "--ranks", "16"),
+    ),
+    figures("long", "lorax_cli", *BENCH, "64", "--cases", "base,long", "--long-context", "32768"),
+    figures(
+        *("server", "tools.bench_http", "--duration", "8", "--alone", "2", "--warm-up", "1"),
+        *("--repeat", "1"),
+    ),
 )
 
 
@@ -194,6 +224,8 @@ def main() -> None:
         outcomes.append(run(section, out.resolve(), limits[section.name]))
         print(table(outcomes[-1:])[0], flush=True)
     lines = table(outcomes)
+    if any((out / f"{section.name}.json").exists() for section in sections):
+        lines += goals.lines(goals.Figures(out))[0]
     (out / "table.txt").write_text("\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))
     sys.exit(sum(one.state not in ("passed", "skipped") for one in outcomes))
