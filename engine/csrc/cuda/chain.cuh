@@ -13,6 +13,8 @@
 // Launch and Synchronization".)
 #pragma once
 
+#include <cstdlib>
+
 #include "kernels.h"
 
 namespace lorax::cuda {
@@ -52,13 +54,19 @@ inline int multiprocessors() {
   return found;
 }
 
+// Whether kernels overlap. LORAX_UNCHAINED turns it off: tools that watch one kernel at a time.
+inline bool chained() {
+  static const bool found = std::getenv("LORAX_UNCHAINED") == nullptr;
+  return found;
+}
+
 // Clusters of `cluster` CTAs, which only Hopper and later GPUs have.
 template <class... Parameters, class... Arguments>
 void launch_clusters(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                      size_t shared, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = chained();
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
