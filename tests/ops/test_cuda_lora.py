@@ -133,6 +133,14 @@ def test_many_tokens_are_as_exact_as_few(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 4, 9, 12, 1020, 1028])
+def test_an_arena_that_ends_with_a_row(dtype: torch.dtype, width: int) -> None:
+    """Segments of one token read no more than a row has; what lies behind, only compute-sanitizer sees."""
+    for _ in range(8):  # half of them have B last
+        check(make_adapters([(3,)], 8, [width], dtype), 2, "identical")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gather(dtype: torch.dtype) -> None:
     vocab = 50
     adapters = make_adapters([(8,), (3,), (0,), (17,)], 0, [72], dtype, vocab=vocab)

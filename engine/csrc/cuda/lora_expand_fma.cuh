@@ -1,9 +1,9 @@
 // Expand of few tokens: a thread multiplies its columns of B by each token's t.
 //
-// An item of work is 1024 columns of one target of a segment of one token, 8 of a thread; or half
-// of that and 8 tokens of a longer one, so that few segments still fill the GPU. An element is
-// summed over ranks in ascending order whatever the tile, so a token's y is the same in every
-// batch.
+// A thread of a segment of one token has 16 bytes of every row of B, 8 columns of 16 bits or 4 of
+// 32, and an item of work is those of all threads in one target; of a longer segment it is 4
+// columns a thread and 8 tokens, so that few segments still fill the GPU. An element is summed over
+// ranks in ascending order whatever the tile, so a token's y is the same in every batch.
 #pragma once
 
 #include "chain.cuh"
@@ -21,6 +21,7 @@ template <class T, int kColumns, int kTokens, int kUnroll>
 __device__ __forceinline__ void expand_tokens(const ExpandArgs& args, const Piece& piece, int first,
                                               int count, FmaSums& sums) {
   using Columns = Pack<T, kColumns>;
+  static_assert(sizeof(Columns) <= kLoraAlign, "more than what a row of B is padded to");
   float out[kTokens][kColumns] = {};
   const int64_t part = args.segments.tokens * args.width;
   T* const y = static_cast<T*>(args.y) + first * args.y_stride + piece.column;
@@ -105,18 +106,20 @@ __device__ __forceinline__ void expand_tokens(const ExpandArgs& args, const Piec
 // The number of items of a segment, and one of them.
 template <class T>
 struct FmaItems {
-  static constexpr int kUnroll = 32 / int(sizeof(T));  // rows of B in flight
+  static constexpr int kUnroll = 32 / int(sizeof(T));         // rows of B in flight
+  static constexpr int kAlone = kLoraAlign / int(sizeof(T));  // columns of a thread, of one token
 
   static __device__ __forceinline__ int count(const ExpandArgs& args, const Segment& segment) {
     return passes<kFmaTokens>(segment) *
-           count_tiles(args, segment, kExpandThreads * (segment.count == 1 ? 8 : 4));
+           count_tiles(args, segment, kExpandThreads * (segment.count == 1 ? kAlone : 4));
   }
 
   static __device__ __forceinline__ void add(const ExpandArgs& args, const Segment& segment,
                                              int item, FmaSums& sums) {
     if (segment.count == 1) {
-      const Piece piece = piece_of<T>(args, segment, item, kExpandThreads * 8, threadIdx.x * 8);
-      return expand_tokens<T, 8, 1, kUnroll>(args, piece, segment.first, 1, sums);
+      const Piece piece =
+          piece_of<T>(args, segment, item, kExpandThreads * kAlone, threadIdx.x * kAlone);
+      return expand_tokens<T, kAlone, 1, kUnroll>(args, piece, segment.first, 1, sums);
     }
     const int tokens = passes<kFmaTokens>(segment), token = item % tokens * kFmaTokens;
     const Piece piece =
