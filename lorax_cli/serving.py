@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -70,14 +69,13 @@ async def serve(config: EngineConfig, started: Started) -> None:
     Raises what keeps the server from starting, and EngineDead.
     """
     from engine.logs import configure_logging
+    from engine.process.collector import keep_alive
     from engine.server.app import run
     from engine.server.front import FRONT
 
     configure_logging(config.server)
     async with opened(config, local=False) as app:
-        # What was imported stays: a full collection among it would hold up every stream for 0.3 s.
-        gc.collect()
-        gc.freeze()
+        keep_alive()
         try:
             await run(app, lambda address: started(app[FRONT].backend.info, address))
         except OSError as error:

@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -141,34 +141,37 @@ def run(url: str, load: Load) -> LoadReport:
     return report
 
 
-def at_once(url: str, folder: Folder, args: argparse.Namespace) -> list[LoadReport]:
-    """`--streams` requests at once; the first time does not count."""
-    load = Load(
+def load_of(folder: Folder, args: argparse.Namespace, answer: int) -> Load:
+    """Requests on the warm adapters in turn, of `answer` tokens."""
+    return Load(
         input_tokens=Span(args.input, args.input),
-        output_tokens=Span(args.output, args.output),
+        output_tokens=Span(answer, answer),
         adapters=folder.warm,
         popularity="distinct",
+        api=args.api,
+    )
+
+
+def at_once(url: str, folder: Folder, args: argparse.Namespace) -> list[LoadReport]:
+    """`--streams` requests at once; the first time does not count."""
+    load = replace(
+        load_of(folder, args, args.output),
         concurrency=args.streams,
         requests=args.streams,
         warm_up=0.0,
-        api=args.api,
     )
     return [run(url, load) for _ in range(args.repeat + 1)][1:]
 
 
 def arrivals(url: str, folder: Folder, args: argparse.Namespace) -> LoadReport:
-    load = Load(
-        input_tokens=Span(args.input, args.input),
-        output_tokens=Span(args.answer, args.answer),
-        adapters=folder.warm,
-        popularity="distinct",
+    load = replace(
+        load_of(folder, args, args.answer),
         cold=folder.cold,
         rate=args.rate,
         duration=args.duration,
         warm_up=args.warm_up,
         background=args.streams,
         alone=args.alone,
-        api=args.api,
     )
     return run(url, load)
 

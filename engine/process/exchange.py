@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ from engine.adapters.tiers import HostRegion
 from engine.errors import AdapterLoadFailed, LoraxError
 from engine.ops.layout import AdapterLayout
 from engine.process import child
+from engine.process.collector import keep_alive
 from engine.process.messages import (
     Acquire,
     Acquired,
@@ -124,10 +124,7 @@ class Service:
                 stand_back()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
             self._exchange = self._build(layout, message.device)
-            # What was imported stays: a full collection among it would hold up every thread for 0.1 s, and a few
-            # adapters make enough objects for one.
-            gc.collect()
-            gc.freeze()
+            keep_alive()
             await self._exchange.start()
         except Exception as error:
             answer, self._exit_code = child.cannot_start("exchange", error)

@@ -6,7 +6,6 @@ the front to read: what it has not taken is kept (`Port`).
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 
@@ -16,6 +15,7 @@ from engine.adapters.tiers import HostRegion
 from engine.errors import EngineDead, LoraxError
 from engine.platform import host_tier_bytes
 from engine.process import child
+from engine.process.collector import keep_alive
 from engine.process.messages import (
     Cancel,
     Failed,
@@ -46,9 +46,7 @@ def main(socket_fd: int, region_fd: int) -> int:
         stepper = Stepper(load(setup.parts.engine)(setup.config, region))
     except Exception as error:
         return child.refuse(end, "shard", error)
-    # What is alive now stays alive: a full collection among a model's objects would stall a step for tens of ms.
-    gc.collect()
-    gc.freeze()
+    keep_alive()
     port: Port[Setup | Preload | Submit | Cancel] = Port(end, ToShard)
     try:
         engine = stepper.engine

@@ -23,7 +23,7 @@ from engine.platform import Platform
 from engine.runner.memory import plan_memory
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tests.ops import fake_attention
-from tests.runner.twins import SEGMENT, PaddedSteps, Twins, make_scene, small_config
+from tests.runner.twins import Twins, make_scene, small_config
 from tests.tiny import CONFIGS, SMALL, VOCAB, make_adapter, make_model
 
 MIB = 1 << 20
@@ -95,12 +95,7 @@ def test_captured_steps_give_what_the_builtin_ones_give(
     options = {"block_size": 256, "max_batch_total_tokens": 20 * 256}
     config = small_config(scene, max_batch_prefill_tokens=64, **options)
     twins = Twins(scene, with_backend(config, name), config)
-    engine = twins.padded.engine
-    runner = engine.runner
-    runner.builder.most = SEGMENT
-    graphs = PaddedSteps(runner.model, runner.builder, 3 * 64, engine.plan.max_step_tokens)
-    graphs.capture()
-    runner.graphs = graphs
+    graphs = twins.capture()
     twins.run(40, seed=ahead, longest=60, ahead=ahead)
     assert not any(shape.chunks for shape, _ in graphs.replayed)
     assert len({shape for shape, _ in graphs.replayed}) > 2

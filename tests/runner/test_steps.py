@@ -17,7 +17,6 @@ from engine.runner.shapes import decode_shapes, decode_words, mixed_shapes, mixe
 from tests.ops.test_cpu_lora import per_token
 from tests.runner.twins import (
     SEGMENT,
-    PaddedSteps,
     Scene,
     Twins,
     let_attention_pad,
@@ -39,12 +38,7 @@ def test_padded_is_plain(
     let_attention_pad(monkeypatch)
     config = small_config(scene, max_batch_prefill_tokens=step_tokens)
     twins = Twins(scene, config, config)
-    engine = twins.padded.engine
-    runner = engine.runner
-    runner.builder.most = SEGMENT
-    graphs = PaddedSteps(runner.model, runner.builder, 3 * 64, engine.plan.max_step_tokens)
-    graphs.capture()
-    runner.graphs = graphs
+    graphs = twins.capture()
     twins.run(40, seed=step_tokens + ahead, longest=min(150, 4 * step_tokens), ahead=ahead)
     replayed = graphs.replayed
     assert {kind for _, kind in replayed} == {NO_LORA, IN_LAYERS, EVERYWHERE}
@@ -52,7 +46,7 @@ def test_padded_is_plain(
     assert any(not shape.chunks for shape, _ in replayed)
     assert len({shape for shape, _ in replayed}) > 3
     assert sum(plan.chunks != [] for plan in twins.plans) > 15
-    assert engine.stats.evictions > 0
+    assert twins.padded.engine.stats.evictions > 0
     assert len(replayed) > 0.8 * len([p for p in twins.plans if p.decode or p.chunks])
     twins.close()
 

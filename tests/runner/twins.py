@@ -103,6 +103,16 @@ class Twins:
         self.plans: list[StepPlan] = []
         self.in_flight = 0
 
+    def capture(self) -> PaddedSteps:
+        """From now on the first engine's steps are padded to the shapes of graphs; the graphs."""
+        engine = self.padded.engine
+        runner = engine.runner
+        runner.builder.most = SEGMENT
+        graphs = PaddedSteps(runner.model, runner.builder, 3 * 64, engine.plan.max_step_tokens)
+        graphs.capture()
+        runner.graphs = graphs
+        return graphs
+
     def step(self, ahead: int) -> None:
         """Plans and launches a step, then commits all but `ahead` of those in flight."""
         scheduler = self.padded.engine.scheduler
