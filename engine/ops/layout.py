@@ -21,10 +21,6 @@ MAX_TARGETS = 3  # per group
 MAX_RANK = 65535  # a rank is a uint16 in the record
 RECORD_WORDS = 8
 
-# The most tokens of one segment, by device: a GPU gives every segment threads of its own, a CPU reads an adapter once
-# for all tokens of a segment.
-SEGMENT_TOKENS = {"cpu": 1 << 30, "cuda": 8}
-
 # words of a record
 WORD_A = 0  # offset of A
 WORD_B = 1  # offset of B of the first target

@@ -16,7 +16,6 @@ from torch import Tensor
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
 from engine.ops.attention import Backend, Prepare, StepLengths
-from engine.ops.layout import SEGMENT_TOKENS
 from engine.runner.inputs import Description, Inputs
 from engine.runner.rows import RowTable
 from engine.runner.shapes import Shape, decode_words
@@ -81,7 +80,6 @@ class BatchBuilder:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention
         self.block = cache.shape[3]
-        self.most = SEGMENT_TOKENS[rows.device.type]
         self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
         self.decode = Description([], [], [], [])
         self._reached: tuple[Description, Reach | None] = (
@@ -118,9 +116,9 @@ class BatchBuilder:
         """Notes the inputs of the step for the next `send`, unless they are there."""
         if shape.chunks:
             at = self.rows.spare_at + self.mixed_at
-            self.rows.words.write(at, description.words(shape, self.most))
+            self.rows.words.write(at, description.words(shape))
         elif not self._is_written(description, shape):
-            self.rows.words.write(self.rows.spare_at, description.words(shape, self.most))
+            self.rows.words.write(self.rows.spare_at, description.words(shape))
             self._written = (description, shape)
 
     def _is_written(self, description: Description, shape: Shape) -> bool:
@@ -129,7 +127,7 @@ class BatchBuilder:
 
     def build(self, description: Description) -> Step:
         """The step as it is, without padding."""
-        shape = description.shape(self.most)
+        shape = description.shape
         self.write(description, shape)
         self.rows.words.send()
         if self._reached[0] is not description:

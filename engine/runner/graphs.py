@@ -45,11 +45,9 @@ class StepGraphs:
         """`width`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
         self.model, self.builder = model, builder
         max_rows = len(builder.rows.known) - 1
-        self.decode_shapes = decode_shapes(max_rows, builder.most)
+        self.decode_shapes = decode_shapes(max_rows)
         attention = builder.attention
-        self.mixed_shapes = (
-            mixed_shapes(max_rows, max_tokens, builder.most) if attention.captures_chunks else []
-        )
+        self.mixed_shapes = mixed_shapes(max_rows, max_tokens) if attention.captures_chunks else []
         self.attention = {shape: attention.captured(shape.decodes) for shape in self.shapes}
         layers, groups = builder.adapters.records.shape[1:3]
         inside = [[True] * groups] * (layers - 1)
@@ -132,7 +130,7 @@ class StepGraphs:
     def _fitting(self, description: Description) -> Captured | None:
         if description.scored:
             return None
-        needed = description.shape(self.builder.most)
+        needed = description.shape
         shapes = self.mixed_shapes if description.chunks else self.decode_shapes
         shape = next((shape for shape in shapes if shape.holds(needed)), None)
         return None if shape is None else self.captured[shape, self._kind(description)]

@@ -17,8 +17,6 @@ from torch import Tensor
 from engine.messages import Chunk
 from engine.runner.shapes import Shape
 
-FEW_SEGMENTS = 32
-LONGER = 8
 IN_TABLE = -1  # in place of a first position: where the row is, which the device knows
 
 
@@ -42,27 +40,18 @@ class Inputs(NamedTuple):
         return cls(*words[: sum(shape.sizes)].split(shape.sizes))
 
 
-def runs(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
-    """Segments (slots [S], starts [S + 1]) of consecutive sequences with equal slots, of at most `most` tokens."""
+def segments(slots: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(slots [S], starts [S + 1]) of the runs of consecutive sequences with equal slots."""
     of_runs: list[int] = []
     starts = [0]
-    at = begin = 0
+    at = 0
     for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         at += count
         if index + 1 < len(slots) and slots[index + 1] == slot:
             continue
-        cuts = range(begin + most, at, most) if slot else ()
-        for end in (*cuts, at):
-            of_runs.append(slot)
-            starts.append(end)
-        begin = at
+        of_runs.append(slot)
+        starts.append(at)
     return of_runs, starts
-
-
-def segments(slots: Sequence[int], counts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
-    """`runs` for the kernels. Few tokens are cut into segments of `most`, so that even one adapter keeps a GPU busy;
-    many into longer ones, so that its matrices are read fewer times."""
-    return runs(slots, counts, most if sum(counts) <= FEW_SEGMENTS * most else LONGER * most)
 
 
 class Description(NamedTuple):
@@ -91,16 +80,12 @@ class Description(NamedTuple):
         """New tokens of each sequence."""
         return [1] * len(self.decode) + [chunk.count for chunk in self.chunks]
 
-    def shape(self, most: int) -> Shape:
-        """What the step takes, without padding, in segments of up to `most` tokens."""
-        counts, slots = self.counts, self.slots
-        decodes, chunks = len(self.decode), len(self.chunks)
-        of_tokens = len(segments(slots, counts, most)[0])
-        if not chunks:
-            return Shape(decodes, 0, decodes, 0, of_tokens, 0)
-        out_slots, out_counts = self._outputs(slots, counts)
-        of_outputs = len(segments(out_slots, out_counts, most)[0])
-        return Shape(decodes, chunks, sum(counts), sum(out_counts), of_tokens, of_outputs)
+    @property
+    def shape(self) -> Shape:
+        """What the step takes, without padding."""
+        decodes, chunks, counts = len(self.decode), len(self.chunks), self.counts
+        outputs = sum(self._outputs(self.slots, counts)[1]) if chunks else 0
+        return Shape(decodes, chunks, sum(counts), outputs)
 
     def _outputs(self, slots: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
         """(slot, number of outputs) of every sampled sequence, then of every scored one."""
@@ -108,7 +93,7 @@ class Description(NamedTuple):
         out_counts = [1] * len(sampled) + [counts[s] for s in scored]
         return [slots[s] for s in (*sampled, *scored)], out_counts
 
-    def words(self, shape: Shape, most: int) -> np.ndarray:
+    def words(self, shape: Shape) -> np.ndarray:
         """The fields of `Inputs` one after the other, int32."""
         ahead = [0] * (shape.decodes - len(self.decode))
         behind = [0] * (shape.chunks - len(self.chunks))
@@ -118,9 +103,9 @@ class Description(NamedTuple):
         starts = [0, *accumulate(counts)]
         fields = [rows, first, _padded(starts, shape.sequences + 1, starts[-1])]
         fields += self._output_fields(shape, starts[len(ahead) :])
-        fields += _segment_fields(ahead + self.slots, counts, most, shape.segments)
+        fields += _segment_fields(ahead + self.slots, counts, shape.segments)
         outputs = self._outputs(self.slots, self.counts) if shape.chunks else ([], [])
-        fields += _segment_fields(*outputs, most, shape.output_segments)
+        fields += _segment_fields(*outputs, shape.output_segments)
         return np.concatenate([np.array(field, dtype=np.int32) for field in fields])
 
     def _output_fields(self, shape: Shape, starts: list[int]) -> list[list[int]]:
@@ -140,7 +125,7 @@ def _padded(values: list[int], size: int, value: int) -> list[int]:
     return values + [value] * (size - len(values))
 
 
-def _segment_fields(slots: list[int], counts: list[int], most: int, size: int) -> list[list[int]]:
+def _segment_fields(slots: list[int], counts: list[int], size: int) -> list[list[int]]:
     """Segments and, to fill up, empty ones of the base model."""
-    of_runs, starts = segments(slots, counts, most)
+    of_runs, starts = segments(slots, counts)
     return [_padded(of_runs, size, 0), _padded(starts, size + 1, starts[-1])]

@@ -15,7 +15,7 @@ from engine.runner.shapes import mixed_shapes
 DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
-DEFAULT_CHUNK_TOKENS = 256  # on a GPU: a step that takes at most twice as long as without them
+DEFAULT_CHUNK_TOKENS = 128  # on a GPU: a step that takes at most twice as long as without them
 SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
 COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
@@ -184,7 +184,7 @@ def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], ite
     if config.memory.eager or config.memory.slow_reference:
         return working
     # all graphs share what the largest needs, which has room for any rank, and one copy of logits
-    shape = mixed_shapes(rows, tokens, 1)[-1]
+    shape = mixed_shapes(rows, tokens)[-1]
     captured = _activations(spec, shape.tokens, itemsize, config.adapters.max_adapter_rank)
     return working + captured + 2 * max(shape.outputs, rows) * spec.vocab * 4
 

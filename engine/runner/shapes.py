@@ -9,7 +9,8 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-MIXED_DECODES = (16, 32, 64, 96, 128, 192)  # rows that decode beside chunks; and all that there are
+# rows that decode beside chunks; and all that there are
+MIXED_DECODES = (16, 32, 48, 64, 72, 80, 88, 96, 112, 128, 160, 192)
 CHUNK_TOKENS = (64, 128, 256, 512, 1024, 2048)
 MOST_BESIDE = 256  # chunk tokens beside many rows that decode; the larger ones are for few rows
 LEAST_CHUNK = 16  # tokens: a bucket of tokens has room for chunks of this size
@@ -22,12 +23,20 @@ class Shape(NamedTuple):
     chunks: int  # other sequences
     tokens: int
     outputs: int  # tokens whose logits are wanted; without chunks all are, and this is 0
-    segments: int  # of adapters, over the tokens
-    output_segments: int  # and over the outputs
 
     @property
     def sequences(self) -> int:
         return self.decodes + self.chunks
+
+    @property
+    def segments(self) -> int:
+        """Of adapters, over the tokens: at most one a sequence."""
+        return self.sequences
+
+    @property
+    def output_segments(self) -> int:
+        """And over the outputs: at most one a sequence that is sampled, and one a sequence that is scored."""
+        return min(self.outputs, 2 * self.sequences)
 
     @property
     def sizes(self) -> list[int]:
@@ -49,20 +58,14 @@ class Shape(NamedTuple):
         return all(room >= size for room, size in zip(own, other, strict=True))
 
 
-def room_for(decodes: int, chunks: int, tokens: int, outputs: int, most: int) -> Shape:
-    """The shape that holds every step of so many rows, chunks, tokens and outputs, in segments of up to `most`."""
-    segments = decodes + chunks + (tokens - decodes) // most
-    return Shape(decodes, chunks, tokens, outputs, segments, outputs)
-
-
-def decode_shapes(max_rows: int, most: int) -> list[Shape]:
+def decode_shapes(max_rows: int) -> list[Shape]:
     """Steps of one token for each row, rising to `max_rows`."""
     sizes = [1, 2, 4, *range(8, min(max_rows, 128), 8), *range(128, max_rows, 32)]
     sizes = sorted({size for size in sizes if size < max_rows} | {max_rows})
-    return [room_for(size, 0, size, 0, most) for size in sizes]
+    return [Shape(size, 0, size, 0) for size in sizes]
 
 
-def mixed_shapes(max_rows: int, max_tokens: int, most: int) -> list[Shape]:
+def mixed_shapes(max_rows: int, max_tokens: int) -> list[Shape]:
     """Steps of rows that decode and of chunks, by rising tokens, up to the first that holds `max_tokens` of them."""
     decodes = sorted({size for size in MIXED_DECODES if size < max_rows} | {max_rows})
     least = CHUNK_TOKENS[0]
@@ -72,16 +75,16 @@ def mixed_shapes(max_rows: int, max_tokens: int, most: int) -> list[Shape]:
         if of_chunks > MOST_BESIDE and decode > decodes[0]:
             continue
         chunks = min(of_chunks // LEAST_CHUNK, max_rows)
-        shapes.append(room_for(decode, chunks, decode + of_chunks, decode + chunks, most))
+        shapes.append(Shape(decode, chunks, decode + of_chunks, decode + chunks))
     return sorted(shapes, key=lambda shape: (shape.tokens, shape.decodes))
 
 
 def decode_words(max_rows: int) -> int:
     """Words for the inputs of a step that only decodes."""
-    return room_for(max_rows, 0, max_rows, 0, 1).words
+    return Shape(max_rows, 0, max_rows, 0).words
 
 
 def mixed_words(max_rows: int, max_tokens: int) -> int:
     """Words for the inputs of any step with chunks, captured or not."""
-    eager = room_for(max_rows, max_rows, max_rows + max_tokens, max_rows + max_tokens, 1)
-    return max(shape.words for shape in [eager, *mixed_shapes(max_rows, max_tokens, 1)])
+    eager = Shape(max_rows, max_rows, max_rows + max_tokens, max_rows + max_tokens)
+    return max(shape.words for shape in [eager, *mixed_shapes(max_rows, max_tokens)])

@@ -128,6 +128,19 @@ def test_decode(dtype: torch.dtype, block: int, heads: int, groups: int, size: i
     check(Cache(sequences, heads, groups, size, block, dtype))
 
 
+@pytest.mark.parametrize("heads", [4, 24])
+def test_rows_of_as_many_parts_as_there_may_be(heads: int) -> None:
+    """Beside short ones, wherever they stand in the batch."""
+    lengths = [40_000, 1100, 3, 33_000, 2048, 2049]
+    for _ in range(2):
+        check(Cache([(1, n) for n in lengths], heads, 2, 32, 16, torch.bfloat16))
+        lengths.reverse()
+
+
+def test_blocks_that_chunks_of_keys_do_not_fill() -> None:
+    check(Cache([(1, 1), (1, 300), (1, 1500), (40, 77)], 4, 2, 64, 24, torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_with_padding(dtype: torch.dtype) -> None:
     """Rows of a captured graph that no sequence has; and as many tokens as sequences by chance."""

@@ -27,7 +27,7 @@ from tests.ops.test_cpu_lora import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
 
 ops = torch.ops.lorax
-FEW_TOKENS = 64  # up to here a token's result has the same bits in every batch
+FEW_TOKENS = 256  # up to here a token's result has the same bits in every batch
 SHAPES = [(4096, [4096, 1024, 1024]), (1000, [333, 1, 50]), (1, [9]), (520, [1032, 1032])]
 
 
@@ -110,7 +110,7 @@ def test_every_rank(dtype: torch.dtype, rank: int) -> None:
     for ranks in [(rank,), (rank, 0, 3), (0, rank, 0), (0, 2, rank)]:
         adapters = make_adapters([ranks, ranks], 96, [80, 24, 40][: len(ranks)], dtype)
         check(adapters, random.choice([1, 2, 5, 9]), "uniform")
-        check(adapters, 64 + random.choice([1, 2, 9, 40]), "uniform")
+        check(adapters, FEW_TOKENS + random.choice([1, 2, 9, 40]), "uniform")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,10 +125,14 @@ def test_many_tokens_are_as_exact_as_few(dtype: torch.dtype) -> None:
     """Long segments of large batches go to tensor cores."""
     adapters = make_adapters([(16, 64, 33)], 96, [512, 640, 128], dtype)
     slots = torch.tensor([1], dtype=torch.int32)
-    x, y = torch.randn(96, 96).to(dtype), torch.randn(96, 1280).to(dtype)
-    many = run(adapters, x, y, slots, torch.tensor([0, 96], dtype=torch.int32))[1]
-    half = torch.tensor([0, 48], dtype=torch.int32)
-    few = [run(adapters, x[part], y[part], slots, half)[1] for part in (slice(48), slice(48, 96))]
+    half = FEW_TOKENS - 56
+    x, y = torch.randn(2 * half, 96).to(dtype), torch.randn(2 * half, 1280).to(dtype)
+    ends = [torch.tensor([0, tokens], dtype=torch.int32) for tokens in (half, 2 * half)]
+    many = run(adapters, x, y, slots, ends[1])[1]
+    few = [
+        run(adapters, *pair, slots, ends[0])[1]
+        for pair in zip(x.split(half), y.split(half), strict=True)
+    ]
     as_exact(many, torch.cat(few))
 
 

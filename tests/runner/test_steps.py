@@ -11,12 +11,11 @@ from engine.messages import Admit, Chunk, SamplingParams
 from engine.ops.attention.builtin import Builtin
 from engine.runner.batch import Adapters, BatchBuilder, Reach
 from engine.runner.graphs import EVERYWHERE, IN_LAYERS, NO_LORA
-from engine.runner.inputs import Description, runs
+from engine.runner.inputs import Description, segments
 from engine.runner.rows import RowTable
 from engine.runner.shapes import decode_shapes, decode_words, mixed_shapes, mixed_words
 from tests.ops.test_cpu_lora import per_token
 from tests.runner.twins import (
-    SEGMENT,
     Scene,
     Twins,
     let_attention_pad,
@@ -73,17 +72,16 @@ def random_description(
     return Description(decode, planned, slots, [generator.randint(1, 60) for _ in decode])
 
 
-@pytest.mark.parametrize("most", [8, 1 << 30])
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(1, 1), (7, 19), (20, 300), (256, 8192)])
-def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int, most: int) -> None:
+def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int) -> None:
     """As many rows, chunks and tokens as a bucket has never need more segments, outputs or words than it has."""
     generator = random.Random(max_rows)
     max_tokens = max(max_rows, max_tokens)
-    shapes = decode_shapes(max_rows, most), mixed_shapes(max_rows, max_tokens, most)
+    shapes = decode_shapes(max_rows), mixed_shapes(max_rows, max_tokens)
     found = 0
     for i in range(300):
         step = random_description(generator, max_rows, max_tokens, chunks=i % 2 == 1)
-        needed = step.shape(most)
+        needed = step.shape
         mixed = bool(step.chunks)
         assert needed.words <= (mixed_words if mixed else decode_words)(
             *([max_rows, max_tokens] if mixed else [max_rows])
@@ -94,7 +92,7 @@ def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int, most: int) -
             assert shape.holds(needed) == (rows_fit and tokens_fit)
             if shape.holds(needed):
                 found += 1
-                assert len(step.words(shape, most)) == shape.words
+                assert len(step.words(shape)) == shape.words
         if not mixed and needed.decodes:
             assert any(shape.holds(needed) for shape in shapes[0])
     assert found >= 300
@@ -113,7 +111,6 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
     cache = torch.zeros(9, 1, 2, block, 1, 1)
     adapters = Adapters(torch.zeros(16).byte(), records)
     builder = BatchBuilder(table, cache, adapters, attention)
-    builder.most = SEGMENT
     step = random_description(generator, max_rows, 300, chunks=seed % 3 > 0)
     held: dict[int, Admit] = {}
     for row, slot in zip([*step.decode, *(c.row for c in step.chunks)], step.slots, strict=True):
@@ -126,10 +123,8 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
     step = builder.describe(step.chunks)
     new = [(row, held[row].computed, 1) for row in step.decode]
     new += [(chunk.row, chunk.start, chunk.count) for chunk in step.chunks]
-    shapes = (
-        mixed_shapes(max_rows, 300, SEGMENT) if step.chunks else decode_shapes(max_rows, SEGMENT)
-    )
-    for shape in [step.shape(SEGMENT), *(s for s in shapes if s.holds(step.shape(SEGMENT)))]:
+    shapes = mixed_shapes(max_rows, 300) if step.chunks else decode_shapes(max_rows)
+    for shape in [step.shape, *(s for s in shapes if s.holds(step.shape))]:
         for row, admit in held.items():
             table.computed[row] = admit.computed
         builder.write(step, shape)
@@ -166,10 +161,10 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
 
 def test_buckets_rise_and_end_with_every_row() -> None:
     for max_rows in (1, 3, 16, 64, 200, 256):
-        sizes = [shape.decodes for shape in decode_shapes(max_rows, 8)]
+        sizes = [shape.decodes for shape in decode_shapes(max_rows)]
         assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows and sizes[0] == 1
         for max_tokens in (256, 1000, 8192):
-            shapes = mixed_shapes(max_rows, max_tokens, 8)
+            shapes = mixed_shapes(max_rows, max_tokens)
             tokens = [shape.tokens for shape in shapes]
             assert tokens == sorted(tokens)
             assert max(shape.decodes for shape in shapes) == max_rows
@@ -178,7 +173,7 @@ def test_buckets_rise_and_end_with_every_row() -> None:
 
 
 def test_segments() -> None:
-    assert runs([0, 0, 5, 5, 2], [1, 3, 9, 8, 1], 8) == ([0, 5, 5, 5, 2], [0, 4, 12, 20, 21, 22])
-    assert runs([0], [30], 8) == ([0], [0, 30])
-    assert runs([3], [16], 8) == ([3, 3], [0, 8, 16])
-    assert runs([], [], 8) == ([], [0])
+    assert segments([0, 0, 5, 5, 2], [1, 3, 9, 8, 1]) == ([0, 5, 2], [0, 4, 21, 22])
+    assert segments([2, 0, 2], [1, 2, 3]) == ([2, 0, 2], [0, 1, 3, 6])
+    assert segments([0], [30]) == ([0], [0, 30])
+    assert segments([], []) == ([], [0])

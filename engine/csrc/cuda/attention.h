@@ -5,9 +5,9 @@
 
 namespace lorax::cuda {
 
-constexpr int kAttentionMaxParts = 16;   // a decode's keys are cut into at most so many parts
-constexpr int kAttentionPartSize = 512;  // and a part has at least so many positions
-constexpr int kAttentionMaxSize = 256;   // largest head size
+constexpr int kAttentionMaxParts = 32;    // a decode's keys are cut into at most so many parts
+constexpr int kAttentionPartSize = 1024;  // of so many positions, or more of very long rows
+constexpr int kAttentionMaxSize = 256;    // largest head size
 
 struct AttentionArgs {
   DType dtype, kv_dtype;  // of q and out, of the cache
@@ -24,7 +24,7 @@ struct AttentionArgs {
   int decodes;  // each of so many first sequences has one token
   float scale, softcap;
   int window;
-  int parts;         // parts a decode may have: min(16, positions of a table row / 256), at least 1
+  int parts;  // parts a decode may have: min(32, positions of a table row / 1024), at least 1
   float* workspace;  // attention_workspace(args) floats
 };
 

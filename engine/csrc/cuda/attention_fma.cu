@@ -127,12 +127,12 @@ void launch(const AttentionArgs& args, cudaStream_t stream) {
     launch_chained(fma_kernel<KV, 8>, grid, kWarps * 32, 0, stream, args);
 }
 
-// The tensor core kernels copy 16 bytes at a time.
+// The tensor core kernels copy 16 bytes at a time, of positions of one block.
 bool takes_tensor_cores(const AttentionArgs& args) {
   return args.dtype != DType::float32 && args.dtype == args.kv_dtype && args.size % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(args.kv) % 16 == 0 && args.block_stride % 8 == 0 &&
-         args.value_stride % 8 == 0 && args.position_stride % 8 == 0 &&
-         args.kv_head_stride % 8 == 0;
+         args.block % kDecodeKeys == 0 && reinterpret_cast<uintptr_t>(args.kv) % 16 == 0 &&
+         args.block_stride % 8 == 0 && args.value_stride % 8 == 0 &&
+         args.position_stride % 8 == 0 && args.kv_head_stride % 8 == 0;
 }
 
 }  // namespace

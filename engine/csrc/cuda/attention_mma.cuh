@@ -173,52 +173,6 @@ struct Rows {
     }
   }
 
-  // Takes in kKeys positions from `first` on. Row i of the lane sees low[i] .. high[i] - 1.
-  template <int kKeys>
-  __device__ void attend(const T* queries, const T* keys, const T* values, int first,
-                         const int (&low)[2], const int (&high)[2], float scale, float softcap,
-                         int lane) {
-    float s[kKeys / 8][4];
-    multiply<kKeys>(s, queries, keys, lane);
-    float top[2] = {m[0], m[1]};
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int position = first + j * 8 + lane % 4 * 2 + i % 2;
-        float x = s[j][i] * scale;
-        // tanh(x) = 1 - 2 / (e^2x + 1)
-        if (softcap > 0.f) x = softcap * (1.f - 2.f / (exp2f(x / softcap * (2.f * kLog2e)) + 1.f));
-        const bool seen = position >= low[i / 2] && position < high[i / 2];
-        s[j][i] = seen ? x * kLog2e : -INFINITY;
-        top[i / 2] = fmaxf(top[i / 2], s[j][i]);
-      }
-    }
-    float shrink[2], base[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      top[i] = fmaxf(top[i], __shfl_xor_sync(kFull, top[i], 1));
-      top[i] = fmaxf(top[i], __shfl_xor_sync(kFull, top[i], 2));
-      base[i] = top[i] == -INFINITY ? 0.f : top[i];
-      shrink[i] = exp2f(m[i] - base[i]);
-      m[i] = top[i];
-      l[i] *= shrink[i];
-    }
-#pragma unroll
-    for (int j = 0; j < kSize / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[j][i] *= shrink[i / 2];
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[j][i] = exp2f(s[j][i] - base[i / 2]);
-        l[i / 2] += s[j][i];
-      }
-    }
-    add_values<kKeys>(s, values, lane);
-  }
-
   // Adds up the sums of the four lanes of a row.
   __device__ void finish() {
 #pragma unroll

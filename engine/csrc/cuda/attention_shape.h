@@ -9,6 +9,9 @@ constexpr int kSharedMemory = 99 * 1024;
 
 constexpr int kHeadSizes[] = {32, 64, 96, 128, 192, 256};  // that a kernel is compiled for
 
+// Whether a warp has its queries in registers; a prompt's are then in the place of a stage before.
+constexpr bool keeps_queries(int size) { return size <= 128; }
+
 constexpr int kDecodeKeys = 16;   // positions a warp takes at a time
 constexpr int kDecodeStages = 2;  // chunks of a warp that are in flight or in use
 
@@ -16,15 +19,19 @@ constexpr int kDecodeStages = 2;  // chunks of a warp that are in flight or in u
 // heads than 192, 3 warps need more than kSharedMemory; the SM holds as many warps either way.
 constexpr int decode_warps(int size) { return size <= 192 ? 3 : 2; }
 
-// Bytes of shared memory: queries, then the stages of each warp, keys and values.
-constexpr int decode_shared(int size) {
-  return (16 + decode_warps(size) * kDecodeStages * 2 * kDecodeKeys) * (size + 8) * 2;
+// CTAs that run on an SM of 227 KB at a time.
+constexpr int decode_blocks(int size) { return size <= 128 ? 4 : 2; }
+
+// Bytes of shared memory: the stages of each warp, keys and values, then queries of 8 `tiles`
+// heads.
+constexpr int decode_shared(int size, int tiles) {
+  return (decode_warps(size) * kDecodeStages * 2 * kDecodeKeys + 8 * tiles) * (size + 8) * 2;
 }
 
 constexpr bool decode_fits() {
   for (const int size : kHeadSizes) {
     const int fixed = 2 * decode_warps(size) * 16 * 4;  // maximum and sum of each warp's rows
-    if (decode_shared(size) + fixed > kSharedMemory) return false;
+    if (decode_shared(size, 2) + fixed > kSharedMemory) return false;
   }
   return true;
 }
@@ -37,9 +44,6 @@ constexpr int kPrefillRows = 64;   // query rows of a CTA, 16 a warp
 constexpr int kPrefillStages = 2;  // tiles of keys and values in flight or in use
 
 constexpr int prefill_keys(int size) { return size <= 128 ? 64 : 32; }  // positions of a tile
-
-// Whether a warp has its queries in registers; their shared memory is then that of a stage.
-constexpr bool keeps_queries(int size) { return size <= 128; }
 
 constexpr int prefill_shared(int size) {  // bytes: the stages, keys and values, then queries
   const int rows =

@@ -17,8 +17,4 @@ namespace lorax::cuda {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
 
-// Of a launch: up to here a token's result has the same bits whatever its batch, and kernels are
-// made for latency. Beyond it they are made for throughput, and a library multiplies.
-constexpr int64_t kFewTokens = 64;
-
 }  // namespace lorax::cuda

@@ -8,6 +8,7 @@
 #include "chain.cuh"
 #include "hopper.cuh"
 #include "linear.h"
+#include "mma.cuh"
 #include "pack.h"
 
 namespace lorax::cuda {
@@ -32,19 +33,6 @@ struct Shape {
   static constexpr int kShared = kStages * kStageBytes + kReceiveBytes + kStages * 16 + 16;
   static_assert(kStages >= 2 && kShared <= kSharedGoal);
 };
-
-template <class T>
-[[maybe_unused]] __device__ __forceinline__ uint32_t pair(float a, float b) {
-  Pack<T, 2> both{{narrow<T>(a), narrow<T>(b)}};
-  return reinterpret_cast<const uint32_t&>(both);
-}
-
-// An 8 x 8 matrix of 16-bit elements, two side by side in a register, transposed.
-[[maybe_unused]] __device__ __forceinline__ uint32_t transposed(uint32_t v) {
-  uint32_t out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
-  return out;
-}
 
 // Grid: tiles of 128 rows of the weight, clusters of kSplit CTAs that share one.
 template <class T, int kTokens, int kSplit>
@@ -185,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // rows 0 .. 7 of the slab, then 8 .. 15
           const uint32_t two =
-              transposed(pair<T>(whole[2 * i] + bias[i], whole[2 * i + 1] + bias[i]));
+              transposed(Half2<T>::pack(whole[2 * i] + bias[i], whole[2 * i + 1] + bias[i]));
           const int64_t column = row + i * 8 + lane % 4 * 2;
           if (token < args.tokens && column < args.rows)
             *reinterpret_cast<uint32_t*>(static_cast<T*>(args.y) + token * args.rows + column) =
@@ -271,7 +259,7 @@ bool linear_takes(const LinearArgs& args) {
   const auto copies = [](const void* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
   };
-  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kFewTokens &&
+  return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kLinearFewTokens &&
          args.rows > 0 && args.rows % 8 == 0 && args.rows < (int64_t(1) << 31) &&
          args.columns >= kStep && args.columns < (int64_t(1) << 31) &&
          copies(args.x, args.x_stride) && copies(args.weight, args.weight_stride) &&

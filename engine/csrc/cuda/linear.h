@@ -5,6 +5,8 @@
 
 namespace lorax::cuda {
 
+constexpr int64_t kLinearFewTokens = 64;  // beyond it a library multiplies
+
 struct LinearArgs {
   DType dtype;         // of all: bfloat16 or float16
   const void* x;       // [tokens, columns], `x_stride` elements from row to row

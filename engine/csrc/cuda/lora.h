@@ -8,6 +8,9 @@
 
 namespace lorax::cuda {
 
+// Tokens of a launch: up to here a token's result has the same bits whatever its batch, and items
+// are small, so that few of them fill the GPU; beyond it they are large, for throughput.
+constexpr int64_t kLoraFewTokens = 256;
 constexpr int kLoraChunk = 4096;  // of K: one part of t
 constexpr int kLoraTargets = 3;
 constexpr int kLoraAlign = 16;  // bytes; the unit of a record's offsets

@@ -46,7 +46,7 @@ void launch_expand(const ExpandArgs& args, cudaStream_t stream) {
   const dim3 grid = work_grid(args.segments, tiles * most_passes(args.segments, kFmaTokens),
                               4 * multiprocessors());
   if constexpr (sizeof(T) == 2)
-    if (packs && args.segments.tokens > kFewTokens)
+    if (packs && args.segments.tokens > kLoraFewTokens)
       return launch_chained(expand<T, true>, grid, kExpandThreads, 0, stream, args);
   launch_chained(expand<T, false>, grid, kExpandThreads, 0, stream, args);
 }

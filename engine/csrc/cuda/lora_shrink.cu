@@ -171,14 +171,15 @@ __device__ __forceinline__ float4 load_floats(const float* p, int64_t left, bool
   return v;
 }
 
-// float32: each of 8 warps takes every eighth of 16 ranks and the whole chunk, four floats per lane
-// and 128; its lanes are added by shuffles.
+// float32: tiles of 16 ranks by 8 tokens. Each of 8 warps takes every eighth of the ranks and the
+// whole chunk, four floats per lane and 128; its lanes are added by shuffles.
 __global__ void __launch_bounds__(kThreads)
     shrink_fma(const ShrinkArgs args, int parts, bool vector_x) {
   __shared__ WorkList list;
   allow_next();
   const int items = count_work(args.segments, list, [&](const Segment& segment) {
-    return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts;
+    return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts *
+           passes<kTokenTile>(segment);
   });
   wait_for_previous();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -186,15 +187,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int index = find_work(list, item), local = item - list.first[index];
     const Segment& segment = list.segments[index];
-    const int part = local % parts, rank0 = local / parts * kRankTile;
+    const int tokens = passes<kTokenTile>(segment), token0 = local % tokens * kTokenTile;
+    const int part = local / tokens % parts, rank0 = local / tokens / parts * kRankTile;
     const int rank = min(rank_of(args, segment), rank0 + kRankTile);
+    const int count = min(segment.count - token0, kTokenTile);
     const int64_t k0 = int64_t(part) * kLoraChunk + lane * 4;
     const int64_t end = min(args.k, int64_t(part + 1) * kLoraChunk);
     const float* a = reinterpret_cast<const float*>(arena_at(args.segments, segment.a));
-    const float* x = static_cast<const float*>(args.x) + segment.first * args.x_stride;
-    float* t = args.t + (int64_t(part) * args.segments.tokens + segment.first) * args.width;
-    for (int r = rank0 + warp; r < rank; r += kWarps) {      // over ranks
-      for (int token = 0; token < segment.count; ++token) {  // over tokens
+    const int first = segment.first + token0;
+    const float* x = static_cast<const float*>(args.x) + first * args.x_stride;
+    float* t = args.t + (int64_t(part) * args.segments.tokens + first) * args.width;
+    for (int r = rank0 + warp; r < rank; r += kWarps) {  // over ranks
+      for (int token = 0; token < count; ++token) {      // over tokens
         float sum = 0.0f;
 #pragma unroll 4
         for (int64_t k = k0; k < end; k += 128) {  // over the chunk
@@ -215,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, bool kVectorX>
 void launch_mma(const ShrinkArgs& args, dim3 grid, int parts, cudaStream_t stream) {
-  if (args.segments.tokens <= kFewTokens)
+  if (args.segments.tokens <= kLoraFewTokens)
     launch_chained(shrink_mma<T, kVectorX, kTokenTile, 8>, grid, kThreads, 0, stream, args, parts);
   else
     launch_chained(shrink_mma<T, kVectorX, 32, 4>, grid, kThreads, 0, stream, args, parts);

@@ -41,4 +41,11 @@ struct Half2<__half> {
   }
 };
 
+// An 8 x 8 matrix of 16-bit elements, two side by side in a register, transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t v) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
 }  // namespace lorax::cuda
