@@ -5,7 +5,7 @@
 
 namespace lorax::cuda {
 
-constexpr int kAttentionMaxParts = 32;    // a decode's keys are cut into at most so many parts
+constexpr int kAttentionMaxParts = 16;    // a decode's keys are cut into at most so many parts
 constexpr int kAttentionPartSize = 1024;  // of so many positions, or more of very long rows
 constexpr int kAttentionMaxSize = 256;    // largest head size
 
@@ -24,7 +24,7 @@ struct AttentionArgs {
   int decodes;  // each of so many first sequences has one token
   float scale, softcap;
   int window;
-  int parts;  // parts a decode may have: min(32, positions of a table row / 1024), at least 1
+  int parts;  // parts a decode may have: min(16, positions of a table row / 1024), at least 1
   float* workspace;  // attention_workspace(args) floats
 };
 
