@@ -48,6 +48,7 @@ from engine.config import ModelConfig
 from engine.models import adapter_layout
 from lorax_cli.bench_tables import load_table
 from lorax_cli.output import Output
+from tools.waits import Watch
 
 LINES_KEPT = 40  # of the server's log, for when it does not start
 
@@ -103,8 +104,8 @@ def offline(folder: Folder, args: argparse.Namespace, memory: list[str]) -> Meas
 @contextmanager
 def serving(
     folder: Folder, args: argparse.Namespace, launch: list[str]
-) -> Iterator[tuple[str, float]]:
-    """(address, seconds from the start of the program to its first token)."""
+) -> Iterator[tuple[str, int, float]]:
+    """(address, process id, seconds from the start of the program to its first token)."""
     command = lorax(
         *("launch", "--model-id", str(folder.model), "--load-format", "dummy"),
         *("--dtype", args.dtype, "--hostname", "127.0.0.1", "--port", "0"),
@@ -124,7 +125,7 @@ def serving(
             time.sleep(0.05)
         with urlopen(f"{found[1]}/startup", timeout=600) as answer:
             assert answer.status == 200
-        yield found[1], time.perf_counter() - started
+        yield found[1], server.pid, time.perf_counter() - started
     finally:
         server.send_signal(signal.SIGTERM)
         try:
@@ -221,9 +222,11 @@ def main() -> None:
         folder = write(Path(name), args)
         written_s = time.perf_counter() - started
         reference = offline(folder, args, memory)
-        with serving(folder, args, memory + launch) as (url, start_s):
+        with serving(folder, args, memory + launch) as (url, pid, start_s):
             batches = at_once(url, folder, args)
+            watch = Watch(pid)
             loaded = arrivals(url, folder, args)
+            waits = watch.report()
     rate = statistics.median(one.tokens_per_s for one in batches)
     found: dict[str, Any] = {
         "adapter, MB": folder.adapter_bytes / 1e6,
@@ -249,6 +252,7 @@ def main() -> None:
         if times is not None:
             found[f"first token, {what}, p50, ms"] = times.p50
             found[f"first token, {what}, p99, ms"] = times.p99
+    found |= waits
     found["errors"] = sum(loaded.errors.values())
     summary(found)
     if args.plot:
