@@ -2,7 +2,8 @@
 
 An extension is a plain shared library without Python symbols, written against torch's stable ABI: one file serves
 torch 2.11 and later under every Python. A missing compiler or a failing build is a warning, never a failed install:
-the engine then runs on its reference ops and says so.
+the engine then runs on its reference ops and says so. A library of an earlier build does not stay, for it may lack
+what these sources call.
 
     LORAX_BUILD_EXTENSIONS=0   build nothing
     CXX                        the C++ compiler (default: c++)
@@ -12,6 +13,7 @@ the engine then runs on its reference ops and says so.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -93,6 +95,7 @@ class BuildExtensions(build_ext):
         try:
             builders[ext.name]()
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.warn(
                 f"{ext.name} was not built ({error}); the engine will run on its reference ops"
             )
@@ -132,6 +135,7 @@ class BuildExtensions(build_ext):
         headers = cuda_headers(nvcc)
         flags = [*CUDA_FLAGS, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
         bind = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", "-O2"]
+        bind += [f'-DLORAX_CUDA_ARCHS="{";".join(archs)}"']
         bind += [f"-isystem{root / 'include'}", f"-isystem{headers}"]
         compiler = [*shlex.split(os.environ.get("CXX", "c++")), *CPU_FLAGS]
         jobs = [Job(p, p.stem, [nvcc, *flags]) for p in sorted(CUDA_SOURCES.glob("*.cu"))]
@@ -143,14 +147,15 @@ class BuildExtensions(build_ext):
         self.link("engine.ops._lorax_cuda", link)
 
     def compile(self, sources: Path, jobs: list[Job]) -> list[str]:
-        """Object files of the jobs, those that are out of date compiled anew, side by side."""
+        """Object files of the jobs, side by side; anew where a source, a header or the command is another."""
         headers = [*sources.glob("*.h"), *sources.glob("*.cuh"), Path(__file__)]
         newest = max(path.stat().st_mtime for path in headers)
         objects = Path(self.build_temp) / sources.name
         objects.mkdir(parents=True, exist_ok=True)
 
         def compile_one(job: Job) -> str:
-            output = objects / f"{job.name}.o"
+            command = hashlib.sha256("\0".join(job.command).encode()).hexdigest()[:12]
+            output = objects / f"{job.name}-{command}.o"
             current = output.exists() and output.stat().st_mtime > max(
                 newest, job.source.stat().st_mtime
             )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.errors import ConfigError
 from engine.ops import extension
@@ -54,6 +55,35 @@ def test_a_missing_or_broken_library_has_a_reason(tmp_path: Path) -> None:
     assert "does not load" in (extension.load(broken).reason or "")
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "fits"),
+    [
+        ("80;90a", (9, 0), True),
+        ("80;90a", (8, 6), True),
+        ("86", (8, 0), False),
+        ("90a", (9, 1), False),
+        ("80;86;89;90a", (10, 0), False),
+        ("100", (10, 3), True),
+    ],
+)
+def test_a_library_for_other_gpus_is_not_loaded(
+    archs: str,
+    capability: tuple[int, int],
+    fits: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that fits goes on to be loaded, which this one cannot be."""
+    library = tmp_path / "_lorax_cuda.so"
+    library.write_bytes(b"\x7fELF..lorax_cuda_archs=" + archs.encode() + b"\0..")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    status = extension.load_cuda(library)
+    assert status.path is None and status.reason is not None
+    assert ("does not load" in status.reason) == fits
+    assert (f"{capability[0]}.{capability[1]}" in status.reason) != fits
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     if extension.load().path is None:
         pytest.skip("not built")
@@ -74,6 +104,9 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_installing_without_a_compiler_warns_and_succeeds(tmp_path: Path) -> None:
+    earlier = tmp_path / "lib" / "engine" / "ops" / "_lorax_cpu.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     result = build(tmp_path, CXX="no-such-compiler")
     assert result.returncode == 0, result.stderr
     assert "_lorax_cpu was not built" in result.stdout + result.stderr
