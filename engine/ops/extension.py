@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import re
 from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
@@ -70,14 +69,15 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
         return replace(
             missing, reason=f"{library.name} was not built; install the package with nvcc"
         )
-    capability = torch.cuda.get_device_capability()
-    if (archs := built_for(library)) and not any(runs_on(arch, capability) for arch in archs):
-        reason = (
-            f"{library.name} was built for {', '.join(archs)} and this GPU has compute capability "
-            f"{capability[0]}.{capability[1]}; install the package here, or with LORAX_CUDA_ARCHS"
-        )
-        return replace(missing, reason=reason)
+    major, minor = torch.cuda.get_device_capability()
     try:
+        archs = built_for(library)
+        if archs and not any(runs_on(arch, (major, minor)) for arch in archs):
+            reason = (
+                f"{library.name} was built for {', '.join(archs)} and this GPU has compute capability "
+                f"{major}.{minor}; install the package here, or with LORAX_CUDA_ARCHS"
+            )
+            return replace(missing, reason=reason)
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         return replace(missing, reason=f"{library.name} does not load: {error}")
@@ -87,18 +87,16 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
 
 def built_for(library: Path) -> list[str]:
     """The GPUs of a CUDA library that is not loaded, as LORAX_CUDA_ARCHS names them: 80, 90a. [] if it does not say."""
-    with (
-        library.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        found = re.search(rb"lorax_cuda_archs=([0-9a-z;]+)", content)
-        return found[1].decode().split(";") if found else []
+    found = re.search(rb"lorax_cuda_archs=([0-9a-z;]+)", library.read_bytes())
+    return found[1].decode().split(";") if found else []
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `arch` runs on a GPU: of the same major version and no older minor one, or, where it has a letter,
-    the same (CUDA C++ Programming Guide, "Compute Capabilities")."""
-    major, minor = divmod(int(arch.rstrip("af")), 10)
+    """Whether code for `arch` runs on a GPU (CUDA C++ Programming Guide, "Compute Capabilities").
+
+    The GPU is of the same major version and no older minor one; or of just this one, where the arch has a letter.
+    """
+    major, minor = divmod(int(arch.rstrip("a")), 10)
     if arch.endswith("a"):
         return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor
