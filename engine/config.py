@@ -124,7 +124,7 @@ class SchedulerConfig:
         Option(
             "Most prompt tokens in a step in which other requests decode: less lets their tokens flow more evenly, "
             "more computes prompts sooner. Where more requests wait for their first token than decode, it is in "
-            "proportion more. Unset: 256 on a GPU, else no limit."
+            "proportion more. Unset: 128 on a GPU, else no limit."
         ),
     ] = None
     max_batch_total_tokens: Annotated[

@@ -32,6 +32,7 @@ from engine.server.backend import Backend, Lease
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
 from engine.server.stops import StopMatcher
 from engine.server.text import Text, TextStream
+from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +132,7 @@ class Generation:
         self._lease = lease
         self._events: list[Event] = []
         self._error: LoraxError | None = None
-        self._waiter: asyncio.Future[bool] | None = None  # True: of silence
-        self._timer: asyncio.TimerHandle | None = None  # that looks for silence
-        self._silent_at = 0.0
+        self._waiter = Waiter()
         self._tasks: dict[int, asyncio.Task[None]] = {}  # choice -> its task, until it ends
 
     @property
@@ -166,42 +165,14 @@ class Generation:
         Raises the error of the first sequence that failed, after all events before it.
         """
         while not self._events and self._error is None and not self._complete:
-            self._waiter = asyncio.get_running_loop().create_future()
-            if timeout is not None:
-                self._watch(timeout)
-            try:
-                if await self._waiter:
-                    return []
-            finally:
-                self._waiter = None
+            if not await self._waiter.wait(timeout):
+                return []
         if self._events:
             events, self._events = self._events, []
             return events
         if self._error is not None:
             raise self._error
         return None
-
-    def _watch(self, timeout: float) -> None:
-        """Ends the wait after `timeout` seconds. One timer serves all waits of a few ms: each its own is a tenth of
-        what a token costs."""
-        loop = asyncio.get_running_loop()
-        self._silent_at = loop.time() + timeout
-        if self._timer is not None and self._timer.when() > self._silent_at:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
-            self._timer = loop.call_at(self._silent_at, self._look)
-
-    def _look(self) -> None:
-        """Silence, or else a later look."""
-        self._timer = None
-        if self._waiter is None or self._waiter.done():
-            return
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._silent_at:
-            self._waiter.set_result(True)
-        else:
-            self._timer = loop.call_at(self._silent_at, self._look)
 
     # -- the tasks
 
@@ -214,9 +185,7 @@ class Generation:
 
     async def close(self) -> None:
         """Cancels what still runs, and waits for it. Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._waiter.close()
         running = [task for choice, task in self._tasks.items() if choice not in self.finished]
         for task in running:
             task.cancel()
@@ -228,17 +197,13 @@ class Generation:
         self._owner.tasks.discard(task)
         del self._tasks[choice]
         self._release()
-        self._wake()
+        self._waiter.wake()
 
     def _release(self) -> None:
         """Gives the adapter back once the engine has let go of every sequence."""
         if self._lease is not None and not self._tasks:
             self._lease.release()
             self._lease = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(False)
 
     async def _run(self, sequence: _Sequence) -> None:
         """Reads one sequence to its end. A task boundary: whatever fails, fails this request only."""
@@ -253,7 +218,7 @@ class Generation:
                         self.finished[finish.choice] = finish
                         self._events.append(finish)
                         self.timings.finished = time.monotonic()
-                    self._wake()
+                    self._waiter.wake()
                     if finish is not None:
                         return
             raise GenerationError("the engine ended the request without a result")
