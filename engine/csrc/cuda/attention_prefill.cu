@@ -1,7 +1,7 @@
 // Prompts and mixed batches: FlashAttention-2 over the paged cache.
 #include <type_traits>
 
-#include "attention_mma.cuh"
+#include "attention_rows.cuh"
 #include "chain.cuh"
 
 namespace lorax::cuda {
