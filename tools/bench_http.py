@@ -8,9 +8,10 @@ folders. Then:
 1. offline: `lorax bench` of `--streams` requests on the warm adapters, for the step and the tokens a second;
 2. starts `lorax launch` in a process of its own and waits for its first token;
 3. sends `--streams` requests at once over HTTP, several times: their tokens a second beside the offline figure;
-4. keeps `--streams` endless streams running while requests arrive as a Poisson process, every second of them for an
-   adapter that nobody has asked for before, and tells the gaps between the streams' tokens inside and outside of the
-   times in which such an adapter loads.
+4. keeps `--streams` streams running while requests arrive as a Poisson process, every second of them for an adapter
+   that nobody has asked for before, and tells the gaps between the streams' tokens inside and outside of the times in
+   which such an adapter loads. A stream begins anew after as many tokens as the requests of 1. and 3. have, so that its
+   step is theirs; with `--stream-tokens` beyond what the run takes, contexts grow and no stream brings a prompt.
 
 Most cold adapters share their values on disk by hard links and differ in their scale, so each is read, placed and
 kept as an adapter of its own. What follows `--` goes to `lorax launch`.
@@ -172,6 +173,7 @@ def arrivals(url: str, folder: Folder, args: argparse.Namespace) -> LoadReport:
         duration=args.duration,
         warm_up=args.warm_up,
         background=args.streams,
+        background_tokens=args.stream_tokens or args.output,
         alone=args.alone,
     )
     return run(url, load)
@@ -197,6 +199,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--written", type=int, default=24, help="of them, with values of their own")
     parser.add_argument("--input", type=int, default=128)
     parser.add_argument("--output", type=int, default=256)
+    parser.add_argument("--stream-tokens", type=int, help="of each stream; unset: --output")
     parser.add_argument("--answer", type=int, default=64, help="tokens of each arriving request")
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--duration", type=float, default=30.0)
