@@ -99,7 +99,8 @@ def sanitizer(tool: str) -> Callable[[Path], list[str] | str]:
         known = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
         flags = [f"--tool={tool}", "--error-exitcode=9"]
         flags += next(([name, "kns=lorax"] for name in FILTERS if name in known), [])
-        return [program, *flags, sys.executable, "-m", "tools.sanitize_ops"]
+        products = ["--own-products"] if tool == "racecheck" else []
+        return [program, *flags, sys.executable, "-m", "tools.sanitize_ops", *products]
 
     return command
 
