@@ -198,6 +198,7 @@ class Engine:
             max_total_tokens=plan.max_total_tokens,
             adapter_cycle_time=config.adapters.adapter_cycle_time_s,
             max_chunk_tokens=plan.max_chunk_tokens,
+            max_scored_tokens=plan.max_scored_tokens,
         )
         self.blocks = BlockPool(plan.num_blocks, plan.block_size, config.scheduler.prefix_caching)
         self.slots = SlotTable(config.adapters.max_active_adapters + 1, plan.arena)

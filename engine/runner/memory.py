@@ -18,6 +18,8 @@ DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 DEFAULT_CHUNK_TOKENS = 128  # on a GPU: a step that takes at most twice as long as without them
 SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
 COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
+SCORED_BYTES = 256 << 20
+LEAST_SCORED = 16  # tokens
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
@@ -39,6 +41,7 @@ class MemoryPlan:
     max_rows: int
     max_step_tokens: int
     max_chunk_tokens: int
+    max_scored_tokens: int  # of prompts whose log-probabilities are wanted, in a step
     max_total_tokens: int
     max_input_length: int
 
@@ -133,6 +136,7 @@ def plan_memory(
         rows,
         max(step, rows),
         chunks,
+        min(scored_tokens(spec, itemsize), max(step, rows)),
         total,
         longest,
     )
@@ -180,6 +184,7 @@ def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], ite
     """Bytes that steps take on a GPU beside what they keep, an upper estimate; `limits`: rows and tokens of a step."""
     rows, tokens = limits
     logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
+    logits += min(scored_tokens(spec, itemsize), tokens) * scored_bytes(spec, itemsize)
     working = _activations(spec, tokens, itemsize, COMMON_RANK) + logits + LIBRARIES
     if config.memory.eager or config.memory.slow_reference:
         return working
@@ -187,6 +192,16 @@ def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], ite
     shape = mixed_shapes(rows, tokens)[-1]
     captured = _activations(spec, shape.tokens, itemsize, config.adapters.max_adapter_rank)
     return working + captured + 2 * max(shape.outputs, rows) * spec.vocab * 4
+
+
+def scored_bytes(spec: ModelSpec, itemsize: int) -> int:
+    """Of one prompt token whose log-probability is wanted: its logits, in float32 too, and their logarithms."""
+    return spec.vocab * (itemsize + 3 * 4)
+
+
+def scored_tokens(spec: ModelSpec, itemsize: int) -> int:
+    """How many of them a step may hold, so that a long prompt needs no more memory than SCORED_BYTES."""
+    return max(SCORED_BYTES // scored_bytes(spec, itemsize), LEAST_SCORED)
 
 
 def _activations(spec: ModelSpec, tokens: int, itemsize: int, rank: int) -> int:

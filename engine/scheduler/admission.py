@@ -116,7 +116,7 @@ class Admission:
         if found is None:
             return "deferred"
         start = sequence.computed or len(found) * self._pool.block_size
-        count = draft.chunk_size(start, len(sequence.tokens))
+        count = draft.chunk_size(sequence, start)
         if not count:
             self.wake()  # only this step is full
             return "stopped"

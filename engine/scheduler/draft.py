@@ -34,9 +34,10 @@ class Flight:
 
 @dataclass(slots=True)
 class Draft:
-    """`budget` is what the step can still take, in tokens."""
+    """`budget` is what the step can still take, in tokens; of those whose logits are all wanted, `scored`."""
 
     budget: int
+    scored: int
     rows: Rows
     tables: BlockTables
     placements: list[Placement] = field(default_factory=list)
@@ -50,15 +51,18 @@ class Draft:
         self.tables.append(sequence, blocks)
         self.extend.append((sequence.row, blocks))
 
-    def chunk_size(self, start: int, end: int) -> int:
-        """How many of the positions start .. end the step computes; 0: none, a later step has more room."""
-        if end - start <= self.budget:
+    def chunk_size(self, sequence: Sequence, start: int) -> int:
+        """How many of the known positions from `start` on the step computes; 0: none, a later step has more room."""
+        end = len(sequence.tokens)
+        wanted = sequence.prompt_logprobs is not None
+        room = min(self.budget, self.scored) if wanted else self.budget
+        if end - start <= room:
             return end - start
         tile = min(self.tables.pool.block_size, CHUNK_TILE)
-        aligned = (start + self.budget) // tile * tile - start
+        aligned = (start + room) // tile * tile - start
         if aligned > 0:
             return aligned
-        return 0 if self.chunks else self.budget  # a fragment only if there is no other chunk
+        return 0 if self.chunks else room  # a fragment only if there is no other chunk
 
     def compute(self, sequence: Sequence, count: int) -> None:
         """Compute the next `count` known positions of a running sequence; sample if they are the last."""
@@ -72,6 +76,7 @@ class Draft:
         wanted = sequence.prompt_logprobs is not None
         self.chunks.append((sequence, Chunk(sequence.row, start, count, sample, wanted)))
         self.budget -= count
+        self.scored -= count if wanted else 0
 
     def launch(
         self, step: int, unplace: list[int], decode: list[tuple[Sequence, int]], same: bool

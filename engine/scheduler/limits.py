@@ -18,6 +18,7 @@ class SchedulerLimits:
     max_total_tokens: int
     adapter_cycle_time: float  # seconds
     max_chunk_tokens: int | None = None  # of prompts, in a step in which others decode
+    max_scored_tokens: int | None = None  # of prompts whose log-probabilities are wanted, in a step
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_rows:

@@ -173,7 +173,9 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None if there is nothing to do before another event (a request, a commit)."""
         now = self._clock()
-        draft = Draft(self._budget.tokens, self._rows, self._tables, self._placements)
+        budget = self._budget.tokens
+        scored = min(self.limits.max_scored_tokens or budget, budget)
+        draft = Draft(budget, scored, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(draft, held)
         if decode and (bound := self.limits.max_chunk_tokens) is not None:
@@ -232,10 +234,7 @@ class Scheduler:
 
     def _plan_chunks(self, draft: Draft, held: set[Sequence]) -> None:
         for sequence in list(self._rows.prefilling):
-            if sequence not in held:
-                count = draft.chunk_size(sequence.computed, len(sequence.tokens))
-                if not count:
-                    break
+            if sequence not in held and (count := draft.chunk_size(sequence, sequence.computed)):
                 draft.compute(sequence, count)
 
     def _pause_overdue(self, now: float) -> set[Sequence]:

@@ -276,6 +276,7 @@ class House:
         step_seconds: float = 0.01,
         delay=lambda: 1,
         chunk_tokens: int | None = None,
+        scored_tokens: int | None = None,
         fits=lambda flight: True,
         reached: bool = True,
     ) -> None:
@@ -285,7 +286,9 @@ class House:
         self.short: list[list[str]] = []  # ids in the steps that did not fit
         self.pool = BlockPool(blocks, block_size, prefix_caching)
         self.table = SlotTable(slots, arena)
-        limits = SchedulerLimits(rows, step_tokens, max_input, max_total, cycle, chunk_tokens)
+        limits = SchedulerLimits(
+            rows, step_tokens, max_input, max_total, cycle, chunk_tokens, scored_tokens
+        )
         self.scheduler = Scheduler(limits, self.pool, self.table, self.clock)
         self.runner = FakeRunner(rows, blocks, block_size, step_tokens, delay)
         self.depth, self.step_seconds = depth, step_seconds

@@ -13,6 +13,7 @@ from tests.scheduler.fake import (
     House,
     exact,
     expected,
+    expected_logprobs,
     image,
     random_prompt,
     request,
@@ -208,6 +209,32 @@ def test_chunks_grow_with_those_who_wait_for_their_first_token() -> None:
     house.step()
     assert chunk_tokens(house)[-1] == (1, 48)
     house.drain()
+
+
+@DEPTHS
+@pytest.mark.parametrize("scored_tokens", [1, 5, 8])
+def test_prompts_that_are_scored_leave_room_for_others(depth: int, scored_tokens: int) -> None:
+    """Their share of a step is bounded, what they get is the same, and others go on beside them."""
+    rng = random.Random(scored_tokens)
+    scored = [
+        request(f"s{i}", random_prompt(rng, 30 + i), 5, eos=False, prompt_logprobs=True)
+        for i in range(3)
+    ]
+    plain = [request(f"p{i}", random_prompt(rng, 40), 5, eos=False) for i in range(3)]
+    house = House(blocks=400, rows=8, step_tokens=24, depth=depth, scored_tokens=scored_tokens)
+    house.generate(scored + plain)
+    exact(house, scored + plain)
+    for one in scored:
+        assert house.first[one.id].prompt_logprobs == expected_logprobs(one)
+    shares = [
+        tuple(
+            sum(chunk.count for chunk in plan.chunks if chunk.prompt_logprobs == kind)
+            for kind in (True, False)
+        )
+        for plan in house.plans
+    ]
+    assert 0 < max(of_scored for of_scored, _ in shares) <= scored_tokens
+    assert any(of_scored and of_plain for of_scored, of_plain in shares)
 
 
 def test_chunks_are_first_come_first_served() -> None:

@@ -28,6 +28,7 @@ def tight_house(rng: random.Random) -> House:
         prefix_caching=rng.random() < 0.8,
         depth=rng.randrange(2),
         delay=lambda: rng.randrange(4),
+        scored_tokens=rng.choice([None, 1, 6]),
         fits=lambda flight: flight.num_tokens <= 1 or rng.random() < 0.97,
         reached=rng.random() < 0.5,
     )
