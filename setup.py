@@ -92,13 +92,22 @@ class BuildExtensions(build_ext):
             "engine.ops._lorax_cpu": self.build_cpu,
             "engine.ops._lorax_cuda": self.build_cuda,
         }
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             builders[ext.name]()
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.warn(
                 f"{ext.name} was not built ({error}); the engine will run on its reference ops"
             )
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an install in place. What was not built now is not left there from before."""
+        super().copy_extensions_to_source()
+        packages = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            here, built = map(Path, self._get_inplace_equivalent(packages, ext))
+            if not built.exists():
+                here.unlink(missing_ok=True)
 
     def build_cpu(self) -> None:
         """Compiles each kernel once per instruction set and the bindings once, then links."""
@@ -160,6 +169,9 @@ class BuildExtensions(build_ext):
                 newest, job.source.stat().st_mtime
             )
             if not current:
+                for earlier in objects.glob(f"{job.name}-*.o"):
+                    if len(earlier.stem) == len(output.stem):  # not of a longer name
+                        earlier.unlink()
                 subprocess.run([*job.command, "-c", str(job.source), "-o", str(output)], check=True)
             return str(output)
 

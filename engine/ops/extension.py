@@ -26,6 +26,8 @@ DEVICES = ("cpu", "cuda")  # those an extension exists for
 BY_TORCH = {("linear", "cuda")}
 BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy_", "top_p_floor")}
 
+CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and the minor one behind it
+
 CPU_FUNCTIONS = {
     # source, image, pieces, number of pieces, dtype
     "lorax_cpu_write_matrices": ([c_void_p, c_void_p, c_void_p, c_int64, c_int32], c_int64),
@@ -69,13 +71,12 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
         return replace(
             missing, reason=f"{library.name} was not built; install the package with nvcc"
         )
-    major, minor = torch.cuda.get_device_capability()
     try:
-        archs = built_for(library)
-        if archs and not any(runs_on(arch, (major, minor)) for arch in archs):
+        archs, found = built_for(library), capability()
+        if archs and found and not any(runs_on(arch, found) for arch in archs):
             reason = (
                 f"{library.name} was built for {', '.join(archs)} and this GPU has compute capability "
-                f"{major}.{minor}; install the package here, or with LORAX_CUDA_ARCHS"
+                f"{found[0]}.{found[1]}; install the package here, or with LORAX_CUDA_ARCHS"
             )
             return replace(missing, reason=reason)
         torch.ops.load_library(str(library))
@@ -83,6 +84,19 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
         return replace(missing, reason=f"{library.name} does not load: {error}")
     ops = frozenset(op for op in SCHEMAS if _registered(op, "CUDA"))
     return ExtensionStatus("cuda", library, None, ops, None)
+
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the first GPU, asked of the driver: torch would begin to use the GPU to tell it."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    major, minor, device = c_int32(), c_int32(), c_int32()
+    asked = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
+    for value, attribute in ((major, CAPABILITY_MAJOR), (minor, CAPABILITY_MAJOR + 1)):
+        asked.append(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
+    return None if any(asked) else (major.value, minor.value)
 
 
 def built_for(library: Path) -> list[str]:
@@ -94,10 +108,12 @@ def built_for(library: Path) -> list[str]:
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for `arch` runs on a GPU (CUDA C++ Programming Guide, "Compute Capabilities").
 
-    The GPU is of the same major version and no older minor one; or of just this one, where the arch has a letter.
+    The GPU is of the same major version and no older minor one; or of just this one, where the arch ends in a.
     """
-    major, minor = divmod(int(arch.rstrip("a")), 10)
-    if arch.endswith("a"):
+    if (parsed := re.fullmatch(r"(\d+)([af]?)", arch)) is None:
+        return True  # a kind that nvcc knows and this does not
+    major, minor = divmod(int(parsed[1]), 10)
+    if parsed[2] == "a":
         return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor
 

@@ -18,8 +18,9 @@ DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 DEFAULT_CHUNK_TOKENS = 128  # on a GPU: a step that takes at most twice as long as without them
 SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
 COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
-SCORED_BYTES = 256 << 20
-LEAST_SCORED = 16  # tokens
+SCORED_BYTES = (
+    256 << 20
+)  # of logits of a step's prompts whose log-probabilities are wanted, however long they are
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
@@ -200,8 +201,8 @@ def scored_bytes(spec: ModelSpec, itemsize: int) -> int:
 
 
 def scored_tokens(spec: ModelSpec, itemsize: int) -> int:
-    """How many of them a step may hold, so that a long prompt needs no more memory than SCORED_BYTES."""
-    return max(SCORED_BYTES // scored_bytes(spec, itemsize), LEAST_SCORED)
+    """How many of them a step may hold."""
+    return max(SCORED_BYTES // scored_bytes(spec, itemsize), 1)
 
 
 def _activations(spec: ModelSpec, tokens: int, itemsize: int, rank: int) -> int:

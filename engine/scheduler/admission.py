@@ -1,7 +1,8 @@
 """The waiting sequences, and which of them go on in a step.
 
 A sequence whose adapter is not resident is passed over, never waited for; its placement is started if there is room. A
-sequence that lacks a row, blocks or budget ends admission, so that nobody overtakes it for memory.
+sequence that lacks a row, blocks or budget ends admission, so that nobody overtakes it for memory; one that lacks a
+share of the tokens that are scored, which it gets once those before it are through, is passed over.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Admission:
         count = draft.chunk_size(sequence, start)
         if not count:
             self.wake()  # only this step is full
-            return "stopped"
+            return "deferred" if draft.lacks_scores(sequence) else "stopped"
         self._pool.share(found)
         missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) - len(found)
         if not self._reclaim(missing, sequence):

@@ -64,6 +64,10 @@ class Draft:
             return aligned
         return 0 if self.chunks else room  # a fragment only if there is no other chunk
 
+    def lacks_scores(self, sequence: Sequence) -> bool:
+        """Whether what the step has no more of is room for scored tokens, so that others may go on."""
+        return sequence.prompt_logprobs is not None and self.scored < self.budget
+
     def compute(self, sequence: Sequence, count: int) -> None:
         """Compute the next `count` known positions of a running sequence; sample if they are the last."""
         start, end = sequence.computed, sequence.computed + count

@@ -21,6 +21,7 @@ class SchedulerLimits:
     max_scored_tokens: int | None = None  # of prompts whose log-probabilities are wanted, in a step
 
     def __post_init__(self) -> None:
+        assert self.max_scored_tokens is None or self.max_scored_tokens > 0
         if self.max_step_tokens < self.max_rows:
             raise ConfigError(
                 f"a step of {self.max_step_tokens} tokens cannot decode {self.max_rows} sequences",

@@ -174,7 +174,7 @@ class Scheduler:
         """The next step; None if there is nothing to do before another event (a request, a commit)."""
         now = self._clock()
         budget = self._budget.tokens
-        scored = min(self.limits.max_scored_tokens or budget, budget)
+        scored = budget if (most := self.limits.max_scored_tokens) is None else min(most, budget)
         draft = Draft(budget, scored, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(draft, held)
@@ -234,8 +234,12 @@ class Scheduler:
 
     def _plan_chunks(self, draft: Draft, held: set[Sequence]) -> None:
         for sequence in list(self._rows.prefilling):
-            if sequence not in held and (count := draft.chunk_size(sequence, sequence.computed)):
+            if sequence in held:
+                continue
+            if count := draft.chunk_size(sequence, sequence.computed):
                 draft.compute(sequence, count)
+            elif not draft.lacks_scores(sequence):
+                break
 
     def _pause_overdue(self, now: float) -> set[Sequence]:
         """Pause what uses an adapter that should have left; returns those that must first see their work in flight."""

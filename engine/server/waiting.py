@@ -21,7 +21,9 @@ class Waiter:
         """Until the next `wake`: True; False after `timeout` seconds without one."""
         loop = asyncio.get_running_loop()
         self._news = loop.create_future()
-        if timeout is not None:
+        if timeout is None:
+            self.close()
+        else:
             self._silent_at = loop.time() + timeout
             if self._timer is None or self._timer.when() > self._silent_at:
                 self.close()

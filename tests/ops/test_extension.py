@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,8 @@ def test_a_missing_or_broken_library_has_a_reason(tmp_path: Path) -> None:
         ("90a", (9, 1), False),
         ("80;86;89;90a", (10, 0), False),
         ("100", (10, 3), True),
+        ("100f", (10, 3), True),
+        ("100f", (9, 0), False),
     ],
 )
 def test_a_library_for_other_gpus_is_not_loaded(
@@ -77,7 +80,7 @@ def test_a_library_for_other_gpus_is_not_loaded(
     library = tmp_path / "_lorax_cuda.so"
     library.write_bytes(b"\x7fELF..lorax_cuda_archs=" + archs.encode() + b"\0..")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(extension, "capability", lambda: capability)
     status = extension.load_cuda(library)
     assert status.path is None and status.reason is not None
     assert ("does not load" in status.reason) == fits
@@ -90,16 +93,19 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert not extension.use_isa("avx1024")
 
 
-def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build(
+    tmp_path: Path, *flags: str, root: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "setup.py",
         "build_ext",
         f"--build-lib={tmp_path}/lib",
         f"--build-temp={tmp_path}/temp",
+        *flags,
     ]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+        command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True
     )
 
 
@@ -111,6 +117,21 @@ def test_installing_without_a_compiler_warns_and_succeeds(tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     assert "_lorax_cpu was not built" in result.stdout + result.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_an_install_in_place_leaves_no_earlier_library(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "engine" / "ops").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "engine" / "csrc", tree / "engine" / "csrc")
+    shutil.copy(ROOT / "engine" / "__init__.py", tree / "engine")
+    earlier = [tree / "engine" / "ops" / f"_lorax_{kind}.so" for kind in ("cpu", "cuda")]
+    for library in earlier:
+        library.touch()
+    result = build(tmp_path, "--inplace", root=tree, CXX="no-such-compiler", LORAX_CUDA_ARCHS="")
+    assert result.returncode == 0, result.stderr
+    assert not any(library.exists() for library in earlier)
 
 
 def test_building_can_be_switched_off(tmp_path: Path) -> None:

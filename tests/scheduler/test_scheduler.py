@@ -226,15 +226,18 @@ def test_prompts_that_are_scored_leave_room_for_others(depth: int, scored_tokens
     exact(house, scored + plain)
     for one in scored:
         assert house.first[one.id].prompt_logprobs == expected_logprobs(one)
-    shares = [
-        tuple(
-            sum(chunk.count for chunk in plan.chunks if chunk.prompt_logprobs == kind)
-            for kind in (True, False)
-        )
-        for plan in house.plans
+    wanted = [
+        sum(chunk.count for chunk in plan.chunks if chunk.prompt_logprobs) for plan in house.plans
     ]
-    assert 0 < max(of_scored for of_scored, _ in shares) <= scored_tokens
-    assert any(of_scored and of_plain for of_scored, of_plain in shares)
+    assert 0 < max(wanted) <= scored_tokens
+    last = max(step for step, tokens in enumerate(wanted) if tokens)
+    begun = {
+        chunk.row
+        for plan in house.plans[: last // 2]
+        for chunk in plan.chunks
+        if not chunk.prompt_logprobs
+    }
+    assert len(begun) == len(plain), "they do not wait behind those that are scored"
 
 
 def test_chunks_are_first_come_first_served() -> None:

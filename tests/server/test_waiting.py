@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+import pytest
 
 from engine.server.waiting import Waiter
 
@@ -26,8 +29,32 @@ async def test_news_and_silence() -> None:
     assert await woken(waiter, 0.01)
     await asyncio.sleep(0.03)  # the timer looks, and nobody waits
     assert await woken(waiter, 60.0)
+    assert await woken(waiter, 0.01)
+    wait = asyncio.create_task(waiter.wait(None))
+    await asyncio.sleep(0.03)  # longer than the wait before had
+    assert not wait.done()
+    waiter.wake()
+    assert await wait
     waiter.close()
     waiter.close()
+
+
+async def test_one_timer_serves_many_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    made: list[asyncio.TimerHandle] = []
+    call_at = loop.call_at
+
+    def counted(*given: Any, **named: Any) -> asyncio.TimerHandle:
+        made.append(call_at(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "call_at", counted)
+    waiter = Waiter()
+    for _ in range(100):
+        assert await woken(waiter, 60.0)
+    assert len(made) == 1
+    waiter.close()
+    assert made[0].cancelled()
 
 
 async def test_a_timer_that_stands_looks_again() -> None:
