@@ -42,7 +42,8 @@ WIDTHS = {
 }
 RANKS = (16, 5, 40)
 REQUESTS, NEW = 9, 4
-FEW_TOKENS = 64  # that our linear takes
+LONGEST = 1216  # tokens of a prompt: keys in two parts, and a step beyond what kernels for few tokens take
+LINEAR_TOKENS = 64  # kLinearFewTokens in csrc/cuda/linear.h
 
 
 class Called(TorchDispatchMode):
@@ -60,7 +61,7 @@ class Called(TorchDispatchMode):
 
 
 def requests(refs: list[AdapterImageRef], vocab: int) -> list[Request]:
-    """Base and adapters in turn, prompts of 1 to 140 tokens, every way to sample."""
+    """Base and adapters in turn, prompts of 1 to LONGEST tokens, every way to sample."""
     chooser = random.Random(0)
     ways = (
         SamplingParams(),
@@ -70,7 +71,7 @@ def requests(refs: list[AdapterImageRef], vocab: int) -> list[Request]:
     )
     made = []
     for i in range(REQUESTS):
-        tokens = [chooser.randrange(vocab) for _ in range(1 + i * 139 // (REQUESTS - 1))]
+        tokens = [chooser.randrange(vocab) for _ in range(1 + i * (LONGEST - 1) // (REQUESTS - 1))]
         adapter = [None, *refs][i % (1 + len(refs))]
         made.append(Request(str(i), tokens, ways[i % len(ways)], NEW, [], adapter))
     return made
@@ -89,8 +90,8 @@ def run(folder: Path, name: str, dtype: str, device: str) -> set[str]:
         AdapterConfig(adapter_memory_fraction=0.3, max_active_adapters=8),
         SchedulerConfig(
             max_batch_size=16,
-            max_batch_prefill_tokens=128,  # beyond what kernels for few tokens take
-            max_total_tokens=192,
+            max_batch_prefill_tokens=LONGEST,
+            max_total_tokens=LONGEST + 64,
         ),
         MemoryConfig(cpu_memory_gb=0.2),
     )
@@ -108,10 +109,11 @@ def run(folder: Path, name: str, dtype: str, device: str) -> set[str]:
 
 
 def own_product(linear: Plain, x: Tensor) -> Tensor:
-    """x @ weight.T + bias without a library: few tokens at a time by our kernel, float32 element by element."""
+    """x @ weight.T + bias without a library: few tokens at a time by our kernel, which takes all of these widths on
+    Hopper; float32 element by element."""
     weight, bias = linear.weight, linear.bias
     if x.dtype != torch.float32:
-        pieces = x.split(FEW_TOKENS)
+        pieces = x.split(LINEAR_TOKENS)
         return torch.cat([torch.ops.lorax.linear(piece, weight, bias) for piece in pieces])
     y = (x[:, None, :] * weight).sum(-1)
     return y if bias is None else y + bias
@@ -121,7 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--own-products", action="store_true", help="no matrix products by cuBLAS")
+    parser.add_argument(
+        "--own-products", action="store_true", help="no matrix products by cuBLAS; on Hopper"
+    )
     given = parser.parse_args()
     if given.own_products:
         Plain.matmul = own_product  # type: ignore[method-assign]

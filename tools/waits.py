@@ -5,13 +5,14 @@ schedstat of proc(5): nanoseconds on a core, nanoseconds runnable without one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-TICKS = 100  # USER_HZ: of /proc/stat, a second
+TICKS = os.sysconf("SC_CLK_TCK")  # of /proc/stat, a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def stolen() -> float:
 
 
 class Watch:
-    """What the processes under `pid` did from the constructor to `report`."""
+    """What a process and its children did from the constructor to `report`; nothing of one that ended meanwhile."""
 
     def __init__(self, pid: int) -> None:
         self.before = {one: usage(one) for one in family(pid)}
@@ -69,9 +70,11 @@ class Watch:
         """Figures by what they are of, for a summary."""
         found: dict[str, float] = {"stolen from all cores, ms": 1e3 * (stolen() - self.stolen)}
         for index, (pid, before) in enumerate(self.before.items()):
-            here = usage(pid).since(before)
-            name = here.name if index else "front"
-            found[f"{name}: ran, s"] = here.ran
-            found[f"{name}: waited for a core, ms"] = 1e3 * here.waited
-            found[f"{name}: page faults"] = float(here.faults)
+            with suppress(FileNotFoundError, ProcessLookupError):
+                here = usage(pid).since(before)
+                name = here.name if index else "front"
+                name = f"{name} {pid}" if f"{name}: ran, s" in found else name
+                found[f"{name}: ran, s"] = here.ran
+                found[f"{name}: waited for a core, ms"] = 1e3 * here.waited
+                found[f"{name}: page faults"] = float(here.faults)
         return found

@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
         return cls(*words[: sum(shape.sizes)].split(shape.sizes))
 
 
-def segments(slots: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(slots [S], starts [S + 1]) of the runs of consecutive sequences with equal slots."""
+def runs(slots: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(slots [G], starts [G + 1]) of the runs of consecutive sequences with equal slots."""
     of_runs: list[int] = []
     starts = [0]
     at = 0
@@ -127,5 +127,5 @@ def _padded(values: list[int], size: int, value: int) -> list[int]:
 
 def _segment_fields(slots: list[int], counts: list[int], size: int) -> list[list[int]]:
     """Segments and, to fill up, empty ones of the base model."""
-    of_runs, starts = segments(slots, counts)
+    of_runs, starts = runs(slots, counts)
     return [_padded(of_runs, size, 0), _padded(starts, size + 1, starts[-1])]

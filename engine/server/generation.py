@@ -160,7 +160,7 @@ class Generation:
         return sum(finish.usage.generated_tokens for finish in self.finished.values())
 
     async def next(self, timeout: float | None = None) -> list[Event] | None:
-        """Everything that arrived since the last call; [] after `timeout` seconds of silence, None at the end.
+        """Everything that arrived since the last call; [] after `timeout` seconds without news, None at the end.
 
         Raises the error of the first sequence that failed, after all events before it.
         """

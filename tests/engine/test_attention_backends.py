@@ -20,7 +20,7 @@ from engine.ops.attention.builtin import Builtin
 from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
 from engine.platform import Platform
-from engine.runner.memory import plan_memory
+from engine.runner.memory import SCORED_BYTES, MemoryPlan, plan_memory
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tests.ops import fake_attention
 from tests.runner.twins import Twins, make_scene, small_config
@@ -155,6 +155,29 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--block-size 128 is not a multiple of 256") as caught:
         plan(flash, 128)
     assert caught.value.field == "block_size"
+
+
+@pytest.mark.parametrize("vocab", [1000, 32_000, 256_000])
+def test_the_memory_plan_has_room_for_scored_prompts(vocab: int, tmp_path: Path) -> None:
+    """As many tokens as it lets a step score, or as a step has."""
+    make_model("llama", tmp_path)
+    config, spec = config_of(tmp_path), replace(spec_from(tmp_path), vocab=vocab)
+    platform = Platform(torch.device("cuda"), "a GPU", 8 << 30, 1)
+
+    def plan(tokens: int) -> MemoryPlan:
+        scheduler = replace(config.scheduler, max_batch_prefill_tokens=tokens)
+        sizes = (MIB, 0, 1024, MIB)
+        return plan_memory(
+            replace(config, scheduler=scheduler), platform, spec, 2, sizes, Builtin()
+        )
+
+    each = vocab * (2 + 3 * 4)  # bytes: in 16 bits, in 32, and two more of them
+    large, small = plan(2048), plan(256)
+    for made in (large, small):
+        assert made.max_scored_tokens == min(SCORED_BYTES // each, made.max_step_tokens) > 0
+    scored = large.max_scored_tokens - small.max_scored_tokens
+    assert large.working - small.working >= scored * each
+    assert (scored == 0) == (vocab == 256_000)
 
 
 @pytest.fixture

@@ -137,6 +137,17 @@ def test_rows_of_as_many_parts_as_there_may_be(heads: int) -> None:
         lengths.reverse()
 
 
+@pytest.mark.parametrize("size", [128, 256])
+def test_more_parts_than_ctas_that_share_them(size: int) -> None:
+    """Rows of several parts everywhere in a large batch: each is the same alone, bit for bit."""
+    lengths = [20_000, *((3, 1100, 2100)[i % 3] for i in range(149))]
+    cache = Cache([(1, n) for n in lengths], 16, 8, size, 16, torch.bfloat16)
+    whole = cache()
+    for s in range(0, len(lengths), 7):
+        assert torch.equal(cache.part(s), whole[s : s + 1])
+    check(cache)
+
+
 def test_blocks_that_chunks_of_keys_do_not_fill() -> None:
     check(Cache([(1, 1), (1, 300), (1, 1500), (40, 77)], 4, 2, 64, 24, torch.bfloat16))
 

@@ -98,7 +98,7 @@ def as_exact(first: Tensor, second: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_reference(dtype: torch.dtype, popularity: str, shape: int) -> None:
     k, splits = SHAPES[shape]
-    for tokens in (1, 3, 16, 75):
+    for tokens in (1, 3, 16, 75, FEW_TOKENS + 44):
         ranks = [(r,) * len(splits) for r in (16, 8, 0, 1)]
         ranks += [tuple(random.choice([0, 1, 3, 7, 16, 64]) for _ in splits) for _ in range(4)]
         check(make_adapters(ranks, k, splits, dtype), tokens, popularity)

@@ -6,7 +6,7 @@
 namespace lorax::cuda {
 
 constexpr int kAttentionMaxParts = 16;    // a decode's keys are cut into at most so many parts
-constexpr int kAttentionPartSize = 1024;  // of so many positions, or more of very long rows
+constexpr int kAttentionPartSize = 1024;  // of about so many positions, more of very long rows
 constexpr int kAttentionMaxSize = 256;    // largest head size
 
 struct AttentionArgs {
@@ -19,12 +19,12 @@ struct AttentionArgs {
   const int32_t* tables;  // [sequences, table_width]
   int64_t table_stride;
   const int32_t* starts;   // [sequences + 1]
-  const int32_t* lengths;  // [sequences]
+  const int32_t* lengths;  // [sequences], at least the tokens of each
   int tokens, sequences, heads, groups, size, block;
   int decodes;  // each of so many first sequences has one token
   float scale, softcap;
   int window;
-  int parts;  // parts a decode may have: min(16, positions of a table row / 1024), at least 1
+  int parts;         // that a decode may have: as many of 1024 as hold a table row, 1 to 16
   float* workspace;  // attention_workspace(args) floats
 };
 

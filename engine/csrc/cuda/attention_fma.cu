@@ -1,5 +1,5 @@
 // Attention in float32 by plain FMA: float32 tensors, a cache of another dtype than the queries,
-// head sizes and strides that the tensor core kernels do not take. Also picks the kernel.
+// head sizes, blocks and strides that the tensor core kernels do not take. Also picks the kernel.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

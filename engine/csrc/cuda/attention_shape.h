@@ -19,7 +19,7 @@ constexpr int kDecodeStages = 2;  // chunks of a warp that are in flight or in u
 // heads than 192, 3 warps need more than kSharedMemory; the SM holds as many warps either way.
 constexpr int decode_warps(int size) { return size <= 192 ? 3 : 2; }
 
-// CTAs that run on an SM of 227 KB at a time.
+// CTAs for an SM of 227 KB that share the parts of long rows; so many fit, of small heads more.
 constexpr int decode_blocks(int size) { return size <= 128 ? 4 : 2; }
 
 // Bytes of shared memory: the stages of each warp, keys and values, then queries of 8 `tiles`
