@@ -190,9 +190,10 @@ def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], ite
     if config.memory.eager or config.memory.slow_reference:
         return working
     # all graphs share what the largest needs, which has room for any rank, and one copy of logits
-    shape = mixed_shapes(rows, tokens)[-1]
-    captured = _activations(spec, shape.tokens, itemsize, config.adapters.max_adapter_rank)
-    return working + captured + 2 * max(shape.outputs, rows) * spec.vocab * 4
+    shapes = mixed_shapes(rows, tokens)
+    captured = _activations(spec, shapes[-1].tokens, itemsize, config.adapters.max_adapter_rank)
+    outputs = max(rows, *(shape.outputs for shape in shapes))
+    return working + captured + 2 * outputs * spec.vocab * 4
 
 
 def scored_bytes(spec: ModelSpec, itemsize: int) -> int:
