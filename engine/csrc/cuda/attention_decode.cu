@@ -278,7 +278,8 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
     for (int stage = 0; stage < kStages; ++stage) {
       const int at = begin + stage * kStep;
       T* keys = mine + stage * 2 * kTile;
-      // only the last position is written by the kernel in front; all before it are there
+      // Only the last position is written by the kernel in front; all before it are there, since a
+      // step has one token of each sequence here, or no kernel in front that writes the cache.
       if (at + kKeys >= cut.high) wait_for_previous();
       chunks.fetch(keys, keys + kTile, at, place, lane);
       commit_async();
