@@ -123,8 +123,8 @@ class SchedulerConfig:
         int | None,
         Option(
             "Most prompt tokens in a step in which other requests decode: less lets their tokens flow more evenly, "
-            "more computes prompts sooner. Where more requests wait for their first token than decode, it is in "
-            "proportion more. Unset: 128 on a GPU, else no limit."
+            "more computes prompts sooner. Where more requests wait for their first token than decode, or prompts have "
+            "lacked room for a quarter of a second, it is in proportion more. Unset: 128 on a GPU, else no limit."
         ),
     ] = None
     max_batch_total_tokens: Annotated[

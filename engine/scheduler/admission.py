@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Literal
 
 from engine.messages import Admit
+from engine.scheduler.backlog import Backlog
 from engine.scheduler.draft import Draft
 from engine.scheduler.fairness import Rotation, Slots
 from engine.scheduler.rows import Rows
@@ -41,6 +42,7 @@ class Admission:
         self._slots = slots
         self._rotation = rotation
         self._awake = False
+        self.backlog = Backlog()
 
     def wake(self) -> None:
         """Something happened that may let a waiting sequence go on."""
@@ -56,14 +58,18 @@ class Admission:
         self._rotation.left_waiting(sequence)
         self.wake()
 
-    def tokens_beside(self, num_decoding: int, bound: int) -> int:
-        """Prompt tokens of a step in which rows decode: `bound`, or in proportion more where more requests wait for
-        their first token, and for nothing but room, than are held up. Only the first LOOKED_AT of the queue count."""
+    def tokens_beside(self, num_decoding: int, bound: int, last: int, now: float) -> int:
+        """Prompt tokens of the step behind number `last`, in which rows decode: `bound`.
+
+        In proportion more where more requests wait for their first token, and for nothing but room, than are held up,
+        and the longer prompts do not keep up. Only the first LOOKED_AT of the queue count.
+        """
         ready = sum(
             sequence.adapter is None or self._slots.slot_of(sequence.adapter.digest) is not None
             for sequence in islice(self.waiting, LOOKED_AT)
         )
-        return max(bound, bound * (len(self._rows.prefilling) + ready) // num_decoding)
+        many = (len(self._rows.prefilling) + ready) / num_decoding
+        return int(bound * max(many, self.backlog.growth(last, now)))
 
     def paused(self) -> list[Sequence]:
         """Those that keep blocks while they wait, the youngest first."""

@@ -41,6 +41,7 @@ class Draft:
     rows: Rows
     tables: BlockTables
     placements: list[Placement] = field(default_factory=list)
+    left_over: bool = False  # prompt tokens that `budget` had no room for
     admit: list[Admit] = field(default_factory=list)
     extend: list[tuple[int, list[int]]] = field(default_factory=list)
     chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Draft:
         room = min(self.budget, self.scored) if wanted else self.budget
         if end - start <= room:
             return end - start
+        self.left_over |= room == self.budget
         tile = min(self.tables.pool.block_size, CHUNK_TILE)
         aligned = (start + room) // tile * tile - start
         if aligned > 0:

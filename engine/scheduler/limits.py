@@ -29,6 +29,10 @@ class SchedulerLimits:
                 hint="raise --max-batch-prefill-tokens or lower --max-batch-size",
             )
 
+    def scored(self, budget: int) -> int:
+        """How many of a step's `budget` may be of prompts whose log-probabilities are wanted."""
+        return budget if self.max_scored_tokens is None else min(self.max_scored_tokens, budget)
+
     def validate(self, request: Request, kv_positions: int) -> None:
         """Raises InvalidRequest for what can never be served; `kv_positions` is the size of the whole KV cache."""
         length = len(request.tokens)

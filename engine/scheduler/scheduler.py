@@ -174,12 +174,13 @@ class Scheduler:
         """The next step; None if there is nothing to do before another event (a request, a commit)."""
         now = self._clock()
         budget = self._budget.tokens
-        scored = budget if (most := self.limits.max_scored_tokens) is None else min(most, budget)
+        scored = self.limits.scored(budget)
         draft = Draft(budget, scored, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(draft, held)
         if decode and (bound := self.limits.max_chunk_tokens) is not None:
-            draft.budget = min(draft.budget, self._admission.tokens_beside(len(decode), bound))
+            beside = self._admission.tokens_beside(len(decode), bound, self._step, now)
+            draft.budget = min(draft.budget, beside)
         self._plan_chunks(draft, held)
         self._admission.admit(draft, now)
         self._unplace += self.slots.take_unplaced()
@@ -187,6 +188,8 @@ class Scheduler:
         if not work and not self._placements and (self._flights or not self.slots.num_placing):
             return None  # an empty step is worth its while only to learn of finished copies
         self._step += 1
+        if draft.left_over:
+            self._admission.backlog.left_over(self._step, now)
         rows = [sequence.row for sequence, _ in decode]
         flight = draft.launch(self._step, self._unplace, decode, same=rows == self._decode_rows)
         self._decode_rows, self._unplace, self._placements = rows, [], []

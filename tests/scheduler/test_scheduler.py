@@ -8,6 +8,7 @@ import pytest
 
 from engine.errors import AdapterTooLarge
 from engine.scheduler.admission import MAX_PLACING
+from engine.scheduler.backlog import MOST, PATIENCE
 from tests.scheduler.fake import (
     EOS,
     House,
@@ -209,6 +210,37 @@ def test_chunks_grow_with_those_who_wait_for_their_first_token() -> None:
     house.step()
     assert chunk_tokens(house)[-1] == (1, 48)
     house.drain()
+
+
+def test_chunks_grow_while_prompts_do_not_keep_up() -> None:
+    """After a while; and are as small as before once nothing is left over."""
+    house = House(
+        blocks=4000,
+        rows=8,
+        step_tokens=600,
+        max_total=4000,
+        max_input=4000,
+        chunk_tokens=8,
+        depth=0,
+    )
+    for index in range(3):
+        house.add(request(f"talks{index}", [1 + index], 900, eos=False))
+    house.step()
+    for id in ("long", "again"):
+        planned = len(house.plans)
+        house.add(request(id, random_prompt(random.Random(id), 700), 1, eos=False))
+        while id not in house.last:
+            house.step()
+        beside = [tokens for _, tokens in chunk_tokens(house)[planned:] if tokens]
+        grown = next(index for index, tokens in enumerate(beside) if tokens > 8)
+        assert {*beside[:grown]} == {8}
+        expected = PATIENCE * 12 / 8 / house.step_seconds  # when a block of 4 more fits in
+        assert abs(grown - expected) <= 2
+        assert beside[grown:-1] == sorted(beside[grown:-1]) and max(beside) <= 8 * MOST
+    house.add(request("short", [9] * 40, 1, eos=False))
+    planned = len(house.plans)
+    house.drain()
+    assert max(tokens for _, tokens in chunk_tokens(house)[planned:]) == 8
 
 
 @DEPTHS
