@@ -334,4 +334,5 @@ async def test_our_own_server(
     assert report.tokens_per_s == pytest.approx(48 / report.seconds)
     if api == "native":
         assert all(len(one.times) == 12 for one in outcome.records)
-    assert report.background is not None and report.background.tokens_per_s > 0
+    # of tokens that have text: it may have come to its end before the others begin
+    assert report.background is not None and report.background.alone is not None
