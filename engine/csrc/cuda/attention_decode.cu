@@ -237,16 +237,16 @@ template <class T, int kSize, int kTiles, int kWarps = decode_warps(kSize)>
 __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs args, int ahead) {
   allow_next();
   extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ float tops[kWarps][8 * kTiles], sums[kWarps][8 * kTiles];
+  constexpr int kHeads = 8 * kTiles, kMerged = kSize + 4;  // + 4 keeps the banks apart
+  __shared__ float tops[kWarps][kHeads], sums[kWarps][kHeads];
   constexpr int kStride = kSize + 8, kTile = kKeys * kStride, kStep = kWarps * kKeys;
   T* stages = reinterpret_cast<T*>(memory);
   T* queries = stages + kWarps * kStages * 2 * kTile;
-  float* merged =
-      reinterpret_cast<float*>(stages);  // [kWarps][8 kTiles][kSize + 4], after the stages
-  static_assert(8 * kTiles * (kSize + 4) * 4 <= kStages * 2 * kTile * 2);
+  float* merged = reinterpret_cast<float*>(stages);  // [kWarps][kHeads][kMerged], after the stages
+  static_assert(kHeads * kMerged * 4 <= kStages * 2 * kTile * 2);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int repeats = args.heads / args.groups, tiles = (repeats + 8 * kTiles - 1) / (8 * kTiles);
+  const int repeats = args.heads / args.groups, tiles = (repeats + kHeads - 1) / kHeads;
   const int pairs = args.groups * tiles, firsts = args.decodes * pairs;
   const int extras = int(gridDim.x) - firsts;
   T* mine = stages + warp * kStages * 2 * kTile;
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
   for (int extra = index < 0 ? int(blockIdx.x) : int(blockIdx.x) - firsts;; extra += extras) {
     if (!is_first) item = find_extra(args, pairs, extra);
     if (item.token < 0) break;
-    const int group = item.pair / tiles, first_head = item.pair % tiles * 8 * kTiles;
-    const int rows = min(8 * kTiles, repeats - first_head), head = group * repeats + first_head;
+    const int group = item.pair / tiles, first_head = item.pair % tiles * kHeads;
+    const int rows = min(kHeads, repeats - first_head), head = group * repeats + first_head;
     const int64_t first_row = (int64_t)item.token * args.heads + head;
     T* out = static_cast<T*>(args.out) + first_row * args.size;
     const int sequence = sequence_of(args.starts, args.sequences, item.token);
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
     // while the first copies are on their way
     const T* q =
         static_cast<const T*>(args.q) + item.token * args.q_stride + head * args.q_head_stride;
-    for (int i = threadIdx.x; i < 8 * kTiles * kSize; i += blockDim.x) {  // over heads, then places
+    for (int i = threadIdx.x; i < kHeads * kSize; i += blockDim.x) {  // over heads, then places
       const int r = i / kSize, d = i % kSize;
       queries[r * kStride + d] = r < rows && d < args.size ? q[r * args.q_head_stride + d] : T(0.f);
     }
@@ -333,8 +333,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
         if (r >= rows) continue;
 #pragma unroll
         for (int j = 0; j < kSize / 16; ++j)
-          merged[(warp * 8 * kTiles + r) * (kSize + 4) + j * 16 + lane / 4 + i / 2 * 8] =
-              state.o[t][j][i];
+          merged[(warp * kHeads + r) * kMerged + j * 16 + lane / 4 + i / 2 * 8] = state.o[t][j][i];
       }
     __syncthreads();
     for (int i = threadIdx.x; i < rows * args.size; i += blockDim.x) {  // over heads, then places
@@ -346,7 +345,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
       for (int w = 0; w < kWarps; ++w) {
         const float weight = exp2f(tops[w][r] - base);
         sum += weight * sums[w][r];
-        value += weight * merged[(w * 8 * kTiles + r) * (kSize + 4) + d];
+        value += weight * merged[(w * kHeads + r) * kMerged + d];
       }
       if (cut.count == 1) {
         out[i] = T(value / sum);
@@ -402,7 +401,7 @@ __global__ void __launch_bounds__(kCombineHeads * 32) combine_kernel(const Atten
 template <class T, int kSize, int kTiles>
 void launch_decode(const AttentionArgs& args, cudaStream_t stream) {
   constexpr int kShared = decode_shared(kSize, kTiles);
-  const int64_t tiles = (args.heads / args.groups + 8 * kTiles - 1) / (8 * kTiles);
+  const int64_t tiles = ceil_div(args.heads / args.groups, 8 * kTiles);
   const int64_t firsts = args.decodes * args.groups * tiles;
   const int64_t extras =
       std::min<int64_t>(firsts * (args.parts - 1), decode_blocks(kSize) * multiprocessors());
