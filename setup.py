@@ -13,7 +13,6 @@ what these sources call.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -163,16 +162,18 @@ class BuildExtensions(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
 
         def compile_one(job: Job) -> str:
-            command = hashlib.sha256("\0".join(job.command).encode()).hexdigest()[:12]
-            output = objects / f"{job.name}-{command}.o"
-            current = output.exists() and output.stat().st_mtime > max(
-                newest, job.source.stat().st_mtime
+            output, note = objects / f"{job.name}.o", objects / f"{job.name}.command"
+            command = shlex.join([*job.command, "-c", str(job.source), "-o", str(output)])
+            current = (
+                output.exists()
+                and output.stat().st_mtime > max(newest, job.source.stat().st_mtime)
+                and note.exists()
+                and note.read_text() == command
             )
             if not current:
-                for earlier in objects.glob(f"{job.name}-*.o"):
-                    if len(earlier.stem) == len(output.stem):  # not of a longer name
-                        earlier.unlink()
-                subprocess.run([*job.command, "-c", str(job.source), "-o", str(output)], check=True)
+                note.unlink(missing_ok=True)
+                subprocess.run(shlex.split(command), check=True)
+                note.write_text(command)
             return str(output)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -18,9 +18,7 @@ DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
 DEFAULT_CHUNK_TOKENS = 128  # on a GPU: a step that takes at most twice as long as without them
 SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
 COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
-SCORED_BYTES = (
-    256 << 20
-)  # of logits of a step's prompts whose log-probabilities are wanted, however long they are
+SCORED_BYTES = 256 << 20  # of logits of prompts whose log-probabilities are wanted, in a step
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
@@ -108,12 +106,13 @@ def plan_memory(
     step = _positive(
         scheduler.max_batch_prefill_tokens, DEFAULT_STEP_TOKENS[device], "max_batch_prefill_tokens"
     )
+    tokens = max(step, rows)
     chunks = DEFAULT_CHUNK_TOKENS if platform.is_cuda else step
     chunks = _positive(scheduler.max_chunk_tokens, chunks, "max_chunk_tokens")
     fraction = _adapter_fraction(config)
     working = backend.workspace(rows)
     if platform.is_cuda:
-        working += _working(config, spec, (rows, max(step, rows)), itemsize) + scratch
+        working += _working(config, spec, (rows, tokens), itemsize) + scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = record * (config.adapters.max_active_adapters + 1)
@@ -135,9 +134,9 @@ def plan_memory(
         working,
         host_tier,
         rows,
-        max(step, rows),
+        tokens,
         chunks,
-        min(scored_tokens(spec, itemsize), max(step, rows)),
+        scored_tokens(spec, itemsize, tokens),
         total,
         longest,
     )
@@ -185,7 +184,7 @@ def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], ite
     """Bytes that steps take on a GPU beside what they keep, an upper estimate; `limits`: rows and tokens of a step."""
     rows, tokens = limits
     logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
-    logits += min(scored_tokens(spec, itemsize), tokens) * scored_bytes(spec, itemsize)
+    logits += scored_tokens(spec, itemsize, tokens) * scored_bytes(spec, itemsize)
     working = _activations(spec, tokens, itemsize, COMMON_RANK) + logits + LIBRARIES
     if config.memory.eager or config.memory.slow_reference:
         return working
@@ -201,9 +200,9 @@ def scored_bytes(spec: ModelSpec, itemsize: int) -> int:
     return spec.vocab * (itemsize + 3 * 4)
 
 
-def scored_tokens(spec: ModelSpec, itemsize: int) -> int:
-    """How many of them a step may hold."""
-    return max(SCORED_BYTES // scored_bytes(spec, itemsize), 1)
+def scored_tokens(spec: ModelSpec, itemsize: int, tokens: int) -> int:
+    """How many of them a step of `tokens` may hold."""
+    return min(max(SCORED_BYTES // scored_bytes(spec, itemsize), 1), tokens)
 
 
 def _activations(spec: ModelSpec, tokens: int, itemsize: int, rank: int) -> int:

@@ -68,8 +68,9 @@ class Admission:
             sequence.adapter is None or self._slots.slot_of(sequence.adapter.digest) is not None
             for sequence in islice(self.waiting, LOOKED_AT)
         )
-        many = (len(self._rows.prefilling) + ready) / num_decoding
-        return int(bound * max(many, self.backlog.growth(last, now)))
+        held_up = len(self._rows.prefilling) + ready
+        growth = self.backlog.growth(last, now)
+        return max(int(bound * growth), bound * held_up // num_decoding)
 
     def paused(self) -> list[Sequence]:
         """Those that keep blocks while they wait, the youngest first."""

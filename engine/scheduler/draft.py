@@ -41,10 +41,10 @@ class Draft:
     rows: Rows
     tables: BlockTables
     placements: list[Placement] = field(default_factory=list)
-    left_over: bool = False  # prompt tokens that `budget` had no room for
     admit: list[Admit] = field(default_factory=list)
     extend: list[tuple[int, list[int]]] = field(default_factory=list)
     chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list)
+    left_over: bool = False  # prompt tokens that `budget` had no room for
 
     def grow(self, sequence: Sequence) -> None:
         """One more block for a running sequence."""
@@ -54,12 +54,10 @@ class Draft:
 
     def chunk_size(self, sequence: Sequence, start: int) -> int:
         """How many of the known positions from `start` on the step computes; 0: none, a later step has more room."""
-        end = len(sequence.tokens)
-        wanted = sequence.prompt_logprobs is not None
-        room = min(self.budget, self.scored) if wanted else self.budget
+        end, room = len(sequence.tokens), self._room(sequence)
         if end - start <= room:
             return end - start
-        self.left_over |= room == self.budget
+        self.left_over |= not self.lacks_scores(sequence)
         tile = min(self.tables.pool.block_size, CHUNK_TILE)
         aligned = (start + room) // tile * tile - start
         if aligned > 0:
@@ -68,7 +66,11 @@ class Draft:
 
     def lacks_scores(self, sequence: Sequence) -> bool:
         """Whether what the step has no more of is room for scored tokens, so that others may go on."""
-        return sequence.prompt_logprobs is not None and self.scored < self.budget
+        return self._room(sequence) < self.budget
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens of the sequence that the step can still take."""
+        return self.budget if sequence.prompt_logprobs is None else min(self.budget, self.scored)
 
     def compute(self, sequence: Sequence, count: int) -> None:
         """Compute the next `count` known positions of a running sequence; sample if they are the last."""

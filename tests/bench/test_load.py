@@ -321,7 +321,7 @@ async def test_our_own_server(
         concurrency=2,
         warm_up=0.0,
         background=1,
-        background_tokens=200,
+        background_tokens=20,  # it begins anew all the time, so that it never runs out of text
         alone=0.1,
         api=api,  # type: ignore[arg-type]
     )
@@ -334,5 +334,4 @@ async def test_our_own_server(
     assert report.tokens_per_s == pytest.approx(48 / report.seconds)
     if api == "native":
         assert all(len(one.times) == 12 for one in outcome.records)
-    # of tokens that have text: it may have come to its end before the others begin
-    assert report.background is not None and report.background.alone is not None
+    assert report.background is not None and report.background.tokens_per_s > 0
