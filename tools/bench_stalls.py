@@ -24,8 +24,9 @@ from engine.adapters.registry import make_sources
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
+from engine.errors import LoraxError, from_wire
 from engine.exchange import Exchange
-from engine.messages import Request, SamplingParams
+from engine.messages import Request, SamplingParams, Update
 from engine.models import adapter_layout
 from engine.ops.layout import AdapterLayout
 from engine.process import Parts, ProcessBackend
@@ -56,6 +57,33 @@ def slow_exchange(config: EngineConfig, layout: AdapterLayout, region: HostRegio
     return Exchange(config, layout, region, sources={n: Delayed(s) for n, s in sources.items()})
 
 
+class Stream:
+    """One request, whose gaps between tokens are noted."""
+
+    def __init__(self, gaps: list[tuple[float, float]]) -> None:
+        self._gaps = gaps
+        self._last = 0.0
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self, backend: ProcessBackend, request: Request) -> None:
+        """To its end."""
+        backend.submit(request, self)
+        await self._end
+
+    def take(self, update: Update) -> None:
+        now = time.perf_counter()
+        if self._last and update.tokens:
+            self._gaps.append((now, now - self._last))
+        self._last = now
+        if update.error is not None:
+            self._end.set_exception(from_wire(update.error))
+        elif update.finish is not None:
+            self._end.set_result(None)
+
+    def lose(self, error: LoraxError) -> None:
+        self._end.set_exception(error)
+
+
 class Streams:
     """Requests that never end, and the times of their tokens."""
 
@@ -67,12 +95,7 @@ class Streams:
     async def _run(self, number: int) -> None:
         for turn in range(1_000_000):
             request = Request(f"s{number}-{turn}", [5 + number] * 16, SamplingParams(), 3000, [])
-            last = 0.0
-            async for update in self.backend.generate(request):
-                now = time.perf_counter()
-                if last and update.tokens:
-                    self.gaps.append((now, now - last))
-                last = now
+            await Stream(self.gaps).run(self.backend, request)
 
     def p(self, share: float, windows: list[tuple[float, float]]) -> float:
         inside = sorted(g for at, g in self.gaps if any(a <= at <= b for a, b in windows))
@@ -90,8 +113,7 @@ async def cold_request(backend: ProcessBackend, name: str) -> None:
     """From the name of an unknown adapter to its first token."""
     lease = await backend.acquire(AdapterRef((name,), "local"), None)
     request = Request(f"cold-{name}", [7] * 16, SamplingParams(), 1, [], lease.image)
-    async for _ in backend.generate(request):
-        pass
+    await Stream([]).run(backend, request)
     lease.release()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,7 +17,7 @@ from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError, from_wire
-from engine.messages import AdapterImageRef, AdapterStatus, EngineInfo, EngineStats, Request, Update
+from engine.messages import AdapterImageRef, AdapterStatus, EngineInfo, EngineStats, Request
 from engine.process.messages import (
     Acquire,
     Acquired,
@@ -41,7 +40,7 @@ from engine.process.messages import (
 )
 from engine.process.parts import Parts
 from engine.process.spawn import END_S, Child
-from engine.process.streams import Streams
+from engine.process.streams import Reader, Streams
 
 T = TypeVar("T")
 Answer = Acquired | Adapters | Unloaded
@@ -129,9 +128,13 @@ class ProcessBackend:
         """Role -> process id, for logs and tests."""
         return {child.role: child.pid for child in (self._shard, self._exchange)}
 
-    def generate(self, request: Request) -> AsyncIterator[Update]:
-        """See `Backend.generate`. Ids are never used twice."""
-        return self._streams.generate(request)
+    def submit(self, request: Request, reader: Reader) -> None:
+        """See `Backend.submit`."""
+        self._streams.submit(request, reader)
+
+    def cancel(self, id: str) -> None:
+        """See `Backend.cancel`."""
+        self._streams.cancel(id)
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> ProcessLease:
         """See `Backend.acquire`."""

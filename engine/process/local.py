@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -19,7 +18,7 @@ from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Upd
 from engine.process.messages import Cancel, Submit
 from engine.process.parts import Exchange, Lease, Parts, load
 from engine.process.stepper import Stepper, set_threads
-from engine.process.streams import Streams
+from engine.process.streams import Reader, Streams
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,13 @@ class LocalBackend:
     def alive(self) -> bool:
         return not self.closed.is_set()
 
-    def generate(self, request: Request) -> AsyncIterator[Update]:
-        """See `Backend.generate`. Ids are never used twice."""
-        return self._streams.generate(request)
+    def submit(self, request: Request, reader: Reader) -> None:
+        """See `Backend.submit`."""
+        self._streams.submit(request, reader)
+
+    def cancel(self, id: str) -> None:
+        """See `Backend.cancel`."""
+        self._streams.cancel(id)
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
         """See `Backend.acquire`."""

@@ -1,23 +1,20 @@
-"""The open requests of a backend, and the news that each has not read yet."""
+"""The open requests of a backend, and who reads the news of each."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from engine.errors import EngineDead, InvalidRequest, from_wire
+from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.messages import Request, Update
 from engine.process.messages import Cancel, Submit
 
 
-class _Stream:
-    """News of one request; what is not read is bounded by the request's own output."""
+class Reader(Protocol):
+    """See `engine.server.backend.Reader`."""
 
-    def __init__(self) -> None:
-        self.unread: list[Update] = []
-        self.news = asyncio.Event()
-        self.ended = False  # the last update has arrived
+    def take(self, update: Update) -> None: ...
+    def lose(self, error: LoraxError) -> None: ...
 
 
 class Streams:
@@ -25,59 +22,42 @@ class Streams:
 
     def __init__(self, send: Callable[[Submit | Cancel], None]) -> None:
         self._send = send
-        self._open: dict[str, _Stream] = {}
+        self._open: dict[str, Reader] = {}
         self._dead: EngineDead | None = None
 
     def __len__(self) -> int:
         return len(self._open)
 
-    async def generate(self, request: Request) -> AsyncIterator[Update]:
-        """See `Backend.generate`. News that has arrived is still read when the engine dies."""
+    def submit(self, request: Request, reader: Reader) -> None:
+        """See `Backend.submit`."""
         if self._dead is not None:
             raise _again(self._dead)
         if request.id in self._open:
             raise InvalidRequest(f"a request with the id {request.id} is open", field="id")
-        stream = self._open[request.id] = _Stream()
-        try:
-            self._send(Submit(request))
-            while stream.unread or not stream.ended:
-                await stream.news.wait()
-                stream.news.clear()
-                updates, stream.unread = stream.unread, []
-                for update in updates:
-                    if update.error is not None:
-                        raise from_wire(update.error)
-                    yield update
-                if not stream.ended and self._dead is not None:
-                    raise _again(self._dead)
-        finally:
-            try:
-                if not stream.ended:
-                    await self._let_go(request.id, stream)
-            finally:
-                del self._open[request.id]
+        self._open[request.id] = reader
+        self._send(Submit(request))
 
-    async def _let_go(self, id: str, stream: _Stream) -> None:
-        """Cancels, and waits for the engine's last word: until then it may still read the adapter's image."""
-        self._send(Cancel(id))
-        while not stream.ended and self._dead is None:
-            stream.news.clear()
-            await stream.news.wait()
+    def cancel(self, id: str) -> None:
+        """See `Backend.cancel`."""
+        if id in self._open:
+            self._send(Cancel(id))
 
     def deliver(self, updates: Iterable[Update]) -> None:
-        """Hands news to its readers; none is left of a request whose reader gave up waiting for the end."""
+        """Hands news to its readers."""
         for update in updates:
-            with suppress(KeyError):
-                stream = self._open[update.id]
-                stream.unread.append(update)
-                stream.ended = update.finish is not None or update.error is not None
-                stream.news.set()
+            if update.finish is not None or update.error is not None:
+                reader = self._open.pop(update.id, None)
+            else:
+                reader = self._open.get(update.id)
+            if reader is not None:
+                reader.take(update)
 
     def fail(self, error: EngineDead) -> None:
         """No more news will come, of these requests or of any other."""
         self._dead = self._dead or error
-        for stream in self._open.values():
-            stream.news.set()
+        readers, self._open = self._open, {}
+        for reader in readers.values():
+            reader.lose(_again(error))
 
 
 def _again(error: EngineDead) -> EngineDead:

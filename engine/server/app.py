@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -155,8 +156,9 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 async def _let_go(app: web.Application) -> None:
     """Waits until the engine has let go of what was answered last."""
-    if tasks := app[FRONT].generator.tasks:
-        await asyncio.wait(tasks, timeout=LET_GO_S)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LET_GO_S):
+            await app[FRONT].generator.idle.wait()
 
 
 async def run(app: web.Application, started: Callable[[str], None] | None = None) -> None:

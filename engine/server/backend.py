@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Protocol
 
 from engine.adapters.ref import AdapterRef
+from engine.errors import LoraxError
 from engine.messages import AdapterImageRef, AdapterStatus, EngineInfo, EngineStats, Request, Update
 
 
@@ -29,6 +29,18 @@ class Lease(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """Who hears of one request. Called from the event loop, between other things: must neither wait nor raise."""
+
+    def take(self, update: Update) -> None:
+        """News, in order. The last has `finish` or `error`: then the engine has let go of the request."""
+        ...
+
+    def lose(self, error: LoraxError) -> None:
+        """The engine is gone, instead of a last update."""
+        ...
+
+
 class Backend(Protocol):
     """One engine and its adapters."""
 
@@ -43,14 +55,15 @@ class Backend(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    def generate(self, request: Request) -> AsyncIterator[Update]:
-        """Submits; yields updates, the last with `finish`.
+    def submit(self, request: Request, reader: Reader) -> None:
+        """Starts a request; what comes of it is told to `reader`, later. Ids are never used twice.
 
-        Closing the iterator early cancels the request, and returns when the engine has let go of it: only then may its
-        adapter be released.
-
-        Raises EngineDead when the engine is gone, and the typed error of `Update.error`.
+        Raises EngineDead when the engine is gone, and InvalidRequest for an id that is open.
         """
+        ...
+
+    def cancel(self, id: str) -> None:
+        """Asks for the end of a request. Its last update still comes, and only then may its adapter be released."""
         ...
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:

@@ -4,77 +4,37 @@
         while (events := await generation.next()) is not None:
             ...
 
-A generation is one request of a client: its prompts, each continued `best_of` times, all with one adapter. Every
-sequence has a task that turns the engine's updates into events; whoever reads gets all that have arrived at once.
-Leaving the block cancels what still runs. The adapter's lease ends with the last sequence, whatever becomes of the
-reader; a sequence that ends at a stop sequence is answered while the engine still lets go of it.
+A generation is one request of a client: its prompts, each continued `best_of` times, all with one adapter. The engine's
+updates become events when they arrive; whoever reads gets all that have arrived at once. Leaving the block cancels what
+still runs. The adapter's lease ends with the last sequence, whatever becomes of the reader; a sequence that ends at a
+stop sequence is answered while the engine still lets go of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
-
-from msgspec import Struct
+from typing import Any, cast
 
 from engine.config import EngineConfig
-from engine.errors import GenerationError, LoraxError, from_wire
-from engine.messages import Request, TokenOutput, Update, Usage
+from engine.errors import LoraxError
+from engine.messages import Request, Update
 from engine.metrics import Metrics
-from engine.server.backend import Backend, Lease
+from engine.server.backend import Backend, Lease, Reader
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
+from engine.server.sequence import Event, Finish, Sequence
 from engine.server.stops import StopMatcher
-from engine.server.text import Text, TextStream
+from engine.server.text import Text
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
-FinishedBy = Literal["length", "eos_token", "stop_sequence"]
 Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
-
-
-class Token(Struct):
-    """One generated token. `text` is its own, a special token's name included.
-
-    `delta` is what the answer grows by: none for special tokens, and none while a stop sequence may be beginning.
-    """
-
-    choice: int
-    id: int
-    text: str
-    delta: str
-    logprob: float | None
-    alternatives: list[tuple[int, float]] | None
-    special: bool
-
-
-class PromptLogprobs(Struct):
-    """The log-probabilities of every prompt token but the first; comes before a choice's first token."""
-
-    choice: int
-    logprobs: list[float]
-
-
-class Finish(Struct):
-    """The end of one choice. `delta` is text that no token brought; `text` the whole answer."""
-
-    choice: int
-    reason: FinishedBy
-    delta: str
-    text: str
-    usage: Usage
-    mean_logprob: float
-    seed: int | None  # None: greedy
-
-
-Event = Token | PromptLogprobs | Finish
 
 
 @dataclass(slots=True)
@@ -88,27 +48,23 @@ class Timings:
     finished: float = 0.0
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """What the front keeps of one sequence while it runs."""
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A sequence that the engine works on, and the reader of its updates."""
 
-    choice: int
-    request: Request
-    seed: int | None
-    stream: TextStream
-    stops: StopMatcher
-    parts: list[str] = field(default_factory=list)
-    num_tokens: int = 0
-    logprobs: float = 0.0
+    generation: Generation
+    sequence: Sequence
     last: float = 0.0  # when the newest token came
+    over: bool = False  # finished, failed or cancelled: what still comes of it is nobody's
+    cancelled: bool = False  # the engine was told
 
-    def end(self) -> str:
-        """The text that was held back, now that no more tokens come."""
-        tail = self.stops.push(self.stream.flush())
-        if self.stops.matched is None:
-            tail += self.stops.flush()
-        self.parts.append(tail)
-        return tail
+    def take(self, update: Update) -> None:
+        """See `Reader`."""
+        self.generation.take(self, update)
+
+    def lose(self, error: LoraxError) -> None:
+        """See `Reader`."""
+        self.generation.lose(self, error)
 
 
 class Generation:
@@ -133,7 +89,7 @@ class Generation:
         self._events: list[Event] = []
         self._error: LoraxError | None = None
         self._waiter = Waiter()
-        self._tasks: dict[int, asyncio.Task[None]] = {}  # choice -> its task, until it ends
+        self._open: set[_Running] = set()  # that the engine has not let go of
 
     @property
     def num_choices(self) -> int:
@@ -174,125 +130,85 @@ class Generation:
             raise self._error
         return None
 
-    # -- the tasks
+    # -- the sequences
 
-    def start(self, sequences: Sequence[_Sequence]) -> None:
+    def start(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
-            task = asyncio.create_task(self._run(sequence), name=f"generate {sequence.request.id}")
-            self._tasks[sequence.choice] = task
-            self._owner.tasks.add(task)
-            task.add_done_callback(functools.partial(self._ended, sequence.choice))
+            running = _Running(self, sequence)
+            self._owner.submit(sequence.request, running)
+            self._open.add(running)
 
     async def close(self) -> None:
         """Cancels what still runs, and waits for it. Idempotent."""
+        for running in list(self._open):
+            self._cancel(running)
+        while any(running.sequence.choice not in self.finished for running in self._open):
+            await self._waiter.wait(None)
         self._waiter.close()
-        running = [task for choice, task in self._tasks.items() if choice not in self.finished]
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
         self._release()
 
-    def _ended(self, choice: int, task: asyncio.Task[None]) -> None:
-        self._owner.tasks.discard(task)
-        del self._tasks[choice]
+    def take(self, running: _Running, update: Update) -> None:
+        """News from the engine. Whatever fails here, fails this request only."""
+        if not running.over:
+            try:
+                self._observe(running, update)
+                finish = running.sequence.read(update, self._events)
+                if finish is not None:
+                    running.over = True
+                    self.finished[finish.choice] = finish
+                    self._events.append(finish)
+                    self.timings.finished = time.monotonic()
+            except LoraxError as error:
+                self._fail(running, error)
+            except Exception:
+                log.exception("request %s failed", running.sequence.request.id)
+                self._fail(running, LoraxError("internal error", hint="see the server's log"))
+            self._waiter.wake()
+        if update.finish is not None or update.error is not None:
+            self._ended(running)
+        elif running.over:
+            self._cancel(running)
+
+    def lose(self, running: _Running, error: LoraxError) -> None:
+        """The engine is gone."""
+        if not running.over:
+            self._fail(running, error)
+        self._ended(running)
+
+    def _observe(self, running: _Running, update: Update) -> None:
+        """Notes when things happened."""
+        timings = self.timings
+        if update.admitted is not None and timings.admitted is None:
+            timings.admitted = update.admitted
+        if update.tokens:
+            now = time.monotonic()
+            if running.last:
+                self._owner.metrics.tokens(len(update.tokens), now - running.last)
+            elif timings.first_token is None:
+                timings.first_token = now
+                self._owner.metrics.first_token(now - timings.received)
+            running.last = now
+
+    def _fail(self, running: _Running, error: LoraxError) -> None:
+        running.over = True
+        self._error = self._error or error
+
+    def _cancel(self, running: _Running) -> None:
+        if not running.cancelled:
+            running.over = running.cancelled = True
+            self._owner.backend.cancel(running.sequence.request.id)
+
+    def _ended(self, running: _Running) -> None:
+        self._owner.ended()
+        self._open.remove(running)
         self._release()
         self._waiter.wake()
 
     def _release(self) -> None:
         """Gives the adapter back once the engine has let go of every sequence."""
-        if self._lease is not None and not self._tasks:
+        if self._lease is not None and not self._open:
             self._lease.release()
             self._lease = None
-
-    async def _run(self, sequence: _Sequence) -> None:
-        """Reads one sequence to its end. A task boundary: whatever fails, fails this request only."""
-        try:
-            updates = cast(
-                AsyncGenerator[Update, None], self._owner.backend.generate(sequence.request)
-            )
-            async with aclosing(updates):
-                async for update in updates:
-                    finish = self._take(sequence, update)
-                    if finish is not None:
-                        self.finished[finish.choice] = finish
-                        self._events.append(finish)
-                        self.timings.finished = time.monotonic()
-                    self._waiter.wake()
-                    if finish is not None:
-                        return
-            raise GenerationError("the engine ended the request without a result")
-        except LoraxError as error:
-            self._error = self._error or error
-        except Exception:
-            log.exception("request %s failed", sequence.request.id)
-            self._error = self._error or LoraxError("internal error", hint="see the server's log")
-
-    def _take(self, sequence: _Sequence, update: Update) -> Finish | None:
-        """Turns an update into events; the Finish if it was the last, or if a stop sequence was found."""
-        if update.error is not None:
-            raise from_wire(update.error)
-        timings, now = self.timings, time.monotonic()
-        if update.admitted is not None and timings.admitted is None:
-            timings.admitted = update.admitted
-        if update.prompt_logprobs is not None:
-            self._events.append(PromptLogprobs(sequence.choice, update.prompt_logprobs))
-        if update.tokens:
-            if sequence.num_tokens:
-                self._owner.metrics.tokens(len(update.tokens), now - sequence.last)
-            elif timings.first_token is None:
-                timings.first_token = now
-                self._owner.metrics.first_token(now - timings.received)
-            sequence.last = now
-        ends = update.finish == "eos"
-        token: Token | None = None
-        for index, output in enumerate(update.tokens, 1):
-            token = self._read(sequence, output, ends and index == len(update.tokens))
-            self._events.append(token)
-            if sequence.stops.matched is not None:
-                return self._finish_of(sequence, "stop_sequence", None)
-        if update.finish is None:
-            return None
-        if update.finish == "cancelled":
-            raise GenerationError("the engine cancelled the request")
-        tail = sequence.end()
-        if token is not None:
-            token.delta += tail
-            tail = ""
-        reason: FinishedBy = "eos_token" if ends else "length"
-        matched = sequence.stops.matched is not None
-        return self._finish_of(
-            sequence, "stop_sequence" if matched else reason, update.usage, delta=tail
-        )
-
-    def _read(self, sequence: _Sequence, output: TokenOutput, ends: bool) -> Token:
-        id, text = output.token, self._owner.text
-        special = id in text.special_ids or (ends and id in sequence.request.eos_token_ids)
-        piece = "" if special else sequence.stream.push(id)
-        delta = sequence.stops.push(piece) if piece else ""
-        sequence.num_tokens += 1
-        sequence.logprobs += output.logprob or 0.0
-        if delta:
-            sequence.parts.append(delta)
-        own = text.token_text(id) if special else piece
-        if special and own in self.parameters.stop:  # a stop sequence may name a special token
-            delta = sequence.end()
-            sequence.stops.matched = own
-        return Token(sequence.choice, id, own, delta, output.logprob, output.alternatives, special)
-
-    def _finish_of(
-        self, sequence: _Sequence, reason: FinishedBy, usage: Usage | None, delta: str = ""
-    ) -> Finish:
-        num_tokens = sequence.num_tokens
-        return Finish(
-            choice=sequence.choice,
-            reason=reason,
-            delta=delta,
-            text="".join(sequence.parts),
-            usage=usage or Usage(len(sequence.request.tokens), 0, num_tokens),
-            mean_logprob=sequence.logprobs / max(1, num_tokens),
-            seed=sequence.seed,
-        )
 
 
 @dataclass(slots=True)
@@ -304,14 +220,26 @@ class Generator:
     config: EngineConfig
     metrics: Metrics
     limits: Limits = field(init=False)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # of every open sequence
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine works on nothing
+    num_open: int = 0  # sequences that the engine has not let go of
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
+        self.idle.set()
+
+    def submit(self, request: Request, reader: Reader) -> None:
+        self.backend.submit(request, reader)
+        self.num_open += 1
+        self.idle.clear()
+
+    def ended(self) -> None:
+        self.num_open -= 1
+        if not self.num_open:
+            self.idle.set()
 
     @asynccontextmanager
     async def open(
-        self, prompts: Sequence[Prompt], parameters: Parameters, id: str | None = None
+        self, prompts: list[Prompt], parameters: Parameters, id: str | None = None
     ) -> AsyncIterator[Generation]:
         """Checks, tokenizes, gets the adapter and starts; the generation is closed on the way out.
 
@@ -339,9 +267,9 @@ class Generator:
         finally:
             await generation.close()
 
-    def _sequences(self, generation: Generation, lease: Lease | None) -> list[_Sequence]:
+    def _sequences(self, generation: Generation, lease: Lease | None) -> list[Sequence]:
         parameters = generation.parameters
-        made: list[_Sequence] = []
+        made: list[Sequence] = []
         for tokens in generation.prompts:
             room = self.limits.max_total_tokens - len(tokens)
             for seed in parameters.seeds():
@@ -356,10 +284,11 @@ class Generator:
                     arrival=generation.timings.received,
                 )
                 made.append(
-                    _Sequence(
+                    Sequence(
                         choice=len(made),
                         request=request,
                         seed=None if parameters.greedy else seed,
+                        text=self.text,
                         stream=self.text.stream(tokens),
                         stops=StopMatcher(parameters.stop, keep=parameters.keep_stop),
                     )

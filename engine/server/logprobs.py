@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.server.generation import Finish, Token
 from engine.server.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from engine.server.sequence import Finish, Token
 from engine.server.text import Text
 
 LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write

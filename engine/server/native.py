@@ -24,13 +24,7 @@ from engine.server.front import (
     observe,
     token_of,
 )
-from engine.server.generation import (
-    Event,
-    Finish,
-    Generation,
-    PromptLogprobs,
-    Token,
-)
+from engine.server.generation import Generation
 from engine.server.parameters import Parameters, invalid, refuse, refuse_format
 from engine.server.schemas import (
     AlternativeToken,
@@ -47,6 +41,7 @@ from engine.server.schemas import (
     decode,
     ignored,
 )
+from engine.server.sequence import Event, Finish, PromptLogprobs, Token
 from engine.server.text import Text
 
 log = logging.getLogger(__name__)

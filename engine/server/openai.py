@@ -23,7 +23,7 @@ from engine.server.front import (
     observe,
     token_of,
 )
-from engine.server.generation import Event, Finish, Generation, PromptLogprobs, Token
+from engine.server.generation import Generation
 from engine.server.openai_request import (
     chat_parameters,
     completion_parameters,
@@ -46,6 +46,7 @@ from engine.server.schemas import (
     OpenAIUsage,
     decode,
 )
+from engine.server.sequence import Event, Finish, PromptLogprobs, Token
 
 FINGERPRINT = f"lorax-{engine.__version__}"
 REASONS = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}

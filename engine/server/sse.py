@@ -8,7 +8,8 @@ from aiohttp import web
 
 from engine.errors import LoraxError
 from engine.server.front import FRONT, STREAM_ERROR, observe
-from engine.server.generation import Event, Generation
+from engine.server.generation import Generation
+from engine.server.sequence import Event
 
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {

@@ -16,10 +16,10 @@ class StopMatcher:
     beginning of one is held back until the next piece decides.
     """
 
-    __slots__ = ("_buffer", "_keep", "_num_out", "_stops", "matched")
+    __slots__ = ("_buffer", "_keep", "_num_out", "matched", "stops")
 
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._keep = keep
         self._buffer = ""  # the longest end of the text so far that begins a stop sequence
         self._num_out = 0  # characters of the buffer that were given out
@@ -27,10 +27,10 @@ class StopMatcher:
 
     def push(self, piece: str) -> str:
         """The text that is certain after `piece`; sets `matched` when it ends there."""
-        if not self._stops:
+        if not self.stops:
             return piece
         text = self._buffer + piece
-        found = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
+        found = [(text.find(stop) + len(stop), stop) for stop in self.stops if stop in text]
         if found:
             end, self.matched = min(found, key=lambda hit: (hit[0], -len(hit[1])))
             cut = end if self._keep else end - len(self.matched)
@@ -52,7 +52,7 @@ class StopMatcher:
     def _overlap(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop sequence."""
         longest = 0
-        for stop in self._stops:
+        for stop in self.stops:
             at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
             while at >= 0:
                 if stop.startswith(text[at:]):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
-from engine.errors import AdapterNotFound, InvalidRequest, LoraxError, ModelError
+from engine.errors import AdapterNotFound, InvalidRequest, LoraxError, ModelError, from_wire
 from engine.messages import (
     AdapterImageRef,
     AdapterStatus,
@@ -49,7 +49,50 @@ def parts(engine: str = "EchoEngine", exchange: str = "NameExchange") -> Parts:
     return Parts(f"{__name__}:{engine}", f"{__name__}:{exchange}")
 
 
-async def tokens_of(updates: AsyncIterator[Update]) -> list[int]:
+class Inbox:
+    """A reader that keeps its news."""
+
+    def __init__(self) -> None:
+        self._news: asyncio.Queue[Update | LoraxError] = asyncio.Queue()
+
+    def take(self, update: Update) -> None:
+        self._news.put_nowait(update)
+
+    def lose(self, error: LoraxError) -> None:
+        self._news.put_nowait(error)
+
+    async def next(self) -> Update:
+        """Raises what ended the request."""
+        update = await self._news.get()
+        if isinstance(update, LoraxError):
+            raise update
+        if update.error is not None:
+            raise from_wire(update.error)
+        return update
+
+
+async def updates_of(backend: AnyBackend, request: Request) -> AsyncIterator[Update]:
+    """The news of a request. Closing early cancels it, and waits until the engine has let go of it."""
+    inbox = Inbox()
+    backend.submit(request, inbox)
+    ended = False
+    try:
+        while not ended:
+            update = await inbox.next()
+            ended = update.finish is not None
+            yield update
+    except LoraxError:
+        ended = True
+        raise
+    finally:
+        if not ended:
+            backend.cancel(request.id)
+            while (await inbox.next()).finish is None:
+                pass
+
+
+async def tokens_of(backend: AnyBackend, request: Request) -> list[int]:
+    updates = updates_of(backend, request)
     return [output.token async for update in updates for output in update.tokens]
 
 

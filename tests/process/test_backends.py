@@ -26,6 +26,7 @@ from tests.process.fakes import (
     request,
     tokens_of,
     until,
+    updates_of,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -63,7 +64,7 @@ async def test_echo_of_many_requests_some_given_up(backend: AnyBackend) -> None:
         tokens = [number * 100 + i for i in range(chance.randint(1, 60))]
         wanted = chance.randint(1, 60) if number % 3 == 0 else None
         got: list[int] = []
-        async with aclosing(backend.generate(request(f"echo {number}", tokens))) as updates:
+        async with aclosing(updates_of(backend, request(f"echo {number}", tokens))) as updates:
             async for update in updates:
                 got += [output.token for output in update.tokens]
                 if wanted is not None and len(got) >= wanted:
@@ -79,7 +80,7 @@ async def test_echo_of_many_requests_some_given_up(backend: AnyBackend) -> None:
 
 
 async def test_stats_move_while_streams_run(backend: AnyBackend) -> None:
-    async with aclosing(backend.generate(request("stats", [SLOW], 10_000))) as stream:
+    async with aclosing(updates_of(backend, request("stats", [SLOW], 10_000))) as stream:
         seen = set()
         async for _ in stream:
             seen.add(backend.stats.steps)
@@ -90,18 +91,18 @@ async def test_stats_move_while_streams_run(backend: AnyBackend) -> None:
 
 async def test_refused_request_costs_nobody_else(backend: AnyBackend) -> None:
     prompt = [SLOW, *range(20)]
-    good = asyncio.create_task(tokens_of(backend.generate(request("good", prompt))))
+    good = asyncio.create_task(tokens_of(backend, request("good", prompt)))
     with pytest.raises(InvalidRequest) as refusal:
-        await tokens_of(backend.generate(request("refused", [REFUSED])))
+        await tokens_of(backend, request("refused", [REFUSED]))
     assert (refusal.value.field, refusal.value.hint) == ("tokens", "another one")
     assert await good == prompt
 
 
 async def test_an_open_id_is_refused(backend: AnyBackend) -> None:
-    first = asyncio.create_task(tokens_of(backend.generate(request("twice", [SLOW, 2, 3]))))
+    first = asyncio.create_task(tokens_of(backend, request("twice", [SLOW, 2, 3])))
     await asyncio.sleep(0)
     with pytest.raises(InvalidRequest):
-        await tokens_of(backend.generate(request("twice", [1])))
+        await tokens_of(backend, request("twice", [1]))
     assert await first == [SLOW, 2, 3]
 
 
@@ -111,23 +112,23 @@ async def test_failed_step_costs_the_requests_in_it(
     caplog.set_level(logging.CRITICAL)
     for number in range(5):  # failures with good steps in between are no reason to give up
         with pytest.raises(GenerationError, match="poisoned"):
-            await tokens_of(backend.generate(request(f"poison {number}", [POISON])))
+            await tokens_of(backend, request(f"poison {number}", [POISON]))
         prompt = [number, 6]
-        assert await tokens_of(backend.generate(request(f"next {number}", prompt))) == prompt
+        assert await tokens_of(backend, request(f"next {number}", prompt)) == prompt
 
 
 async def test_large_prompts_there_and_back(backend: AnyBackend) -> None:
     prompts = [[1 << 19] * 300_000 + [n] for n in range(3)]  # 1.5 MB each
     requests = [request(f"large {n}", prompt, 2) for n, prompt in enumerate(prompts)]
-    answers = await asyncio.gather(*(tokens_of(backend.generate(r)) for r in requests))
+    answers = await asyncio.gather(*(tokens_of(backend, r) for r in requests))
     assert answers == [[1 << 19] * 2] * 3
 
 
 async def test_slow_reader_holds_up_nobody(backend: AnyBackend) -> None:
     """One reader stops for as long as the others take to finish; then it finds all of its news."""
-    async with aclosing(backend.generate(request("behind", [7], 5_000))) as slow:
+    async with aclosing(updates_of(backend, request("behind", [7], 5_000))) as slow:
         count = len((await anext(slow)).tokens)
-        others = (tokens_of(backend.generate(request(f"other {n}", [n], 500))) for n in range(20))
+        others = (tokens_of(backend, request(f"other {n}", [n], 500)) for n in range(20))
         assert all(len(answer) == 500 for answer in await asyncio.gather(*others))
         async for update in slow:
             count += len(update.tokens)

@@ -71,8 +71,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 async def test_close_ends_what_is_open(start: Start) -> None:
     backend = await start()
     calls = [
-        asyncio.create_task(tokens_of(backend.generate(request(f"{n}", [SLOW], 10_000))))
-        for n in range(5)
+        asyncio.create_task(tokens_of(backend, request(f"{n}", [SLOW], 10_000))) for n in range(5)
     ]
     waiting = asyncio.create_task(backend.acquire(AdapterRef(("slow",)), None))
     await asyncio.sleep(0.05)
@@ -92,11 +91,11 @@ async def test_close_ends_what_is_open(start: Start) -> None:
 async def test_engine_that_fails_every_step_is_dead(start: Start, quiet: None) -> None:
     backend = await start("BrokenEngine")
     with pytest.raises(EngineDead):
-        await tokens_of(backend.generate(request("a", [1])))
+        await tokens_of(backend, request("a", [1]))
     await asyncio.wait_for(backend.closed.wait(), 5)
     assert not backend.alive and backend.failure is not None
     with pytest.raises(EngineDead):
-        await tokens_of(backend.generate(request("b", [1])))
+        await tokens_of(backend, request("b", [1]))
     for call in (
         backend.acquire(AdapterRef(("a",)), None),
         backend.adapters(),
@@ -134,8 +133,7 @@ async def test_start_that_is_given_up() -> None:
 async def test_death_of_a_child_is_everybodys(victim: str, quiet: None) -> None:
     backend = await ProcessBackend.start(CONFIG, parts())
     calls: list[asyncio.Task[object]] = [
-        asyncio.create_task(tokens_of(backend.generate(request(f"{n}", [SLOW], 10_000))))
-        for n in range(8)
+        asyncio.create_task(tokens_of(backend, request(f"{n}", [SLOW], 10_000))) for n in range(8)
     ]
     calls.append(asyncio.create_task(backend.acquire(AdapterRef(("slow",)), None)))
     await until(lambda: backend.stats.running == 8)
@@ -145,7 +143,7 @@ async def test_death_of_a_child_is_everybodys(victim: str, quiet: None) -> None:
             pid, signal.SIGINT
         )  # as a terminal and a supervisor send them to every process: the front decides
         os.kill(pid, signal.SIGTERM)
-    assert await tokens_of(backend.generate(request("a", [1, 2]))) == [1, 2]
+    assert await tokens_of(backend, request("a", [1, 2])) == [1, 2]
     os.kill(backend.pids[victim] or 0, signal.SIGKILL)
     async with asyncio.timeout(1):
         errors = await asyncio.gather(*calls, return_exceptions=True)
@@ -153,18 +151,18 @@ async def test_death_of_a_child_is_everybodys(victim: str, quiet: None) -> None:
     assert all(isinstance(error, EngineDead) for error in errors)
     assert not backend.alive and victim in str(backend.failure)
     with pytest.raises(EngineDead, match=victim):
-        await tokens_of(backend.generate(request("late", [1])))
+        await tokens_of(backend, request("late", [1]))
     await backend.close()
 
 
 PARENT = """
 import asyncio, json
 from engine.process import ProcessBackend
-from tests.process.fakes import CONFIG, parts, request
+from tests.process.fakes import CONFIG, parts, request, updates_of
 
 async def main():
     backend = await ProcessBackend.start(CONFIG, parts())
-    async for _ in backend.generate(request("a", [1], 1_000_000_000)):
+    async for _ in updates_of(backend, request("a", [1], 1_000_000_000)):
         if backend.pids:
             print(json.dumps(backend.pids), flush=True)
             backend.__class__.pids = {}

@@ -45,7 +45,7 @@ async def answers_of(backend: AnyBackend, root: str) -> list[list[int]]:
             f"to {name}", [5, 6, 7, 8], SamplingParams(), 20, [], adapter=image, cache_salt=salt
         )
         try:
-            return await tokens_of(backend.generate(request))
+            return await tokens_of(backend, request)
         finally:
             if lease:
                 lease.release()
@@ -66,7 +66,7 @@ async def test_processes_say_what_one_process_says(
             with pytest.raises(AdapterNotFound):
                 await backend.acquire(AdapterRef((f"{root}/none",)), None)
             with pytest.raises(InvalidRequest):
-                await tokens_of(backend.generate(Request("bad", [10_000], SamplingParams(), 5, [])))
+                await tokens_of(backend, Request("bad", [10_000], SamplingParams(), 5, []))
             assert all(a.state in ("ready", "failed") for a in await backend.adapters())
         finally:
             await backend.close()
@@ -81,7 +81,7 @@ async def test_preloaded_adapters_lie_on_the_device(
     adapters = replace(config.adapters, preloaded_adapter_ids=ADAPTERS)
     backend = await kind.start(replace(config, adapters=adapters))
     try:
-        await tokens_of(backend.generate(Request("r", [5], SamplingParams(), 5, [])))
+        await tokens_of(backend, Request("r", [5], SamplingParams(), 5, []))
         await until(lambda: len(backend.stats.resident) == len(ADAPTERS))
         assert {name.rpartition("/")[2] for name, _, _ in backend.stats.resident} == set(ADAPTERS)
     finally:

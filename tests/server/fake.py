@@ -27,6 +27,7 @@ from engine.messages import (
     Update,
     Usage,
 )
+from engine.server.backend import Reader
 from engine.server.text import Text
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -157,6 +158,7 @@ class FakeBackend:
     requests: list[Request] = field(default_factory=list)
     let_go: float = 0.0  # until a cancelled request has ended
     open: dict[str, Request] = field(default_factory=dict)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     leases: list[FakeLease] = field(default_factory=list)
     acquired: list[tuple[AdapterRef, str | None]] = field(default_factory=list)
@@ -182,52 +184,71 @@ class FakeBackend:
             alternatives if sampling.num_alternatives else None,
         )
 
-    async def generate(self, request: Request) -> AsyncIterator[Update]:
+    def submit(self, request: Request, reader: Reader) -> None:
         if not self.alive:
             raise EngineDead("the engine died")
         assert request.id not in self.open
         self.requests.append(request)
         self.open[request.id] = request
-        ended = False
+        self.tasks[request.id] = asyncio.create_task(self._answer(request, reader))
+
+    def cancel(self, id: str) -> None:
+        if id in self.tasks:
+            self.tasks[id].cancel()
+
+    async def _answer(self, request: Request, reader: Reader) -> None:
+        """Tells the reader all, or that it was cancelled; the request is open until just before the last word."""
+        last: Update | None = None
         try:
-            wanted = self._tokens(request)
-            tokens, finish = wanted[: request.max_new_tokens], self.finish
-            if finish == "eos":
-                if len(wanted) < request.max_new_tokens and request.eos_token_ids:
-                    tokens = [*tokens, EOS]
-                else:
-                    finish = "length"
-            outputs = [self._output(request, token) for token in tokens]
-            groups = [outputs[i : i + self.burst] for i in range(0, len(outputs), self.burst)]
-            if self.bare_finish or not groups:
-                groups.append([])
-            await asyncio.sleep(self.first_delay)
-            if self.gate is not None:
-                await self.gate.wait()
-            for index, group in enumerate(groups):
-                if self.fail_after == index:
-                    raise self.failure
-                await asyncio.sleep(self.delay)
-                ended = index == len(groups) - 1
-                prompt = [-0.1 * at for at in range(1, len(request.tokens))]
-                yield Update(
-                    request.id,
-                    group,
-                    finish=finish if ended else None,
-                    usage=Usage(len(request.tokens), 2, len(tokens)) if ended else None,
-                    admitted=time.monotonic() if index == 0 else None,
-                    prompt_logprobs=prompt
-                    if index == 0 and request.sampling.prompt_logprobs
-                    else None,
-                )
-            ended = True
-        finally:
-            try:
-                if not ended:
-                    self.cancelled.append(request.id)
-                    await asyncio.sleep(self.let_go)
-            finally:
-                del self.open[request.id]
+            async for update in self._updates(request):
+                if update.finish is not None:
+                    last = update
+                    break
+                reader.take(update)
+        except asyncio.CancelledError:
+            self.cancelled.append(request.id)
+            await asyncio.sleep(self.let_go)
+            last = Update(request.id, [], finish="cancelled")
+        except LoraxError as error:
+            self._ended(request)
+            reader.lose(error)
+            return
+        self._ended(request)
+        assert last is not None
+        reader.take(last)
+
+    def _ended(self, request: Request) -> None:
+        del self.open[request.id], self.tasks[request.id]
+
+    async def _updates(self, request: Request) -> AsyncIterator[Update]:
+        wanted = self._tokens(request)
+        tokens, finish = wanted[: request.max_new_tokens], self.finish
+        if finish == "eos":
+            if len(wanted) < request.max_new_tokens and request.eos_token_ids:
+                tokens = [*tokens, EOS]
+            else:
+                finish = "length"
+        outputs = [self._output(request, token) for token in tokens]
+        groups = [outputs[i : i + self.burst] for i in range(0, len(outputs), self.burst)]
+        if self.bare_finish or not groups:
+            groups.append([])
+        await asyncio.sleep(self.first_delay)
+        if self.gate is not None:
+            await self.gate.wait()
+        for index, group in enumerate(groups):
+            if self.fail_after == index:
+                raise self.failure
+            await asyncio.sleep(self.delay)
+            ended = index == len(groups) - 1
+            prompt = [-0.1 * at for at in range(1, len(request.tokens))]
+            yield Update(
+                request.id,
+                group,
+                finish=finish if ended else None,
+                usage=Usage(len(request.tokens), 2, len(tokens)) if ended else None,
+                admitted=time.monotonic() if index == 0 else None,
+                prompt_logprobs=prompt if index == 0 and request.sampling.prompt_logprobs else None,
+            )
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> FakeLease:
         self.acquired.append((ref, token))

@@ -11,8 +11,9 @@ from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import AdapterNotFound, EngineDead, GenerationError, InvalidRequest
 from engine.metrics import Metrics
-from engine.server.generation import Event, Finish, Generator, PromptLogprobs, Token
+from engine.server.generation import Generator
 from engine.server.parameters import Parameters
+from engine.server.sequence import Event, Finish, PromptLogprobs, Token
 from engine.server.text import Text
 from tests.server.fake import EOS, FakeBackend
 
@@ -165,10 +166,10 @@ async def test_a_stop_is_answered_before_the_engine_lets_go(
     async with generator.open(["x"], parameters) as generation:
         while await generation.next() is not None:
             pass
-    assert backend.open and generator.tasks
+    assert backend.open and generator.num_open
     assert not backend.leases[0].num_released
     await idle(backend)
-    assert not generator.tasks
+    assert not generator.num_open and generator.idle.is_set()
 
 
 async def test_leaving_early_waits_for_the_engine(

@@ -1,0 +1,130 @@
+"""One sequence of a generation: what the engine says of it becomes events, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from msgspec import Struct
+
+from engine.errors import GenerationError, from_wire
+from engine.messages import Request, TokenOutput, Update, Usage
+from engine.server.stops import StopMatcher
+from engine.server.text import Text, TextStream
+
+FinishedBy = Literal["length", "eos_token", "stop_sequence"]
+
+
+class Token(Struct):
+    """One generated token. `text` is its own, a special token's name included.
+
+    `delta` is what the answer grows by: none for special tokens, and none while a stop sequence may be beginning.
+    """
+
+    choice: int
+    id: int
+    text: str
+    delta: str
+    logprob: float | None
+    alternatives: list[tuple[int, float]] | None
+    special: bool
+
+
+class PromptLogprobs(Struct):
+    """The log-probabilities of every prompt token but the first; comes before a choice's first token."""
+
+    choice: int
+    logprobs: list[float]
+
+
+class Finish(Struct):
+    """The end of one choice. `delta` is text that no token brought; `text` the whole answer."""
+
+    choice: int
+    reason: FinishedBy
+    delta: str
+    text: str
+    usage: Usage
+    mean_logprob: float
+    seed: int | None  # None: greedy
+
+
+Event = Token | PromptLogprobs | Finish
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The answer of one choice as it grows."""
+
+    choice: int
+    request: Request
+    seed: int | None  # None: greedy
+    text: Text
+    stream: TextStream
+    stops: StopMatcher
+    parts: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    logprobs: float = 0.0
+
+    def read(self, update: Update, events: list[Event]) -> Finish | None:
+        """Appends what `update` brought; the end, if that was the last or a stop sequence was found.
+
+        Raises the error that ended the sequence.
+        """
+        if update.error is not None:
+            raise from_wire(update.error)
+        if update.prompt_logprobs is not None:
+            events.append(PromptLogprobs(self.choice, update.prompt_logprobs))
+        ends = update.finish == "eos"
+        token: Token | None = None
+        for index, output in enumerate(update.tokens, 1):
+            token = self._read(output, ends and index == len(update.tokens))
+            events.append(token)
+            if self.stops.matched is not None:
+                return self._finish("stop_sequence", None)
+        if update.finish is None:
+            return None
+        if update.finish == "cancelled":
+            raise GenerationError("the engine cancelled the request")
+        tail = self._end()
+        if token is not None:
+            token.delta += tail
+            tail = ""
+        reason: FinishedBy = "eos_token" if ends else "length"
+        matched = self.stops.matched is not None
+        return self._finish("stop_sequence" if matched else reason, update.usage, delta=tail)
+
+    def _read(self, output: TokenOutput, ends: bool) -> Token:
+        id, text = output.token, self.text
+        special = id in text.special_ids or (ends and id in self.request.eos_token_ids)
+        piece = "" if special else self.stream.push(id)
+        delta = self.stops.push(piece) if piece else ""
+        self.num_tokens += 1
+        self.logprobs += output.logprob or 0.0
+        if delta:
+            self.parts.append(delta)
+        own = text.token_text(id) if special else piece
+        if special and own in self.stops.stops:  # a stop sequence may name a special token
+            delta = self._end()
+            self.stops.matched = own
+        return Token(self.choice, id, own, delta, output.logprob, output.alternatives, special)
+
+    def _end(self) -> str:
+        """The text that was held back, now that no more tokens come."""
+        tail = self.stops.push(self.stream.flush())
+        if self.stops.matched is None:
+            tail += self.stops.flush()
+        self.parts.append(tail)
+        return tail
+
+    def _finish(self, reason: FinishedBy, usage: Usage | None, delta: str = "") -> Finish:
+        num_tokens = self.num_tokens
+        return Finish(
+            choice=self.choice,
+            reason=reason,
+            delta=delta,
+            text="".join(self.parts),
+            usage=usage or Usage(len(self.request.tokens), 0, num_tokens),
+            mean_logprob=self.logprobs / max(1, num_tokens),
+            seed=self.seed,
+        )
