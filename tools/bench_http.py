@@ -49,7 +49,7 @@ from engine.config import ModelConfig
 from engine.models import adapter_layout
 from lorax_cli.bench_tables import load_table
 from lorax_cli.output import Output
-from tools.waits import Watch
+from tools.waits import Probe, Watch
 
 LINES_KEPT = 40  # of the server's log, for when it does not start
 
@@ -227,9 +227,9 @@ def main() -> None:
         reference = offline(folder, args, memory)
         with serving(folder, args, memory + launch) as (url, pid, start_s):
             batches = at_once(url, folder, args)
-            watch = Watch(pid)
+            watch, probe = Watch(pid), Probe()
             loaded = arrivals(url, folder, args)
-            waits = watch.report()
+            waits = watch.report() | probe.report()
     rate = statistics.median(one.tokens_per_s for one in batches)
     found: dict[str, Any] = {
         "adapter, MB": folder.adapter_bytes / 1e6,

@@ -1,11 +1,20 @@
 """How long a server's processes ran and waited for a core: whether a stall was theirs or the machine's. Linux.
 
-schedstat of proc(5): nanoseconds on a core, nanoseconds runnable without one.
+schedstat of proc(5): nanoseconds on a core, nanoseconds runnable without one. In a virtual machine that is not all: a
+core may be slow for a while and nobody be told. So a process beside them does the same work again and again (`Probe`),
+and what it takes at times beyond its usual is the machine's doing.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,3 +87,56 @@ class Watch:
                 found[f"{name}: waited for a core, ms"] = 1e3 * here.waited
                 found[f"{name}: page faults"] = float(here.faults)
         return found
+
+
+class Probe:
+    """A process of fixed work, about a millisecond of it every 10, from the constructor to `report`."""
+
+    PERIOD_S = 0.01
+    ROUNDS = 60
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tools.waits"],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def report(self) -> dict[str, float]:
+        out, _ = self._process.communicate()
+        took = sorted(json.loads(out))
+        usual = statistics.median(took)
+        return {
+            "fixed work beside, p50, ms": 1e3 * usual,
+            "fixed work beside, p99 / p50": took[int(0.99 * len(took))] / usual,
+            "fixed work beside, longest / p50": took[-1] / usual,
+        }
+
+    @classmethod
+    def work(cls, end: socket.socket, other: socket.socket) -> None:
+        """A little of all that a front does: objects, JSON, sockets."""
+        for index in range(cls.ROUNDS):
+            end.send(json.dumps({"choices": [{"index": index, "text": "word"}]}).encode())
+            json.loads(other.recv(1 << 12))
+
+    @classmethod
+    def repeat(cls) -> list[float]:
+        """Seconds of every turn, until the standard input ends."""
+        ended = threading.Event()
+        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+        took: list[float] = []
+        end, other = socket.socketpair()
+        with end, other:
+            due = time.perf_counter()
+            while not ended.is_set() or not took:
+                begin = time.perf_counter()
+                cls.work(end, other)
+                took.append(time.perf_counter() - begin)
+                due += cls.PERIOD_S
+                time.sleep(max(0.0, due - time.perf_counter()))
+        return took
+
+
+if __name__ == "__main__":
+    print(json.dumps(Probe.repeat()))
