@@ -162,10 +162,10 @@ class Logits:
         return logits
 
 
-def gap_in_ulps(logits: Tensor, one: int, other: int) -> float:
-    """How far apart the logits of two tokens are, in bfloat16's units in the last place of the best."""
-    ulp = 2.0 ** (math.floor(math.log2(float(logits.abs()[logits.argmax()]))) - 7)
-    return abs(float(logits[one] - logits[other])) / ulp
+def gap_in_ulps(logits: Tensor, token: int) -> float:
+    """How far the logit of a token is below the best, in bfloat16's units in the last place of the best."""
+    best = float(logits.max())
+    return (best - float(logits[token])) / 2.0 ** (math.floor(math.log2(abs(best))) - 7)
 
 
 def test_the_batch_is_one_of_different_texts(scene: Scene) -> None:
@@ -189,10 +189,8 @@ def test_mixed_batch_is_each_alone_but_for_ties(scene: Scene) -> None:
         image = scene.images[i]
         context = scene.prompts[i] + scene.batch[i][:at]
         exact.run([request("exact", context, staged[image.name] if image else None, 1)])
-        first, second = recorder.last.topk(2).indices.tolist()
-        chosen = {scene.batch[i][at], alone}
-        assert chosen == {first, second}, f"request {i}, position {at}: {chosen} are not the best"
-        gap = gap_in_ulps(recorder.last, first, second)
-        print(f"request {i}, position {at}: {gap:.2f} units in the last place apart")
-        assert gap < TIE, f"request {i}, position {at}"
+        for token in (scene.batch[i][at], alone):  # of three as good as equal, any two may be chosen
+            gap = gap_in_ulps(recorder.last, token)
+            print(f"request {i}, position {at}: {gap:.2f} units in the last place from the best")
+            assert gap < TIE, f"request {i}, position {at}: {token} is not as good as the best"
     exact.close()

@@ -138,78 +138,63 @@ __device__ __forceinline__ void products_wait() {
 template <class T, int N>
 struct Product;
 
-#define LORAX_PRODUCT(T, NAME)                                                          \
-  template <>                                                                           \
-  struct Product<T, 8> {                                                                \
-    __device__ __forceinline__ static void add(float (&d)[4], uint64_t a, uint64_t b) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." NAME "." NAME           \
-                   " {"                                                                 \
-                   "%0, %1, %2, %3}, "                                                  \
-                   "%4, %5, 1, 1, 1, 0, 0;"                                             \
-                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                     \
-                   : "l"(a), "l"(b));                                                   \
-    }                                                                                   \
-  };
-LORAX_PRODUCT(__nv_bfloat16, "bf16")
-LORAX_PRODUCT(__half, "f16")
-#undef LORAX_PRODUCT
+// Eight registers of d each: their places in the instruction, and what they are bound to.
+#define LORAX_P0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LORAX_P1 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define LORAX_P2 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define LORAX_P3 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define LORAX_P4 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define LORAX_P5 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define LORAX_P6 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define LORAX_P7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define LORAX_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define LORAX_D8(i) LORAX_D4(i), LORAX_D4(i + 4)
 
-#define LORAX_PRODUCT(T, NAME)                                                               \
-  template <>                                                                                \
-  struct Product<T, 16> {                                                                    \
-    __device__ __forceinline__ static void add(float (&d)[8], uint64_t a, uint64_t b) {      \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." NAME "." NAME               \
-                   " {"                                                                      \
-                   "%0, %1, %2, %3, %4, %5, %6, %7}, "                                       \
-                   "%8, %9, 1, 1, 1, 0, 0;"                                                  \
-                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-                     "+f"(d[6]), "+f"(d[7])                                                  \
-                   : "l"(a), "l"(b));                                                        \
-    }                                                                                        \
-  };
-LORAX_PRODUCT(__nv_bfloat16, "bf16")
-LORAX_PRODUCT(__half, "f16")
-#undef LORAX_PRODUCT
-
-#define LORAX_PRODUCT(T, NAME)                                                                 \
+// A and B: the places of a and b, behind the N / 2 of d.
+#define LORAX_PRODUCT_OF(T, NAME, N, PLACES, A, B, ...)                                        \
   template <>                                                                                  \
-  struct Product<T, 32> {                                                                      \
-    __device__ __forceinline__ static void add(float (&d)[16], uint64_t a, uint64_t b) {       \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." NAME "." NAME                 \
-                   " {"                                                                        \
-                   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "   \
-                   "%16, %17, 1, 1, 1, 0, 0;"                                                  \
-                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),   \
-                     "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), \
-                     "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])                        \
+  struct Product<T, N> {                                                                       \
+    __device__ __forceinline__ static void add(float (&d)[N / 2], uint64_t a, uint64_t b) {    \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" PLACES \
+                   "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                                       \
+                   : __VA_ARGS__                                                               \
                    : "l"(a), "l"(b));                                                          \
     }                                                                                          \
   };
-LORAX_PRODUCT(__nv_bfloat16, "bf16")
-LORAX_PRODUCT(__half, "f16")
+#define LORAX_PRODUCT(...)                             \
+  LORAX_PRODUCT_OF(__nv_bfloat16, "bf16", __VA_ARGS__) \
+  LORAX_PRODUCT_OF(__half, "f16", __VA_ARGS__)
+LORAX_PRODUCT(8, "%0, %1, %2, %3", 4, 5, LORAX_D4(0))
+LORAX_PRODUCT(16, LORAX_P0, 8, 9, LORAX_D8(0))
+LORAX_PRODUCT(32, LORAX_P0 ", " LORAX_P1, 16, 17, LORAX_D8(0), LORAX_D8(8))
+LORAX_PRODUCT(64, LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3, 32, 33, LORAX_D8(0),
+              LORAX_D8(8), LORAX_D8(16), LORAX_D8(24))
+LORAX_PRODUCT(80, LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4, 40, 41,
+              LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32))
+LORAX_PRODUCT(96, LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4 ", " LORAX_P5,
+              48, 49, LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32),
+              LORAX_D8(40))
+LORAX_PRODUCT(112,
+              LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4 ", " LORAX_P5
+                       ", " LORAX_P6,
+              56, 57, LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32),
+              LORAX_D8(40), LORAX_D8(48))
+LORAX_PRODUCT(128,
+              LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4 ", " LORAX_P5
+                       ", " LORAX_P6 ", " LORAX_P7,
+              64, 65, LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32),
+              LORAX_D8(40), LORAX_D8(48), LORAX_D8(56))
 #undef LORAX_PRODUCT
-
-#define LORAX_PRODUCT(T, NAME)                                                                  \
-  template <>                                                                                   \
-  struct Product<T, 64> {                                                                       \
-    __device__ __forceinline__ static void add(float (&d)[32], uint64_t a, uint64_t b) {        \
-      asm volatile(                                                                             \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                           \
-          " {"                                                                                  \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "              \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "   \
-          "%32, %33, 1, 1, 1, 0, 0;"                                                            \
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), \
-            "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]),          \
-            "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),       \
-            "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),       \
-            "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]),       \
-            "+f"(d[31])                                                                         \
-          : "l"(a), "l"(b));                                                                    \
-    }                                                                                           \
-  };
-LORAX_PRODUCT(__nv_bfloat16, "bf16")
-LORAX_PRODUCT(__half, "f16")
-#undef LORAX_PRODUCT
+#undef LORAX_PRODUCT_OF
+#undef LORAX_D8
+#undef LORAX_D4
+#undef LORAX_P0
+#undef LORAX_P1
+#undef LORAX_P2
+#undef LORAX_P3
+#undef LORAX_P4
+#undef LORAX_P5
+#undef LORAX_P6
+#undef LORAX_P7
 
 }  // namespace lorax::cuda::hopper

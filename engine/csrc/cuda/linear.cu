@@ -1,4 +1,4 @@
-// y[T, N] = x[T, K] @ weight[N, K].T for T <= 64 on Hopper: the weights stream past few tokens.
+// y[T, N] = x[T, K] @ weight[N, K].T for T <= 128 on Hopper: the weights stream past few tokens.
 //
 // A cluster of 1, 2 or 4 CTAs owns a tile of 128 rows of the weight, each CTA a part of K. One
 // thread keeps tiles of the weight and of x coming (bulk tensor copies), 4 warps multiply them with
@@ -36,7 +36,7 @@ struct Shape {
 
 // Grid: tiles of 128 rows of the weight, clusters of kSplit CTAs that share one.
 template <class T, int kTokens, int kSplit>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 4 : kTokens <= 96 ? 3 : 2)
     linear_kernel(const __grid_constant__ CUtensorMap weight_map,
                   const __grid_constant__ CUtensorMap x_map, const LinearArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -250,7 +250,11 @@ void launch_tokens(const LinearArgs& args, cudaStream_t stream) {
   if (args.tokens <= 8) return launch_split<T, 8>(args, stream);
   if (args.tokens <= 16) return launch_split<T, 16>(args, stream);
   if (args.tokens <= 32) return launch_split<T, 32>(args, stream);
-  launch_split<T, 64>(args, stream);
+  if (args.tokens <= 64) return launch_split<T, 64>(args, stream);
+  if (args.tokens <= 80) return launch_split<T, 80>(args, stream);
+  if (args.tokens <= 96) return launch_split<T, 96>(args, stream);
+  if (args.tokens <= 112) return launch_split<T, 112>(args, stream);
+  launch_split<T, 128>(args, stream);
 }
 
 }  // namespace
