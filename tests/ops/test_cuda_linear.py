@@ -89,7 +89,8 @@ def layers(
 
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "identical"])
 @pytest.mark.parametrize(
-    ("dtype", "tokens"), [(torch.bfloat16, n) for n in (48, 80, 90, 100, 120, 130)] + [(torch.float32, 48)]
+    ("dtype", "tokens"),
+    [(torch.bfloat16, n) for n in (48, 80, 90, 100, 120, 130)] + [(torch.float32, 48)],
 )
 def test_kernels_that_overlap_wait_for_what_they_need(
     dtype: torch.dtype, tokens: int, popularity: str

@@ -20,6 +20,9 @@ constexpr int kConsumers = 128;  // threads that multiply
 constexpr int kThreads = kConsumers + 32;
 constexpr int kSharedGoal = 113 * 1024;  // of a CTA: two fit into an SM
 
+// CTAs for which an SM has registers: beyond the two that run, room for the kernels around.
+constexpr int resident(int tokens) { return tokens <= 64 ? 4 : tokens <= 96 ? 3 : 2; }
+
 // What a CTA keeps in shared memory.
 template <int kTokens, int kSplit>
 struct Shape {
@@ -36,7 +39,7 @@ struct Shape {
 
 // Grid: tiles of 128 rows of the weight, clusters of kSplit CTAs that share one.
 template <class T, int kTokens, int kSplit>
-__global__ void __launch_bounds__(kThreads, kTokens <= 64 ? 4 : kTokens <= 96 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, resident(kTokens))
     linear_kernel(const __grid_constant__ CUtensorMap weight_map,
                   const __grid_constant__ CUtensorMap x_map, const LinearArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
