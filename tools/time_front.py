@@ -25,7 +25,7 @@ import msgspec
 from aiohttp import web
 
 from engine.bench.shapes import write_model
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ServerConfig
 from engine.messages import EngineInfo, EngineStats, Request, TokenOutput, Update, Usage
 from engine.process.messages import Cancel, Submit, Updates
 from engine.process.streams import Reader, Streams
@@ -76,6 +76,9 @@ class Ticking:
 
     def submit(self, request: Request, reader: Reader) -> None:
         self._streams.submit(request, reader)
+
+    def cancel(self, id: str) -> None:
+        self._streams.cancel(id)
 
     async def run(self) -> None:
         """Every stream from its first token to its last."""
@@ -204,7 +207,8 @@ async def compare(args: argparse.Namespace, text: Text) -> None:
         body["parameters"] = {"max_new_tokens": args.tokens, "ignore_eos_token": True}
     for _ in range(args.repeat):
         backend = Ticking(args.streams, args.tokens)
-        app = build_app(backend, text, EngineConfig())  # type: ignore[arg-type]
+        server = ServerConfig(max_concurrent_requests=args.streams)
+        app = build_app(backend, text, EngineConfig(server=server))  # type: ignore[arg-type]
         taken, size = await measure(
             app, path, args.streams, json.dumps(body).encode(), backend.run, args.profile
         )

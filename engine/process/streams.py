@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.messages import Request, Update
 from engine.process.messages import Cancel, Submit
 
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
 
 class Reader(Protocol):
-    """See `engine.server.backend.Reader`."""
+    """As `engine.server.backend.Reader`, which is not imported here: front and processes do not know each other."""
 
     def take(self, update: Update) -> None: ...
     def lose(self, error: LoraxError) -> None: ...
@@ -34,8 +39,8 @@ class Streams:
             raise _again(self._dead)
         if request.id in self._open:
             raise InvalidRequest(f"a request with the id {request.id} is open", field="id")
-        self._open[request.id] = reader
         self._send(Submit(request))
+        self._open[request.id] = reader
 
     def cancel(self, id: str) -> None:
         """See `Backend.cancel`."""
@@ -50,14 +55,22 @@ class Streams:
             else:
                 reader = self._open.get(update.id)
             if reader is not None:
-                reader.take(update)
+                _tell(reader.take, update)
 
     def fail(self, error: EngineDead) -> None:
         """No more news will come, of these requests or of any other."""
         self._dead = self._dead or error
         readers, self._open = self._open, {}
         for reader in readers.values():
-            reader.lose(_again(error))
+            _tell(reader.lose, _again(error))
+
+
+def _tell(hears: Callable[[T], None], news: T) -> None:
+    """A boundary: a reader that fails is no matter of the others."""
+    try:
+        hears(news)
+    except Exception:
+        logger.exception("a request's reader failed")
 
 
 def _again(error: EngineDead) -> EngineDead:

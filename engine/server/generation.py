@@ -199,8 +199,8 @@ class Generation:
             self._owner.backend.cancel(running.sequence.request.id)
 
     def _ended(self, running: _Running) -> None:
-        self._owner.ended()
         self._open.remove(running)
+        self._owner.ended()
         self._release()
         self._waiter.wake()
 

@@ -159,6 +159,7 @@ class FakeBackend:
     let_go: float = 0.0  # until a cancelled request has ended
     open: dict[str, Request] = field(default_factory=dict)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    stops: dict[str, asyncio.Event] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     leases: list[FakeLease] = field(default_factory=list)
     acquired: list[tuple[AdapterRef, str | None]] = field(default_factory=list)
@@ -190,35 +191,44 @@ class FakeBackend:
         assert request.id not in self.open
         self.requests.append(request)
         self.open[request.id] = request
+        self.stops[request.id] = asyncio.Event()
         self.tasks[request.id] = asyncio.create_task(self._answer(request, reader))
 
     def cancel(self, id: str) -> None:
-        if id in self.tasks:
-            self.tasks[id].cancel()
+        assert id in self.open and id not in self.cancelled
+        self.cancelled.append(id)
+        self.stops[id].set()
 
     async def _answer(self, request: Request, reader: Reader) -> None:
         """Tells the reader all, or that it was cancelled; the request is open until just before the last word."""
-        last: Update | None = None
+        telling = asyncio.create_task(self._tell(request, reader))
+        stopped = asyncio.create_task(self.stops[request.id].wait())
+        await asyncio.wait({telling, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if telling.done():
+            last = telling.result()
+        else:
+            telling.cancel()
+            await asyncio.sleep(self.let_go)
+            last = Update(request.id, [], finish="cancelled")
+        del self.open[request.id], self.tasks[request.id], self.stops[request.id]
+        if isinstance(last, EngineDead):
+            reader.lose(last)
+        else:
+            reader.take(last)
+
+    async def _tell(self, request: Request, reader: Reader) -> Update | EngineDead:
+        """All but the last word, which is returned."""
         try:
             async for update in self._updates(request):
                 if update.finish is not None:
-                    last = update
-                    break
+                    return update
                 reader.take(update)
-        except asyncio.CancelledError:
-            self.cancelled.append(request.id)
-            await asyncio.sleep(self.let_go)
-            last = Update(request.id, [], finish="cancelled")
+        except EngineDead as error:
+            return error
         except LoraxError as error:
-            self._ended(request)
-            reader.lose(error)
-            return
-        self._ended(request)
-        assert last is not None
-        reader.take(last)
-
-    def _ended(self, request: Request) -> None:
-        del self.open[request.id], self.tasks[request.id]
+            return Update(request.id, [], error=error.to_wire())
+        raise AssertionError("an answer has an end")
 
     async def _updates(self, request: Request) -> AsyncIterator[Update]:
         wanted = self._tokens(request)

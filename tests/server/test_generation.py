@@ -182,6 +182,13 @@ async def test_leaving_early_waits_for_the_engine(
     backend.check_idle()
 
 
+async def test_leaving_at_once_cancels(generator: Generator, backend: FakeBackend) -> None:
+    async with generator.open(["x"], Parameters(adapter=ADAPTER)):
+        pass
+    backend.check_idle()
+    assert len(backend.cancelled) == 1 and not generator.num_open
+
+
 async def test_leaving_early_cancels(generator: Generator, backend: FakeBackend) -> None:
     backend.delay = 0.01
     async with generator.open(["x"], Parameters(adapter=ADAPTER, best_of=2)) as generation:

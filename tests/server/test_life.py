@@ -12,7 +12,7 @@ from typing import Any
 import openai as sdk
 import pytest
 from aiohttp import ClientSession, ClientTimeout
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
 from openai import AsyncOpenAI
 
 from engine.config import EngineConfig, ServerConfig
@@ -205,3 +205,18 @@ async def test_logs(capsys: pytest.CaptureFixture[str], start: Start) -> None:
     finally:
         logger.handlers[:], logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
+
+
+async def test_the_server_waits_until_the_engine_lets_go(
+    backend: FakeBackend, text: Text, config: EngineConfig
+) -> None:
+    """Of what ended at a stop sequence, and was answered before."""
+    backend.say("one two three")
+    backend.let_go = 0.2
+    client = TestClient(TestServer(build_app(backend, text, config)))
+    await client.start_server()
+    body = {"inputs": "x", "parameters": {"stop": ["two"]}}
+    assert (await client.post("/generate", json=body)).status == 200
+    assert backend.open
+    await client.close()
+    assert not backend.open

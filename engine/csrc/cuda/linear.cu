@@ -20,7 +20,8 @@ constexpr int kConsumers = 128;  // threads that multiply
 constexpr int kThreads = kConsumers + 32;
 constexpr int kSharedGoal = 113 * 1024;  // of a CTA: two fit into an SM
 
-// CTAs for which an SM has registers: beyond the two that run, room for the kernels around.
+// CTAs for which an SM has registers: two that run and, up to 96 tokens, room for the kernels
+// around.
 constexpr int resident(int tokens) { return tokens <= 64 ? 4 : tokens <= 96 ? 3 : 2; }
 
 // What a CTA keeps in shared memory.
