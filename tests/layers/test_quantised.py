@@ -76,8 +76,8 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
 def assert_product(method: Method, y: Tensor, x: Tensor, bias: Tensor, loose: float = 0.0) -> None:
     """y is x @ dequantised.T + bias, up to rounding; `loose`: of each product of the sum, more than that."""
     assert y.dtype == x.dtype and y.is_contiguous()
-    x, y, bias = x.cpu().double(), y.cpu().double(), bias.cpu().double()
-    weight = method.dequantised().cpu().double()
+    x, y, bias = x.double(), y.double(), bias.to(y.device).double()
+    weight = method.dequantised().double()
     expected = x @ weight.T + bias
     eps = torch.finfo(method.dtype).eps
     products = x.abs() @ weight.abs().T
