@@ -72,6 +72,12 @@ def cuda_headers(nvcc: str) -> Path:
     return beside if (beside / "cuda_runtime.h").exists() else Path("/usr/local/cuda/include")
 
 
+def version_of(compiler: str) -> str:
+    """What a compiler says of itself."""
+    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return asked.stdout
+
+
 class Job(NamedTuple):
     """One file to compile."""
 
@@ -155,25 +161,27 @@ class BuildExtensions(build_ext):
         self.link("engine.ops._lorax_cuda", link)
 
     def compile(self, sources: Path, jobs: list[Job]) -> list[str]:
-        """Object files of the jobs, side by side; anew where a source, a header or the command is another."""
+        """Object files of the jobs, side by side; anew where a source, a header, the command or the compiler is new."""
         headers = [*sources.glob("*.h"), *sources.glob("*.cuh"), Path(__file__)]
         newest = max(path.stat().st_mtime for path in headers)
         objects = Path(self.build_temp) / sources.name
         objects.mkdir(parents=True, exist_ok=True)
+        versions = {compiler: version_of(compiler) for compiler in {job.command[0] for job in jobs}}
 
         def compile_one(job: Job) -> str:
             output, note = objects / f"{job.name}.o", objects / f"{job.name}.command"
-            command = shlex.join([*job.command, "-c", str(job.source), "-o", str(output)])
+            command = [*job.command, "-c", str(job.source), "-o", str(output)]
+            made_by = f"{shlex.join(command)}\n{versions[command[0]]}"
             current = (
                 output.exists()
                 and output.stat().st_mtime > max(newest, job.source.stat().st_mtime)
                 and note.exists()
-                and note.read_text() == command
+                and note.read_text() == made_by
             )
             if not current:
                 note.unlink(missing_ok=True)
-                subprocess.run(shlex.split(command), check=True)
-                note.write_text(command)
+                subprocess.run(command, check=True)
+                note.write_text(made_by)
             return str(output)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

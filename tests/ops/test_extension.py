@@ -152,3 +152,29 @@ def test_the_library_needs_nothing_newer_than_the_oldest_torch() -> None:
     assert names and not [
         name for name in names if name.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZN5torch"))
     ]
+
+
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "c++ {version}"; exit; fi
+echo "$@" >> {log}
+for last; do :; done
+touch "$last"
+"""
+
+
+def test_objects_are_made_anew_by_another_compiler(tmp_path: Path) -> None:
+    """One at the same path that says another version, as after an upgrade; the same one is not asked twice."""
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+
+    def compiled(version: str) -> int:
+        compiler.write_text(COMPILER.format(version=version, log=log))
+        compiler.chmod(0o755)
+        log.write_text("")
+        result = build(tmp_path, CXX=str(compiler), CUDACXX="no-such-compiler", LORAX_CUDA_ARCHS="")
+        assert result.returncode == 0, result.stderr
+        return sum(" -c " in line for line in log.read_text().splitlines())
+
+    whole = compiled("1")
+    assert whole > 10
+    assert compiled("1") == 0
+    assert compiled("2") == whole
