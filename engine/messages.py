@@ -146,6 +146,11 @@ class Update(Struct, frozen=True):
     admitted: float | None = None  # time.monotonic() of first admission, once
     prompt_logprobs: list[float] | None = None  # with the first token, if asked for
 
+    @property
+    def is_last(self) -> bool:
+        """The engine has let go of the request."""
+        return self.finish is not None or self.error is not None
+
 
 class EngineInfo(Struct, frozen=True):
     """What the front needs to know of a started engine; `/info` shows it."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -34,6 +34,15 @@ from engine.server.text import Text
 
 STEP_S = 0.01
 PROMPT = [100 + index for index in range(128)]
+
+
+async def steps(count: int) -> AsyncIterator[int]:
+    """0 .. count - 1, one every STEP_S seconds."""
+    due = time.perf_counter()
+    for index in range(count):
+        yield index
+        due += STEP_S
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
 
 class Ticking:
@@ -84,8 +93,7 @@ class Ticking:
         """Every stream from its first token to its last."""
         await self.ready.wait()
         decode = msgspec.msgpack.Decoder(Updates).decode
-        due = time.perf_counter()
-        for index in range(self._tokens):
+        async for index in steps(self._tokens):
             last = index == self._tokens - 1
             finish = "length" if last else None
             usage = Usage(len(PROMPT), 0, self._tokens) if last else None
@@ -98,8 +106,6 @@ class Ticking:
             ]
             message = msgspec.msgpack.encode(Updates(news))
             self._streams.deliver(decode(message).updates)
-            due += STEP_S
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
 
 def read_all(port: int, path: str, streams: int, body: bytes) -> None:
@@ -110,16 +116,15 @@ def read_all(port: int, path: str, streams: int, body: bytes) -> None:
         end = socket.create_connection(("127.0.0.1", port))
         end.sendall(head.encode() + body)
         selector.register(end, selectors.EVENT_READ)
-    num_bytes, num_writes = 0, 0
+    num_bytes = 0
     while selector.get_map():
         for key, _ in selector.select():
             assert isinstance(key.fileobj, socket.socket)
             data = key.fileobj.recv(1 << 16)
             num_bytes += len(data)
-            num_writes += 1
             if not data:
                 selector.unregister(key.fileobj)
-    print(num_bytes, num_writes)
+    print(num_bytes)
 
 
 async def measure(
@@ -152,7 +157,7 @@ async def measure(
         profiler.disable()
         profiler.dump_stats(str(profile))
     await runner.cleanup()
-    return taken, int(out.split()[0])
+    return taken, int(out)
 
 
 def bare(
@@ -181,13 +186,10 @@ def bare(
 
     async def run() -> None:
         await ready.wait()
-        due = time.perf_counter()
-        for index in range(tokens + 1):
+        async for index in steps(tokens + 1):
             told, waiting[:] = waiting[:], []
             for news in told:
                 news.set_result(b"x" * size if index < tokens else None)
-            due += STEP_S
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
     app = web.Application()
     app.add_routes([web.post("/", handler)])

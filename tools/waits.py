@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from engine.bench.quantiles import Times
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")  # of /proc/stat, a second
@@ -105,12 +106,12 @@ class Probe:
 
     def report(self) -> dict[str, float]:
         out, _ = self._process.communicate()
-        took = sorted(json.loads(out))
-        usual = statistics.median(took)
+        took = Times.of(json.loads(out))
+        assert took is not None, "there is one turn at least"
         return {
-            "fixed work beside, p50, ms": 1e3 * usual,
-            "fixed work beside, p99 / p50": took[int(0.99 * len(took))] / usual,
-            "fixed work beside, longest / p50": took[-1] / usual,
+            "fixed work beside, p50, ms": took.p50,
+            "fixed work beside, p99 / p50": took.p99 / took.p50,
+            "fixed work beside, longest / p50": took.max / took.p50,
         }
 
     @classmethod

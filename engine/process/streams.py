@@ -50,10 +50,8 @@ class Streams:
     def deliver(self, updates: Iterable[Update]) -> None:
         """Hands news to its readers."""
         for update in updates:
-            if update.finish is not None or update.error is not None:
-                reader = self._open.pop(update.id, None)
-            else:
-                reader = self._open.get(update.id)
+            find = self._open.pop if update.is_last else self._open.get
+            reader = find(update.id, None)
             if reader is not None:
                 _tell(reader.take, update)
 

@@ -164,7 +164,7 @@ class Generation:
                 log.exception("request %s failed", running.sequence.request.id)
                 self._fail(running, LoraxError("internal error", hint="see the server's log"))
             self._waiter.wake()
-        if update.finish is not None or update.error is not None:
+        if update.is_last:
             self._ended(running)
         elif running.over:
             self._cancel(running)
