@@ -43,7 +43,7 @@ WIDTHS = {
 RANKS = (16, 5, 40)
 REQUESTS, NEW = 9, 4
 LONGEST = 1216  # tokens of a prompt: keys in two parts, and a step beyond what kernels for few tokens take
-LINEAR_TOKENS = 128  # kLinearFewTokens in csrc/cuda/linear.h
+LINEAR_TOKENS = 256  # kLinearFewTokens in csrc/cuda/linear.h
 
 
 class Called(TorchDispatchMode):

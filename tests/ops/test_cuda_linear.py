@@ -19,7 +19,8 @@ ops = torch.ops.lorax
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-4}
 # (rows, columns): parts of K that are uneven, empty or cut off, one tile, many tiles, odd rows
 SHAPES = [(6144, 4096), (1024, 14336), (2664, 520), (64, 64), (8, 1000), (584, 72), (33, 96)]
-TOKENS = [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 80, 81, 96, 97, 112, 113, 127, 128, 129]
+TOKENS = [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 80, 81, 96, 97, 127, 128, 129, 160, 161, 192, 193]
+TOKENS += [224, 225, 255, 256, 257]
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +54,9 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
         pytest.skip("a library serves the linear of this GPU")
     for rows, columns in SHAPES[:-1]:
         weight = torch.randn(rows, columns, device="cuda").to(dtype)
-        x = torch.randn(128, columns, device="cuda").to(dtype)
+        x = torch.randn(256, columns, device="cuda").to(dtype)
         whole = ops.linear(x, weight, None)
-        for tokens in (1, 7, 8, 15, 31, 40, 64, 66, 80, 90, 100, 127):
+        for tokens in (1, 7, 8, 15, 31, 40, 64, 66, 80, 90, 100, 127, 150, 180, 225):
             assert torch.equal(ops.linear(x[-tokens:], weight, None), whole[-tokens:])
 
 
@@ -90,7 +91,7 @@ def layers(
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "identical"])
 @pytest.mark.parametrize(
     ("dtype", "tokens"),
-    [(torch.bfloat16, n) for n in (48, 80, 90, 100, 120, 130)] + [(torch.float32, 48)],
+    [(torch.bfloat16, n) for n in (48, 80, 90, 100, 120, 150, 208, 270)] + [(torch.float32, 48)],
 )
 def test_kernels_that_overlap_wait_for_what_they_need(
     dtype: torch.dtype, tokens: int, popularity: str

@@ -138,7 +138,7 @@ __device__ __forceinline__ void products_wait() {
 template <class T, int N>
 struct Product;
 
-// Eight registers of d each: their places in the instruction, and what they are bound to.
+// Registers of d by eights: their places in the instruction, and what they are bound to.
 #define LORAX_P0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LORAX_P1 "%8, %9, %10, %11, %12, %13, %14, %15"
 #define LORAX_P2 "%16, %17, %18, %19, %20, %21, %22, %23"
@@ -147,8 +147,23 @@ struct Product;
 #define LORAX_P5 "%40, %41, %42, %43, %44, %45, %46, %47"
 #define LORAX_P6 "%48, %49, %50, %51, %52, %53, %54, %55"
 #define LORAX_P7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define LORAX_P8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define LORAX_P9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define LORAX_P10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define LORAX_P11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define LORAX_P12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define LORAX_P13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define LORAX_P14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define LORAX_P15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define LORAX_P0_3 LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3
+#define LORAX_P0_7 LORAX_P0_3 ", " LORAX_P4 ", " LORAX_P5 ", " LORAX_P6 ", " LORAX_P7
+#define LORAX_P0_11 LORAX_P0_7 ", " LORAX_P8 ", " LORAX_P9 ", " LORAX_P10 ", " LORAX_P11
+#define LORAX_P0_15 LORAX_P0_11 ", " LORAX_P12 ", " LORAX_P13 ", " LORAX_P14 ", " LORAX_P15
 #define LORAX_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LORAX_D8(i) LORAX_D4(i), LORAX_D4(i + 4)
+#define LORAX_D16(i) LORAX_D8(i), LORAX_D8(i + 8)
+#define LORAX_D32(i) LORAX_D16(i), LORAX_D16(i + 16)
+#define LORAX_D64(i) LORAX_D32(i), LORAX_D32(i + 32)
 
 // A and B: the places of a and b, behind the N / 2 of d.
 #define LORAX_PRODUCT_OF(T, NAME, N, PLACES, A, B, ...)                                        \
@@ -166,28 +181,27 @@ struct Product;
   LORAX_PRODUCT_OF(__half, "f16", __VA_ARGS__)
 LORAX_PRODUCT(8, "%0, %1, %2, %3", 4, 5, LORAX_D4(0))
 LORAX_PRODUCT(16, LORAX_P0, 8, 9, LORAX_D8(0))
-LORAX_PRODUCT(32, LORAX_P0 ", " LORAX_P1, 16, 17, LORAX_D8(0), LORAX_D8(8))
-LORAX_PRODUCT(64, LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3, 32, 33, LORAX_D8(0),
-              LORAX_D8(8), LORAX_D8(16), LORAX_D8(24))
-LORAX_PRODUCT(80, LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4, 40, 41,
-              LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32))
-LORAX_PRODUCT(96, LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4 ", " LORAX_P5,
-              48, 49, LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32),
-              LORAX_D8(40))
-LORAX_PRODUCT(112,
-              LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4 ", " LORAX_P5
-                       ", " LORAX_P6,
-              56, 57, LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32),
-              LORAX_D8(40), LORAX_D8(48))
-LORAX_PRODUCT(128,
-              LORAX_P0 ", " LORAX_P1 ", " LORAX_P2 ", " LORAX_P3 ", " LORAX_P4 ", " LORAX_P5
-                       ", " LORAX_P6 ", " LORAX_P7,
-              64, 65, LORAX_D8(0), LORAX_D8(8), LORAX_D8(16), LORAX_D8(24), LORAX_D8(32),
-              LORAX_D8(40), LORAX_D8(48), LORAX_D8(56))
+LORAX_PRODUCT(32, LORAX_P0 ", " LORAX_P1, 16, 17, LORAX_D16(0))
+LORAX_PRODUCT(64, LORAX_P0_3, 32, 33, LORAX_D32(0))
+LORAX_PRODUCT(80, LORAX_P0_3 ", " LORAX_P4, 40, 41, LORAX_D32(0), LORAX_D8(32))
+LORAX_PRODUCT(96, LORAX_P0_3 ", " LORAX_P4 ", " LORAX_P5, 48, 49, LORAX_D32(0), LORAX_D16(32))
+LORAX_PRODUCT(128, LORAX_P0_7, 64, 65, LORAX_D64(0))
+LORAX_PRODUCT(160, LORAX_P0_7 ", " LORAX_P8 ", " LORAX_P9, 80, 81, LORAX_D64(0), LORAX_D16(64))
+LORAX_PRODUCT(192, LORAX_P0_11, 96, 97, LORAX_D64(0), LORAX_D32(64))
+LORAX_PRODUCT(224, LORAX_P0_11 ", " LORAX_P12 ", " LORAX_P13, 112, 113, LORAX_D64(0), LORAX_D32(64),
+              LORAX_D16(96))
+LORAX_PRODUCT(256, LORAX_P0_15, 128, 129, LORAX_D64(0), LORAX_D64(64))
 #undef LORAX_PRODUCT
 #undef LORAX_PRODUCT_OF
+#undef LORAX_D64
+#undef LORAX_D32
+#undef LORAX_D16
 #undef LORAX_D8
 #undef LORAX_D4
+#undef LORAX_P0_15
+#undef LORAX_P0_11
+#undef LORAX_P0_7
+#undef LORAX_P0_3
 #undef LORAX_P0
 #undef LORAX_P1
 #undef LORAX_P2
@@ -196,5 +210,13 @@ LORAX_PRODUCT(128,
 #undef LORAX_P5
 #undef LORAX_P6
 #undef LORAX_P7
+#undef LORAX_P8
+#undef LORAX_P9
+#undef LORAX_P10
+#undef LORAX_P11
+#undef LORAX_P12
+#undef LORAX_P13
+#undef LORAX_P14
+#undef LORAX_P15
 
 }  // namespace lorax::cuda::hopper

@@ -1,10 +1,11 @@
-// y[T, N] = x[T, K] @ weight[N, K].T for T <= 128 on Hopper: the weights stream past few tokens.
+// y[T, N] = x[T, K] @ weight[N, K].T for T <= 256 on Hopper: the weights stream past few tokens.
 //
-// A cluster of 1, 2 or 4 CTAs owns a tile of 128 rows of the weight, each CTA a part of K. One
-// thread keeps tiles of the weight and of x coming (bulk tensor copies), 4 warps multiply them with
-// the weight as the 64-row operand; then the parts are added in the order of K, each CTA adding the
-// rows that the others send it. How K is cut depends on N alone, so an element is one sum in one
-// order, whatever the tokens beside it. Weights are asked for before the kernel in front has ended.
+// A cluster of 1, 2 or 3 CTAs owns a tile of 128 rows of the weight, each CTA a part of K and an SM
+// (but for small kernels around). One thread keeps tiles of the weight and of x coming (bulk tensor
+// copies), two warpgroups multiply them with 64 rows of the weight each; then the parts are added
+// in the order of K, each CTA adding the rows that the others send it. How K is cut depends on N
+// alone, so an element is one sum in one order, whatever the tokens beside it. Weights are asked
+// for before the kernel in front has ended.
 #include "chain.cuh"
 #include "hopper.cuh"
 #include "linear.h"
@@ -14,33 +15,31 @@
 namespace lorax::cuda {
 namespace {
 
-constexpr int kRows = 128;       // of the weight: a tile
+constexpr int kRows = 128;  // of the weight: a tile
+constexpr int kSlabs = kRows / 16;
 constexpr int kStep = 64;        // of K: 128 bytes, the width of a swizzled tile
-constexpr int kConsumers = 128;  // threads that multiply
+constexpr int kConsumers = 256;  // threads that multiply: two warpgroups, a warp for every 16 rows
 constexpr int kThreads = kConsumers + 32;
-constexpr int kSharedGoal = 113 * 1024;  // of a CTA: two fit into an SM
+constexpr int kSharedGoal = 200 * 1024;  // of an SM's 227 KiB
 
-// CTAs for which an SM has registers: two that run and, up to 96 tokens, room for the kernels
-// around.
-constexpr int resident(int tokens) { return tokens <= 64 ? 4 : tokens <= 96 ? 3 : 2; }
-
-// What a CTA keeps in shared memory.
+// What a CTA keeps in shared memory. What others send comes to where the tiles were.
 template <int kTokens, int kSplit>
 struct Shape {
-  static constexpr int kSlabs = kRows / 16 / kSplit;  // of 16 rows, that a CTA adds up
+  static constexpr int kOwnSlabs = (kSlabs + kSplit - 1) / kSplit;  // that it adds up, at most
   static constexpr int kSlabBytes = 16 * kTokens * 4;
   static constexpr int kWeightBytes = kRows * kStep * 2;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kStep * 2;
-  static constexpr int kReceiveBytes = (kSplit - 1) * kSlabs * kSlabBytes;
-  static constexpr int kFit = (kSharedGoal - 256 - kReceiveBytes) / kStageBytes;
+  static constexpr int kFit = (kSharedGoal - 256) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kShared = kStages * kStageBytes + kReceiveBytes + kStages * 16 + 16;
+  static constexpr int kBarriers = kStages * kStageBytes;
+  static constexpr int kShared = kBarriers + kStages * 16 + 16;
   static_assert(kStages >= 2 && kShared <= kSharedGoal);
+  static_assert((kSplit - 1) * kOwnSlabs * kSlabBytes <= kBarriers);
 };
 
 // Grid: tiles of 128 rows of the weight, clusters of kSplit CTAs that share one.
 template <class T, int kTokens, int kSplit>
-__global__ void __launch_bounds__(kThreads, resident(kTokens))
+__global__ void __launch_bounds__(kThreads)
     linear_kernel(const __grid_constant__ CUtensorMap weight_map,
                   const __grid_constant__ CUtensorMap x_map, const LinearArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -48,8 +47,7 @@ __global__ void __launch_bounds__(kThreads, resident(kTokens))
   using S = Shape<kTokens, kSplit>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t base = shared_address(memory);
-  const uint32_t received = base + S::kStages * S::kStageBytes;
-  const uint32_t barriers = received + S::kReceiveBytes;
+  const uint32_t barriers = base + S::kBarriers;
   const auto full = [&](int stage) { return barriers + stage * 16; };
   const auto empty = [&](int stage) { return barriers + stage * 16 + 8; };
   const uint32_t arrived = barriers + S::kStages * 16;
@@ -69,7 +67,9 @@ __global__ void __launch_bounds__(kThreads, resident(kTokens))
     }
     if (kSplit > 1) {
       init_barrier(arrived, 1);
-      arrive_and_expect(arrived, S::kReceiveBytes);
+      const int left = kSlabs - rank * S::kOwnSlabs;
+      const int slabs = left < S::kOwnSlabs ? left : S::kOwnSlabs;
+      arrive_and_expect(arrived, (kSplit - 1) * slabs * S::kSlabBytes);
     }
     publish_barriers();
   }
@@ -106,13 +106,16 @@ __global__ void __launch_bounds__(kThreads, resident(kTokens))
       }
     }
     __syncwarp();
+    if constexpr (kSplit > 1) {
+      cluster_arrive();
+      cluster_wait();
+    }
   } else {
-    constexpr int kTiles = kTokens / 8;  // fragments of 8 tokens, 16 bytes a lane
-    float sums[2][kTokens / 2];          // of 64 rows each
+    constexpr int kTiles = kTokens / 8;                 // fragments of 8 tokens, 16 bytes a lane
+    const uint32_t half = warp / 4 * (64 * kStep * 2);  // the warpgroup's rows of a tile
+    float sums[kTokens / 2];
 #pragma unroll
-    for (int b = 0; b < 2; ++b)
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums[b][i] = 0.0f;
+    for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
     for (int i = 0; i < count; ++i) {  // over this CTA's part of K
       const int stage = i % S::kStages;
       const uint32_t weight = base + stage * S::kStageBytes, x = weight + S::kWeightBytes;
@@ -120,34 +123,29 @@ __global__ void __launch_bounds__(kThreads, resident(kTokens))
       products_begin();
 #pragma unroll
       for (int k = 0; k < kStep; k += 16)  // 32 bytes into the swizzled rows
-#pragma unroll
-        for (int b = 0; b < 2; ++b)
-          Product<T, kTokens>::add(sums[b], tile_descriptor(weight + b * 64 * 128 + k * 2),
-                                   tile_descriptor(x + k * 2));
+        Product<T, kTokens>::add(sums, tile_descriptor(weight + half + k * 2),
+                                 tile_descriptor(x + k * 2));
       products_commit();
       products_wait<0>();
       if (lane == 0) arrive(empty(stage));
     }
-    // Slab s, rows 16 s .. of the tile, is warp s % 4's part of block s / 4; CTA s / kSlabs adds
-    // it up. The reader of a slab is the same warp there, so fragments travel as they are.
+    // Warp s has the sums of slab s, rows 16 s .. of the tile, and CTA s / kOwnSlabs adds them up.
+    const int owner = warp / S::kOwnSlabs;
+    const auto place = [&](int sender) {  // of the fragments of this warp's slab, in its owner
+      return base + (sender * S::kOwnSlabs + warp % S::kOwnSlabs) * S::kSlabBytes + lane * 16;
+    };
     if constexpr (kSplit > 1) {
+      cluster_arrive();  // all have read the tiles
+      cluster_wait();
+      if (owner != rank) {
+        const uint32_t to = remote_address(place(rank < owner ? rank : rank - 1), owner);
+        const uint32_t there = remote_address(arrived, owner);
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int slab = b * 4 + warp, to = slab / S::kSlabs;
-        if (to == rank) continue;
-        const int from = rank < to ? rank : rank - 1;  // my place among the senders
-        const uint32_t place = remote_address(
-            received + (from * S::kSlabs + slab % S::kSlabs) * S::kSlabBytes + lane * 16, to);
-        const uint32_t there = remote_address(arrived, to);
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) send(place + j * 512, &sums[b][j * 4], there);
+        for (int j = 0; j < kTiles; ++j) send(to + j * 512, &sums[j * 4], there);
       }
     }
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const int slab = b * 4 + warp;
-      if (slab / S::kSlabs != rank) continue;
-      const int64_t row = row0 + slab * 16;
+    if (owner == rank) {
+      const int64_t row = row0 + warp * 16;
       float bias[2] = {0.0f, 0.0f};
       if (args.bias) {
 #pragma unroll
@@ -161,14 +159,12 @@ __global__ void __launch_bounds__(kThreads, resident(kTokens))
         float whole[4];
 #pragma unroll
         for (int from = 0; from < kSplit; ++from) {  // in the order of K
-          const int sender = from < rank ? from : from - 1;
           float v[4];
           if (from == rank) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = sums[b][j * 4 + i];
+            for (int i = 0; i < 4; ++i) v[i] = sums[j * 4 + i];
           } else {
-            load_shared(v, received + (sender * S::kSlabs + slab % S::kSlabs) * S::kSlabBytes +
-                               lane * 16 + j * 512);
+            load_shared(v, place(from < rank ? from : from - 1) + j * 512);
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) whole[i] = from == 0 ? v[i] : whole[i] + v[i];
@@ -239,12 +235,12 @@ void launch(const LinearArgs& args, cudaStream_t stream) {
   launch_clusters(kSplit, kernel, grid, kThreads, S::kShared, stream, weight, x, args);
 }
 
-// As many parts of K as let all CTAs run at once, two to an SM: few enough of them wait, and
-// reading is shared by all until the end.
+// As many parts of K as let all CTAs run at once: few of them wait, and reading is shared by all
+// until the end. Of clusters of 4 fewer than 32 would fit.
 template <class T, int kTokens>
 void launch_split(const LinearArgs& args, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(args.rows, kRows), room = 2 * multiprocessors();
-  if (tiles * 4 <= room) return launch<T, kTokens, 4>(args, stream);
+  const int64_t tiles = ceil_div(args.rows, kRows), room = multiprocessors();
+  if (tiles * 3 <= room) return launch<T, kTokens, 3>(args, stream);
   if (tiles * 2 <= room) return launch<T, kTokens, 2>(args, stream);
   launch<T, kTokens, 1>(args, stream);
 }
@@ -257,8 +253,11 @@ void launch_tokens(const LinearArgs& args, cudaStream_t stream) {
   if (args.tokens <= 64) return launch_split<T, 64>(args, stream);
   if (args.tokens <= 80) return launch_split<T, 80>(args, stream);
   if (args.tokens <= 96) return launch_split<T, 96>(args, stream);
-  if (args.tokens <= 112) return launch_split<T, 112>(args, stream);
-  launch_split<T, 128>(args, stream);
+  if (args.tokens <= 128) return launch_split<T, 128>(args, stream);
+  if (args.tokens <= 160) return launch_split<T, 160>(args, stream);
+  if (args.tokens <= 192) return launch_split<T, 192>(args, stream);
+  if (args.tokens <= 224) return launch_split<T, 224>(args, stream);
+  launch_split<T, 256>(args, stream);
 }
 
 }  // namespace

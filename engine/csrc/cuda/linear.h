@@ -5,7 +5,7 @@
 
 namespace lorax::cuda {
 
-constexpr int64_t kLinearFewTokens = 128;  // beyond it a library multiplies
+constexpr int64_t kLinearFewTokens = 256;  // beyond it a library multiplies
 
 struct LinearArgs {
   DType dtype;         // of all: bfloat16 or float16
