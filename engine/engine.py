@@ -197,7 +197,7 @@ class Engine:
             max_input_length=plan.max_input_length,
             max_total_tokens=plan.max_total_tokens,
             adapter_cycle_time=config.adapters.adapter_cycle_time_s,
-            max_chunk_tokens=plan.max_chunk_tokens,
+            chunk_tokens=plan.chunk_tokens,
             max_scored_tokens=plan.max_scored_tokens,
         )
         self.blocks = BlockPool(plan.num_blocks, plan.block_size, config.scheduler.prefix_caching)

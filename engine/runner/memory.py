@@ -10,7 +10,7 @@ from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 from engine.ops.attention import Backend
 from engine.platform import GIB, Platform
-from engine.runner.shapes import mixed_shapes
+from engine.runner.shapes import chunk_bounds, mixed_shapes
 
 DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
@@ -39,7 +39,7 @@ class MemoryPlan:
     host_tier: int  # bytes
     max_rows: int
     max_step_tokens: int
-    max_chunk_tokens: int
+    chunk_tokens: list[int]  # of prompts in a step, beside so many rows that decode
     max_scored_tokens: int  # of prompts whose log-probabilities are wanted, in a step
     max_total_tokens: int
     max_input_length: int
@@ -109,6 +109,7 @@ def plan_memory(
     tokens = max(step, rows)
     chunks = DEFAULT_CHUNK_TOKENS if platform.is_cuda else step
     chunks = _positive(scheduler.max_chunk_tokens, chunks, "max_chunk_tokens")
+    beside = chunk_bounds(rows, chunks) if platform.is_cuda else [chunks] * (rows + 1)
     fraction = _adapter_fraction(config)
     working = backend.workspace(rows)
     if platform.is_cuda:
@@ -135,7 +136,7 @@ def plan_memory(
         host_tier,
         rows,
         tokens,
-        chunks,
+        beside,
         scored_tokens(spec, itemsize, tokens),
         total,
         longest,

@@ -13,7 +13,15 @@ from engine.runner.batch import Adapters, BatchBuilder, Reach
 from engine.runner.graphs import EVERYWHERE, IN_LAYERS, NO_LORA
 from engine.runner.inputs import Description, runs
 from engine.runner.rows import RowTable
-from engine.runner.shapes import decode_shapes, decode_words, mixed_shapes, mixed_words
+from engine.runner.shapes import (
+    FEW_TOKENS,
+    Shape,
+    chunk_bounds,
+    decode_shapes,
+    decode_words,
+    mixed_shapes,
+    mixed_words,
+)
 from tests.ops.test_cpu_lora import per_token
 from tests.runner.twins import (
     Scene,
@@ -183,3 +191,23 @@ def test_segments() -> None:
     assert runs([2, 0, 2], [1, 2, 3]) == ([2, 0, 2], [0, 1, 3, 6])
     assert runs([0], [30]) == ([0], [0, 30])
     assert runs([], []) == ([], [0])
+
+
+@pytest.mark.parametrize("max_rows", [1, 64, 150, 190, 256])
+@pytest.mark.parametrize("most", [40, 128, 200])
+def test_chunks_beside_decoding_rows_keep_the_bucket_small(max_rows: int, most: int) -> None:
+    """As many tokens as the bound, no more, are computed in a step for few tokens, where that has room for chunks."""
+    shapes = mixed_shapes(max_rows, 8192)
+
+    def bucket(rows: int, tokens: int) -> Shape:
+        needed = Shape(rows, 1, rows + tokens, rows + 1)
+        return next(shape for shape in shapes if shape.holds(needed))
+
+    bounds = chunk_bounds(max_rows, most)
+    assert len(bounds) == max_rows + 1
+    for rows, bound in enumerate(bounds):
+        few = bucket(rows, 64).tokens <= FEW_TOKENS  # 64: the smallest bucket of chunks
+        small = bound <= 128 and few
+        assert not small or bucket(rows, bound).tokens <= FEW_TOKENS
+        assert bound == most or (few and bound < most)
+        assert bound == most or bucket(rows, bound + 1).tokens > FEW_TOKENS

@@ -275,7 +275,7 @@ class House:
         depth: int = 1,
         step_seconds: float = 0.01,
         delay=lambda: 1,
-        chunk_tokens: int | None = None,
+        chunk_tokens: list[int] | None = None,
         scored_tokens: int | None = None,
         fits=lambda flight: True,
         reached: bool = True,
