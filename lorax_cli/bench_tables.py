@@ -51,7 +51,7 @@ def engine_table(report: Report) -> RenderableType:
             f"{one.ratio:.2f}",
             f"{one.tokens_per_s:.1f}",
             f"{one.prefill_tokens_per_s:.0f}",
-            f"{one.must_move_bytes / 1e6:.1f}",
+            f"{one.decode.num_bytes / 1e6:.1f}",
         )
     parts: list[RenderableType] = [table]
     if placed := report.placed:

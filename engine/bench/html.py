@@ -8,12 +8,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.bench.plot import Bars, Curves, Drawing
+    from engine.bench.plot import Bars, Curves, Drawing, Point, Roofline
 
 WIDTH, LEFT, RIGHT = 900, 250, 110  # of a drawing, of the labels, of what stands behind a bar
 ROW = 34
 CURVE_HEIGHT, CURVE_LEFT = 260, 60
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
+ROOF_HEIGHT = 380
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#c44e52", "#937860", "#da8bc3", "#64b5cd")
 STYLE = """
 body { font: 15px system-ui, sans-serif; max-width: 940px; margin: 2em auto; color: #222; }
 svg { font: 12px system-ui, sans-serif; width: 100%; height: auto; }
@@ -24,7 +25,7 @@ td { padding: 2px 12px 2px 0; vertical-align: top; }
 
 def page(drawing: Drawing) -> str:
     """The whole file."""
-    from engine.bench.plot import Bars
+    from engine.bench.plot import Bars, Roofline
 
     title = escape(drawing.title)
     parts = [
@@ -35,7 +36,10 @@ def page(drawing: Drawing) -> str:
     ]
     for figure in drawing.figures:
         parts.append(f"<h2>{escape(figure.title)}</h2>")
-        parts.append(_bars(figure) if isinstance(figure, Bars) else _curves(figure))
+        if isinstance(figure, Bars):
+            parts.append(_bars(figure))
+        else:
+            parts.append(_roofline(figure) if isinstance(figure, Roofline) else _curves(figure))
     parts.append("<h2>Conditions</h2><table>")
     parts += [
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in drawing.facts
@@ -128,3 +132,49 @@ def _curves(figure: Curves) -> str:
         parts.append(_box(CURVE_LEFT + index * 200, height + 34, 12, 12, colour))
         parts.append(_text(CURVE_LEFT + index * 200 + 18, height + 44, name))
     return _svg(CURVE_HEIGHT, parts)
+
+
+def by_case(figure: Roofline) -> dict[str, list[Point]]:
+    """A roofline's points by what they are labelled with."""
+    cases: dict[str, list[Point]] = {}
+    for point in figure.points:
+        cases.setdefault(point.label, []).append(point)
+    return cases
+
+
+def _roofline(figure: Roofline) -> str:
+    """The roof over two logarithmic axes, a circle for each decode step and a square for each prefill."""
+    cases = by_case(figure)
+    corners = figure.corners
+    left, right, low, high = corners[0][0], corners[-1][0], figure.floor, 2 * figure.flops_per_s
+    width, height = WIDTH - CURVE_LEFT - 20, ROOF_HEIGHT - 60
+
+    def at(intensity: float, rate: float) -> tuple[float, float]:
+        x = CURVE_LEFT + width * math.log(intensity / left) / math.log(right / left)
+        return x, 10 + height * (1 - math.log(rate / low) / math.log(high / low))
+
+    parts: list[str] = []
+    for value in ticks(left, right):
+        x = at(value, low)[0]
+        parts.append(_line([(x, 10), (x, 10 + height)], "#eee"))
+        parts.append(_text(x, height + 26, f"{value:g}", "middle"))
+    for value in ticks(low, high):
+        y = at(left, value)[1]
+        parts.append(_line([(CURVE_LEFT, y), (CURVE_LEFT + width, y)], "#eee"))
+        parts.append(_text(CURVE_LEFT - 8, y + 4, f"{value / 1e12:g}", "end"))
+    parts.append(_line([at(*corner) for corner in corners], "#222", 2.0))
+    parts.append(_text(CURVE_LEFT + 8, 24, "TFLOP/s"))
+    parts.append(_text(CURVE_LEFT + width, height + 42, "operations a byte that must move", "end"))
+    for index, (case, points) in enumerate(cases.items()):
+        colour, top = COLOURS[index % len(COLOURS)], ROOF_HEIGHT + index * 20
+        for point in points:
+            x, y = at(point.flops_per_byte, point.flops_per_s)
+            circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" />'
+            parts.append(_box(x - 5, y - 5, 10, 10, colour) if point.prefill else circle)
+        share = ", ".join(
+            f"{'prefill' if point.prefill else 'decode'} {point.flops_per_s / 1e12:.3g} TFLOP/s"
+            for point in points
+        )
+        parts.append(_box(CURVE_LEFT, top, 12, 12, colour))
+        parts.append(_text(CURVE_LEFT + 18, top + 11, f"{case}: {share}"))
+    return _svg(ROOF_HEIGHT + 20 * len(cases), parts)

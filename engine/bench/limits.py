@@ -1,22 +1,23 @@
-"""What a decode step must move, what the device can move, and the memory that a workload needs."""
+"""What the device can move and compute, and the memory that a workload needs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from engine.bench.workload import Workload
 from engine.config import AdapterConfig, EngineConfig
 from engine.errors import ConfigError
-from engine.models.spec import ModelSpec
-from engine.runner.memory import ARENA_UNIT, MemoryPlan
+from engine.runner.memory import ARENA_UNIT
 
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
-COPIES = 8
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+TIMES = 8
 # Tokens for each request beside its own: the scheduler admits none that would have to be preempted soon.
 SPARE_TOKENS = 64
 
@@ -29,40 +30,41 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     target.copy_(source)
-    best = min(_copy_seconds(source, target) for _ in range(COPIES))
-    del source, target
+    return 2 * size / _fastest(partial(target.copy_, source), device)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best of a few products of large square matrices, warmed up."""
+    size = PRODUCT_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = a @ b
+    return 2 * size**3 / _fastest(partial(torch.mm, a, b, out=out), device)
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """`copy_bandwidth` and `product_rate`; the device's memory is free again."""
+    found = copy_bandwidth(device), product_rate(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return 2 * size / best
+    return found
 
 
-def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
-    if source.device.type == "cuda":
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the best of a few times."""
+    return min(_seconds(work, device) for _ in range(TIMES))
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        target.copy_(source)
+        work()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1000
     start = time.perf_counter()
-    target.copy_(source)
+    work()
     return time.perf_counter() - start
-
-
-def weight_bytes(plan: MemoryPlan, spec: ModelSpec, itemsize: int) -> int:
-    """Of the weights, what a decode step reads: all but the rows of the embedding that no token names."""
-    return plan.weights - (0 if spec.tied else spec.vocab * spec.hidden * itemsize)
-
-
-def kv_bytes(spec: ModelSpec, itemsize: int, contexts: Sequence[float]) -> int:
-    """Keys and values that sequences of these mean contexts read in one step."""
-    attention = spec.attention
-    position = 2 * attention.kv_heads * attention.head_dim * itemsize
-    total = 0.0
-    for layer in range(spec.num_layers):
-        window = attention.window(layer) or math.inf
-        total += sum(min(context, window) for context in contexts) * position
-    return int(total)
 
 
 def needed_fraction(arena_bytes: int, budget: int) -> float:

@@ -23,17 +23,16 @@ from engine.bench.adapters import Images, size_of
 from engine.bench.files import load_files
 from engine.bench.limits import (
     chosen_fraction,
-    copy_bandwidth,
     fitting,
-    kv_bytes,
     needed_fraction,
-    weight_bytes,
+    rates,
     without_adapters,
 )
 from engine.bench.machine import machine
 from engine.bench.report import Loaded, Measurement, Placed, Report
 from engine.bench.shapes import write_model
 from engine.bench.timing import ended, forward_ms, step_ms, submit, wall
+from engine.bench.work import Model
 from engine.bench.workload import Case, Workload, assign, cases_of
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
@@ -84,8 +83,9 @@ class Bench:
         self.cases = cases_of(workload)
         self.chooser = random.Random(workload.seed)
         self.device = torch.device(device_type(config))
-        self.bandwidth = copy_bandwidth(self.device)
         self.layout, self.spec, _ = adapter_layout(config.model, self.device.type)
+        self.dtype = getattr(torch, self.layout.dtype)
+        self.bandwidth, self.product_rate = rates(self.device, self.dtype)
         self.engines: dict[str, Engine] = {}
         self.images: Images | None = None
         self.regions: list[HostRegion] = []
@@ -306,6 +306,7 @@ class Bench:
             dtype=info.dtype,
             backends=info.backends,
             copy_bytes_per_s=self.bandwidth,
+            product_flops_per_s=self.product_rate,
             adapter_bytes=self.images.arena_bytes if self.images else 0,
             adapter_memory_fraction=fraction,
             needed_memory_fraction=self.needed,
@@ -329,29 +330,24 @@ class Bench:
             for whole, one in zip(rounds.all_tokens, rounds.first_token, strict=True)
         ]
         step = statistics.median(steps)
-        distinct = {ref.digest: ref.data_bytes for ref in batch if ref is not None}
         contexts = [workload.input_tokens + tokens / 2] * len(batch)
         if case.kind == "long":
             contexts.append(workload.long_context - tokens / 2)
-        itemsize = getattr(torch, self.layout.dtype).itemsize
-        engine = self._engine(case)
-        weights = weight_bytes(engine.plan, self.spec, itemsize)
-        kv, adapters = kv_bytes(self.spec, itemsize, contexts), sum(distinct.values())
-        limit = (weights + kv + adapters) / self.bandwidth * 1000
+        model = Model(self.spec, self.layout, self._engine(case).plan, self.dtype.itemsize)
+        decode = model.decode(contexts, batch)
+        limit = decode.num_bytes / self.bandwidth * 1000
+        first_token = statistics.median(rounds.first_token)
         return Measurement(
             case=case.name,
-            adapters=len(distinct),
+            adapters=len({ref.digest for ref in batch if ref is not None}),
             step_ms=step,
             rounds_ms=tuple(steps),
             forward_ms=rounds.forward_ms,
             tokens_per_s=len(batch) * tokens / statistics.median(rounds.all_tokens),
-            prefill_tokens_per_s=len(batch)
-            * workload.input_tokens
-            / statistics.median(rounds.first_token),
-            weight_bytes=weights,
-            kv_bytes=kv,
-            adapter_bytes=adapters,
-            must_move_bytes=weights + kv + adapters,
+            prefill_tokens_per_s=len(batch) * workload.input_tokens / first_token,
+            prefill_ms=first_token * 1000,
+            decode=decode,
+            prefill=model.prefill(workload.input_tokens, batch),
             limit_ms=limit,
             share=limit / step,
             ratio=(first or step) / step,

@@ -1,7 +1,7 @@
 """Pictures of a report: self-contained HTML with drawings in it, or PNG by matplotlib.
 
-An engine's report becomes bars (a step beside its limit), a server's becomes curves (which share of the times is
-below a value).
+An engine's report becomes bars (a step beside its limit) and a roofline, a server's becomes curves (which share of the
+times is below a value).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.bench.html import page
+from engine.bench.html import COLOURS, by_case, page
 from engine.bench.load.report import LoadReport
 from engine.bench.machine import Machine
 from engine.bench.quantiles import Times
@@ -43,7 +43,48 @@ class Curves:
     curves: dict[str, tuple[float, ...]]
 
 
-Figure = Bars | Curves
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A case's decode step, or its prefill."""
+
+    label: str
+    prefill: bool
+    flops_per_byte: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """What was reached, below what the device moves and computes at most (Williams, Waterman and Patterson 2009)."""
+
+    title: str
+    bytes_per_s: float
+    flops_per_s: float
+    points: tuple[Point, ...]
+
+    @property
+    def ridge(self) -> float:
+        """Operations a byte from which computing takes longer than moving."""
+        return self.flops_per_s / self.bytes_per_s
+
+    @property
+    def corners(self) -> tuple[tuple[float, float], ...]:
+        """The roof, from left to right: (operations a byte, operations a second)."""
+        at = [self.ridge, *(point.flops_per_byte for point in self.points)]
+        left, right = min(at) / 2, max(at) * 2
+        return (
+            (left, left * self.bytes_per_s),
+            (self.ridge, self.flops_per_s),
+            (right, self.flops_per_s),
+        )
+
+    @property
+    def floor(self) -> float:
+        """Of the drawing: below every point and the roof."""
+        return min(self.corners[0][1], *(point.flops_per_s for point in self.points)) / 2
+
+
+Figure = Bars | Curves | Roofline
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +112,25 @@ def _of_engine(report: Report) -> Drawing:
         ("model", f"{report.model_id}, {report.dtype}"),
         ("requests", asked),
         ("copy bandwidth, read plus written", f"{report.copy_bytes_per_s / 1e9:.1f} GB/s"),
+        ("products of large matrices", f"{report.product_flops_per_s / 1e12:.2f} TFLOP/s"),
         ("--adapter-memory-fraction", f"{report.adapter_memory_fraction:.4f}"),
     ]
     title = f"Decode step, {report.model_id}"
-    figure = Bars(f"{asked}: step, model alone, and limit by memory", bars)
-    return Drawing(title, (figure,), (*facts, *_machine(report.machine)))
+    figures: list[Figure] = [Bars(f"{asked}: step, model alone, and limit by memory", bars)]
+    if report.measurements:
+        figures.append(_roofline_of(report))
+    return Drawing(title, tuple(figures), (*facts, *_machine(report.machine)))
+
+
+def _roofline_of(report: Report) -> Roofline:
+    points = []
+    for one in report.measurements:
+        for work, ms in ((one.decode, one.step_ms), (one.prefill, one.prefill_ms)):
+            prefill = work is one.prefill
+            intensity = work.flops / work.num_bytes
+            points.append(Point(one.case, prefill, intensity, work.flops / ms * 1000))
+    rates = report.copy_bytes_per_s, report.product_flops_per_s
+    return Roofline("Decode steps and prefills under the roof of the device", *rates, tuple(points))
 
 
 def _of_server(report: LoadReport) -> Drawing:
@@ -150,7 +205,7 @@ def draw(report: Report | LoadReport, path: Path) -> None:
 
 def _png(drawing: Drawing, path: Path) -> None:
     count = len(drawing.figures)
-    heights = [1 + 0.5 * len(one.bars) if isinstance(one, Bars) else 3.5 for one in drawing.figures]
+    heights = [_height(one) for one in drawing.figures]
     canvas = _matplotlib()(figsize=(9, sum(heights) + 1), layout="constrained")
     canvas.suptitle(drawing.title)
     axes = canvas.subplots(count, 1, squeeze=False, height_ratios=heights)[:, 0] if count else ()
@@ -159,6 +214,8 @@ def _png(drawing: Drawing, path: Path) -> None:
         ax.set_xlabel("milliseconds", fontsize=9)
         if isinstance(figure, Bars):
             _bars(figure, ax)
+        elif isinstance(figure, Roofline):
+            _roofline(figure, ax)
         else:
             for name, curve in figure.curves.items():
                 ax.plot(curve, [at / (len(curve) - 1) for at in range(len(curve))], label=name)
@@ -167,6 +224,27 @@ def _png(drawing: Drawing, path: Path) -> None:
             ax.legend(fontsize=8)
             ax.grid(alpha=0.3)
     canvas.savefig(path, dpi=130)
+
+
+def _height(figure: Figure) -> float:
+    """Inches."""
+    if isinstance(figure, Bars):
+        return 1 + 0.5 * len(figure.bars)
+    return 4.0 if isinstance(figure, Roofline) else 3.5
+
+
+def _roofline(figure: Roofline, ax: Any) -> None:
+    ax.loglog(*zip(*figure.corners, strict=True), color="#222")
+    for index, (case, points) in enumerate(by_case(figure).items()):
+        colour = COLOURS[index % len(COLOURS)]
+        for point in points:
+            at, name = (point.flops_per_byte, point.flops_per_s), None if point.prefill else case
+            ax.scatter(*at, marker="s" if point.prefill else "o", color=colour, label=name)
+    ax.set_ylim(bottom=figure.floor)
+    ax.set_xlabel("operations a byte that must move; circles decode, squares prefill", fontsize=9)
+    ax.set_ylabel("operations a second", fontsize=9)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
 
 
 def _bars(figure: Bars, ax: Any) -> None:

@@ -12,6 +12,20 @@ from engine.bench.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What must be computed and moved at least, by one decode step or by the prefill of a batch."""
+
+    flops: int  # of matrix products and attention, a multiply-add as two
+    weight_bytes: int
+    kv_bytes: int  # read, or by a prefill written
+    adapter_bytes: int  # of the distinct ones of the batch
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.adapter_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """One case. Times and rates are medians over the rounds."""
 
@@ -21,12 +35,11 @@ class Measurement:
     rounds_ms: tuple[float, ...]  # `step_ms` of each round
     forward_ms: float | None  # of a step, what the model takes on the device; None: not seen
     tokens_per_s: float  # generated tokens of the whole round
-    prefill_tokens_per_s: float  # prompt tokens until every request has its first token
-    weight_bytes: int  # what a decode step reads at least: of the weights,
-    kv_bytes: int  # of the KV cache at the mean context,
-    adapter_bytes: int  # of the distinct adapters of the batch
-    must_move_bytes: int  # the three together
-    limit_ms: float  # at the measured copy bandwidth
+    prefill_tokens_per_s: float  # of prompts
+    prefill_ms: float  # until every request has its first token
+    decode: Work  # of a step at the mean context
+    prefill: Work
+    limit_ms: float  # of a step, at the measured copy bandwidth
     share: float  # limit_ms / step_ms
     ratio: float  # step_ms of the first case / step_ms
     resident: bool  # no adapter was placed during the rounds
@@ -65,6 +78,9 @@ class Report:
     dtype: str
     backends: dict[str, str]
     copy_bytes_per_s: float  # read and written, of the largest copy on the device
+    product_flops_per_s: (
+        float  # of large square matrices of the model's type, a multiply-add as two
+    )
     adapter_bytes: int  # of all that were made
     adapter_memory_fraction: float  # used
     needed_memory_fraction: float  # at which all of them are resident

@@ -58,8 +58,8 @@ class Admission:
         self._rotation.left_waiting(sequence)
         self.wake()
 
-    def tokens_beside(self, num_decoding: int, bound: int, last: int, now: float) -> int:
-        """Prompt tokens of the step behind number `last`, in which rows decode: `bound`.
+    def tokens_beside(self, decoding: int, bounds: list[int], last: int, now: float) -> int:
+        """Prompt tokens of the step behind number `last`, in which so many rows decode: `bounds` of that many.
 
         In proportion more where more requests wait for their first token, and for nothing but room, than are held up,
         and the longer prompts do not keep up. Only the first LOOKED_AT of the queue count.
@@ -68,9 +68,9 @@ class Admission:
             sequence.adapter is None or self._slots.slot_of(sequence.adapter.digest) is not None
             for sequence in islice(self.waiting, LOOKED_AT)
         )
-        held_up = len(self._rows.prefilling) + ready
+        held_up, bound = len(self._rows.prefilling) + ready, bounds[decoding]
         growth = self.backlog.growth(last, now)
-        return max(int(bound * growth), bound * held_up // num_decoding)
+        return max(int(bound * growth), bound * held_up // decoding)
 
     def paused(self) -> list[Sequence]:
         """Those that keep blocks while they wait, the youngest first."""

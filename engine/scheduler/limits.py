@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.errors import AdapterTooLarge, ConfigError, InvalidRequest
@@ -18,7 +17,7 @@ class SchedulerLimits:
     max_input_length: int
     max_total_tokens: int
     adapter_cycle_time: float  # seconds
-    chunk_tokens: Sequence[int] | None = None  # of prompts, beside so many rows that decode
+    chunk_tokens: list[int] | None = None  # of prompts, beside so many rows that decode
     max_scored_tokens: int | None = None  # of prompts whose log-probabilities are wanted, in a step
 
     def __post_init__(self) -> None:

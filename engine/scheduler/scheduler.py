@@ -178,9 +178,8 @@ class Scheduler:
         draft = Draft(budget, scored, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(draft, held)
-        if decode and (bounds := self.limits.chunk_tokens) is not None:
-            bound = bounds[len(decode)]
-            beside = self._admission.tokens_beside(len(decode), bound, self._step, now)
+        if decode and (bounds := self.limits.chunk_tokens):
+            beside = self._admission.tokens_beside(len(decode), bounds, self._step, now)
             draft.budget = min(draft.budget, beside)
         self._plan_chunks(draft, held)
         self._admission.admit(draft, now)

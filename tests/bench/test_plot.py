@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.bench.html import ticks
 from engine.bench.load.report import Background, LoadReport
 from engine.bench.load.workload import Load
 from engine.bench.machine import Machine, machine
-from engine.bench.plot import Bars, check_plot, draw, drawing_of
+from engine.bench.plot import Bars, Roofline, check_plot, draw, drawing_of
 from engine.bench.quantiles import Times
-from engine.bench.report import Loaded, Measurement, Placed, Report, report_from
+from engine.bench.report import Loaded, Measurement, Placed, Report, Work, report_from
 from engine.bench.workload import Workload
 from engine.errors import ConfigError
 
@@ -27,7 +29,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def measurement(case: str, step: float, limit: float, forward: float | None) -> Measurement:
     return Measurement(
-        *(case, 1, step, (step, step), forward, 100.0, 1000.0, 10, 20, 30, 60),
+        *(case, 1, step, (step, step), forward, 100.0, 1000.0, 20 * step),
+        *(Work(10**12, 10**10, 10**9, 10**8), Work(10**14, 10**10, 10**9, 10**8)),
         *(limit, limit / step, 1.0, True),
     )
 
@@ -45,6 +48,7 @@ def engine_report() -> Report:
         dtype="bfloat16",
         backends={"linear": "extension"},
         copy_bytes_per_s=3e12,
+        product_flops_per_s=7e14,
         adapter_bytes=10,
         adapter_memory_fraction=0.2,
         needed_memory_fraction=0.1,
@@ -90,7 +94,7 @@ def test_page_of_an_engine(tmp_path: Path) -> None:
     file = tmp_path / "a.html"
     draw(engine_report(), file)
     root = ET.parse(file).getroot()
-    (svg,) = root.iter(f"{SVG}svg")
+    svg, roof = root.iter(f"{SVG}svg")
     texts = [node.text for node in svg.iter(f"{SVG}text")]
     assert {"base", '64 "distinct" <&>', "7.00 ms, 77%", "10.00 ms, 72%"} <= set(texts)
     page = "".join(root.itertext())
@@ -101,6 +105,23 @@ def test_page_of_an_engine(tmp_path: Path) -> None:
     widths = [float(str(box.get("width"))) for box in boxes]
     assert widths == pytest.approx([7 * widths[2], 10 * widths[2], widths[2]], abs=1.0)
     assert "<script" not in file.read_text() and not outside(file.read_text())
+    # Below the roof, each point by as much as its rate is below the device's.
+    roofline = drawing_of(engine_report()).figures[1]
+    assert isinstance(roofline, Roofline)
+    (line,) = (one for one in roof.iter(f"{SVG}polyline") if one.get("stroke-width") == "2.0")
+    corners = [tuple(map(float, at.split(","))) for at in str(line.get("points")).split()]
+    decade = (corners[0][1] - corners[1][1]) / math.log10(
+        roofline.corners[1][1] / roofline.corners[0][1]
+    )
+    drawn = [
+        (float(str(one.get("cx"))), float(str(one.get("cy")))) for one in roof.iter(f"{SVG}circle")
+    ]
+    points = [point for point in roofline.points if not point.prefill]
+    assert len(drawn) == len(points) == 3
+    for (x, y), point in zip(drawn, points, strict=True):
+        top = np.interp(x, *zip(*corners, strict=True))
+        limit = min(point.flops_per_byte * roofline.bytes_per_s, roofline.flops_per_s)
+        assert y - top == pytest.approx(decade * math.log10(limit / point.flops_per_s), abs=0.5)
 
 
 def outside(page: str) -> list[str]:
@@ -163,7 +184,7 @@ def test_other_endings() -> None:
 
 
 def test_drawing_of_either() -> None:
-    (figure,) = drawing_of(engine_report()).figures
+    figure, _ = drawing_of(engine_report()).figures
     assert isinstance(figure, Bars) and [bar.label for bar in figure.bars][0] == "base"
     assert ("errors", "1 x timeout") in drawing_of(load_report()).facts
 

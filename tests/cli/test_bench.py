@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.bench.adapters import size_of
+from engine.bench.plot import Roofline, drawing_of
 from engine.bench.report import report_from
 from engine.config import ModelConfig
 from engine.models import adapter_layout
@@ -55,23 +56,35 @@ def test_in_this_process(model: Path, tmp_path: Path) -> None:
         assert one.case in result.stdout
         assert one.resident and one.tokens_per_s > 0 and one.prefill_tokens_per_s > 0
         assert len(one.rounds_ms) == 2 and one.forward_ms is not None and one.forward_ms > 0
-        assert one.must_move_bytes == one.weight_bytes + one.kv_bytes + one.adapter_bytes
-        assert one.limit_ms == pytest.approx(one.must_move_bytes / report.copy_bytes_per_s * 1e3)
+        assert one.limit_ms == pytest.approx(one.decode.num_bytes / report.copy_bytes_per_s * 1e3)
+        assert one.prefill_ms > 0 and one.decode.flops > 0
         assert one.share == pytest.approx(one.limit_ms / one.step_ms)
     assert [one.adapters for one in report.measurements] == [0, 0, 1, 2, 1, 2, 0]
     layout, spec, _ = adapter_layout(ModelConfig(model_id=str(model)))
     four, nine = (size_of(layout, rank).data_bytes for rank in (4, 9))
-    assert by_name["2 distinct, rank 4"].adapter_bytes == 2 * four
-    assert by_name["2 distinct, ranks 4/9"].adapter_bytes == four + nine
+    assert by_name["2 distinct, rank 4"].decode.adapter_bytes == 2 * four
+    assert by_name["2 distinct, ranks 4/9"].decode.adapter_bytes == four + nine
     position = spec.num_layers * 2 * spec.attention.kv_heads * spec.attention.head_dim * 4
-    assert by_name["base"].kv_bytes == 3 * (8 + 6) * position
-    assert by_name["1 x 100 beside 2"].kv_bytes == (2 * (8 + 6) + 100 - 6) * position
+    assert by_name["base"].decode.kv_bytes == 3 * (8 + 6) * position
+    assert by_name["1 x 100 beside 2"].decode.kv_bytes == (2 * (8 + 6) + 100 - 6) * position
     assert report.placed is not None and report.placed.adapters == 4
     assert report.loaded is not None and report.loaded.adapters == 2
     assert report.loaded.bytes_each == four
     assert report.adapter_memory_fraction == report.needed_memory_fraction > 0
     assert f"{report.needed_memory_fraction:.4f}" in result.stdout
     ET.parse(plot)
+    _, roof = drawing_of(report).figures
+    assert isinstance(roof, Roofline)
+    for one, (decode, prefill) in zip(
+        report.measurements, zip(roof.points[::2], roof.points[1::2], strict=True), strict=True
+    ):
+        of_roof = decode.flops_per_s / (decode.flops_per_byte * roof.bytes_per_s)
+        assert (decode.label, decode.prefill) == (one.case, False)
+        assert of_roof == pytest.approx(one.share)
+        assert (prefill.label, prefill.prefill) == (one.case, True)
+        seconds = one.prefill.flops / prefill.flops_per_s
+        asked = 2 if "beside" in one.case else 3
+        assert asked * 8 / seconds == pytest.approx(one.prefill_tokens_per_s)
 
 
 def test_a_known_shape_and_a_single_request(

@@ -59,20 +59,19 @@ def test_one_value_that_is_not_finite_is_found(
     isa: str, fresh: None, dtype: torch.dtype, element: int
 ) -> None:
     """Wherever it stands; a value that is finite in the file may not be so in the image."""
-    kind = ELEMENTS[element]
+    pieces, source_bytes, image_bytes = pieces_of(20, dtype)
+    pieces = [piece for piece in pieces if piece.element == element] or pieces[:1]
+    kind = ELEMENTS[pieces[0].element]
     bad = [float("nan"), float("inf"), -float("inf")]
     if torch.tensor(torch.finfo(kind).max, dtype=kind).to(dtype).isinf():
         bad.append(-torch.finfo(kind).max)
-    pieces, source_bytes, image_bytes = pieces_of(20, dtype)
-    pieces = [piece for piece in pieces if piece.element == element] or pieces[:1]
     source, image = fill(pieces, source_bytes), torch.empty(image_bytes, dtype=torch.uint8)
     for value in bad:
         broken = source.clone()
         index = random.randrange(len(pieces))
         piece = pieces[index]
-        have = ELEMENTS[piece.element]
-        end = piece.source + piece.rows * piece.columns * have.itemsize
-        values = broken[piece.source : end].view(have)
+        end = piece.source + piece.rows * piece.columns * kind.itemsize
+        values = broken[piece.source : end].view(kind)
         values[random.randrange(len(values))] = value
         found = [write(broken, image, pieces, dtype) for write in (write_matrices, reference)]
         assert found == [index, index]

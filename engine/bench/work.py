@@ -1,0 +1,110 @@
+"""What a decode step and a prefill must compute and move at least: where they lie under the device's roofline
+(Williams, Waterman and Patterson 2009).
+
+Bytes are those that cannot be avoided: of weights, of keys and values, of the distinct adapters. Operations are those
+of the matrix products and of attention, a multiply-add counted as two; norms, activations and sampling are not
+counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from engine.bench.report import Work
+from engine.messages import AdapterImageRef
+from engine.models.spec import ModelSpec
+from engine.ops.layout import AdapterLayout
+from engine.runner.memory import MemoryPlan
+
+Adapters = Sequence[AdapterImageRef | None]  # of the requests of a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the work depends on, of one engine."""
+
+    spec: ModelSpec
+    layout: AdapterLayout
+    plan: MemoryPlan
+    itemsize: int  # bytes of an element of activations, keys, values and adapters
+
+    def decode(self, contexts: Sequence[float], adapters: Adapters) -> Work:
+        """A step of one token for each sequence, of these mean contexts; `adapters` of some or all of them."""
+        attention = sum(self._layers(partial(min, context)) for context in contexts)
+        per_token = 2 * (self._linears + self._head)
+        return Work(
+            len(contexts) * per_token + int(attention * self._attended) + self._delta(adapters, 1),
+            self._weights,
+            int(attention * self._position_bytes),
+            _distinct_bytes(adapters),
+        )
+
+    def prefill(self, tokens: int, adapters: Adapters) -> Work:
+        """The prompts of a batch, of so many tokens each, up to the first token of each."""
+        batch = len(adapters)
+        seen = batch * self._layers(partial(_seen, tokens))
+        steps = -(-batch * tokens // self.plan.max_step_tokens)
+        return Work(
+            batch * 2 * (tokens * self._linears + self._head)
+            + int(seen * self._attended)
+            + self._delta(adapters, tokens),
+            steps * self._weights,
+            batch * tokens * self.spec.num_layers * self._position_bytes,  # written
+            _distinct_bytes(adapters),
+        )
+
+    @property
+    def _linears(self) -> int:
+        """Weights of the layers' linears."""
+        groups = self.layout.groups
+        return self.layout.num_layers * sum(
+            group.in_features * sum(target.out_features for target in group.targets)
+            for group in groups
+        )
+
+    @property
+    def _head(self) -> int:
+        return self.spec.hidden * self.spec.vocab
+
+    @property
+    def _weights(self) -> int:
+        """Bytes of the weights that a step reads: all but the rows of the embedding that no token names."""
+        spec = self.spec
+        unread = 0 if spec.tied else spec.vocab * spec.hidden * self.itemsize
+        return self.plan.weights - unread
+
+    @property
+    def _position_bytes(self) -> int:
+        """Key and value of one position in one layer."""
+        attention = self.spec.attention
+        return 2 * attention.kv_heads * attention.head_dim * self.itemsize
+
+    @property
+    def _attended(self) -> int:
+        """Operations of one query on one position in one layer: with the key, and with the value."""
+        return 4 * self.spec.attention.heads * self.spec.attention.head_dim
+
+    def _layers(self, positions: Callable[[float], float]) -> float:
+        """The sum over the layers of `positions(window)`."""
+        attention = self.spec.attention
+        return sum(
+            positions(attention.window(layer) or math.inf) for layer in range(self.spec.num_layers)
+        )
+
+    def _delta(self, adapters: Adapters, tokens: int) -> int:
+        """Of the adapters: each element once for each token, padding of rows included."""
+        total = sum(ref.data_bytes for ref in adapters if ref is not None)
+        return 2 * tokens * total // self.itemsize
+
+
+def _seen(tokens: int, window: float) -> float:
+    """Positions that the queries of a prompt look at, the first at one."""
+    whole = min(tokens, window)
+    return whole * (whole + 1) / 2 + (tokens - whole) * whole
+
+
+def _distinct_bytes(adapters: Adapters) -> int:
+    return sum({ref.digest: ref.data_bytes for ref in adapters if ref is not None}.values())
