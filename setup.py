@@ -57,7 +57,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
 CUDA_SOURCES = Path("engine/csrc/cuda")
-CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+EXACT = {
+    "90": "90a"
+}  # the linear is made of instructions that only this kind of code for Hopper has
 CUDA_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -143,7 +146,8 @@ class BuildExtensions(build_ext):
         archs = given.split(";") if given else CUDA_ARCHS
         if not given and torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
-            archs = (f"{major}{minor}" + "a" * (major == 9),)
+            archs = (f"{major}{minor}",)
+        archs = [EXACT.get(arch, arch) for arch in archs]
         root = Path(torch.__file__).parent
         nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         headers = cuda_headers(nvcc)

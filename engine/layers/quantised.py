@@ -134,7 +134,8 @@ class FourBit(_Quantised):
     (QLoRA, Dettmers et al. 2023). Scales are not quantised again."""
 
     align = 64  # the block of one scale
-    # Most tokens for which the fused kernel is tried; more, and all on a CPU, multiply with the dequantised weight.
+    # Most tokens for which the fused kernel is tried; more, and all on a CPU, multiply with the dequantised weight:
+    # not few, so that ops.linear waits for it.
     fused_tokens = {"cpu": 0, "cuda": 512}
 
     def __init__(

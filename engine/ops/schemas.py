@@ -13,7 +13,8 @@ from engine.ops import reference
 NAMESPACE = "lorax"
 
 SCHEMAS = {
-    # y[T, N] = x[T, K] @ weight[N, K].T + bias[N]
+    # y[T, N] = x[T, K] @ weight[N, K].T + bias[N]. For few tokens the weight may be read before the op that was
+    # launched last has ended: it is not one that this op makes
     "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     # residual += x, in place; returns rms_norm(residual) * weight. Without residual: rms_norm(x) * weight.
     "add_rms_norm": "(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor",

@@ -17,8 +17,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
 
 ops = torch.ops.lorax
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-4}
-# (rows, columns): parts of K that are uneven, empty or cut off, one tile, many tiles, odd rows
-SHAPES = [(6144, 4096), (1024, 14336), (2664, 520), (64, 64), (8, 1000), (584, 72), (33, 96)]
+# (rows, columns): parts of K that are uneven, empty or cut off, one tile, many tiles, odd rows; K in two parts, in one,
+# and that with more tiles than SMs
+SHAPES = [(6144, 4096), (1024, 14336), (2664, 520), (64, 64), (8, 1000), (584, 72)]
+SHAPES += [(8448, 200), (8456, 520), (17416, 520), (33, 96)]
 TOKENS = [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 80, 81, 96, 97, 127, 128, 129, 160, 161, 192, 193]
 TOKENS += [224, 225, 255, 256, 257]
 
@@ -97,7 +99,7 @@ def test_kernels_that_overlap_wait_for_what_they_need(
     dtype: torch.dtype, tokens: int, popularity: str
 ) -> None:
     """Layers in a graph have the bits of the same layers with the GPU idle after every op."""
-    k, splits, num = 2048, [4096, 4096], 48
+    k, splits, num = 2048, [8704, 8704], 48  # more tiles of the linear than SMs
     adapters = make_adapters([(8, 16)] * num, k, splits, dtype)
     slots, starts = cut(*make_batch(tokens, num, popularity), 8)
     where = tuple(part.cuda() for part in (adapters.arena, adapters.records, slots, starts))

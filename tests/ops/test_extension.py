@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,3 +179,17 @@ def test_objects_are_made_anew_by_another_compiler(tmp_path: Path) -> None:
     assert whole > 10
     assert compiled("1") == 0
     assert compiled("2") == whole
+
+
+@pytest.mark.parametrize(("given", "built"), [("80;90", "80;90a"), ("90a", "90a"), ("100", "100")])
+def test_hopper_gets_all_of_its_instructions(tmp_path: Path, given: str, built: str) -> None:
+    """Code for plain 90 lacks those of the linear."""
+    nvcc, log = tmp_path / "nvcc", tmp_path / "log"
+    nvcc.write_text(COMPILER.format(version="1", log=log))
+    nvcc.chmod(0o755)
+    result = build(tmp_path, CXX=str(nvcc), CUDACXX=str(nvcc), LORAX_CUDA_ARCHS=given)
+    assert result.returncode == 0, result.stderr
+    (linear,) = (line for line in log.read_text().splitlines() if "cuda/linear.cu" in line)
+    assert re.findall(r"-gencode=arch=compute_(\w+),code=sm_\1 ", linear) == built.split(";")
+    (archs,) = (line for line in log.read_text().splitlines() if "cuda/archs.cpp" in line)
+    assert f'LORAX_CUDA_ARCHS="{built}"' in archs

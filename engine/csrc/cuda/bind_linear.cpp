@@ -24,10 +24,13 @@ bool fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   const auto is_short = [](ScalarType t) {
     return t == ScalarType::BFloat16 || t == ScalarType::Half;
   };
+  const auto is_beside = [&](const Tensor& t) {
+    return t.is_cuda() && t.get_device() == x.get_device();
+  };
   return is_short(x.scalar_type()) && weight.scalar_type() == x.scalar_type() && is_matrix(x) &&
-         is_matrix(weight) && x.size(1) == weight.size(1) &&
-         (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() &&
-                    bias->scalar_type() == x.scalar_type()));
+         is_matrix(weight) && x.size(1) == weight.size(1) && is_beside(weight) &&
+         (!bias || (is_beside(*bias) && bias->dim() == 1 && bias->size(0) == weight.size(0) &&
+                    bias->is_contiguous() && bias->scalar_type() == x.scalar_type()));
 }
 
 Tensor bind_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {

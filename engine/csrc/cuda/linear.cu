@@ -188,6 +188,8 @@ __global__ void __launch_bounds__(kThreads)
     cluster_arrive();  // nobody leaves while others may write to its memory
     cluster_wait();
   }
+#else
+  __trap();  // setup.py builds for 90a
 #endif
 }
 
@@ -266,11 +268,13 @@ bool linear_takes(const LinearArgs& args) {
   const auto copies = [](const void* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
   };
+  constexpr int64_t kMaxStride = int64_t(1) << 38;  // elements; a map's is below 2^40 bytes
   return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kLinearFewTokens &&
          args.rows > 0 && args.rows % 8 == 0 && args.rows < (int64_t(1) << 31) &&
          args.columns >= kStep && args.columns < (int64_t(1) << 31) &&
          copies(args.x, args.x_stride) && copies(args.weight, args.weight_stride) &&
-         args.x_stride >= args.columns && args.weight_stride >= args.columns &&
+         args.x_stride >= args.columns && args.x_stride < kMaxStride &&
+         args.weight_stride >= args.columns && args.weight_stride < kMaxStride &&
          compute_capability() == 90 && encoder();
 }
 
