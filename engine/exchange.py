@@ -171,6 +171,7 @@ class Exchange:
                 adapter.size.data_bytes,
                 adapter.size.max_rank,
                 ref.name,
+                version.source,
             ),
             version.salt,
             lambda: self._room.release(image),

@@ -47,6 +47,7 @@ class AdapterImageRef(Struct, frozen=True):
     data_bytes: int  # bytes of data, without the records; what the arena must hold
     max_rank: int  # largest stacked rank of any group
     name: str = ""  # for logs and metrics only
+    source: str = ""  # where it was found, for answers
 
 
 class Request(Struct, frozen=True):
@@ -144,6 +145,7 @@ class Update(Struct, frozen=True):
     error: dict[str, Any] | None = None  # LoraxError.to_wire()
     usage: Usage | None = None  # with `finish`
     admitted: float | None = None  # time.monotonic() of first admission, once
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache; with `admitted`
     prompt_logprobs: list[float] | None = None  # with the first token, if asked for
 
     @property

@@ -141,11 +141,12 @@ class LocalSource:
             for root in self.roots:
                 try:
                     folder = (root / Path(name).expanduser()).resolve()
-                except (OSError, RuntimeError):  # a loop of links
+                    exists = folder.is_dir()
+                except (OSError, RuntimeError):  # a loop of links, a name too long
                     continue
                 if not self._allowed(folder):
                     seen_outside = True
-                elif folder.is_dir():
+                elif exists:
                     if name != ref.name:
                         raise AdapterNotFound(
                             f"{ref.id} is a local folder and has no revision {ref.revision!r}",

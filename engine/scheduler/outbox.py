@@ -57,9 +57,9 @@ def _update(
     finish: FinishReason | None = None,
     error: LoraxError | None = None,
 ) -> Update:
-    admitted = None
+    admitted, cached = None, 0
     if not sequence.announced:
-        admitted = sequence.admitted
+        admitted, cached = sequence.admitted, sequence.cached_tokens
         sequence.announced = admitted is not None
     prompt_logprobs = None
     if output is not None and sequence.prompt_logprobs is not None:
@@ -71,5 +71,6 @@ def _update(
         error.to_wire() if error is not None else None,
         sequence.usage() if finish is not None else None,
         admitted,
+        cached,
         prompt_logprobs,
     )

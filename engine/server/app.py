@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler
 
 import engine
 from engine.config import EngineConfig
-from engine.errors import EngineDead, InvalidRequest, LoraxError
+from engine.errors import EngineDead, InvalidRequest, LoraxError, MalformedRequest
 from engine.metrics import Metrics
 from engine.server import native, openai
 from engine.server.backend import Backend
@@ -77,9 +77,16 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        return _answer(request, _of_http(request, error))
+        answer = _answer(request, _of_http(request, error))
+        if "Allow" in error.headers:
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
     except ConnectionResetError:
         return web.Response(status=CLIENT_GONE)
+    except web.RequestPayloadError as error:
+        answer = _answer(request, MalformedRequest(f"the body cannot be read: {error}"))
+        answer.force_close()  # where it ends is not known
+        return answer
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _answer(request, LoraxError("internal error", hint="see the server's log"))

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig
-from engine.errors import LoraxError, Overloaded
+from engine.errors import InvalidRequest, LoraxError, Overloaded
 from engine.metrics import Metrics
 from engine.server.backend import Backend
 from engine.server.generation import Generation, Generator
@@ -51,10 +51,6 @@ class Front:
     def adapter(self, name: str | None, source: str | None) -> AdapterRef | None:
         return resolve_adapter(name, source, self.backend.info.model_id, self.config)
 
-    def source_of(self, ref: AdapterRef) -> str:
-        adapters = self.config.adapters
-        return ref.source or adapters.default_adapter_source or adapters.adapter_source
-
 
 FRONT = web.AppKey("front", Front)
 
@@ -71,9 +67,15 @@ def json_response(
 
 
 def token_of(request: web.Request, in_body: str | None) -> str | None:
-    """The tenant's token: of the body, else of the header Authorization."""
+    """The tenant's token: of the body, else of the header Authorization. Raises InvalidRequest if it cannot be one."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     given = in_body or (token.strip() if scheme.lower() == "bearer" else "")
+    if not (given.isascii() and given.isprintable()):
+        raise InvalidRequest(
+            "the token has characters beyond printable ASCII",
+            field="api_token" if in_body else "Authorization",
+            hint="send it as it was issued, or leave it out",
+        )
     return None if given.upper() in NO_TOKENS else given
 
 
@@ -88,7 +90,7 @@ def headers_of(front: Front, generation: Generation) -> dict[str, str]:
     adapter = generation.parameters.adapter
     if adapter is not None:
         headers["x-adapter-id"] = header(adapter.name)
-        headers["x-adapter-source"] = front.source_of(adapter)
+        headers["x-adapter-source"] = generation.adapter_source
     return headers
 
 

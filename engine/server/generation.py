@@ -34,6 +34,8 @@ from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
+NORMALISED = 4  # characters of a text that a tokenizer may make one of, at most
+
 Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
 
 
@@ -83,6 +85,7 @@ class Generation:
         self.parameters = parameters
         self.prompts = prompts  # the tokens that go in, of every prompt
         self.timings = timings
+        self.adapter_source = lease.image.source if lease is not None else ""
         self.finished: dict[int, Finish] = {}
         self._owner = owner
         self._lease = lease
@@ -220,11 +223,14 @@ class Generator:
     config: EngineConfig
     metrics: Metrics
     limits: Limits = field(init=False)
+    max_characters: int = field(init=False)  # of a prompt
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine works on nothing
     num_open: int = 0  # sequences that the engine has not let go of
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
+        longest = NORMALISED * self.text.longest_token
+        self.max_characters = self.limits.max_input_length * longest
         self.idle.set()
 
     def submit(self, request: Request, reader: Reader) -> None:
@@ -295,11 +301,25 @@ class Generator:
                 )
         return made
 
+    def _check_length(self, characters: int, parameters: Parameters) -> None:
+        """Raises InvalidRequest for what is too long whatever its tokens are: to find them takes time and memory."""
+        if characters > self.max_characters:
+            raise invalid(
+                parameters.name("inputs"),
+                f"has {characters} characters, more than the {self.limits.max_input_length} tokens that are allowed",
+                "shorten it",
+            )
+
     async def _tokenize(self, prompt: Prompt, parameters: Parameters) -> list[int]:
         """The tokens of one prompt that go in; raises InvalidRequest if they do not fit."""
         if isinstance(prompt, str):
+            if parameters.truncate:  # what a token at the cut becomes is cut off too
+                prompt = prompt[-self.max_characters :]
+            self._check_length(len(prompt), parameters)
             tokens = await self.text.encode(prompt, special=parameters.special)
         elif prompt and isinstance(prompt[0], dict):
+            length = sum(len(str(message.get("content") or "")) for message in prompt)
+            self._check_length(length, parameters)
             tokens = await self.text.encode_chat(prompt)
         else:
             tokens = cast(list[int], prompt)

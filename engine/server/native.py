@@ -46,6 +46,7 @@ from engine.server.text import Text
 
 log = logging.getLogger(__name__)
 
+MAX_TOKENIZED = 1 << 20  # characters of POST /tokenize; they take some 200 MB
 NAMES = {"num_alternatives": "return_k_alternatives"}
 
 
@@ -291,6 +292,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     """POST /tokenize."""
     body = decode(await request.read(), TokenizeBody)
     special = body.add_special_tokens is not False
+    if len(body.inputs) > MAX_TOKENIZED:
+        raise invalid("inputs", f"has more than {MAX_TOKENIZED} characters", "send it in parts")
     return json_response(await request.app[FRONT].text.tokenize(body.inputs, special=special))
 
 

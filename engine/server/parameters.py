@@ -232,7 +232,7 @@ def resolve_adapter(
     """The adapter that a request means; None for the base model. No name means the server's --adapter-id, if any."""
     if not name:
         default = config.adapters.adapter_id
-        return AdapterRef.parse(default, config.adapters.adapter_source) if default else None
+        return AdapterRef.parse(default) if default else None
     if name in (base_id, config.model.model_id, *BASE_NAMES):
         return None
     return AdapterRef.parse(name, source)

@@ -48,6 +48,8 @@ def decode(body: bytes, cls: type[T]) -> T:
         raise InvalidRequest(f"`{name}` {'is required' if missing else what}", field=name) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedRequest(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise MalformedRequest("the body is nested too deeply") from None
 
 
 def ignored(body: bytes, cls: type[Struct]) -> list[str]:

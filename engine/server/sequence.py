@@ -64,6 +64,7 @@ class Sequence:
     stops: StopMatcher
     parts: list[str] = field(default_factory=list)
     num_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt
     logprobs: float = 0.0
 
     def read(self, update: Update, events: list[Event]) -> Finish | None:
@@ -73,6 +74,7 @@ class Sequence:
         """
         if update.error is not None:
             raise from_wire(update.error)
+        self.cached_tokens += update.cached_tokens
         if update.prompt_logprobs is not None:
             events.append(PromptLogprobs(self.choice, update.prompt_logprobs))
         ends = update.finish == "eos"
@@ -124,7 +126,7 @@ class Sequence:
             reason=reason,
             delta=delta,
             text="".join(self.parts),
-            usage=usage or Usage(len(self.request.tokens), 0, num_tokens),
+            usage=usage or Usage(len(self.request.tokens), self.cached_tokens, num_tokens),
             mean_logprob=self.logprobs / max(1, num_tokens),
             seed=self.seed,
         )

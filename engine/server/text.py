@@ -21,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 from engine.errors import ConfigError, InvalidRequest, ModelError
 
 LONG_TEXT = 4096  # characters from which encoding leaves the event loop: about 1 ms of work
+TURN_TEXT = 16  # characters that a message of a conversation counts beside its own: of its role and of the template
 NUM_THREADS = 2
 NUM_CONTEXT = 6  # tokens of the prompt that decide how the answer begins (a leading space or none)
 MAX_PENDING = 8  # tokens without a whole character, after which the bytes are taken as invalid
@@ -167,7 +168,7 @@ class Text:
 
     async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The tokens of a conversation that the model is to answer; raises InvalidRequest if it cannot be rendered."""
-        size = sum(len(str(message.get("content") or "")) for message in messages)
+        size = sum(TURN_TEXT + len(str(message.get("content") or "")) for message in messages)
         if size < LONG_TEXT:
             return await self.encode(self.render_chat(messages), special=False)
         prompt = await self._in_thread(lambda: self.render_chat(messages))
@@ -257,6 +258,11 @@ class Text:
         return text.encode()
 
     # -- what the model's files say
+
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token in the vocabulary, as the tokenizer writes it."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     @property
     def vocab_size(self) -> int:

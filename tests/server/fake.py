@@ -143,6 +143,7 @@ class FakeBackend:
     text: Text
     answer: Callable[[Request], list[int]] | None = None
     finish: FinishReason = "eos"
+    found_in: str = "hub"  # where adapters are that name no source
     delay: float = 0.0  # before every update
     first_delay: float = 0.0
     gate: asyncio.Event | None = None  # before the first update
@@ -256,6 +257,7 @@ class FakeBackend:
                 group,
                 finish=finish if ended else None,
                 usage=Usage(len(request.tokens), 2, len(tokens)) if ended else None,
+                cached_tokens=0 if index else 2,
                 admitted=time.monotonic() if index == 0 else None,
                 prompt_logprobs=prompt if index == 0 and request.sampling.prompt_logprobs else None,
             )
@@ -271,7 +273,8 @@ class FakeBackend:
             raise self.adapter_errors[ref.id]
         if ref.id == "missing":
             raise AdapterNotFound(f"no adapter {ref.id!r}", field="adapter_id")
-        lease = FakeLease(AdapterImageRef(ref.id.encode(), 0, 64, 8, ref.name), self, b"salt")
+        image = AdapterImageRef(ref.id.encode(), 0, 64, 8, ref.name, ref.source or self.found_in)
+        lease = FakeLease(image, self, b"salt")
         self.leases.append(lease)
         return lease
 

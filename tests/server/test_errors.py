@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from typing import Any
 
@@ -21,7 +22,8 @@ from engine.errors import (
     LoraxError,
     OutOfMemory,
 )
-from engine.server.text import TextStream
+from engine.server.native import MAX_TOKENIZED
+from engine.server.text import Text, TextStream
 from tests.server.fake import FakeBackend, Json, Start
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -273,6 +275,74 @@ async def test_malformed_bodies(client: TestClient, path: str, body: bytes) -> N
     assert kind == "malformed_request"
 
 
+async def test_a_body_that_is_nested_too_deeply(client: TestClient) -> None:
+    for path in ("/generate", "/v1/completions"):
+        body = b'{"inputs": "a", "prompt": "a", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+        response = await client.post(path, data=body)
+        assert response.status == 400
+        assert "nested" in await response.text()
+
+
+async def test_a_body_that_is_not_what_its_header_says(client: TestClient) -> None:
+    """And the next request of the client is served."""
+    headers = {"Content-Encoding": "gzip"}
+    response = await client.post("/generate", data=b"not gzip", headers=headers)
+    assert response.status == 400
+    assert (await response.json())["error_type"] == "malformed_request"
+    assert (await client.post("/generate", json={"inputs": "x"})).status == 200
+
+
+@pytest.mark.parametrize("header", [True, False])
+async def test_a_token_that_cannot_be_one(
+    client: TestClient, backend: FakeBackend, header: bool
+) -> None:
+    body: Json = {"inputs": "a", "parameters": {"adapter_id": "x/y"}}
+    headers = {"Authorization": "Bearer caf\xe9"} if header else {}
+    if not header:
+        body["parameters"]["api_token"] = "caf\xe9"
+    response = await client.post("/generate", json=body, headers=headers)
+    assert response.status == 422
+    found = await response.json()
+    assert ("Authorization" if header else "api_token") in str(found)
+    assert not backend.acquired
+
+
+async def test_a_text_that_cannot_fit_is_not_tokenized(
+    client: TestClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With truncate its end is, which gives the same tokens as the whole."""
+    text = "".join(chr(ord("a") + index * index % 26) for index in range(200_000))
+    asked: list[int] = []
+    encode = Text.encode
+
+    async def counted(self: Text, text: str, *, special: bool = True) -> list[int]:
+        asked.append(len(text))
+        return await encode(self, text, special=special)
+
+    monkeypatch.setattr(Text, "encode", counted)
+    for path, body, field in (
+        ("/generate", {"inputs": text}, "inputs"),
+        ("/v1/completions", {"prompt": text}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+    ):
+        response = await client.post(path, json=body)
+        assert response.status in (400, 422)
+        assert f"`{field}` has 200000 characters" in await response.text()
+    assert not asked
+    body = {"inputs": text, "parameters": {"truncate": 20, "max_new_tokens": 1}}
+    assert (await client.post("/generate", json=body)).status == 200
+    whole = await encode(backend.text, text)
+    assert backend.requests[0].tokens == whole[-20:]
+    assert asked[0] < len(text)
+
+
+async def test_a_text_to_tokenize_that_is_too_long(client: TestClient) -> None:
+    body = json.dumps({"inputs": "a" * (MAX_TOKENIZED + 1)}).encode()
+    response = await client.post("/tokenize", data=io.BytesIO(body))
+    assert response.status == 422
+    assert "inputs" in await response.text()
+
+
 @pytest.mark.parametrize("inputs", [r'"\ud800"', r'"a\u0000b"'])
 async def test_strange_strings(client: TestClient, inputs: str) -> None:
     response = await client.post("/generate", data=b'{"inputs": %s}' % inputs.encode())
@@ -298,6 +368,7 @@ async def test_routes_that_are_not(client: TestClient) -> None:
     response = await client.get("/generate")
     assert response.status == 405
     assert "POST" in (await response.json())["error"]
+    assert response.headers["Allow"] == "POST"
 
 
 async def test_a_dead_engine(client: TestClient, backend: FakeBackend, openai: AsyncOpenAI) -> None:

@@ -154,6 +154,16 @@ async def test_best_of(client: TestClient, backend: FakeBackend) -> None:
     }
 
 
+@pytest.mark.parametrize("found_in", ["demo", "local"])
+async def test_the_header_tells_where_an_adapter_was_found(
+    client: TestClient, backend: FakeBackend, found_in: str
+) -> None:
+    backend.found_in = found_in
+    body = {"inputs": "x", "parameters": {"adapter_id": "mine", "max_new_tokens": 1}}
+    response = await client.post("/generate", json=body)
+    assert response.headers["x-adapter-source"] == found_in
+
+
 async def test_headers(client: TestClient, backend: FakeBackend) -> None:
     body = {"inputs": "Hé", "parameters": {"adapter_id": "me/lora", "max_new_tokens": 5}}
     response = await client.post("/generate", json=body)
@@ -197,7 +207,7 @@ async def test_the_default_adapter(start: Start, backend: FakeBackend) -> None:
     await post(client, "/generate")
     await post(client, "/generate", adapter_id="base")
     ((ref, _),) = backend.acquired
-    assert (ref.id, ref.source) == ("mine", "local")
+    assert (ref.id, ref.source) == ("mine", None)  # found as it was at the start
     assert [request.adapter is None for request in backend.requests] == [False, True]
 
 

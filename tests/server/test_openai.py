@@ -47,6 +47,16 @@ async def test_chat(openai: AsyncOpenAI, backend: FakeBackend, text: Text) -> No
     assert usage.prompt_tokens_details.cached_tokens == 2
 
 
+async def test_cached_tokens_of_an_answer_that_ends_at_a_stop_sequence(
+    openai: AsyncOpenAI, backend: FakeBackend
+) -> None:
+    """The engine still works on it then."""
+    backend.say(SAYING)
+    found = await chat(openai, model="base", stop=SAYING[8:12])
+    assert found.choices[0].message.content == SAYING[:8]
+    assert found.usage.prompt_tokens_details.cached_tokens == 2
+
+
 @pytest.mark.parametrize("burst", [1, 4, 100])
 async def test_chat_streamed(openai: AsyncOpenAI, backend: FakeBackend, burst: int) -> None:
     backend.say(SAYING)
