@@ -44,7 +44,7 @@ class LoraxError(Exception):
     def to_wire(self) -> dict[str, Any]:
         return {
             "class": type(self).__name__,
-            "message": self.message,
+            "message": self.message.encode("utf-8", "backslashreplace").decode(),
             "field": self.field,
             "hint": self.hint,
         }

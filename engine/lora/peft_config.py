@@ -126,6 +126,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise AdapterIncompatible(f"{path.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
         loaded = json.loads(path.read_bytes())
+        json.dumps(loaded, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except OSError as error:
         raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -207,7 +208,7 @@ def _pattern(fields: Mapping[str, Any], name: str, pattern_name: str, default: i
         whole = name != "r" or (isinstance(value, int) and 0 < value < 1 << 31)
         if isinstance(value, bool) or not isinstance(value, int | float) or not whole:
             raise ValueError(f"{where} is {value!r}, not a usable number")
-        if not math.isfinite(value) or abs(value) > 1e30:
+        if abs(value) > 1e30 or not math.isfinite(value):
             raise ValueError(f"{where} is {value!r}, not a usable number")
         return float(value)
 

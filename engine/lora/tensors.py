@@ -1,11 +1,12 @@
 """Files of tensors: the header first, then any rows of any matrix.
 
-Safetensors are read with `pread` and never mapped: a file that shrinks while it is read, as when a trainer writes
+Files are never mapped, safetensors read with `pread`: a file that shrinks while it is read, as when a trainer writes
 the next checkpoint over it, is an error here and would be the death of the process (SIGBUS) under a mapping.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -79,15 +80,11 @@ class SafetensorsFile:
         except OSError as error:
             raise AdapterLoadFailed(f"cannot open {path.name}: {error.strerror}") from None
         try:
-            self._stamp = self._stat()
+            self._stamp = _stamp(self._fd)
             self.infos = self._read_header()
         except BaseException:
             self.close()
             raise
-
-    def _stat(self) -> tuple[int, int]:
-        status = os.fstat(self._fd)
-        return status.st_size, status.st_mtime_ns
 
     def _damaged(self, why: str) -> AdapterIncompatible:
         return AdapterIncompatible(f"{self.path.name} is damaged: {why}", hint=RESAVE)
@@ -105,11 +102,19 @@ class SafetensorsFile:
         self.read_into(text, 8)
         try:
             header = json.loads(bytes(text))
+            "".join(header).encode()  # half a surrogate pair is no name
             header.pop("__metadata__", None)
             return {
                 str(name): self._info(name, entry, 8 + length) for name, entry in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            KeyError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise self._damaged(f"its header cannot be read ({error})") from None
 
     def _info(self, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
@@ -143,11 +148,8 @@ class SafetensorsFile:
         return _FileMatrix(self, info.start, (rows, columns), DTYPES[info.dtype])
 
     def verify(self) -> None:
-        if self._stat() != self._stamp:
-            raise AdapterLoadFailed(
-                f"{self.path.name} changed while it was read",
-                hint="write adapters under another name and rename them when complete",
-            )
+        if _stamp(self._fd) != self._stamp:
+            raise _changed(self.path)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -156,7 +158,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A `.bin` of torch.save: only tensors are unpickled, never code, and they are mapped, not read."""
+    """A `.bin` of torch.save, read whole: only tensors are unpickled, never code."""
 
     _SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -164,18 +166,16 @@ class PickleFile:
         """Raises AdapterIncompatible for a file that holds anything but tensors, or an old format."""
         self.path = path
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                stamp = _stamp(file.fileno())
+                try:
+                    loaded = self._loaded(file)
+                finally:  # whatever came of it
+                    if _stamp(file.fileno()) != stamp:
+                        raise _changed(path)
         except OSError as error:
-            raise AdapterLoadFailed(f"cannot open {path.name}: {error.strerror}") from None
-        except (RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise AdapterIncompatible(f"{path.name} cannot be read: {error}", hint=RESAVE) from None
-        except (pickle.UnpicklingError, zipfile.BadZipFile):
-            raise AdapterIncompatible(
-                f"{path.name} holds more than tensors and is not unpickled", hint=RESAVE
-            ) from None
-        if not isinstance(loaded, dict) or not all(
-            isinstance(value, Tensor) for value in loaded.values()
-        ):
+            raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
+        if not isinstance(loaded, dict) or not all(map(_is_plain, loaded.values())):
             raise AdapterIncompatible(f"{path.name} is not a dictionary of tensors", hint=RESAVE)
         self._tensors: dict[str, Tensor] = {str(name): value for name, value in loaded.items()}
         self.infos = {
@@ -183,14 +183,48 @@ class PickleFile:
             for name, value in self._tensors.items()
         }
 
+    def _loaded(self, file: BinaryIO) -> object:
+        name = self.path.name
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, zipfile.BadZipFile):
+            raise AdapterIncompatible(
+                f"{name} holds more than tensors and is not unpickled", hint=RESAVE
+            ) from None
+        except Exception as error:  # a boundary: what is in the file may fail in any way
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            why = str(error).split("\n", 1)[0]
+            raise AdapterIncompatible(f"{name} cannot be read: {why}", hint=RESAVE) from None
+
     def matrix(self, name: str) -> Matrix:
         return TensorMatrix(self._tensors[name])
 
     def verify(self) -> None:
-        """Nothing to do: the mapping shows what it shows."""
+        """Nothing to do: it was read when it was opened."""
 
     def close(self) -> None:
         self._tensors = {}
+
+
+def _stamp(fd: int) -> tuple[int, int]:
+    """What of a file changes when it is written to."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> AdapterLoadFailed:
+    return AdapterLoadFailed(
+        f"{path.name} changed while it was read",
+        hint="write adapters under another name and rename them when complete",
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """A tensor whose elements are there, one beside the other."""
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    )
 
 
 def open_tensors(path: Path) -> TensorFile:

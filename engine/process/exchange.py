@@ -141,12 +141,11 @@ class Service:
     async def _answer(self, call: Call) -> None:
         try:
             self._pipe.send(await self._ask(call))
-        except LoraxError as error:
-            self._pipe.send(Refused(call.call, error.to_wire()))
         except Exception as error:
-            logger.exception("a call failed")
-            failure = AdapterLoadFailed(f"the adapter could not be loaded: {error!r}")
-            self._pipe.send(Refused(call.call, failure.to_wire()))
+            if not isinstance(error, LoraxError):
+                logger.exception("a call failed")
+                error = AdapterLoadFailed(f"the adapter could not be loaded: {error!r}")
+            self._pipe.send(Refused(call.call, error.to_wire()))
 
     async def _ask(self, call: Call) -> msgspec.Struct:
         assert self._exchange is not None, "the front calls after ExchangeReady"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from peft import LoraConfig
@@ -107,7 +108,11 @@ def test_every_field_of_peft_has_its_place() -> None:
         ("r", True),
         ("lora_alpha", None),
         ("lora_alpha", float("nan")),
+        ("lora_alpha", 10**400),
         ("rank_pattern", {"(a+)+": 4}),
+        ("rank_pattern", {".?" * 200 + "!": 4}),
+        ("rank_pattern", {"(.|.)" * 28 + "!": 4}),
+        ("rank_pattern", {f".*.*.*{number}!": 4 for number in range(2)}),
         ("rank_pattern", {"(": 4}),
         ("rank_pattern", {"q_proj": -1}),
         ("rank_pattern", [1]),
@@ -293,6 +298,12 @@ def test_a_copy_of_the_frozen_embedding_is_a_note(tmp_path: Path) -> None:
     assert "resized to [51, 24]" in error.message
 
 
+def header(entries: dict[str, Any]) -> bytes:
+    """A safetensors file of this header, with 16 bytes of data."""
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(16)
+
+
 def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     """Damaged headers, truncated data, code in a .bin, no JSON: typed errors, never a crash."""
     layout = tiny.llama_layout()
@@ -303,10 +314,13 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     bad_header = whole.replace(b'"data_offsets":[0,', b'"data_offsets":[9,')
     for data in (b"", b"abc", whole[:100], struct.pack("<Q", 1 << 60), bad_header,
                  struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": [1]}',
+                 header({"\ud800": {"dtype": "F32", "shape": [1, 4], "data_offsets": [0, 16]}}),
+                 header({"a": {"dtype": "F32", "shape": [1e999, 4], "data_offsets": [0, 16]}}),
                  whole[: 8 + length]):  # fmt: skip
         weights.write_bytes(data)
-        with pytest.raises(AdapterIncompatible):
+        with pytest.raises(AdapterIncompatible) as caught:
             load_peft(config, weights, layout)
+        msgspec.msgpack.encode(caught.value.to_wire())
     with pytest.raises(AdapterLoadFailed):
         load_peft(config, tmp_path / "none.safetensors", layout)
     with pytest.raises(AdapterLoadFailed):
@@ -314,13 +328,46 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterIncompatible):
         load_peft(tmp_path / "adapter_config.json", good, layout)
-    for content in ({"a": os.system}, [torch.ones(1)], {"a": "text"}):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "\\ud800"}')
+    with pytest.raises(AdapterIncompatible):
+        load_peft(tmp_path / "adapter_config.json", good, layout)
+    for content in (
+        {"a": os.system},
+        [torch.ones(1)],
+        {"a": "text"},
+        {"a": torch.eye(3).to_sparse()},
+        {"a": torch.ones(2, 2, device="meta")},
+    ):
         torch.save(content, tmp_path / "adapter_model.bin")
         with pytest.raises(AdapterIncompatible, match=r"adapter_model\.bin"):
             load_peft(config, tmp_path / "adapter_model.bin", layout)
-    (tmp_path / "adapter_model.bin").write_bytes(b"nonsense")
-    with pytest.raises(AdapterIncompatible):
-        load_peft(config, tmp_path / "adapter_model.bin", layout)
+    torch.save({"a": torch.ones(100)}, tmp_path / "adapter_model.bin")
+    truncated = (tmp_path / "adapter_model.bin").read_bytes()[:200]
+    for data in (b"nonsense", b"", truncated):
+        (tmp_path / "adapter_model.bin").write_bytes(data)
+        with pytest.raises(AdapterIncompatible):
+            load_peft(config, tmp_path / "adapter_model.bin", layout)
+
+
+def test_a_bin_that_changes_while_it_is_read(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it can be read nevertheless or not."""
+    config, good = tiny.files(plain)
+    file, load = tmp_path / "adapter_model.bin", torch.load
+    for damages in (False, True):
+        torch.save(load_file(good), file)
+
+        def spoilt(source: Any, damages: bool = damages, **given: Any) -> Any:
+            os.utime(file, (1, 1))
+            if damages:
+                os.truncate(file, 300)
+            return load(source, **given)
+
+        monkeypatch.setattr(torch, "load", spoilt)
+        with pytest.raises(AdapterLoadFailed, match="changed"):
+            load_peft(config, file, tiny.llama_layout())
+        monkeypatch.setattr(torch, "load", load)
 
 
 def test_a_file_that_changes_while_it_is_read(plain: Path, tmp_path: Path) -> None:
