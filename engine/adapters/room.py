@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import deque
 
 from engine.adapters.tiers import HostImage, HostTier
 from engine.errors import AdapterLoadFailed, AdapterTooLarge, Overloaded
 
 
 class Room:
-    """Reservations in a tier, on one event loop. Whoever waits looks again whenever something was freed, oldest
-    first."""
+    """Reservations in a tier, on one event loop, in the order in which they were asked for: what is freed is kept for
+    the oldest that waits, so that small ones do not starve a large one."""
 
     def __init__(self, tier: HostTier, patience_s: float) -> None:
         self.tier = tier
         self._patience_s = patience_s
         self._freed = asyncio.Event()  # replaced whenever it is set
+        self._waiting: deque[object] = deque()  # the oldest first
         self._closing = False
 
     async def reserve(self, name: str, num_bytes: int) -> int:
@@ -31,20 +32,27 @@ class Room:
                 field="adapter_id",
                 hint="raise --host-cache-gb",
             )
-        deadline = time.monotonic() + self._patience_s
-        while (offset := self.tier.reserve(num_bytes)) is None:
-            patience = deadline - time.monotonic()
-            try:
-                await asyncio.wait_for(self._freed.wait(), max(patience, 0.0))
-            except TimeoutError:
-                raise Overloaded(
-                    f"no host memory for {name}: open requests use all of it",
-                    field="adapter_id",
-                    hint="try again, or raise --host-cache-gb",
-                ) from None
-            if self._closing:
-                raise AdapterLoadFailed("the server is shutting down")
-        return offset
+        turn = object()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(self._patience_s):
+                while True:
+                    if self._waiting[0] is turn:
+                        offset = self.tier.reserve(num_bytes)
+                        if offset is not None:
+                            return offset
+                    await self._freed.wait()
+                    if self._closing:
+                        raise AdapterLoadFailed("the server is shutting down")
+        except TimeoutError:
+            raise Overloaded(
+                f"no host memory for {name}: open requests use all of it",
+                field="adapter_id",
+                hint="try again, or raise --host-cache-gb",
+            ) from None
+        finally:
+            self._waiting.remove(turn)
+            self.freed()  # the next one's turn
 
     def abandon(self, offset: int) -> None:
         """Gives a reservation back."""
