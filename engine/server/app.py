@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 32 << 20
 KEEP_ALIVE_S = 15.0  # silence after which a stream gets a comment
 DRAIN_S = 90.0  # that open requests get when the server stops; aiohttp spends it in two halves
+STALL_S = 30.0  # that a client may leave unread what was sent to it; then the connection is closed
 LET_GO_S = 5.0  # that the engine gets to end what nobody waits for any more
 WATCH_S = 0.25  # between two looks at whether the engine is alive
 RETRY_AFTER_S = 1
@@ -51,6 +55,7 @@ def build_app(
     config: EngineConfig,
     *,
     keep_alive_s: float = KEEP_ALIVE_S,
+    stall_s: float = STALL_S,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> web.Application:
     """The application on `backend`; whoever made backend and text also closes them."""
@@ -60,6 +65,7 @@ def build_app(
     app[FRONT] = Front(backend, text, config, metrics, keep_alive_s)
     app.add_routes([*native.routes(), *openai.routes()])
     app.on_response_prepare.append(_sign)
+    app.on_response_prepare.append(functools.partial(_bound_stall, round(stall_s * 1000)))
     app.on_cleanup.append(_let_go)
     return app
 
@@ -159,6 +165,17 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 
 
 # -- life
+
+
+async def _bound_stall(
+    milliseconds: int, request: web.Request, response: web.StreamResponse
+) -> None:
+    """A client that stops reading keeps its place among the open requests, and the server from ending: the kernel
+    counts how long it does not take what was sent (tcp(7), TCP_USER_TIMEOUT)."""
+    transport = request.transport
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    if connection is not None and sys.platform == "linux":
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 async def _let_go(app: web.Application) -> None:

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import signal
+import socket
+import sys
 from typing import Any
 
 import openai as sdk
 import pytest
-from aiohttp import ClientSession, ClientTimeout
+from aiohttp import ClientSession, ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from openai import AsyncOpenAI
 
@@ -220,3 +222,43 @@ async def test_the_server_waits_until_the_engine_lets_go(
     assert backend.open
     await client.close()
     assert not backend.open
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts")
+async def test_a_client_that_does_not_read(backend: FakeBackend, text: Text) -> None:
+    """It loses its connection, and with it its place; one that reads is left alone."""
+    app = build_app(backend, text, EngineConfig(), stall_s=0.3)
+    flooding: set[int] = set()
+
+    async def flood(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        flooding.add(id(request))
+        try:
+            while True:
+                await response.write(bytes(1 << 16))
+        finally:
+            flooding.remove(id(request))
+
+    app.router.add_get("/flood", flood)
+    async with TestServer(app, handler_cancellation=True) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        silent = socket.create_connection(("127.0.0.1", int(server.port or 0)))
+        with silent:
+            for end in (writer.get_extra_info("socket"), silent):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            silent.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+
+            async def read() -> None:
+                while await reader.read(1 << 16):
+                    await asyncio.sleep(0.001)
+
+            reading = asyncio.create_task(read())
+            await until(lambda: len(flooding) == 2)
+            await until(lambda: len(flooding) == 1)
+            await asyncio.sleep(0.6)
+            assert len(flooding) == 1 and not reading.done()
+            reading.cancel()
+        writer.close()
+        await until(lambda: not flooding)
