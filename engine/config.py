@@ -9,6 +9,7 @@ decides; what it decides goes into the platform, the model spec and the memory p
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ class Option:
     env: tuple[str, ...] = ()  # further environment names, tried after FIELD_NAME
     env_name: str | None = None  # instead of FIELD_NAME, where that name already means something
     secret: bool = False  # never printed
+    least: float | None = None  # of a number
+    most: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +95,27 @@ class AdapterConfig:
         Option("Folder that local adapters may be read from; repeat for more. Default: `.`."),
     ] = (".",)
     max_active_adapters: Annotated[
-        int, Option("Most adapters on the device at one time (slots).")
+        int, Option("Most adapters on the device at one time (slots).", least=1)
     ] = 1024
     adapter_cycle_time_s: Annotated[
         float,
-        Option("Seconds a request waits for room before the longest idle adapter must give way."),
+        Option(
+            "Seconds a request waits for room before the longest idle adapter must give way.",
+            least=0,
+        ),
     ] = 2.0
     adapter_memory_fraction: Annotated[
         float, Option("Share of the device memory budget that holds adapters.")
     ] = 0.1
     host_cache_gb: Annotated[
         float | None,
-        Option("GiB of host memory that holds adapters ready to be placed; unset: by memory."),
+        Option(
+            "GiB of host memory that holds adapters ready to be placed; unset: by memory.", least=0
+        ),
     ] = None
-    max_adapter_rank: Annotated[int, Option("Adapters of a larger rank are refused.")] = 256
+    max_adapter_rank: Annotated[int, Option("Adapters of a larger rank are refused.", least=1)] = (
+        256
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +182,7 @@ class MemoryConfig:
         ),
     ] = None
     num_threads: Annotated[
-        int | None, Option("Threads of the compute process on a CPU; unset: one per core.")
+        int | None, Option("Threads of the compute process on a CPU; unset: one per core.", least=1)
     ] = None
 
 
@@ -182,14 +192,14 @@ class ServerConfig:
 
     # Shells and containers set HOSTNAME to the machine's own name.
     hostname: Annotated[str, Option("Address to listen on.", env_name="LORAX_HOSTNAME")] = "0.0.0.0"
-    port: Annotated[int, Option("Port to listen on; 0: any free one.")] = 3000
+    port: Annotated[int, Option("Port to listen on; 0: any free one.", least=0, most=65535)] = 3000
     max_concurrent_requests: Annotated[
-        int, Option("Open requests beyond which new ones are answered with 429.")
+        int, Option("Open requests beyond which new ones are answered with 429.", least=1)
     ] = 1024
-    max_best_of: Annotated[int, Option("Largest `best_of` (and `n`) of a request.")] = 2
-    max_stop_sequences: Annotated[int, Option("Most stop sequences of a request.")] = 4
+    max_best_of: Annotated[int, Option("Largest `best_of` (and `n`) of a request.", least=1)] = 2
+    max_stop_sequences: Annotated[int, Option("Most stop sequences of a request.", least=0)] = 4
     max_num_alternatives: Annotated[
-        int, Option("Most alternative tokens (`top_logprobs`) of a request.")
+        int, Option("Most alternative tokens (`top_logprobs`) of a request.", least=0)
     ] = 20
     cors_allow_origin: Annotated[
         tuple[str, ...], Option("Origin that browsers may call from; repeat; unset: any.")
@@ -271,10 +281,29 @@ def _parse(setting: Setting, value: Any, where: str) -> Any:
             words = {"1": True, "true": True, "yes": True, "on": True}
             words |= {"0": False, "false": False, "no": False, "off": False}
             return words[str(value).lower()]
-        return setting.type(value)
-    except (KeyError, TypeError, ValueError) as error:
+        found = setting.type(value)
+        if setting.type in (int, float):
+            _check_range(setting, found, where)
+        return found
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         message = str(error) if setting.choices else f"is not a valid {setting.type.__name__}"
         raise ConfigError(f"{where}: {value!r} {message}", field=setting.name) from None
+
+
+def _check_range(setting: Setting, value: float, where: str) -> None:
+    least, most = setting.option.least, setting.option.most
+    if (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    ):
+        return
+    wanted = " and ".join(
+        f"at {kind} {bound:g}"
+        for kind, bound in (("least", least), ("most", most))
+        if bound is not None
+    )
+    raise ConfigError(f"{where} is {value}, not {wanted or 'a number'}", field=setting.name)
 
 
 def resolve(

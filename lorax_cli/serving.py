@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -138,6 +139,6 @@ def _listening(config: EngineConfig, error: OSError) -> Exception:
             field="port",
             hint="use --port 0, or PORT=0, for a free one",
         )
-    if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
+    if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL) or isinstance(error, socket.gaierror):
         return ConfigError(f"cannot listen on {where}: {error.strerror}", field="hostname")
     return error

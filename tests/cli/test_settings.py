@@ -220,3 +220,33 @@ def test_values_of_switches(app: typer.Typer, seen: list[EngineConfig]) -> None:
 
 def test_legacy_names_are_free() -> None:
     assert not {flag.name for flag in legacy.LEGACY} & {setting.name for setting in SETTINGS}
+
+
+@pytest.mark.parametrize(
+    "setting", [one for one in SETTINGS if one.type in (int, float)], ids=lambda one: one.name
+)
+def test_numbers_out_of_range(
+    app: typer.Typer, setting: Setting, seen: list[EngineConfig], tmp_path: Path
+) -> None:
+    """By flag, environment and file: the bounds themselves are taken, what is beyond them is named."""
+    least, most = setting.option.least, setting.option.most
+    beyond = [] if least is None else [least - 1]
+    beyond += [] if most is None else [most + 1]
+    beyond += [float("nan"), float("inf")] if setting.type is float else []
+    for value in beyond:
+        text = f"{value:g}"
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump({setting.name: value}))
+        for arguments, env, named in (
+            ([f"{setting.flag}={text}"], {}, setting.flag),
+            ([], {setting.environment[0]: text}, setting.environment[0]),
+            (["--config", str(file)], {}, setting.name),
+        ):
+            bad = run(app, *arguments, env=env)
+            assert bad.exit_code == 2, bad.output
+            assert f"{named} is {setting.type(value)}, not" in " ".join(bad.stderr.split())
+    for bound in (least, most):
+        if bound is not None:
+            result = run(app, f"{setting.flag}={bound:g}")
+            assert result.exit_code == 0, result.output
+            assert getattr(getattr(seen[-1], setting.concern), setting.name) == bound
