@@ -174,8 +174,9 @@ async def _bound_stall(
     counts how long it does not take what was sent (tcp(7), TCP_USER_TIMEOUT)."""
     transport = request.transport
     connection = transport.get_extra_info("socket") if transport is not None else None
-    over_tcp = connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6)
-    if over_tcp and sys.platform == "linux":
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    if sys.platform == "linux":
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
