@@ -124,6 +124,18 @@ def test_page_of_an_engine(tmp_path: Path) -> None:
         assert y - top == pytest.approx(decade * math.log10(limit / point.flops_per_s), abs=0.5)
 
 
+def test_a_step_that_noise_made_negative(tmp_path: Path) -> None:
+    """It is a bar of no width, and no point."""
+    report = engine_report()
+    noise = measurement("lost in noise", -0.1, 2.0, 0.5)
+    report = dataclasses.replace(report, measurements=[*report.measurements, noise])
+    draw(report, tmp_path / "a.html")
+    ET.parse(tmp_path / "a.html")
+    roof = drawing_of(report).figures[1]
+    assert isinstance(roof, Roofline)
+    assert "lost in noise" not in {point.label for point in roof.points}
+
+
 def outside(page: str) -> list[str]:
     """What the page would fetch from elsewhere."""
     return re.findall(r'(?:src|href|url\()\s*=?\s*["\']?http', page)

@@ -75,14 +75,13 @@ def test_in_this_process(model: Path, tmp_path: Path) -> None:
     ET.parse(plot)
     _, roof = drawing_of(report).figures
     assert isinstance(roof, Roofline)
-    for one, (decode, prefill) in zip(
-        report.measurements, zip(roof.points[::2], roof.points[1::2], strict=True), strict=True
-    ):
-        of_roof = decode.flops_per_s / (decode.flops_per_byte * roof.bytes_per_s)
-        assert (decode.label, decode.prefill) == (one.case, False)
-        assert of_roof == pytest.approx(one.share)
-        assert (prefill.label, prefill.prefill) == (one.case, True)
-        seconds = one.prefill.flops / prefill.flops_per_s
+    found = {(point.label, point.prefill): point for point in roof.points}
+    for one in report.measurements:
+        if one.step_ms > 0:  # it may not be, on a busy machine
+            decode = found[one.case, False]
+            of_roof = decode.flops_per_s / (decode.flops_per_byte * roof.bytes_per_s)
+            assert of_roof == pytest.approx(one.share)
+        seconds = one.prefill.flops / found[one.case, True].flops_per_s
         asked = 2 if "beside" in one.case else 3
         assert asked * 8 / seconds == pytest.approx(one.prefill_tokens_per_s)
 
