@@ -12,6 +12,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
     # Before the processes start: a download happens once, and a wrong name fails at once.
     folder = await asyncio.to_thread(folder_of, config.model, False)
     start: Start = LocalBackend.start if local else ProcessBackend.start
+    if local:  # two threads are about to import it, and it takes another module's place when its import ends
+        await asyncio.to_thread(import_module, "transformers")
     # Beside them: both import large libraries.
     loading = asyncio.create_task(
         asyncio.to_thread(Text, str(folder), config.model.tokenizer_config_path)

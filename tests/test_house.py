@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.ops",),
     ("engine.layers",),
     ("engine.models",),
-    ("engine.scheduler", "engine.runner", "engine.adapters", "engine.lora", "engine.grammar"),
+    ("engine.scheduler", "engine.runner", "engine.adapters", "engine.lora"),
     ("engine.engine", "engine.exchange"),
     ("engine.server", "engine.process", "engine.bench"),
     ("lorax_cli",),

@@ -164,7 +164,14 @@ def _roofline(figure: Roofline) -> str:
         parts.append(_text(CURVE_LEFT - 8, y + 4, f"{value / 1e12:g}", "end"))
     parts.append(_line([at(*corner) for corner in corners], "#222", 2.0))
     parts.append(_text(CURVE_LEFT + 8, 24, "TFLOP/s"))
-    parts.append(_text(CURVE_LEFT + width, height + 42, "operations a byte that must move", "end"))
+    parts.append(
+        _text(
+            CURVE_LEFT + width,
+            height + 42,
+            "operations a byte that must move; circles decode, squares prefill",
+            "end",
+        )
+    )
     for index, (case, points) in enumerate(cases.items()):
         colour, top = COLOURS[index % len(COLOURS)], ROOF_HEIGHT + index * 20
         for point in points:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,42 @@ def test_unknown_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["generate", "--model-id", str(tmp_path / "none"), "Hello"])
     assert result.exit_code == 3
     assert "none" in result.stderr
+
+
+def test_transformers_is_there_before_two_threads_want_it() -> None:
+    """It swaps its module when its import ends; who comes in between finds it half made."""
+    code = """
+import asyncio, sys
+import engine.process, engine.server.text
+from engine.config import EngineConfig
+from lorax_cli.serving import opened
+
+seen = []
+
+class Text:
+    def __init__(self, *given):
+        seen.append(sys.modules.get("transformers"))
+
+async def start(config):
+    seen.append(sys.modules.get("transformers"))
+    raise RuntimeError("enough")
+
+engine.server.text.Text, engine.process.LocalBackend.start = Text, start
+assert "transformers" not in sys.modules
+
+async def main():
+    try:
+        async with opened(EngineConfig(), local=True):
+            pass
+    except RuntimeError:
+        pass
+
+try:
+    asyncio.run(main())
+except AttributeError:  # the Text of this test has no close
+    pass
+import transformers
+assert seen == [transformers, transformers], seen
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
