@@ -23,6 +23,7 @@ from engine.errors import AdapterIncompatible, AdapterLoadFailed
 from engine.lora.weights import Matrix, TensorMatrix
 
 MAX_HEADER_BYTES = 16 << 20
+RENAME = "write adapters under another name and rename them when complete"
 RESAVE = "save the adapter again with PEFT's save_pretrained (safetensors)"
 
 DTYPES = {
@@ -138,7 +139,7 @@ class SafetensorsFile:
             if not count:
                 raise AdapterLoadFailed(
                     f"{self.path.name} became shorter while it was read",
-                    hint="write adapters under another name and rename them when complete",
+                    hint=RENAME,
                 )
             done += count
 
@@ -216,7 +217,7 @@ def _stamp(fd: int) -> tuple[int, int]:
 def _changed(path: Path) -> AdapterLoadFailed:
     return AdapterLoadFailed(
         f"{path.name} changed while it was read",
-        hint="write adapters under another name and rename them when complete",
+        hint=RENAME,
     )
 
 

@@ -29,7 +29,7 @@ from engine.server.backend import Backend, Lease, Reader
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
 from engine.server.sequence import Event, Finish, Sequence
 from engine.server.stops import StopMatcher
-from engine.server.text import Text
+from engine.server.text import Text, characters
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
@@ -318,8 +318,7 @@ class Generator:
             self._check_length(len(prompt), parameters)
             tokens = await self.text.encode(prompt, special=parameters.special)
         elif prompt and isinstance(prompt[0], dict):
-            length = sum(len(str(message.get("content") or "")) for message in prompt)
-            self._check_length(length, parameters)
+            self._check_length(characters(prompt), parameters)
             tokens = await self.text.encode_chat(prompt)
         else:
             tokens = cast(list[int], prompt)

@@ -168,8 +168,7 @@ class Text:
 
     async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The tokens of a conversation that the model is to answer; raises InvalidRequest if it cannot be rendered."""
-        size = sum(TURN_TEXT + len(str(message.get("content") or "")) for message in messages)
-        if size < LONG_TEXT:
+        if characters(messages) + TURN_TEXT * len(messages) < LONG_TEXT:
             return await self.encode(self.render_chat(messages), special=False)
         prompt = await self._in_thread(lambda: self.render_chat(messages))
         return await self.encode(prompt, special=False)
@@ -300,6 +299,11 @@ class Text:
         ids = ids_in("generation_config.json") or ids_in("config.json")
         own = self._loaded.eos_token_id
         return sorted({*ids, *([own] if own is not None else [])})
+
+
+def characters(messages: list[dict[str, Any]]) -> int:
+    """Of what a conversation says, without what the template adds."""
+    return sum(len(str(message.get("content") or "")) for message in messages)
 
 
 def read_chat_template(path: Path) -> str:
