@@ -3,7 +3,7 @@
     python -m tools.profile_step [--shape mistral-7b] [--batch 64] [--adapters 0] [--modes prefill,decode,mixed]
 
 Prefill is one step that takes a prompt of every row; decode a step of rows that all have their prompt; mixed such a
-step that takes one more prompt.
+step that takes one more prompt, as long as such a step has room for.
 
 Gaps are the moments in which the device does nothing, from the first kernel of the profiled steps to the last. Copies
 of adapters are not counted as work. The profiler itself slows the host; the step without it is printed beside.
@@ -96,11 +96,15 @@ class Steps:
         self.engine, self.batch, self.adapters = engine, batch, adapters
         self.refs = images.mixes[0][:adapters] if adapters else [None]
         self.submitted = 0
+        beside = engine.scheduler.limits.chunk_tokens
+        self.beside = (
+            min(beside[batch], PROMPT) if beside else PROMPT
+        )  # tokens of a mixed step's prompt
 
-    def submit(self, requests: int, new: int) -> None:
-        """So many prompts of PROMPT tokens, and `new` tokens for each."""
+    def submit(self, requests: int, new: int, length: int = PROMPT) -> None:
+        """So many prompts of `length` tokens, and `new` tokens for each."""
         for number in range(self.submitted, self.submitted + requests):
-            tokens = [(number * 31 + i) % self.engine.spec.vocab for i in range(PROMPT)]
+            tokens = [(number * 31 + i) % self.engine.spec.vocab for i in range(length)]
             adapter = self.refs[number % len(self.refs)]
             self.engine.submit(Request(str(number), tokens, SamplingParams(), new, [], adapter))
         self.submitted += requests
@@ -128,7 +132,7 @@ class Steps:
                 while self.engine.has_work:
                     self.engine.step()
             else:
-                self.submit(mode == "mixed", 1)
+                self.submit(mode == "mixed", 1, self.beside)
                 self.engine.step()
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / steps
