@@ -31,22 +31,32 @@ __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t byt
                : "memory");
 }
 
-__device__ __forceinline__ bool passed(uint32_t barrier, uint32_t parity) {
+// Returns once the phase of that parity is complete: what this CTA and its bulk copies wrote is there.
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
 }
 
-// Returns once the phase of that parity is complete.
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  while (!passed(barrier, parity)) {
-  }
+// And so is what other CTAs of the cluster sent.
+__device__ __forceinline__ void wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
 }
 
 // -- clusters
@@ -57,7 +67,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all CTAs of the cluster.
+// All threads of all CTAs of the cluster. Relaxed: nothing written before need be seen.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }

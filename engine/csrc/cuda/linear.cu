@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if constexpr (kSplit > 1) {
     __syncwarp();
-    cluster_arrive();
+    cluster_arrive_relaxed();  // the fence publishes the barriers
     cluster_wait();
   } else {
     __syncthreads();
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads)
       return base + (sender * S::kOwnSlabs + warp % S::kOwnSlabs) * S::kSlabBytes + lane * 16;
     };
     if constexpr (kSplit > 1) {
+      __syncwarp();
       cluster_arrive();  // all have read the tiles
       cluster_wait();
       if (owner != rank) {
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
           if (row + lane / 4 + i * 8 < args.rows)
             bias[i] = widen(static_cast<const T*>(args.bias)[row + lane / 4 + i * 8]);
       }
-      if (kSplit > 1) wait(arrived, 0);
+      if (kSplit > 1) wait_for_cluster(arrived, 0);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float whole[4];
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous();
   if constexpr (kSplit > 1) {
     __syncwarp();
-    cluster_arrive();  // nobody leaves while others may write to its memory
+    cluster_arrive_relaxed();  // nobody leaves while others may write to its memory
     cluster_wait();
   }
 #else
