@@ -31,7 +31,7 @@ __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t byt
                : "memory");
 }
 
-// Returns once the phase of that parity is complete: what this CTA and its bulk copies wrote is there.
+// Once the phase of that parity is complete: what this CTA and its bulk copies wrote is there.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
