@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.bench.html import COLOURS, by_case, page
+from engine.bench.html import COLOURS, by_case, page, ticks
 from engine.bench.load.report import LoadReport
 from engine.bench.machine import Machine
 from engine.bench.quantiles import Times
@@ -241,10 +241,14 @@ def _roofline(figure: Roofline, ax: Any) -> None:
         colour = COLOURS[index % len(COLOURS)]
         for point in points:
             at, name = (point.flops_per_byte, point.flops_per_s), None if point.prefill else case
-            ax.scatter(*at, marker="s" if point.prefill else "o", color=colour, label=name)
+            size = 130 / (1 + index)  # of rings: equal points are seen as one in the other
+            mark = "s" if point.prefill else "o"
+            ax.scatter(*at, size, marker=mark, facecolors="none", edgecolors=colour, label=name)
+    rates = list(ticks(figure.floor, 2 * figure.flops_per_s))
+    ax.set_yticks(rates, [f"{rate / 1e12:g} TFLOP/s" for rate in rates], fontsize=8)
+    ax.minorticks_off()
     ax.set_ylim(bottom=figure.floor)
     ax.set_xlabel("operations a byte that must move; circles decode, squares prefill", fontsize=9)
-    ax.set_ylabel("operations a second", fontsize=9)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 

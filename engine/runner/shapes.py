@@ -68,7 +68,7 @@ def decode_shapes(max_rows: int) -> list[Shape]:
 def chunk_bounds(max_rows: int, most: int) -> list[int]:
     """Tokens of chunks beside 0 .. `max_rows` rows that decode: `most`, or what keeps a captured step at FEW_TOKENS.
 
-    One that goes beyond takes half as long again: measured, with 160 rows, 15.8 ms instead of 10.1 without chunks.
+    One that goes beyond takes longer for each token of a chunk: 45 us against 33, measured with 160 rows.
     Beside rows that leave less than the smallest bucket of chunks, it is `most`.
     """
     sizes = _mixed_decodes(max_rows)
