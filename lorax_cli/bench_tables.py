@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -27,29 +29,27 @@ def engine_table(report: Report) -> RenderableType:
         f"needed {report.needed_memory_fraction:.4f}"
     )
     caption = f"copy: {report.copy_bytes_per_s / 1e9:.1f} GB/s, read plus written"
-    table = Table("case", title=title, caption=caption + (needs if report.adapter_bytes else ""))
-    for head in (
-        "adapters",
-        "step ms",
-        "model ms",
-        "limit ms",
-        "of limit",
-        "x first",
-        "tok/s",
-        "prefill tok/s",
-        "must move MB",
-    ):
-        table.add_column(head, justify="right")
+    table = _table(
+        "case",
+        "step\nms",
+        "model\nms",
+        "limit\nms",
+        "of\nlimit",
+        "x\nfirst",
+        "tokens\n/s",
+        "prefill\ntokens/s",
+        "must\nmove MB",
+    )
+    table.title, table.caption = title, caption + (needs if report.adapter_bytes else "")
     for one in report.measurements:
         table.add_row(
             one.case,
-            str(one.adapters),
             f"{one.step_ms:.2f}",
             "-" if one.forward_ms is None else f"{one.forward_ms:.2f}",
             f"{one.limit_ms:.2f}",
             f"{one.share:.0%}",
             f"{one.ratio:.2f}",
-            f"{one.tokens_per_s:.1f}",
+            f"{one.tokens_per_s:.0f}",
             f"{one.prefill_tokens_per_s:.0f}",
             f"{one.decode.num_bytes / 1e6:.1f}",
         )
@@ -68,12 +68,15 @@ def engine_table(report: Report) -> RenderableType:
     return Group(*parts)
 
 
+def engine_lines(report: Report) -> str:
+    """Each case's step in milliseconds, behind a tab."""
+    return "\n".join(f"{one.case}\t{one.step_ms:.3f}" for one in report.measurements)
+
+
 def load_table(report: LoadReport) -> RenderableType:
     """Quantiles, rates and errors of a server."""
-    title = f"{report.model} at {report.url}"
-    table = Table("milliseconds", title=title)
-    for head in ("count", "mean", "p50", "p90", "p99", "max"):
-        table.add_column(head, justify="right")
+    table = _table("milliseconds", "count", "mean", "p50", "p90", "p99", "max")
+    table.title = f"{report.model} at {report.url}"
     rows: list[tuple[str, Times | None]] = [("first token", report.ttft)]
     if report.ttft_cold:
         rows += [("  warm", report.ttft_warm), ("  cold", report.ttft_cold)]
@@ -98,6 +101,29 @@ def load_table(report: LoadReport) -> RenderableType:
             f"{beside.streams} endless streams: {beside.tokens_per_s:.1f} tokens/s; cold adapters loaded in "
             f"{beside.inside_s:.1f} s of it"
         )
-    failed = ", ".join(f"{count} x {kind}" for kind, count in report.errors.items())
-    lines.append(f"errors: {failed or 'none'}; this client took {report.client_cpu:.0%} of a core")
+    lines.append(f"this client took {report.client_cpu:.0%} of a core")
+    for kind, number in report.errors.items():
+        reason = report.reasons.get(kind)
+        lines.append(escape(f"{number} x {kind}" + (f", the first: {reason}" if reason else "")))
     return Group(table, *lines)
+
+
+def load_lines(report: LoadReport) -> str:
+    """The figures as bare lines of name, tab, number."""
+    figures = {"requests/s": report.requests_per_s, "tokens/s": report.tokens_per_s}
+    for name, times in (
+        ("first token", report.ttft),
+        ("between tokens", report.itl),
+        ("last token", report.latency),
+    ):
+        if times is not None:
+            figures |= {f"{name}, p50, ms": times.p50, f"{name}, p99, ms": times.p99}
+    return "\n".join(f"{name}\t{value:.3f}" for name, value in figures.items())
+
+
+def _table(first: str, *figures: str) -> Table:
+    """Figures are never cut; where the terminal is too narrow, the first column is folded."""
+    table = Table(first, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for head in figures:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table

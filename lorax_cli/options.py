@@ -12,17 +12,39 @@ import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperCommand
 
 from engine.bench.options import Ask, asks, flag_of
 from engine.config import EngineConfig, Setting, resolve, settings
+from engine.errors import ConfigError
 from lorax_cli.legacy import LEGACY, REFUSED_VALUES, check_environment, check_flags
 from lorax_cli.output import warn
 
 CONFIG_FILE = "config_file"
 _METAVARS: dict[Any, str | None] = {bool: None, int: "INT", float: "NUMBER"}
+
+
+def address(text: str) -> str:
+    """The base URL of a server; without a scheme it is http. Raises ConfigError."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of a port or a bracket
+        known = None
+    if not known:
+        raise ConfigError(
+            f"--url {text!r} is not the address of a server",
+            field="url",
+            hint="such as http://localhost:3000",
+        )
+    return url.rstrip("/")
+
+
+UrlOption = functools.partial(typer.Option, parser=address, metavar="URL")
 
 
 def describe(setting: Setting) -> str:
@@ -47,6 +69,14 @@ def concern_titles() -> dict[str, str]:
     """Attribute of `EngineConfig` -> what the concern is, for headings."""
     hints = get_type_hints(EngineConfig)
     return {name: (cls.__doc__ or name).splitlines()[0].rstrip(".") for name, cls in hints.items()}
+
+
+def chosen(config: EngineConfig, *concerns: str) -> list[str]:
+    """Flags of the settings that are not as they are by default, wherever they were given."""
+    wanted = (setting for setting in settings() if setting.concern in concerns)
+    return [
+        one.flag for one in wanted if getattr(getattr(config, one.concern), one.name) != one.default
+    ]
 
 
 def _option(setting: Setting, panel: str) -> inspect.Parameter:

@@ -78,12 +78,23 @@ async def serve(config: EngineConfig, started: Started) -> None:
     from engine.server.front import FRONT
 
     configure_logging(config.server)
-    async with opened(config, local=False) as app:
-        keep_alive()
-        try:
+    try:
+        await _try_address(config)
+        async with opened(config, local=False) as app:
+            keep_alive()
             await run(app, lambda address: started(app[FRONT].backend.info, address))
-        except OSError as error:
-            raise _listening(config, error) from None
+    except OSError as error:
+        raise _listening(config, error) from None
+
+
+async def _try_address(config: EngineConfig) -> None:
+    """Raises OSError if the address cannot be listened on, before an engine takes its time to start."""
+    loop, server = asyncio.get_running_loop(), config.server
+    tried = await loop.create_server(
+        asyncio.Protocol, server.hostname, server.port, start_serving=False
+    )
+    tried.close()
+    await tried.wait_closed()
 
 
 async def serve_while(

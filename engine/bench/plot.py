@@ -191,7 +191,7 @@ def _matplotlib() -> Any:
         raise ConfigError(
             "--plot: a PNG is drawn by matplotlib, which is not installed",
             field="plot",
-            hint="pip install 'lorax-engine[bench]', or name the file .html",
+            hint="pip install matplotlib, or name the file .html",
         ) from None
 
 

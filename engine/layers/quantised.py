@@ -219,7 +219,7 @@ def method_of(quantize: str | None) -> Maker:
 
 
 def _load_bitsandbytes(quantize: str) -> None:
-    remedy = "pip install 'lorax-engine[quantize]'"
+    remedy = "pip install bitsandbytes"
 
     def refused(why: str, hint: str) -> ConfigError:
         return ConfigError(f"--quantize {quantize}: {why}", field="quantize", hint=hint)

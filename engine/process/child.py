@@ -1,7 +1,6 @@
 """How a child process begins: what it inherits, what it is told, and how it says that it cannot start.
 
-A child ends when its pipe does. The front decides about signals, so that a terminal's or a supervisor's, sent to every
-process of the group, ends nothing by itself.
+A child ends when its pipe does.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 def join(role: str, socket_fd: int) -> tuple[socket.socket, Setup]:
     """The pipe to the front and what it wants built. Ends the process if the front has ended already."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

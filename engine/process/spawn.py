@@ -23,8 +23,12 @@ _LOOK_S = 0.01
 _STDERR = 2
 
 # The child imports from where its parent does. Arguments: role, descriptors of pipe and host region, parent's path.
+# The front decides about signals: a terminal's or a supervisor's, sent to every process of the group, ends nothing by
+# itself, and interrupts no import.
 _BOOT = """\
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.path[:] = sys.argv[4:]
 from importlib import import_module
 code = import_module("engine.process." + sys.argv[1]).main(int(sys.argv[2]), int(sys.argv[3]))

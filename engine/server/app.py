@@ -198,35 +198,40 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
         app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_S / 2
     )
     await runner.setup()
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    main = asyncio.current_task()
+    loop, stopped, main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
+    hurried = False
 
     def on_signal() -> None:
+        nonlocal hurried
         if stopped.is_set() and main is not None:
-            main.cancel()
+            hurried = main.cancel()
         stopped.set()
 
     signals = (signal.SIGTERM, signal.SIGINT)
     try:
-        site = web.TCPSite(runner, config.hostname, config.port, backlog=1024)
-        await site.start()
-        for number in signals:
-            loop.add_signal_handler(number, on_signal)
-        if started is not None:
-            started(_address(runner))
-        while front.backend.alive and not stopped.is_set():
-            try:
-                async with asyncio.timeout(WATCH_S):
-                    await stopped.wait()
-            except TimeoutError:
-                continue
-        log.info("stopping: %d requests are open", front.num_open)
-    finally:
         try:
-            await runner.cleanup()
-        finally:
+            site = web.TCPSite(runner, config.hostname, config.port, backlog=1024)
+            await site.start()
             for number in signals:
-                loop.remove_signal_handler(number)
+                loop.add_signal_handler(number, on_signal)
+            if started is not None:
+                started(_address(runner))
+            while front.backend.alive and not stopped.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(WATCH_S):
+                        await stopped.wait()
+            log.info("stopping: %d requests are open", front.num_open)
+        finally:
+            await runner.cleanup()
+    except asyncio.CancelledError:
+        if not hurried or main is None:
+            raise
+        while main.uncancel():
+            pass
+        log.info("stopping at once: %d requests are open", front.num_open)
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
     if not front.backend.alive:
         raise EngineDead("the engine died", hint="see its last lines in the log")
 

@@ -12,8 +12,8 @@ from engine.bench.load.workload import Load
 from engine.bench.options import asks, fill, flag_of
 from engine.bench.workload import Workload
 from engine.config import EngineConfig
-from engine.errors import ConfigError
-from lorax_cli.options import with_asks, with_config
+from engine.errors import ConfigError, LoraxError
+from lorax_cli.options import UrlOption, with_asks, with_config
 from lorax_cli.output import Output, QuietFlag, examples, warn
 
 Given = dict[str, str | list[str]]
@@ -28,26 +28,40 @@ def check_given(given: Given, url: str | None) -> None:
             raise ConfigError(f"{flag_of(name)} {where}", field=name)
 
 
-def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any]:
-    """(report, table) of engines in this process."""
+def check_files(json_file: Path | None, plot: Path | None) -> None:
+    """Raises ConfigError for a file that could not be written, before anything is measured."""
+    if plot is not None:
+        from engine.bench.plot import check_plot
+
+        check_plot(plot)
+    for field, file in (("json", json_file), ("plot", plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            folder = file.absolute().parent
+            raise ConfigError(f"--{field} {file}: there is no folder {folder}", field=field)
+        if file is not None and file.is_dir():
+            raise ConfigError(f"--{field} {file}: is a folder", field=field)
+
+
+def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any, Any]:
+    """(report, table, bare lines) of engines in this process."""
     workload = fill(Workload, given)
     workload.check()
     from engine.bench.offline import measure
-    from lorax_cli.bench_tables import engine_table
+    from lorax_cli.bench_tables import engine_lines, engine_table
 
     report = measure(config, workload, tell=lambda text: out.note(f"[dim]{text}[/dim]"))
     if not all(one.resident for one in report.measurements):
         warn("adapters were placed anew while measuring; raise --adapter-memory-fraction")
-    return report, engine_table
+    return report, engine_table, engine_lines
 
 
-def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tuple[Any, Any]:
-    """(report, table) of a running server."""
+def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tuple[Any, Any, Any]:
+    """(report, table, bare lines) of a running server."""
     import asyncio
 
     from engine.bench.load.report import report_of
     from engine.bench.load.run import drive
-    from lorax_cli.bench_tables import load_table
+    from lorax_cli.bench_tables import load_lines, load_table
 
     load = fill(Load, given)
     source = config.adapters.adapter_source
@@ -59,7 +73,7 @@ def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tupl
             tell=lambda text: out.note(f"[dim]{text}[/dim]"),
         )
     )
-    return report_of(outcome, load), load_table
+    return report_of(outcome, load), load_table, load_lines
 
 
 @with_config("model", "adapters", "scheduler", "memory")
@@ -69,7 +83,7 @@ def bench(
     given: Given,
     url: Annotated[
         str | None,
-        typer.Option(help="Measure the server at this address, ours or any OpenAI-like."),
+        UrlOption(help="Measure the server at this address, ours or any OpenAI-like."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers to this file; - for stdout.")
@@ -90,23 +104,23 @@ def bench(
     Streams that never end (--background) show what the others do to them.
     """
     check_given(given, url)
-    if plot is not None:
-        from engine.bench.plot import check_plot
-
-        check_plot(plot)
     to_stdout = json_file is not None and str(json_file) == "-"
+    file = None if to_stdout else json_file
+    check_files(file, plot)
     out = Output.of(to_stdout, quiet)
-    report, table = (
+    report, table, lines = (
         offline(config, given, out) if url is None else over_http(config, given, url, out)
     )
     value: dict[str, Any] = report.to_json()
-    if json_file is not None and not to_stdout:
-        json_file.write_text(json.dumps(value, indent=2) + "\n")
+    out.result(value, view=lambda: table(report), bare=lines(report))
+    if file is not None:
+        file.write_text(json.dumps(value, indent=2) + "\n")
     if plot is not None:
         from engine.bench.plot import draw
 
         draw(report, plot)
-    out.result(value, view=lambda: table(report))
+    if url is not None and not report.completed:
+        raise LoraxError(f"none of {report.sent} requests was answered in full")
 
 
 def register(app: typer.Typer) -> None:

@@ -10,8 +10,8 @@ import typer
 
 from engine.config import EngineConfig
 from lorax_cli.client import Client
-from lorax_cli.options import with_config
-from lorax_cli.output import JsonFlag, Output, QuietFlag, examples
+from lorax_cli.options import UrlOption, chosen, with_config
+from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, warn
 
 
 async def stream_answer(
@@ -62,7 +62,7 @@ def generate(
     config: EngineConfig,
     url: Annotated[
         str | None,
-        typer.Option(help="Ask the server at this address instead of starting an engine here."),
+        UrlOption(help="Ask the server at this address instead of starting an engine here."),
     ] = None,
     api_token: Annotated[
         str | None, typer.Option(help="Token for a private adapter, sent to the server of --url.")
@@ -98,6 +98,8 @@ def generate(
         "stop": stop,
     }
     parameters = parameters_of(config, given)
+    if url and (unused := chosen(config, "model", "scheduler", "memory")):
+        warn(f"{', '.join(unused)}: the server of --url has its own")
 
     async def ask() -> None:
         opened: AbstractAsyncContextManager[Client]

@@ -229,7 +229,7 @@ def test_counter_of_native_streams() -> None:
     event = b'data:{"token":{"id":7,"text":"","logprob":-1.0},"generated_text":null}\n\n'
     assert counter.feed(event * 3) == 3
     assert counter.feed(b'data:{"error":"it broke","error_type":"generation"}\n\n') == 0
-    assert counter.error == "stream generation"
+    assert (counter.error, counter.reason) == ("stream generation", "it broke")
 
 
 def test_native_prompts_have_about_as_many_tokens() -> None:
@@ -279,12 +279,14 @@ def test_report_by_hand() -> None:
         record(9.0, [9.5, 10.0], 10.1, counted=False),
         record(10.0, [10.2, 10.3, 10.5], 10.6),
         record(11.0, [12.0, 12.1], 12.2, cold=True, tokens=4),
-        record(13.0, [], 13.5, cold=True, error="500"),
+        record(13.0, [], 13.5, cold=True, error="500", reason="the first"),
+        record(8.0, [], 8.5, counted=False, error="500", reason="the second"),
     ]
     background = [record(5.0, [6.0, 6.5, 10.5, 11.25, 11.5, 13.25, 14.0], 14.0)]
     outcome = Outcome(server, records, background, (5.5, 7.0), (10.0, 14.0), array("d", [0.001]))
     report = report_of(outcome, Load(background=1))
-    assert (report.sent, report.completed, report.errors) == (3, 2, {"500": 1})
+    assert (report.sent, report.completed, report.errors) == (3, 2, {"500": 2})
+    assert report.reasons == {"500": "the first"}
     assert report.ttft is not None and report.ttft.max == pytest.approx(1000)
     assert report.ttft_warm is not None and report.ttft_warm.p50 == pytest.approx(200)
     assert report.itl is not None and report.itl.mean == pytest.approx(400 / 3)
@@ -305,10 +307,11 @@ def test_report_by_hand() -> None:
 # -- our own server
 
 
-@pytest.mark.parametrize("api", ["openai", "native"])
-async def test_our_own_server(
-    api: str,
-) -> None:
+@pytest.mark.parametrize(
+    ("api", "background_tokens"),
+    [("openai", 20), ("native", 20), ("openai", None)],  # as many as there is room for
+)
+async def test_our_own_server(api: str, background_tokens: int | None) -> None:
     config = EngineConfig(
         adapters=AdapterConfig(host_cache_gb=0.05), memory=MemoryConfig(cpu_memory_gb=0.2)
     )
@@ -321,7 +324,7 @@ async def test_our_own_server(
         concurrency=2,
         warm_up=0.0,
         background=1,
-        background_tokens=20,  # it begins anew all the time, so that it never runs out of text
+        background_tokens=background_tokens,
         alone=0.1,
         api=api,  # type: ignore[arg-type]
     )

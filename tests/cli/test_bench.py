@@ -135,6 +135,11 @@ def test_too_little_memory_is_told(model: Path) -> None:
         (["--url", "http://x", "--ranks", "8"], "--ranks is for an engine in this process"),
         (["--url", "http://x", "--rate", "3", "--concurrency", "2"], "give one of them"),
         (["--plot", "a.pdf"], "neither .html nor .png"),
+        (["--plot", "nowhere/a.html"], "--plot nowhere/a.html: there is no folder"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder"),
+        (["--json", "/"], "is a folder"),
+        (["--url", "ftp://x"], "'ftp://x' is not the address of a server"),
+        (["--url", "localhost:port"], "'localhost:port' is not the address of a server"),
     ],
 )
 def test_bad_values(model: Path, arguments: list[str], words: str) -> None:
@@ -153,7 +158,8 @@ def test_over_http(server: FakeServer, tmp_path: Path) -> None:
         app,
         ["bench", "--url", server.url, *words.split(), "--json", "-", "--plot", str(plot)],
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
+    assert "none of 5 requests" in result.stderr
     report = load_report_from(json.loads(result.stdout))
     assert report.errors == {"404": 5} and report.completed == 0  # it has no such route
     ET.parse(plot)

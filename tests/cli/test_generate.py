@@ -21,6 +21,26 @@ def test_server(server: FakeServer) -> None:
     assert "3 tokens" in result.stderr
 
 
+def test_an_address_needs_no_scheme(server: FakeServer) -> None:
+    bare = server.url.removeprefix("http://")
+    result = CliRunner().invoke(app, ["generate", "--url", f"{bare}/", "Hi"])
+    assert result.stdout == "hello world\n", result.output
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "x:port", "http://[::1", "http://x:0"])
+def test_what_is_no_address_is_told(url: str) -> None:
+    result = CliRunner().invoke(app, ["generate", "--url", url, "Hi"])
+    assert result.exit_code == 2
+    assert f"--url {url!r} is not the address of a server" in result.stderr
+
+
+def test_settings_that_a_server_has_itself_are_told(server: FakeServer) -> None:
+    mine = ["--model-id", "./mine", "--adapter-id", "x", "--max-batch-size", "3"]
+    result = CliRunner().invoke(app, ["generate", "--url", server.url, "Hi", *mine])
+    assert result.exit_code == 0
+    assert "warning: --model-id, --max-batch-size: the server of --url has its own" in result.stderr
+
+
 def test_parameters_are_those_given(server: FakeServer) -> None:
     given = "--max-new-tokens 5 --temperature 0.5 --top-k 3 --seed 7 --stop a --stop b"
     adapter = "--adapter-id x --adapter-source local --api-token mine"

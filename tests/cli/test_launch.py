@@ -118,7 +118,9 @@ async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
 
 
 def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is started."""
     monkeypatch.chdir(demo_folder)
+    monkeypatch.setattr(serving, "opened", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [

@@ -170,6 +170,22 @@ async def test_stopping_lets_open_requests_finish(backend: FakeBackend, text: Te
     backend.check_idle()
 
 
+async def test_a_second_signal_ends_open_requests(backend: FakeBackend, text: Text) -> None:
+    """One that would take a quarter of an hour; `run` returns as it does after a first signal."""
+    backend.answer = lambda request: [40] * 900
+    backend.delay = 1.0
+    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    running = asyncio.create_task(run(build_app(backend, text, LOCAL), address.set_result))
+    url = await asyncio.wait_for(address, 5)
+    async with ClientSession(timeout=ClientTimeout(10)) as session:
+        await session.post(f"{url}/generate_stream", json={"inputs": "x"})
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.2)
+        assert not running.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(running, 5)
+
+
 async def test_a_dead_engine_ends_the_server(backend: FakeBackend, text: Text) -> None:
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     running = asyncio.create_task(run(build_app(backend, text, LOCAL), address.set_result))

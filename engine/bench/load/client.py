@@ -64,6 +64,7 @@ class Record:
     end: float = 0.0  # of the last byte, or of the failure
     tokens: int = 0
     error: str | None = None  # kind of failure
+    reason: str | None = None  # in words, where the server has some
 
     @property
     def first(self) -> float | None:
@@ -81,6 +82,7 @@ class Server:
     adapter_source: str | None = None
     tokens_per_word: float = 1.0
     about: dict[str, str] = field(default_factory=dict)
+    room: int | None = None  # tokens of prompt and answer together, if it tells
 
 
 async def _json(session: aiohttp.ClientSession, method: str, url: str, body: Any = None) -> Any:
@@ -129,7 +131,8 @@ async def look_at(
             )
         ratio = len(spans) / MOST_WORDS
     vocab = int(info.get("vocab_size") or FALLBACK_VOCAB)
-    return Server(url, api, str(model), vocab, adapter_source, ratio, about)
+    room = info.get("max_total_tokens")
+    return Server(url, api, str(model), vocab, adapter_source, ratio, about, room)
 
 
 def body_of(server: Server, asked: Asked, chooser: random.Random) -> dict[str, Any]:
@@ -164,13 +167,14 @@ def body_of(server: Server, asked: Asked, chooser: random.Random) -> dict[str, A
 class Counter:
     """Counts the events of a stream, fed with bytes as they come."""
 
-    __slots__ = ("_native", "_rest", "done", "error", "usage")
+    __slots__ = ("_native", "_rest", "done", "error", "reason", "usage")
 
     def __init__(self, native: bool) -> None:
         self._native = native
         self._rest = b""
         self.done = False
         self.error: str | None = None
+        self.reason: str | None = None
         self.usage: int | None = None  # tokens, as the server says
 
     def feed(self, data: bytes) -> int:
@@ -189,7 +193,7 @@ class Counter:
             self.done = True
             return 0
         if text.startswith((b'{"error"', b'{"object":"error"')):
-            self.error = kind_of(text, "stream")
+            self.error, self.reason = failure_of(text, "stream")
             return 0
         if self._native:
             return 1
@@ -202,18 +206,19 @@ class Counter:
         return 1
 
 
-def kind_of(body: bytes, otherwise: str) -> str:
-    """The machine-readable type in an error's body: ours or OpenAI's."""
+def failure_of(body: bytes, where: str) -> tuple[str, str | None]:
+    """(kind, reason) of an error's body, ours or OpenAI's: `where` with the machine-readable type, and the words."""
     try:
         value = json.loads(body)
     except ValueError:
-        return otherwise
+        return where, None
     if isinstance(value, dict) and isinstance(value.get("error"), dict):
         value = value["error"]
     if not isinstance(value, dict):
-        return otherwise
+        return where, None
     found = value.get("code") or value.get("error_type") or value.get("type")
-    return f"{otherwise} {found}" if found else otherwise
+    reason = value.get("message") or value.get("error")
+    return f"{where} {found}" if found else where, None if reason is None else str(reason)
 
 
 async def stream(
@@ -228,14 +233,15 @@ async def stream(
     try:
         async with session.post(server.url + route, data=body, headers=headers) as response:
             if response.status >= 400:
-                record.error = kind_of(await response.read(), str(response.status))
+                body = await response.read()
+                record.error, record.reason = failure_of(body, str(response.status))
             else:
                 read = response.content.readany
                 while data := await read():
                     at = now()
                     for _ in range(counter.feed(data)):
                         record.times.append(at)
-                record.error = counter.error
+                record.error, record.reason = counter.error, counter.reason
                 if not record.times and record.error is None:
                     record.error = "no tokens"
     except TimeoutError:

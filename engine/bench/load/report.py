@@ -46,6 +46,7 @@ class LoadReport:
     sent: int
     completed: int
     errors: dict[str, int]  # kind -> requests, those of the background and the warm-up too
+    reasons: dict[str, str]  # kind -> what the server said of the first of it
     tokens_per_s: float  # that arrived in it, without the background's
     requests_per_s: float  # that ended in it
     ttft: Times | None  # from when it was due to the first token
@@ -103,7 +104,9 @@ def report_of(outcome: Outcome, load: Load) -> LoadReport:
     good = [record for record in counted if record.error is None]
     firsts = [(one, one.times[0] - one.due) for one in good]
     everyone = (*outcome.records, *outcome.background)
-    kinds = Counter(record.error for record in everyone if record.error is not None)
+    failed = [record for record in everyone if record.error is not None]
+    kinds = Counter(str(record.error) for record in failed)
+    reasons = {str(one.error): one.reason for one in reversed(failed) if one.reason}
     return LoadReport(
         machine=machine("client"),
         url=outcome.server.url,
@@ -114,6 +117,7 @@ def report_of(outcome: Outcome, load: Load) -> LoadReport:
         sent=len(counted),
         completed=len(good),
         errors=dict(kinds),
+        reasons=reasons,
         tokens_per_s=_rate(outcome.records, begin, end),
         requests_per_s=sum(begin <= one.end <= end for one in outcome.records if not one.error)
         / seconds

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 TICK_S = 0.01
+BACKGROUND_TOKENS = 2048  # at most, unless asked for
 PATIENCE_S = 600.0  # for the background's first tokens
 
 Tell = Callable[[str], None]
@@ -165,10 +166,12 @@ class _Driver:
     async def _endless(self, index: int, adapter: str | None) -> None:
         """One stream after another. The first is cut short at random, so that not all begin anew together."""
         chooser = random.Random(self.load.seed * 1000 + index)
-        most = self.load.background_tokens
+        prompt = self.load.input_tokens.low
+        room = BACKGROUND_TOKENS if self.server.room is None else self.server.room - prompt
+        most = self.load.background_tokens or max(min(BACKGROUND_TOKENS, room), 1)
         for turn in count():
             tokens = chooser.randint(max(1, most // 2), most) if turn == 0 else most
-            asked = Asked(adapter, False, self.load.input_tokens.low, tokens, 0.0)
+            asked = Asked(adapter, False, prompt, tokens, 0.0)
             record = Record(asked, time.perf_counter(), counted=True)
             self.background.append(record)
             await self._stream(record)

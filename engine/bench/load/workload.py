@@ -79,8 +79,13 @@ class Load:
         int, Ask("Endless streams beside, whose gaps are told apart.", amount, "0")
     ] = 0
     background_tokens: Annotated[
-        int, Ask("Tokens after which such a stream begins anew.", count, "2048")
-    ] = 2048
+        int | None,
+        Ask(
+            "Tokens after which such a stream begins anew.",
+            count,
+            "2048, or what there is room for",
+        ),
+    ] = None
     alone: Annotated[float, Ask("Seconds that the background runs alone first.", number, "5")] = 5.0
     api: Annotated[
         Literal["openai", "native"],
