@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import Registry
@@ -134,8 +134,17 @@ class Versions:
             self._known.pop(key)
 
 
+def _look_at(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
 async def share(task: asyncio.Task[T]) -> T:
-    """The result of a task that others wait for too; its failure as an error of one's own."""
+    """The result of a task that others wait for too; its failure as an error of one's own.
+
+    A failure that nobody waits for any more is nobody's, not the loop's to complain of.
+    """
+    task.add_done_callback(_look_at)
     try:
         return await asyncio.shield(task)
     except LoraxError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import random
 import shutil
@@ -190,6 +191,25 @@ async def test_a_waiter_that_goes_leaves_nothing_leased(make: Make, saved: Path)
     while (await exchange.adapters())[-1].state != "ready":
         await asyncio.sleep(0.01)
     assert [status.leases for status in await exchange.adapters()] == [0, 0]
+
+
+async def test_a_failure_that_nobody_waits_for_is_only_a_status(make: Make, saved: Path) -> None:
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    source = CountingSource(saved)
+    source.failures = 1
+    source.open.clear()
+    exchange = make(sources={"local": source})
+    alone = asyncio.create_task(exchange.acquire(ref("a")))
+    await asyncio.sleep(0.05)
+    alone.cancel()
+    del alone  # and with it the last frame that knows the load
+    source.open.set()
+    while (await exchange.adapters())[-1].state != "failed":
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert told == []
 
 
 async def test_eviction_and_leases(make: Make) -> None:

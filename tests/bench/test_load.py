@@ -24,11 +24,12 @@ from engine.bench.load.report import (
     report_of,
     touches,
 )
-from engine.bench.load.run import Outcome, drive
+from engine.bench.load.run import BACKGROUND_TOKENS, Outcome, drive
 from engine.bench.load.workload import Asked, Load
 from engine.bench.options import Span
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig
 from engine.errors import EngineDead, LoraxError
+from engine.server.front import FRONT
 from lorax_cli.serving import opened
 
 QUICK = Load(requests=6, concurrency=2, warm_up=0.0, output_tokens=Span(4, 4), alone=0.1)
@@ -307,14 +308,13 @@ def test_report_by_hand() -> None:
 # -- our own server
 
 
-@pytest.mark.parametrize(
-    ("api", "background_tokens"),
-    [("openai", 20), ("native", 20), ("openai", None)],  # as many as there is room for
+DEMO = EngineConfig(
+    adapters=AdapterConfig(host_cache_gb=0.05), memory=MemoryConfig(cpu_memory_gb=0.2)
 )
-async def test_our_own_server(api: str, background_tokens: int | None) -> None:
-    config = EngineConfig(
-        adapters=AdapterConfig(host_cache_gb=0.05), memory=MemoryConfig(cpu_memory_gb=0.2)
-    )
+
+
+@pytest.mark.parametrize("api", ["openai", "native"])
+async def test_our_own_server(api: str) -> None:
     load = Load(
         input_tokens=Span(20, 20),
         output_tokens=Span(12, 12),
@@ -324,11 +324,11 @@ async def test_our_own_server(api: str, background_tokens: int | None) -> None:
         concurrency=2,
         warm_up=0.0,
         background=1,
-        background_tokens=background_tokens,
+        background_tokens=20,  # it begins anew all the time, so that it never runs out of text
         alone=0.1,
         api=api,  # type: ignore[arg-type]
     )
-    async with opened(config, local=True) as app, TestServer(app) as server:
+    async with opened(DEMO, local=True) as app, TestServer(app) as server:
         outcome = await drive(str(server.make_url("/")), load, None, quiet)
     report = report_of(outcome, load)
     assert report.errors == {} and report.completed == 4
@@ -338,3 +338,15 @@ async def test_our_own_server(api: str, background_tokens: int | None) -> None:
     if api == "native":
         assert all(len(one.times) == 12 for one in outcome.records)
     assert report.background is not None and report.background.tokens_per_s > 0
+
+
+async def test_endless_streams_fit_into_the_servers_room() -> None:
+    load = replace(QUICK, background=2)
+    async with opened(DEMO, local=True) as app, TestServer(app) as server:
+        room = app[FRONT].backend.info.max_total_tokens
+        outcome = await drive(str(server.make_url("/")), load, None, quiet)
+    assert report_of(outcome, load).errors == {}
+    assert room < BACKGROUND_TOKENS
+    for one in outcome.background:  # the first ones are cut short, to a half at most
+        whole = one.asked.input_tokens + one.asked.output_tokens
+        assert room // 2 <= whole <= room
