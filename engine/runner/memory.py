@@ -27,6 +27,9 @@ ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 class MemoryPlan:
     """Sizes of everything the engine holds, and the limits that follow from them."""
 
+    budget: int  # bytes; on a CPU the weights are beside it
+    budget_flag: str
+    unused: int  # bytes of it
     weights: int  # bytes
     kv_block: int  # bytes of one block over all layers
     num_blocks: int  # with the scratch block
@@ -56,6 +59,7 @@ class MemoryPlan:
             ("adapter arena", self.arena + self.records),
             *([("working memory of a step", self.working)] if self.working else []),
             ("adapters in host memory, at most", self.host_tier),
+            (f"unused of the {self.budget / GIB:.3f} of {self.budget_flag}", self.unused),
         ]
 
 
@@ -126,6 +130,9 @@ def plan_memory(
     blocks = _num_blocks(config, min(room, rows * -(-total // block) + 1), block, total)
     longest = _input_length(config, total)
     return MemoryPlan(
+        platform.budget,
+        _budget_flag(platform),
+        budget - arena - records - blocks * kv_block,
         weights,
         kv_block,
         blocks,
@@ -228,18 +235,20 @@ def _input_length(config: EngineConfig, total: int) -> int:
     return longest
 
 
+def _budget_flag(platform: Platform) -> str:
+    return "--cuda-memory-fraction" if platform.is_cuda else "--cpu-memory-gb"
+
+
 def _shortage(platform: Platform, shares: dict[str, int]) -> ConfigError:
     """Why so little is left for the KV cache."""
     taken = ", ".join(f"{what} {size / GIB:.2f}" for what, size in shares.items() if size)
     less = "--max-total-tokens, --adapter-memory-fraction or --max-active-adapters"
     if platform.is_cuda:
-        name, less = "cuda_memory_fraction", f"--max-batch-prefill-tokens, --max-batch-size, {less}"
-    else:
-        name = "cpu_memory_gb"
-    flag = f"--{name.replace('_', '-')}"
+        less = f"--max-batch-prefill-tokens, --max-batch-size, {less}"
+    flag = _budget_flag(platform)
     return ConfigError(
         f"{flag} allows {platform.budget / GIB:.2f} GiB, of which the others take: {taken or 'nothing'}",
-        field=name,
+        field=flag[2:].replace("-", "_"),
         hint=f"raise {flag}, or lower {less}",
     )
 

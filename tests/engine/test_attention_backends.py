@@ -157,6 +157,26 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
     assert caught.value.field == "block_size"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("most", [None, 65536])
+def test_the_lines_of_the_memory_plan_are_the_budget(
+    device: str, most: int | None, tmp_path: Path
+) -> None:
+    """To the byte; on a CPU the weights are beside it. Less than a block is unused, unless no more can be used."""
+    make_model("llama", tmp_path)
+    config, spec = config_of(tmp_path), spec_from(tmp_path)
+    scheduler = replace(config.scheduler, max_batch_total_tokens=most, max_batch_size=50_000)
+    platform = Platform(torch.device(device), "a device", 4 << 30, 1)
+    plan = plan_memory(
+        replace(config, scheduler=scheduler), platform, spec, 2, (MIB, 0, 1024, MIB), Builtin()
+    )
+    *parts, (tier, _), (unused, left) = plan.lines
+    assert tier.startswith("adapters in host memory") and "4.000" in unused
+    beside = plan.weights if device == "cpu" else 0
+    assert sum(num_bytes for _, num_bytes in parts) + left == platform.budget + beside
+    assert (0 <= left < plan.kv_block) == (most is None)
+
+
 @pytest.mark.parametrize("vocab", [1000, 32_000, 256_000])
 def test_the_memory_plan_has_room_for_scored_prompts(vocab: int, tmp_path: Path) -> None:
     """As many tokens as it lets a step score, or as a step has."""
