@@ -48,7 +48,7 @@ UrlOption = functools.partial(typer.Option, parser=address, metavar="URL")
 
 
 def describe(setting: Setting) -> str:
-    """The choices, the environment names and the default, in the brackets that end a help text."""
+    """The choices, the environment names beside the setting's own, and the default: the brackets that end a help."""
     default = setting.default
     if default is None or default == ():
         shown = ""
@@ -58,11 +58,12 @@ def describe(setting: Setting) -> str:
         shown = "on" if default else "off"
     else:
         shown = str(default)
-    parts = ["|".join(setting.choices)] if setting.choices else []
-    parts.append(f"env {', '.join(setting.environment)}")
+    parts = [" | ".join(setting.choices)] if setting.choices else []
+    if further := [name for name in setting.environment if name != setting.name.upper()]:
+        parts.append(f"env {', '.join(further)}")
     if shown:
         parts.append(f"default {shown}")
-    return f"({'; '.join(parts)})"
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def concern_titles() -> dict[str, str]:
@@ -100,7 +101,7 @@ def _option(setting: Setting, panel: str) -> inspect.Parameter:
         default=typer.Option(
             None,
             flags,
-            help=f"{setting.option.help} {describe(setting)}",
+            help=f"{setting.option.help}{describe(setting)}",
             rich_help_panel=panel,
             show_default=False,
             metavar=_METAVARS.get(setting.type, "CHOICE" if setting.choices else "TEXT"),
@@ -117,7 +118,8 @@ def _config_file() -> inspect.Parameter:
         default=typer.Option(
             None,
             "--config",
-            help="YAML file of settings; flags and environment come first.",
+            help="YAML file of settings. Flags come first, then the environment: --dtype is DTYPE, "
+            "where no other name is told.",
             dir_okay=False,
             show_default=False,
         ),
