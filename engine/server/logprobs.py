@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 
 from engine.server.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
@@ -69,27 +70,42 @@ def chat(text: Text, tokens: Sequence[Placed]) -> ChatLogprobs:
 def completion(
     text: Text,
     tokens: Sequence[Placed],
-    offset: int,
+    echoed: str,
     prompt: Sequence[tuple[int, float | None]] = (),
 ) -> CompletionLogprobs:
-    """For /v1/completions; the answer begins at character `offset`, after an echoed `prompt`."""
-    made = CompletionLogprobs([], [], [], [])
-    at = 0
+    """For /v1/completions; the answer begins behind `echoed`, the text of an echoed `prompt`."""
+    made = CompletionLogprobs([], [], [], prompt_offsets(text, [id for id, _ in prompt], echoed))
     for id, logprob in prompt:
         name = text.token_text(id)
         made.tokens.append(name)
         made.token_logprobs.append(None if logprob is None else _finite(logprob))
         made.top_logprobs.append(None if logprob is None else {name: _finite(logprob)})
-        made.text_offset.append(min(at, offset))
-        at += 0 if id in text.special_ids else len(name)
     for start, token in tokens:
         name = text.token_text(token.id)
         top = {text.token_text(id): _finite(logprob) for id, logprob in token.alternatives or ()}
         made.tokens.append(name)
         made.token_logprobs.append(_finite(token.logprob))
         made.top_logprobs.append(top | {name: _finite(token.logprob)})
-        made.text_offset.append(offset + start)
+        made.text_offset.append(len(echoed) + start)
     return made
+
+
+def prompt_offsets(text: Text, ids: Sequence[int], shown: str) -> list[int]:
+    """Where in the prompt's text, as it is shown, each of its tokens begins.
+
+    A character of several tokens is behind all of them but the first. Tokens that are not shown take no room: special
+    ones that the tokenizer adds, or a first word's space.
+    """
+    found, at = [], 0
+    decoder = getincrementaldecoder("utf-8")("replace")
+    for id in ids:
+        found.append(at)
+        name = decoder.decode(text.token_bytes(id))
+        for part in (name, name.lstrip()):
+            if shown.startswith(part, at):
+                at += len(part)
+                break
+    return found
 
 
 def _finite(logprob: float | None) -> float:

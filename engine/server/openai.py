@@ -215,7 +215,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             return logprobs.completion(
                 front.text,
                 choice.tokens.take(),
-                len(before(index)),
+                before(index),
                 list(zip(prompt, [None, *choice.prompt_logprobs], strict=False)),
             )
 

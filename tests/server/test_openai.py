@@ -12,6 +12,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 from openai import AsyncOpenAI
 
+from engine.server.logprobs import prompt_offsets
 from engine.server.text import Text
 from tests.server.fake import FakeBackend, Json, events_of
 
@@ -235,6 +236,26 @@ async def test_best_of_answers_with_the_best(openai: AsyncOpenAI, backend: FakeB
     assert {choice.text for choice in found.choices} < {c.text for c in everything.choices}
     assert found.usage.completion_tokens == everything.usage.completion_tokens
     assert mean(found.choices[0]) >= mean(found.choices[1]) - 0.5
+
+
+@pytest.mark.parametrize("kind", ["text", "sentencepiece"])
+@pytest.mark.parametrize(
+    "prompt", ["hello wörld", " a  b", "é😀é", "né\n😀😀 wörld", "<s>hi</s> there", ""]
+)
+async def test_offsets_of_a_prompt_are_the_tokenizers(
+    request: pytest.FixtureRequest, kind: str, prompt: str
+) -> None:
+    """Each token begins where the tokenizer's own does, but for those within a character and those not in the text."""
+    text: Text = request.getfixturevalue(kind)
+    spans = await text.tokenize(prompt)
+    found = prompt_offsets(text, [span.id for span in spans], prompt)
+    assert found == sorted(found) and all(0 <= at <= len(prompt) for at in found)
+    begun = -1
+    for span, at in zip(spans, found, strict=True):
+        if span.stop > span.start > begun:
+            begun = span.start
+            skipped = prompt[min(at, begun) : max(at, begun)]
+            assert skipped.strip() == "", (span, at)
 
 
 @pytest.mark.parametrize("prompt", ["Hi 😀", [40, 41, 42]])
