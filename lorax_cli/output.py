@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["human", "json", "quiet"]
 
-UNFOLDED = 10_000  # columns of a file or a pipe, which has no edge to fold at
-
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print the bare result only.")]
 
@@ -61,8 +59,7 @@ class Output:
     def console(self, stderr: bool = False) -> Console:
         from rich.console import Console
 
-        watched = (sys.stderr if stderr else sys.stdout).isatty()
-        return Console(stderr=stderr, highlight=False, width=None if watched else UNFOLDED)
+        return Console(stderr=stderr, highlight=False)
 
     def result(
         self, value: Any, view: Callable[[], RenderableType], bare: str | None = None

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.panel import Panel
 
 from engine.errors import ModelError
 from lorax_cli.client import Client
 from lorax_cli.commands import demo
+from lorax_cli.output import Output
 from tests.cli.conftest import FakeServer
 
 KNOWN = {
@@ -49,6 +51,15 @@ async def test_answers_side_by_side(server: FakeServer) -> None:
         console.print(demo.side_by_side(answers, 100))
     shown = capture.get()
     assert "hello worldpirate" in shown and "first token" in shown and "tokens/s" in shown
+
+
+def test_a_pipe_is_as_wide_as_a_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    Output().result(None, lambda: Panel("hello"))
+    lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines} == {80}
 
 
 def test_next_steps_are_three_commands_that_parse() -> None:
