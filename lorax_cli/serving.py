@@ -10,8 +10,8 @@ import asyncio
 import errno
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +78,12 @@ async def serve(config: EngineConfig, started: Started) -> None:
     from engine.server.front import FRONT
 
     configure_logging(config.server)
-    try:
+    with _listening(config):
         await _try_address(config)
-        async with opened(config, local=False) as app:
-            keep_alive()
+    async with opened(config, local=False) as app:
+        keep_alive()
+        with _listening(config):
             await run(app, lambda address: started(app[FRONT].backend.info, address))
-    except OSError as error:
-        raise _listening(config, error) from None
 
 
 async def _try_address(config: EngineConfig) -> None:
@@ -144,15 +143,21 @@ async def local_client(config: EngineConfig) -> AsyncIterator[Client]:
             await runner.cleanup()
 
 
-def _listening(config: EngineConfig, error: OSError) -> Exception:
-    """Why the address cannot be listened on, or the error itself if it is of another kind."""
+@contextmanager
+def _listening(config: EngineConfig) -> Iterator[None]:
+    """Says of an OSError why the address cannot be listened on; one of another kind passes."""
     where = f"{config.server.hostname}:{config.server.port}"
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(
-            f"{where} is taken by another program",
-            field="port",
-            hint="use --port 0, or PORT=0, for a free one",
-        )
-    if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL) or isinstance(error, socket.gaierror):
-        return ConfigError(f"cannot listen on {where}: {error.strerror}", field="hostname")
-    return error
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"{where} is taken by another program",
+                field="port",
+                hint="use --port 0, or PORT=0, for a free one",
+            ) from None
+        if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL) or isinstance(error, socket.gaierror):
+            raise ConfigError(
+                f"cannot listen on {where}: {error.strerror}", field="hostname"
+            ) from None
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -115,6 +116,18 @@ async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
             assert running.wait(30) == 0, told + rest
         finally:
             running.kill()
+
+
+def test_a_failure_of_the_start_is_not_blamed_on_the_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def opened(config: EngineConfig, local: bool) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(serving, "opened", opened)
+    result = CliRunner().invoke(app, ["launch", "--hostname", "127.0.0.1", "--port", "0"])
+    assert isinstance(result.exception, PermissionError)
+    assert "cannot listen" not in result.output
 
 
 def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
