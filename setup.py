@@ -58,9 +58,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
 CUDA_SOURCES = Path("engine/csrc/cuda")
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-EXACT = {
-    "90": "90a"
-}  # the linear is made of instructions that only this kind of code for Hopper has
+# the linear is made of instructions that only this kind of code for Hopper has
+EXACT = {"90": "90a"}
 CUDA_FLAGS = [
     "-std=c++17",
     "-O3",

@@ -221,6 +221,11 @@ class EngineConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
+def flag_of(name: str) -> str:
+    """`--max-total-tokens` of `max_total_tokens`."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One field, resolved: what flags, environment, YAML and docs are made from."""
@@ -233,7 +238,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
 
     @property
     def environment(self) -> tuple[str, ...]:

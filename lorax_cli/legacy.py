@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config import flag_of
 from engine.errors import ConfigError
 
 
@@ -147,7 +148,7 @@ def _check_value(name: str, value: Any, where: str) -> None:
 def check_flags(given: Mapping[str, Any]) -> Iterator[str]:
     """One warning for each flag without effect; raises ConfigError for a refused one, or a refused value."""
     for name in REFUSED_VALUES:
-        _check_value(name, given.get(name), "--" + name.replace("_", "-"))
+        _check_value(name, given.get(name), flag_of(name))
     for flag in LEGACY:
         yield from _check(flag, given.get(flag.name), flag.flag)
 

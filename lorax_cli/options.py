@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import typer
 from typer.core import TyperCommand
 
-from engine.bench.options import Ask, asks, flag_of
-from engine.config import EngineConfig, Setting, resolve, settings
+from engine.bench.options import Ask, asks
+from engine.config import EngineConfig, Setting, flag_of, resolve, settings
 from engine.errors import ConfigError
 from lorax_cli.legacy import LEGACY, REFUSED_VALUES, check_environment, check_flags
 from lorax_cli.output import warn
@@ -41,7 +41,7 @@ def address(text: str) -> str:
             field="url",
             hint="such as http://localhost:3000",
         )
-    return url.rstrip("/")
+    return url
 
 
 UrlOption = functools.partial(typer.Option, parser=address, metavar="URL")
@@ -72,7 +72,7 @@ def concern_titles() -> dict[str, str]:
     return {name: (cls.__doc__ or name).splitlines()[0].rstrip(".") for name, cls in hints.items()}
 
 
-def chosen(config: EngineConfig, *concerns: str) -> list[str]:
+def changed(config: EngineConfig, *concerns: str) -> list[str]:
     """Flags of the settings that are not as they are by default, wherever they were given."""
     wanted = (setting for setting in settings() if setting.concern in concerns)
     return [

@@ -96,10 +96,9 @@ class Steps:
         self.engine, self.batch, self.adapters = engine, batch, adapters
         self.refs = images.mixes[0][:adapters] if adapters else [None]
         self.submitted = 0
+        # tokens of a mixed step's prompt
         beside = engine.scheduler.limits.chunk_tokens
-        self.beside = (
-            min(beside[batch], PROMPT) if beside else PROMPT
-        )  # tokens of a mixed step's prompt
+        self.beside = min(beside[batch], PROMPT) if beside else PROMPT
 
     def submit(self, requests: int, new: int, length: int = PROMPT) -> None:
         """So many prompts of `length` tokens, and `new` tokens for each."""

@@ -15,6 +15,7 @@ ROW = 34
 CURVE_HEIGHT, CURVE_LEFT = 260, 60
 ROOF_HEIGHT = 380
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#c44e52", "#937860", "#da8bc3", "#64b5cd")
+ROOF_AXIS = "operations a byte that must move; circles decode, squares prefill"
 STYLE = """
 body { font: 15px system-ui, sans-serif; max-width: 940px; margin: 2em auto; color: #222; }
 svg { font: 12px system-ui, sans-serif; width: 100%; height: auto; }
@@ -146,7 +147,7 @@ def _roofline(figure: Roofline) -> str:
     """The roof over two logarithmic axes, a circle for each decode step and a square for each prefill."""
     cases = by_case(figure)
     corners = figure.corners
-    left, right, low, high = corners[0][0], corners[-1][0], figure.floor, 2 * figure.flops_per_s
+    left, right, low, high = corners[0][0], corners[-1][0], figure.floor, figure.ceiling
     width, height = WIDTH - CURVE_LEFT - 20, ROOF_HEIGHT - 60
 
     def at(intensity: float, rate: float) -> tuple[float, float]:
@@ -164,14 +165,7 @@ def _roofline(figure: Roofline) -> str:
         parts.append(_text(CURVE_LEFT - 8, y + 4, f"{value / 1e12:g}", "end"))
     parts.append(_line([at(*corner) for corner in corners], "#222", 2.0))
     parts.append(_text(CURVE_LEFT + 8, 24, "TFLOP/s"))
-    parts.append(
-        _text(
-            CURVE_LEFT + width,
-            height + 42,
-            "operations a byte that must move; circles decode, squares prefill",
-            "end",
-        )
-    )
+    parts.append(_text(CURVE_LEFT + width, height + 42, ROOF_AXIS, "end"))
     for index, (case, points) in enumerate(cases.items()):
         colour, top = COLOURS[index % len(COLOURS)], ROOF_HEIGHT + index * 20
         for point in points:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from engine.config import flag_of
 from engine.errors import ConfigError
 
 T = TypeVar("T")
@@ -22,10 +23,6 @@ class Ask:
     repeated: bool = (
         False  # the flag may be given many times: the field is a tuple of what `read` makes
     )
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def asks(cls: type[Any]) -> Iterator[tuple[str, Ask]]:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.bench.html import COLOURS, by_case, page, ticks
+from engine.bench.html import COLOURS, ROOF_AXIS, by_case, page, ticks
 from engine.bench.load.report import LoadReport
 from engine.bench.machine import Machine
 from engine.bench.quantiles import Times
@@ -82,6 +82,11 @@ class Roofline:
     def floor(self) -> float:
         """Of the drawing: below every point and the roof."""
         return min(self.corners[0][1], *(point.flops_per_s for point in self.points)) / 2
+
+    @property
+    def ceiling(self) -> float:
+        """And above them."""
+        return 2 * self.flops_per_s
 
 
 Figure = Bars | Curves | Roofline
@@ -244,11 +249,11 @@ def _roofline(figure: Roofline, ax: Any) -> None:
             size = 130 / (1 + index)  # of rings: equal points are seen as one in the other
             mark = "s" if point.prefill else "o"
             ax.scatter(*at, size, marker=mark, facecolors="none", edgecolors=colour, label=name)
-    rates = list(ticks(figure.floor, 2 * figure.flops_per_s))
+    rates = list(ticks(figure.floor, figure.ceiling))
     ax.set_yticks(rates, [f"{rate / 1e12:g} TFLOP/s" for rate in rates], fontsize=8)
     ax.minorticks_off()
     ax.set_ylim(bottom=figure.floor)
-    ax.set_xlabel("operations a byte that must move; circles decode, squares prefill", fontsize=9)
+    ax.set_xlabel(ROOF_AXIS, fontsize=9)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 from engine.ops.attention import Backend
@@ -86,7 +86,7 @@ def compared(plan: MemoryPlan, stats: Mapping[str, int], free: int) -> str:
 
 def _positive(value: int | None, default: int, name: str) -> int:
     if value is not None and value < 1:
-        raise ConfigError(f"--{name.replace('_', '-')} must be above 0", field=name)
+        raise ConfigError(f"{flag_of(name)} must be above 0", field=name)
     return value or default
 
 
@@ -131,7 +131,7 @@ def plan_memory(
     longest = _input_length(config, total)
     return MemoryPlan(
         platform.budget,
-        _budget_flag(platform),
+        flag_of(_budget_field(platform)),
         budget - arena - records - blocks * kv_block,
         weights,
         kv_block,
@@ -235,8 +235,9 @@ def _input_length(config: EngineConfig, total: int) -> int:
     return longest
 
 
-def _budget_flag(platform: Platform) -> str:
-    return "--cuda-memory-fraction" if platform.is_cuda else "--cpu-memory-gb"
+def _budget_field(platform: Platform) -> str:
+    """The setting that decides how much there is."""
+    return "cuda_memory_fraction" if platform.is_cuda else "cpu_memory_gb"
 
 
 def _shortage(platform: Platform, shares: dict[str, int]) -> ConfigError:
@@ -245,10 +246,11 @@ def _shortage(platform: Platform, shares: dict[str, int]) -> ConfigError:
     less = "--max-total-tokens, --adapter-memory-fraction or --max-active-adapters"
     if platform.is_cuda:
         less = f"--max-batch-prefill-tokens, --max-batch-size, {less}"
-    flag = _budget_flag(platform)
+    field = _budget_field(platform)
+    flag = flag_of(field)
     return ConfigError(
         f"{flag} allows {platform.budget / GIB:.2f} GiB, of which the others take: {taken or 'nothing'}",
-        field=flag[2:].replace("-", "_"),
+        field=field,
         hint=f"raise {flag}, or lower {less}",
     )
 

@@ -199,11 +199,12 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
     )
     await runner.setup()
     loop, stopped, main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
+    assert main is not None, "a coroutine runs in a task"
     hurried = False
 
     def on_signal() -> None:
         nonlocal hurried
-        if stopped.is_set() and main is not None:
+        if stopped.is_set():
             hurried = main.cancel()
         stopped.set()
 
@@ -224,7 +225,7 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
         finally:
             await runner.cleanup()
     except asyncio.CancelledError:
-        if not hurried or main is None:
+        if not hurried:
             raise
         while main.uncancel():
             pass

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from engine.bench.load.workload import Load
-from engine.bench.options import asks, fill, flag_of
+from engine.bench.options import asks, fill
 from engine.bench.workload import Workload
-from engine.config import EngineConfig
+from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError, LoraxError
 from lorax_cli.options import UrlOption, with_asks, with_config
 from lorax_cli.output import Output, QuietFlag, examples, warn
@@ -35,10 +35,12 @@ def check_files(json_file: Path | None, plot: Path | None) -> None:
 
         check_plot(plot)
     for field, file in (("json", json_file), ("plot", plot)):
-        if file is not None and not file.absolute().parent.is_dir():
-            folder = file.absolute().parent
+        if file is None:
+            continue
+        folder = file.absolute().parent
+        if not folder.is_dir():
             raise ConfigError(f"--{field} {file}: there is no folder {folder}", field=field)
-        if file is not None and file.is_dir():
+        if file.is_dir():
             raise ConfigError(f"--{field} {file}: is a folder", field=field)
 
 

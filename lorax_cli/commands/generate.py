@@ -10,7 +10,7 @@ import typer
 
 from engine.config import EngineConfig
 from lorax_cli.client import Client
-from lorax_cli.options import UrlOption, chosen, with_config
+from lorax_cli.options import UrlOption, changed, with_config
 from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, warn
 
 
@@ -98,7 +98,7 @@ def generate(
         "stop": stop,
     }
     parameters = parameters_of(config, given)
-    if url and (unused := chosen(config, "model", "scheduler", "memory")):
+    if url and (unused := changed(config, "model", "scheduler", "memory")):
         warn(f"{', '.join(unused)}: the server of --url has its own")
 
     async def ask() -> None:

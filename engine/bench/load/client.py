@@ -233,8 +233,8 @@ async def stream(
     try:
         async with session.post(server.url + route, data=body, headers=headers) as response:
             if response.status >= 400:
-                body = await response.read()
-                record.error, record.reason = failure_of(body, str(response.status))
+                said = await response.read()
+                record.error, record.reason = failure_of(said, str(response.status))
             else:
                 read = response.content.readany
                 while data := await read():

@@ -167,8 +167,9 @@ class _Driver:
         """One stream after another. The first is cut short at random, so that not all begin anew together."""
         chooser = random.Random(self.load.seed * 1000 + index)
         prompt = self.load.input_tokens.low
-        room = BACKGROUND_TOKENS if self.server.room is None else self.server.room - prompt
-        most = self.load.background_tokens or max(min(BACKGROUND_TOKENS, room), 1)
+        most = self.load.background_tokens or BACKGROUND_TOKENS
+        if self.load.background_tokens is None and self.server.room is not None:
+            most = max(min(most, self.server.room - prompt), 1)
         for turn in count():
             tokens = chooser.randint(max(1, most // 2), most) if turn == 0 else most
             asked = Asked(adapter, False, prompt, tokens, 0.0)
