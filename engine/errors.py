@@ -22,7 +22,9 @@ Errors cross processes as plain dictionaries: `to_wire` and `from_wire`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
+
+MAX_MESSAGE = 2000  # characters: names that strangers chose go into messages, and messages are kept and sent on
 
 
 class LoraxError(Exception):
@@ -33,10 +35,10 @@ class LoraxError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
-        self.hint = hint
+        self.message = _cut(message)
+        self.field = _cut(field)
+        self.hint = _cut(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -104,6 +106,18 @@ class ModelError(LoraxError):
 
 class ConfigError(LoraxError):
     status, error_type, exit_code = 500, "config", 2
+
+
+@overload
+def _cut(text: str) -> str: ...
+@overload
+def _cut(text: None) -> None: ...
+def _cut(text: str | None) -> str | None:
+    """At most MAX_MESSAGE characters: the beginning, which says what is wrong, and the end."""
+    if text is None or len(text) <= MAX_MESSAGE:
+        return text
+    head, tail = MAX_MESSAGE * 3 // 4, MAX_MESSAGE // 4 - 5
+    return f"{text[:head]} ... {text[-tail:]}"
 
 
 def error_classes() -> dict[str, type[LoraxError]]:
