@@ -104,6 +104,13 @@ class AdapterConfig:
             least=0,
         ),
     ] = 2.0
+    adapter_load_timeout_s: Annotated[
+        float,
+        Option(
+            "Seconds that one adapter may take from its source to host memory. Requests that wait for it then fail.",
+            least=1,
+        ),
+    ] = 600.0
     adapter_memory_fraction: Annotated[
         float, Option("Share of the device memory budget that holds adapters.")
     ] = 0.1

@@ -13,9 +13,14 @@ class Lease:
     """An adapter in host memory, kept there until `release`. A context manager."""
 
     def __init__(
-        self, image: AdapterImageRef, cache_salt: bytes, release: Callable[[], None]
+        self,
+        image: AdapterImageRef,
+        cache_salt: bytes,
+        release: Callable[[], None],
+        fresh_s: float = 0.0,
     ) -> None:
         self.image = image
+        self.fresh_s = fresh_s  # for which its version counts as the newest, and the caller as allowed to have it
         self.cache_salt = cache_salt  # not empty for adapters that not everybody may see
         self._release: Callable[[], None] | None = release
 

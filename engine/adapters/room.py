@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from engine.adapters.tiers import HostImage, HostTier
 from engine.errors import AdapterLoadFailed, AdapterTooLarge, Overloaded
@@ -13,8 +14,12 @@ class Room:
     """Reservations in a tier, on one event loop, in the order in which they were asked for: what is freed is kept for
     the oldest that waits, so that small ones do not starve a large one."""
 
-    def __init__(self, tier: HostTier, patience_s: float) -> None:
+    def __init__(
+        self, tier: HostTier, patience_s: float, recall: Callable[[int], None] = lambda size: None
+    ) -> None:
+        """`recall` asks for leases that nobody uses, when they are in the way of so many bytes."""
         self.tier = tier
+        self._recall = recall
         self._patience_s = patience_s
         self._freed = asyncio.Event()  # replaced whenever it is set
         self._waiting: deque[object] = deque()  # the oldest first
@@ -37,11 +42,13 @@ class Room:
         try:
             async with asyncio.timeout(self._patience_s):
                 while True:
+                    freed = self._freed
                     if self._waiting[0] is turn:
                         offset = self.tier.reserve(num_bytes)
                         if offset is not None:
                             return offset
-                    await self._freed.wait()
+                        self._recall(num_bytes)
+                    await freed.wait()
                     if self._closing:
                         raise AdapterLoadFailed("the server is shutting down")
         except TimeoutError:
@@ -53,6 +60,12 @@ class Room:
         finally:
             self._waiting.remove(turn)
             self.freed()  # the next one's turn
+
+    def commit(self, offset: int, digest: bytes) -> HostImage:
+        """The image at a reserved offset is complete."""
+        image = self.tier.commit(offset, digest)
+        self.freed()
+        return image
 
     def abandon(self, offset: int) -> None:
         """Gives a reservation back."""

@@ -51,6 +51,9 @@ class AdapterFiles:
     weights: Path
     revision: str  # commit, or a fingerprint of the files
 
+    def close(self) -> None:
+        pass
+
 
 class Source(Protocol):
     """See the module."""

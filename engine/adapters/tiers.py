@@ -61,8 +61,8 @@ class HostRegion:
         """Unmaps the region. Memory that a tensor still shows stays mapped until the tensor goes."""
         if self.fd < 0:
             return
-        self.view.release()
         with contextlib.suppress(BufferError):
+            self.view.release()
             self._map.close()
         os.close(self.fd)
         self.fd = -1
@@ -157,6 +157,27 @@ class HostTier:
             image.leases += 1
             self._images.move_to_end(digest)
         return image
+
+    def adopt(self, digest: bytes, offset: int, num_bytes: int) -> HostImage:
+        """One lease of an image that a tier before this one left in the region.
+
+        Raises ValueError if it cannot lie there: outside of the region, or across another.
+        """
+        size = max(UNIT, whole_units(num_bytes))
+        known = self._images.get(digest)
+        found = known if known is not None and known.offset == offset else self._doomed.get(offset)
+        if found is None:
+            taken = self._intervals()
+            apart = all(offset + size <= at or at + length <= offset for at, length in taken)
+            if offset % UNIT or offset < 0 or offset + size > self.capacity or not apart:
+                raise ValueError(f"no image of {num_bytes} bytes can lie at {offset}")
+            found = HostImage(digest, offset, size, doomed=known is not None)
+            if known is None:
+                self._images[digest] = found
+            else:
+                self._doomed[offset] = found
+        found.leases += 1
+        return found
 
     def hold(self, image: HostImage) -> None:
         """One more lease of an image that is leased."""

@@ -88,8 +88,13 @@ class Versions:
     def __len__(self) -> int:
         return len(self._known)
 
-    async def get(self, ref: AdapterRef, token: str | None, fresh: bool = False) -> Version:
-        """The version for this tenant; `fresh`: as the source says now. Raises as `Registry.resolve`."""
+    async def get(
+        self, ref: AdapterRef, token: str | None, fresh: bool = False
+    ) -> tuple[Version, float]:
+        """The version for this tenant, and for how many seconds that needs no other question.
+
+        `fresh`: as the source says now. Raises as `Registry.resolve`.
+        """
         sources = self._registry.sources
         candidates = self._registry.candidates(ref)
         key = (ref, tuple(sources[one.source].tenant(token) for one in candidates if one.source))
@@ -97,18 +102,21 @@ class Versions:
         age = time.monotonic() - known.asked if known else 0.0
         ttl = sources[known.version.source].ttl_s if known else 0.0
         if known is not None and age <= ttl:
-            return known.version
+            return known.version, ttl - age
         task = self._asking.get(key)
         if task is None:
             task = self._asking[key] = asyncio.create_task(self._ask(key, token))
             task.add_done_callback(lambda task: self._asked(key, task))
         if known is None or age > STALE_FACTOR * ttl:
-            return await share(task)
+            return self._just_told(await share(task))
         try:
             async with asyncio.timeout(REFRESH_PATIENCE_S):
-                return await share(task)
+                return self._just_told(await share(task))
         except (TimeoutError, AdapterLoadFailed):
-            return known.version
+            return known.version, 0.0
+
+    def _just_told(self, version: Version) -> tuple[Version, float]:
+        return version, self._registry.sources[version.source].ttl_s
 
     def forget(self, name: str) -> None:
         """The next request for this name asks its source."""

@@ -25,6 +25,9 @@ from engine.process.messages import (
     Begin,
     ExchangeReady,
     ListAdapters,
+    Ping,
+    Pong,
+    Recall,
     Refused,
     Release,
     Setup,
@@ -36,6 +39,10 @@ from engine.process.parts import Exchange, Lease, load
 from engine.process.pipe import Pipe
 
 Call = Acquire | ListAdapters | Unload
+
+MAX_STUCK = 64  # threads that a hung file system may hold before a new process takes over
+LOOK_S = 1.0  # between two looks at them
+STUCK_EXIT = 24
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +60,12 @@ def main(socket_fd: int, region_fd: int) -> int:
     except Exception as error:
         return child.refuse(end, "exchange", error)
 
-    def build(layout: AdapterLayout, device: str) -> Exchange:
+    def build(layout: AdapterLayout, device: str, recall: Callable[[int], None]) -> Exchange:
         region = HostRegion.attach(region_fd)
         if device != "cpu":  # the shard pins the region, so its pages are there for the mapping
             host = torch.frombuffer(region.view, dtype=torch.uint8)
             threading.Thread(target=populate, args=(host,), daemon=True).start()
-        exchange: Exchange = factory(setup.config, layout, region, device=device)
+        exchange: Exchange = factory(setup.config, layout, region, device=device, recall=recall)
         return exchange
 
     # Not asyncio.run: it would wait for threads that read adapters which nobody wants any more.
@@ -81,20 +88,25 @@ def stand_back() -> None:
 class Service:
     """One exchange behind a pipe."""
 
-    def __init__(self, build: Callable[[AdapterLayout, str], Exchange]) -> None:
+    def __init__(
+        self, build: Callable[[AdapterLayout, str, Callable[[int], None]], Exchange]
+    ) -> None:
         self._build = build
         self._exchange: Exchange | None = None
-        self._pipe: Pipe[Setup | Begin | Release | Call] = Pipe(ToExchange, self._take, self._end)
+        self._pipe: Pipe[Setup | Begin | Ping | Release | Call] = Pipe(
+            ToExchange, self._take, self._end
+        )
         self._ended = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._leases: dict[int, Lease] = {}
+        self._released: set[int] = set()  # before what was held is adopted
         self._exit_code = 0
 
     async def run(self, end: socket.socket) -> int:
         """Serves until the pipe ends; returns the exit code."""
         await self._pipe.connect(end)
-        await self._ended.wait()
+        await self._until_the_end()
         tasks = [*self._calls.values(), *filter(None, (self._starting,))]
         for task in tasks:
             task.cancel()
@@ -105,11 +117,24 @@ class Service:
             await self._exchange.close()
         return self._exit_code
 
+    async def _until_the_end(self) -> None:
+        """Until the front ends the pipe, or too many threads are stuck: only a new process is rid of them."""
+        while not self._ended.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._ended.wait()
+            stuck = self._exchange.abandoned if self._exchange is not None else 0
+            if stuck > MAX_STUCK:
+                logger.critical("%d loads are stuck; a new process takes over", stuck)
+                os._exit(STUCK_EXIT)
+
     def _end(self) -> None:
         self._ended.set()
 
-    def _take(self, message: Setup | Begin | Release | Call) -> None:
-        if isinstance(message, Begin):
+    def _take(self, message: Setup | Begin | Ping | Release | Call) -> None:
+        if isinstance(message, Ping):
+            self._pipe.send(Pong(message.number))
+        elif isinstance(message, Begin):
             self._starting = asyncio.create_task(self._begin(message))
         elif isinstance(message, Release):
             self._release(message.call)
@@ -123,9 +148,16 @@ class Service:
             if message.device == "cpu":
                 stand_back()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
-            self._exchange = self._build(layout, message.device)
+            self._exchange = self._build(
+                layout, message.device, lambda num_bytes: self._pipe.send(Recall(num_bytes))
+            )
             keep_alive()
-            await self._exchange.start()
+            if message.restarted:
+                self._leases |= self._exchange.adopt(message.preloaded, message.held)
+                for call in self._released:
+                    self._release(call)
+            else:
+                await self._exchange.start()
         except Exception as error:
             answer, self._exit_code = child.cannot_start("exchange", error)
             self._pipe.send(answer)
@@ -137,6 +169,8 @@ class Service:
             self._leases.pop(call).release()
         elif call in self._calls:
             self._calls[call].cancel()
+        elif self._exchange is None:
+            self._released.add(call)
 
     async def _answer(self, call: Call) -> None:
         try:
@@ -155,4 +189,4 @@ class Service:
             return Unloaded(call.call, await self._exchange.unload(call.name))
         lease = await self._exchange.acquire(call.ref, call.token)
         self._leases[call.call] = lease
-        return Acquired(call.call, lease.image, lease.cache_salt)
+        return Acquired(call.call, lease.image, lease.cache_salt, lease.fresh_s)

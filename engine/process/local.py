@@ -84,6 +84,15 @@ class LocalBackend:
     def alive(self) -> bool:
         return not self.closed.is_set()
 
+    @property
+    def exchange_away(self) -> bool:
+        """Never: it runs here."""
+        return False
+
+    @property
+    def exchange_restarts(self) -> int:
+        return 0
+
     def submit(self, request: Request, reader: Reader) -> None:
         """See `Backend.submit`."""
         self._streams.submit(request, reader)

@@ -45,10 +45,23 @@ class Preload(Struct, frozen=True, tag=True):
 
 
 class Begin(Struct, frozen=True, tag=True):
-    """The exchange may start: the shard has told what adapters must fit."""
+    """The exchange may start: the shard has told what adapters must fit.
+
+    After a restart, what the one before left in the region for others stays in place: `held` by its call, and what
+    was `preloaded`.
+    """
 
     layout: bytes  # as in ShardReady
     device: str
+    restarted: bool = False
+    held: dict[int, AdapterImageRef] = {}
+    preloaded: list[AdapterImageRef] = []
+
+
+class Ping(Struct, frozen=True, tag=True):
+    """Is the loop alive? Answered with Pong of the same number."""
+
+    number: int
 
 
 class Acquire(Struct, frozen=True, tag=True):
@@ -105,6 +118,17 @@ class Acquired(Struct, frozen=True, tag=True):
     call: int
     image: AdapterImageRef
     cache_salt: bytes
+    fresh_s: float = 0.0  # seconds for which the version counts as the newest, and the caller as allowed to have it
+
+
+class Recall(Struct, frozen=True, tag=True):
+    """The host tier is full: leases that no request uses are to be given back, until they make `num_bytes`."""
+
+    num_bytes: int
+
+
+class Pong(Struct, frozen=True, tag=True):
+    number: int
 
 
 class Adapters(Struct, frozen=True, tag=True):
@@ -124,5 +148,5 @@ class Refused(Struct, frozen=True, tag=True):
 
 ToShard = Setup | Submit | Cancel | Preload
 FromShard = ShardReady | Preloaded | Failed | Updates
-ToExchange = Setup | Begin | Acquire | Release | ListAdapters | Unload
-FromExchange = ExchangeReady | Failed | Acquired | Adapters | Unloaded | Refused
+ToExchange = Setup | Begin | Ping | Acquire | Release | ListAdapters | Unload
+FromExchange = ExchangeReady | Failed | Pong | Recall | Acquired | Adapters | Unloaded | Refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,7 @@ class Parts:
     """Each is `module:name` of a callable."""
 
     engine: str = "engine.engine:Engine"  # (config, region)
-    exchange: str = "engine.exchange:Exchange"  # (config, layout, region, device=)
+    exchange: str = "engine.exchange:Exchange"  # (config, layout, region, device=, recall=)
 
 
 def load(factory: str) -> Callable[..., Any]:
@@ -61,6 +61,8 @@ class Lease(Protocol):
     def image(self) -> AdapterImageRef: ...
     @property
     def cache_salt(self) -> bytes: ...
+    @property
+    def fresh_s(self) -> float: ...
     def release(self) -> None: ...
 
 
@@ -69,7 +71,12 @@ class Exchange(Protocol):
 
     @property
     def preloaded(self) -> list[AdapterImageRef]: ...
+    @property
+    def abandoned(self) -> int: ...
     async def start(self) -> None: ...
+    def adopt(
+        self, preloaded: Iterable[AdapterImageRef], held: Mapping[int, AdapterImageRef]
+    ) -> Mapping[int, Lease]: ...
     async def acquire(self, ref: AdapterRef, token: str | None) -> Lease: ...
     async def adapters(self) -> list[AdapterStatus]: ...
     async def unload(self, name: str) -> bool: ...

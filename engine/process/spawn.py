@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from engine.process.pipe import Pipe
 T = TypeVar("T")
 
 END_S = 10.0  # a child that takes longer to end is killed
+REAP_S = 1.0  # and one that was killed is given up
 _LOOK_S = 0.01
 _STDERR = 2
 
@@ -80,26 +83,39 @@ class Child(Generic[T]):
         """Tells the child to end."""
         self._pipe.finish()
 
-    async def ended(self, timeout: float = END_S) -> int:
-        """Waits for the child to end, then kills it; returns its exit code (negative: of a signal)."""
+    async def ended(self, timeout: float = END_S, reap_s: float | None = REAP_S) -> int:
+        """Waits for the child to end, then kills it; returns its exit code (negative: of a signal).
+
+        `reap_s`: how long a killed child may take to go, which the kernel may delay; None: as long as it takes.
+        """
         process = self._process
         if process is None:
             self._pipe.close()
             return 0
-        deadline = time.monotonic() + timeout
         try:
-            while process.poll() is None and time.monotonic() < deadline:
-                await asyncio.sleep(_LOOK_S)
-        finally:
-            if process.poll() is None:
+            if not await _until(lambda: process.poll() is not None, timeout):
                 if timeout > 0:
                     logger.warning("the %s does not end; it is killed", self.role)
                 process.kill()
-                process.wait()
+                if not await _until(lambda: process.poll() is not None, reap_s):
+                    logger.error("the %s was killed and has not gone", self.role)
+        finally:
+            if process.poll() is None:
+                process.kill()
             self._pipe.close()
         await self._pipe_end.wait()
-        return process.returncode
+        return -signal.SIGKILL if process.returncode is None else process.returncode
 
     def _pipe_ended(self) -> None:
         self._pipe_end.set()
         self._on_end()
+
+
+async def _until(condition: Callable[[], bool], timeout: float | None) -> bool:
+    """Waits for a condition; False if it does not hold within `timeout` seconds (None: as long as it takes)."""
+    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(_LOOK_S)
+    return True

@@ -55,6 +55,14 @@ class Backend(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def exchange_away(self) -> bool:
+        """Adapters cannot be loaded for the moment; the base model and adapters in use are served."""
+        ...
+
+    @property
+    def exchange_restarts(self) -> int: ...
+
     def submit(self, request: Request, reader: Reader) -> None:
         """Starts a request; what comes of it is told to `reader`, later. Ids are never used twice.
 
@@ -70,7 +78,9 @@ class Backend(Protocol):
         """Fetches, checks and stages the adapter; raises AdapterError. Cancelling the caller gives up the wait."""
         ...
 
-    async def adapters(self) -> list[AdapterStatus]: ...
+    async def adapters(self) -> list[AdapterStatus]:
+        """What the exchange knows; while it is away, what it knew last."""
+        ...
 
     async def unload(self, name: str) -> bool:
         """Forgets an adapter once nobody uses it; False if there is none of that name."""

@@ -298,10 +298,14 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 
 
 async def health(request: web.Request) -> web.StreamResponse:
-    """GET /health, /ping and /: is the engine alive."""
-    if request.app[FRONT].backend.alive:
-        return web.Response()
-    return json_response({"error": "unhealthy", "error_type": "healthcheck"}, status=503)
+    """GET /health, /ping and /: is the engine alive. While adapters cannot be loaded it says so, with status 200:
+    the base model and adapters in use are served."""
+    backend = request.app[FRONT].backend
+    if not backend.alive:
+        return json_response({"error": "unhealthy", "error_type": "healthcheck"}, status=503)
+    if backend.exchange_away:
+        return json_response({"status": "degraded", "adapter_exchange": "restarting"})
+    return web.Response()
 
 
 async def startup(request: web.Request) -> web.StreamResponse:

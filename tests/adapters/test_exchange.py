@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.adapters import versions
@@ -31,8 +32,9 @@ from engine.errors import (
     LoraxError,
     Overloaded,
 )
-from engine.exchange import MAX_FAILED, Exchange, Lease, inspect
+from engine.exchange import MAX_FAILED, Exchange, Lease, inspect, loader
 from engine.lora.image import data_start, read_image
+from engine.messages import AdapterImageRef
 from tests.adapters.conftest import NAMES, contents
 from tests.adapters.fake_hub import FakeHub
 from tests.lora import tiny
@@ -74,12 +76,15 @@ async def make(saved: Path) -> AsyncIterator[Make]:
 
     def build(room: float = 100, sources: dict[Any, Any] | None = None, **fields: Any) -> Exchange:
         patience = fields.pop("patience", 0.2)
+        recall = fields.pop("recall", lambda num_bytes: None)
         given: dict[str, Any] = {"adapter_root": (str(saved),), "adapter_source": "local"}
         config = EngineConfig(
             model=ModelConfig(model_id="org/base"), adapters=AdapterConfig(**(given | fields))
         )
         region = HostRegion.create(int(room * (total + 256)))
-        exchange = Exchange(config, LAYOUT, region, sources=sources, room_patience_s=patience)
+        exchange = Exchange(
+            config, LAYOUT, region, sources=sources, room_patience_s=patience, recall=recall
+        )
         made.append((exchange, region))
         return exchange
 
@@ -93,7 +98,7 @@ async def make(saved: Path) -> AsyncIterator[Make]:
 def image_of(exchange: Exchange, lease: Lease) -> memoryview:
     start = lease.image.offset
     size = data_start(LAYOUT.record_bytes) + lease.image.data_bytes
-    return exchange._region.view[start : start + size]
+    return exchange._loader._region.view[start : start + size]
 
 
 def digest_of(exchange: Exchange, lease: Lease) -> bytes:
@@ -347,14 +352,14 @@ async def test_unload_between_landing_and_waking(make: Make, saved: Path) -> Non
     """The image of a load that has just ended belongs to those who waited, whatever is unloaded."""
     source = CountingSource(saved)
     exchange = make(sources={"local": source})
-    load = exchange._load
+    load = exchange._loader.load
 
     async def load_and_unload(*given: Any) -> Any:
         image = await load(*given)
         asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(exchange.unload("a")))
         return image
 
-    exchange._load = load_and_unload  # type: ignore[method-assign]
+    exchange._loader.load = load_and_unload  # type: ignore[method-assign]
     lease = await exchange.acquire(ref("a"))
     await asyncio.sleep(0.01)
     assert digest_of(exchange, lease) == lease.image.digest
@@ -523,8 +528,136 @@ async def test_errors_of_our_own_are_one_adapters_failure(
         raise ZeroDivisionError("a mistake")
 
     exchange = make()
-    monkeypatch.setattr(exchange, "_open", explode)
+    monkeypatch.setattr(exchange._loader, "_open", explode)
     with pytest.raises(LoraxError, match="could not be loaded"):
         await exchange.acquire(ref("a"))
     monkeypatch.undo()
     (await exchange.acquire(ref("a"))).release()
+
+
+# -- faults
+
+
+async def test_a_stuck_load_costs_its_own_requests(make: Make, saved: Path) -> None:
+    """More loads are stuck than there are threads to parse with; what they may write to is free when they end."""
+    source = CountingSource(saved)
+    exchange = make(sources={"local": source}, adapter_load_timeout_s=2.0)
+    exchange._loader._open = stuck = Stuck(exchange._loader._open)  # type: ignore[method-assign]
+    found = await asyncio.gather(
+        *(exchange.acquire(ref(name)) for name in "abc"), return_exceptions=True
+    )
+    assert all(isinstance(error, AdapterLoadFailed) for error in found), found
+    assert exchange.abandoned >= 2
+    stuck.names = set()
+    (await exchange.acquire(ref("d"))).release()
+    stuck.gate.set()
+    while exchange.abandoned:
+        await asyncio.sleep(0.005)
+    for name in "abc":
+        (await exchange.acquire(ref(name))).release()
+
+
+class Stuck:
+    """Opens files, but those of `names` only when the gate is open."""
+
+    def __init__(self, open: Callable[..., Any]) -> None:
+        self.open = open
+        self.names = set("abc")
+        self.gate = threading.Event()
+
+    def __call__(self, files: AdapterFiles, *given: Any) -> Any:
+        if files.folder.name in self.names:
+            self.gate.wait(10)
+        return self.open(files, *given)
+
+
+async def test_a_stuck_writer_keeps_its_bytes(
+    make: Make, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes later must not be given what a thread may still write to."""
+    gate, write = threading.Event(), loader.write_image
+    exchange = make(room=2, adapter_load_timeout_s=2.0)
+
+    def stuck(weights: Any, layout: Any, out: memoryview, pause: Any) -> bytes:
+        gate.wait(10)
+        return write(weights, layout, out, lambda: None)
+
+    monkeypatch.setattr(loader, "write_image", stuck)
+    with pytest.raises(AdapterLoadFailed):
+        await exchange.acquire(ref("a"))
+    monkeypatch.setattr(loader, "write_image", write)
+    used = exchange.tier.used
+    assert used > 0
+    lease = await exchange.acquire(ref("b"))
+    gate.set()
+    while exchange.abandoned:
+        await asyncio.sleep(0.005)
+    assert digest_of(exchange, lease) == lease.image.digest
+    assert exchange.tier.used == used, "b alone"
+
+
+async def test_what_cannot_be_served_is_not_read_again(make: Make, saved: Path) -> None:
+    source = CountingSource(saved)
+    exchange = make(sources={"local": source}, max_adapter_rank=4)
+    messages = set()
+    for _ in range(5):
+        with pytest.raises(AdapterIncompatible) as caught:
+            await exchange.acquire(ref("large"))
+        messages.add(str(caught.value))
+    assert source.fetched["large"] == 1 and len(messages) == 1
+
+
+async def test_a_full_tier_recalls_leases_that_nobody_uses(make: Make) -> None:
+    idle: list[Lease] = []
+    asked: list[int] = []
+
+    def recall(num_bytes: int) -> None:
+        asked.append(num_bytes)
+        if idle:
+            idle.pop(0).release()
+
+    exchange = make(room=2, recall=recall, patience=10.0)
+    idle += [await exchange.acquire(ref(name)) for name in "ab"]
+    lease = await exchange.acquire(ref("c"))
+    assert len(asked) == 1 and asked[0] >= lease.image.data_bytes and len(idle) == 1
+
+
+async def test_images_of_an_exchange_before_this_one_stay(make: Make, saved: Path) -> None:
+    """By their leases; whoever asks for the adapter anew has its files read, and finds the same image."""
+    exchange = make(room=4, preloaded_adapter_ids=("a",))
+    await exchange.start()
+    held = [await exchange.acquire(ref(name)) for name in ("a", "b", "b")]
+    source = CountingSource(saved)
+    config = exchange._config
+    region = exchange._loader._region
+    with pytest.raises(ValueError):
+        Exchange(config, LAYOUT, region).adopt([replace_offset(held[0].image, 7)], {})
+    with pytest.raises(ValueError):
+        Exchange(config, LAYOUT, region).adopt(
+            [held[0].image], {1: replace_offset(held[1].image, held[0].image.offset + 256)}
+        )
+    again = Exchange(config, LAYOUT, region, sources={"local": source}, room_patience_s=0.2)
+    leases = again.adopt(exchange.preloaded, {call: lease.image for call, lease in enumerate(held)})
+    again.tier.check()
+    assert [leases[call].image for call in range(3)] == [lease.image for lease in held]
+    states = {status.name: (status.state, status.leases) for status in await again.adapters()}
+    assert states == {"a": ("ready", 2), "b": ("ready", 2)}
+    for name in "abcd":
+        lease = await again.acquire(ref(name))
+        assert digest_of(again, lease) == lease.image.digest
+        assert source.fetched[name] == 2, "read, whatever lay there"
+        if name in "ab":
+            assert lease.image in [one.image for one in held]
+        leases[len(leases)] = lease
+    assert sorted(status.name for status in await again.adapters()) == ["a", "b", "c", "d"]
+    for lease in leases.values():
+        lease.release()
+        lease.release()
+    again.tier.check()
+    assert {status.name for status in await again.adapters() if status.leases} == {"a"}
+    assert await again.unload("a") and again.tier.used < exchange.tier.used * 2
+    await again.close()
+
+
+def replace_offset(image: AdapterImageRef, offset: int) -> AdapterImageRef:
+    return msgspec.structs.replace(image, offset=offset)

@@ -7,8 +7,10 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
@@ -101,8 +103,8 @@ async def leases_of(backend: AnyBackend) -> dict[str, int]:
     return {adapter.name: adapter.leases for adapter in await backend.adapters()}
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -215,6 +217,10 @@ class HangingEngine:
         time.sleep(600)
 
 
+def digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
 @dataclass
 class NameLease:
     exchange: NameExchange
@@ -222,6 +228,7 @@ class NameLease:
     cache_salt: bytes
 
     held: bool = True
+    fresh_s: float = 0.0
 
     def release(self) -> None:
         self.exchange.leases[self.image.name] -= self.held
@@ -232,7 +239,12 @@ class NameExchange:
     """An adapter is its name. `missing` is not found, `slow` never comes, `clumsy` fails unforeseen."""
 
     def __init__(
-        self, config: EngineConfig, layout: AdapterLayout, region: HostRegion, device: str
+        self,
+        config: EngineConfig,
+        layout: AdapterLayout,
+        region: HostRegion,
+        device: str,
+        recall: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         assert layout == LAYOUT and bytes(region.view[:8]) == b"from eng"
         self.leases: dict[str, int] = {}
@@ -244,8 +256,19 @@ class NameExchange:
     def preloaded(self) -> list[AdapterImageRef]:
         return []
 
+    @property
+    def abandoned(self) -> int:
+        return 0
+
     async def start(self) -> None:
         await asyncio.sleep(0)
+
+    def adopt(
+        self, preloaded: Iterable[AdapterImageRef], held: Mapping[int, AdapterImageRef]
+    ) -> dict[int, NameLease]:
+        for image in held.values():
+            self.leases[image.name] = self.leases.get(image.name, 0) + 1
+        return {call: NameLease(self, image, b"") for call, image in held.items()}
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> NameLease:
         if ref.id == "missing":
@@ -260,14 +283,13 @@ class NameExchange:
                 self.waiting -= 1
         await asyncio.sleep(0)
         self.leases[ref.id] = self.leases.get(ref.id, 0) + 1
-        digest = hashlib.sha256(ref.id.encode()).digest()
-        image = AdapterImageRef(digest, next(self._offsets), 1024, 8, ref.id)
+        image = AdapterImageRef(digest(ref.id), next(self._offsets), 1024, 8, ref.id)
         return NameLease(self, image, (token or "").encode())
 
     async def adapters(self) -> list[AdapterStatus]:
         leases = self.leases | {"waiting": self.waiting}
         return [
-            AdapterStatus(name, "local", None, "ready", 1024, 8, [], None, count, {})
+            AdapterStatus(name, "local", digest(name), "ready", 1024, 8, [], None, count, {})
             for name, count in leases.items()
         ]
 
@@ -282,3 +304,14 @@ class NameExchange:
 class ClumsyExchange(NameExchange):
     async def start(self) -> None:
         raise ZeroDivisionError("clumsy")
+
+
+class SlowStartExchange(NameExchange):
+    """Starts once; the next one never does."""
+
+    def __init__(self, config: EngineConfig, *given: Any, **more: Any) -> None:
+        super().__init__(config, *given, **more)
+        marker = Path(config.model.model_id)
+        if marker.exists():
+            time.sleep(600)
+        marker.touch()

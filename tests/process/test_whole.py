@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -99,3 +101,28 @@ async def test_missing_model_is_named() -> None:
     config = EngineConfig(model=ModelConfig(model_id="/nowhere/at/all"))
     with pytest.raises(ModelError, match="/nowhere/at/all"):
         await ProcessBackend.start(config)
+
+
+async def test_a_new_exchange_serves_the_same(
+    config: EngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed with a preloaded adapter and one in use: both stay in place, and files are read again for others."""
+    caplog.set_level(logging.CRITICAL)
+    root = config.adapters.adapter_root[0]
+    adapters = replace(config.adapters, preloaded_adapter_ids=("one",))
+    backend = await ProcessBackend.start(replace(config, adapters=adapters))
+    try:
+        before = await answers_of(backend, root)
+        held = await backend.acquire(AdapterRef(("two",)), None)
+        for restarts in (1, 2):
+            os.kill(backend.pids["exchange"] or 0, signal.SIGKILL)
+            assert await answers_of(backend, root) == before
+            await until(
+                lambda n=restarts: backend.exchange_restarts == n and not backend.exchange_away,
+                seconds=60,
+            )
+            assert await answers_of(backend, root) == before
+            assert (await backend.acquire(AdapterRef(("two",)), None)).image == held.image
+            (await backend.acquire(AdapterRef(("one",)), None)).release()
+    finally:
+        await backend.close()

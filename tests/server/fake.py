@@ -156,6 +156,8 @@ class FakeBackend:
     info: EngineInfo = INFO
     stats: EngineStats = EngineStats()
     alive: bool = True
+    exchange_away: bool = False
+    exchange_restarts: int = 0
     requests: list[Request] = field(default_factory=list)
     let_go: float = 0.0  # until a cancelled request has ended
     open: dict[str, Request] = field(default_factory=dict)

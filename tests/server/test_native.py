@@ -273,6 +273,15 @@ async def test_tokenize(client: TestClient, text: Text) -> None:
     assert tokens[-1]["stop"] == len(SAYING)
 
 
+async def test_health_says_that_adapters_cannot_be_loaded(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    backend.exchange_away = True
+    response = await client.get("/health")
+    assert response.status == 200, "the base model is served"
+    assert await response.json() == {"status": "degraded", "adapter_exchange": "restarting"}
+
+
 @pytest.mark.parametrize("path", ["/health", "/ping", "/"])
 async def test_health(client: TestClient, backend: FakeBackend, path: str) -> None:
     response = await client.get(path)

@@ -1,9 +1,9 @@
 """The exchange: from an adapter's name to its image in host memory, and nobody waits for somebody else's adapter.
 
-One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in two small pools of threads.
-Each version of an adapter is loaded once however many requests want it (*flight*); a failure reaches all who wait
-for it and is then forgotten, so the next request tries again. An image stays where it is while somebody holds a
-*lease* on it.
+One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in threads with a deadline
+(`engine.exchange.loader`). Each version of an adapter is loaded once however many requests want it (*flight*). A
+failure reaches all who wait for it and is then forgotten, so the next request tries again; but a version that cannot
+be served is refused again without a look at its files. An image stays where it is while somebody holds a *lease* on it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from engine.adapters.lease import Lease
 from engine.adapters.ref import AdapterRef, SourceName
@@ -28,14 +24,16 @@ from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
 from engine.config import EngineConfig
 from engine.errors import (
+    AdapterIncompatible,
     AdapterLoadFailed,
     AdapterNotFound,
+    AdapterTooLarge,
     LoraxError,
+    from_wire,
 )
-from engine.lora.formats import load_peft
-from engine.lora.image import ImageSize, image_size, write_image
-from engine.lora.report import AdapterReport, count_targets, inspect
-from engine.lora.weights import LoraWeights
+from engine.exchange.loader import AdapterState, Loader
+from engine.lora.image import ImageSize
+from engine.lora.report import AdapterReport, inspect
 from engine.messages import AdapterImageRef, AdapterStatus
 from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
@@ -43,34 +41,15 @@ from engine.ops.layout import AdapterLayout
 
 __all__ = ["AdapterReport", "Exchange", "Lease", "inspect"]
 
-T = TypeVar("T")
+Key = tuple[str, ...]  # source, id, revision and cache of a version; or ADOPTED, name and digest
 
-FETCH_THREADS = (
-    32  # of each source, so that a slow one holds up no other; they wait for network and disk
-)
-PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
-MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
+ADOPTED = "adopted"
 MAX_EVICTED = 1024  # adapters that are no longer in host memory and still remembered
 MAX_FAILED = 256  # adapters whose last load failed
 ROOM_PATIENCE_S = 30.0  # for leases to end, when they fill the host tier
 FILE_FACTOR = 8  # a file may be so many times the host tier: float64, and a copy of the embedding
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Adapter:
-    """What is known of one version of one adapter."""
-
-    name: str
-    source: str
-    state: Literal["fetching", "parsing", "ready", "failed"] = "fetching"
-    digest: bytes | None = None
-    size: ImageSize | None = None
-    targets: list[str] = field(default_factory=list)
-    base_model: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    error: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -94,11 +73,11 @@ class Exchange:
         device: str = "cpu",
         sources: dict[SourceName, Source] | None = None,
         room_patience_s: float = ROOM_PATIENCE_S,
+        recall: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """`device`: where the engine computes."""
+        """`device`: where the engine computes. `recall` asks whoever holds leases for those that nobody uses."""
         self._config = config
         self._layout = layout
-        self._region = region
         self.tier = HostTier(region.size)
         if sources is None:
             sources = make_sources(config, FILE_FACTOR * region.size)
@@ -106,19 +85,15 @@ class Exchange:
         self._registry = Registry(
             sources, adapters.default_adapter_source or adapters.adapter_source
         )
-        self._room = Room(self.tier, room_patience_s)
-        self._fetchers = {
-            name: ThreadPoolExecutor(FETCH_THREADS, f"adapter-{name}") for name in sources
-        }
-        self._parsers = ThreadPoolExecutor(parse_threads(device), "adapter-parse")
+        self._room = Room(self.tier, room_patience_s, recall)
+        self._loader = Loader(config, layout, region, sources, self._room, device)
         self._versions = Versions(self._registry, self._resolve)
-        self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()
-        self._failed: Lru[Hashable, _Adapter] = Lru(MAX_FAILED)
-        self._flights: dict[Hashable, _Flight] = {}
+        self._adapters: OrderedDict[Key, AdapterState] = OrderedDict()
+        self._failed: Lru[Key, AdapterState] = Lru(MAX_FAILED)
+        self._flights: dict[Key, _Flight] = {}
         self._preloaded: list[Lease] = []
         demo = self._registry.sources.get("demo")
         self._shipped = demo.names() if isinstance(demo, DemoSource) else []
-        self._closing = False
         if cpu_function("lorax_cpu_write_matrices") is None:
             reason = load_library().reason or "the compiled CPU library is out of date"
             logger.warning("adapters load several times slower than they could: %s", reason)
@@ -153,12 +128,12 @@ class Exchange:
 
         Raises InvalidRequest, AdapterError or, if leased images fill the host tier for too long, Overloaded.
         """
-        version = await self._versions.get(ref, token)
+        version, fresh_s = await self._versions.get(ref, token)
         try:
             adapter, image = await self._leased(ref, version, token)
         except (AdapterLoadFailed, AdapterNotFound):
             # What was known of it may have been out of date: a file replaced, a commit gone.
-            newest = await self._versions.get(ref, token, fresh=True)
+            newest, fresh_s = await self._versions.get(ref, token, fresh=True)
             if newest == version:
                 raise
             version = newest
@@ -175,11 +150,38 @@ class Exchange:
             ),
             version.salt,
             lambda: self._room.release(image),
+            fresh_s,
         )
+
+    def adopt(
+        self, preloaded: Iterable[AdapterImageRef], held: Mapping[int, AdapterImageRef]
+    ) -> dict[int, Lease]:
+        """Keeps in place what an exchange before this one left in the region; call -> lease.
+
+        An image is found by its digest only: whoever asks for its adapter has the files read again.
+        """
+
+        def lease(ref: AdapterImageRef) -> Lease:
+            size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.max_rank)
+            image = self.tier.adopt(ref.digest, ref.offset, size.total)
+            state = AdapterState(ref.name, ref.source, "ready", ref.digest, size)
+            self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)
+            return Lease(ref, b"", lambda: self._room.release(image))
+
+        for ref in preloaded:
+            self._preloaded.append(lease(ref))
+            source = next(name for name in self._registry.sources if name == ref.source)
+            self._registry.register(AdapterRef.parse(ref.name).at(source))
+        return {call: lease(ref) for call, ref in held.items()}
+
+    @property
+    def abandoned(self) -> int:
+        """Threads that are stuck in a file system or a source."""
+        return self._loader.abandoned
 
     async def _leased(
         self, ref: AdapterRef, version: Version, token: str | None
-    ) -> tuple[_Adapter, HostImage]:
+    ) -> tuple[AdapterState, HostImage]:
         """The adapter and its image, leased; from the tier, or loaded first."""
         key = (version.source, version.id, version.revision, version.cache)
         adapter = self._adapters.get(key)
@@ -193,7 +195,7 @@ class Exchange:
     async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
         assert ref.source is not None, "the registry has chosen"
         source = self._registry.sources[ref.source]
-        return await self._run(self._fetchers[ref.source], source.resolve, ref, token)
+        return await self._loader.call(ref.source, source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
         """Adapters in host memory, on their way there, or refused a short time ago; then the demo's others."""
@@ -246,7 +248,7 @@ class Exchange:
 
     async def close(self) -> None:
         """Ends what is under way. Leases that are still held may be released afterwards."""
-        self._closing = True
+        self._loader.stop()
         for key, flight in self._flights.items():
             if self._adapters[key].state == "fetching":
                 flight.task.cancel()
@@ -254,17 +256,16 @@ class Exchange:
         tasks = [flight.task for flight in self._flights.values()]
         await self._versions.close()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for pool in self._fetchers.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-        self._parsers.shutdown(wait=True, cancel_futures=True)
+        await self._loader.close()
 
     async def _loaded(
-        self, key: Hashable, ref: AdapterRef, version: Version, token: str | None
-    ) -> tuple[_Adapter, HostImage]:
+        self, key: Key, ref: AdapterRef, version: Version, token: str | None
+    ) -> tuple[AdapterState, HostImage]:
         """The adapter and its image, leased; loads it, or waits for whoever does."""
         flight = self._flights.get(key)
         if flight is None:
-            adapter = _Adapter(ref.name, version.source)
+            self._refuse_again(key)
+            adapter = AdapterState(ref.name, version.source)
             self._remember(key, adapter)
             task = asyncio.create_task(self._fly(key, adapter, version, token))
             flight = self._flights[key] = _Flight(task)
@@ -284,11 +285,11 @@ class Exchange:
             self._room.release(image)
 
     async def _fly(
-        self, key: Hashable, adapter: _Adapter, version: Version, token: str | None
+        self, key: Key, adapter: AdapterState, version: Version, token: str | None
     ) -> HostImage:
         """One load; the only place where its failure becomes one adapter's status."""
         try:
-            image = await self._load(adapter, version, token)
+            image = await self._loader.load(adapter, version, token)
         except Exception as error:
             if not isinstance(error, LoraxError):
                 logger.exception("loading %s failed", adapter.name)
@@ -304,61 +305,20 @@ class Exchange:
         self._land(flight)
         return leased
 
-    async def _load(self, adapter: _Adapter, version: Version, token: str | None) -> HostImage:
-        source, pool = self._registry.sources[version.source], self._fetchers[version.source]
-        clock = time.perf_counter
-        started = clock()
-        files = await self._run(pool, source.fetch, version, token, _no_progress)
-        adapter.seconds["fetch"] = clock() - started
-        adapter.state = "parsing"
-        started = clock()
-        weights = await self._run(self._parsers, self._open, files.config, files.weights)
-        try:
-            adapter.size = image_size(weights, self._layout)
-            opened = clock() - started
-            offset = await self._room.reserve(adapter.name, adapter.size.total)
-            started = clock() - opened
-            view = self._region.view[offset : offset + adapter.size.total]
-            try:
-                digest = await self._run(
-                    self._parsers, write_image, weights, self._layout, view, self._pause
-                )
-                # Files that were replaced meanwhile are another version: an old configuration may have met new
-                # weights.
-                await self._run(pool, source.fetch, version, token, _no_progress)
-            except BaseException:
-                self._room.abandon(offset)
-                raise
-        finally:
-            weights.close()
-        image = self.tier.commit(offset, digest)
-        self._room.freed()
-        adapter.digest, adapter.state = digest, "ready"
-        adapter.targets = list(count_targets(weights, self._layout))
-        adapter.base_model = weights.base_model
-        adapter.seconds["parse"] = clock() - started
-        for note in weights.notes:
-            logger.info("%s: %s", adapter.name, note)
-        return image
+    def _refuse_again(self, key: Key) -> None:
+        """Raises what this very version was refused with: its files would say the same again."""
+        failed = self._failed.get(key)
+        if failed is None or failed.error is None:
+            return
+        error = from_wire(failed.error)
+        if isinstance(error, AdapterIncompatible | AdapterTooLarge):
+            raise error
 
-    def _open(self, config: Any, weights: Any) -> LoraWeights:
-        model = self._config.model.model_id.partition("@")[0]
-        return load_peft(
-            config,
-            weights,
-            self._layout,
-            max_rank=self._config.adapters.max_adapter_rank,
-            base_model=model,
-        )
-
-    def _pause(self) -> None:
-        """Between two pieces of work in a thread."""
-        if self._closing:
-            raise AdapterLoadFailed("the server is shutting down")
-
-    def _remember(self, key: Hashable, adapter: _Adapter) -> None:
+    def _remember(self, key: Key, adapter: AdapterState) -> None:
         """Notes an adapter that is going to be loaded; forgets those that were not asked for for longest."""
         self._failed.pop(key)
+        for adopted in [one for one in self._adapters if one[:2] == (ADOPTED, adapter.name)]:
+            del self._adapters[adopted]
         self._adapters[key] = adapter
         self._adapters.move_to_end(key)
         excess = len(self._adapters) - MAX_EVICTED - len(self.tier) - len(self._flights)
@@ -366,19 +326,3 @@ class Exchange:
             idle = (old for old in self._adapters if old != key and old not in self._flights)
             for old in list(itertools.islice(idle, excess)):
                 del self._adapters[old]
-
-    async def _run(self, pool: ThreadPoolExecutor, call: Callable[..., T], *given: Any) -> T:
-        if self._closing:
-            raise AdapterLoadFailed("the server is shutting down")
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *given)
-
-
-def parse_threads(device: str) -> int:
-    """How many adapters are parsed at a time."""
-    if device == "cpu":
-        return PARSE_THREADS
-    return max(PARSE_THREADS, min(MAX_PARSE_THREADS, len(os.sched_getaffinity(0)) // 2))
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass

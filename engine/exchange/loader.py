@@ -1,0 +1,180 @@
+"""One load: from a version to an image in the host tier, in threads, with a deadline.
+
+A load that is stuck (a file system that hangs, a source that says nothing) is given up at its deadline and costs its
+own requests. Its thread keeps what it may still write to until it ends (`engine.adapters.workers`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from engine.adapters.ref import SourceName
+from engine.adapters.room import Room
+from engine.adapters.sources import AdapterFiles, Source, Version
+from engine.adapters.tiers import HostImage, HostRegion
+from engine.adapters.workers import Job, Workers
+from engine.config import EngineConfig
+from engine.errors import AdapterLoadFailed
+from engine.lora.formats import load_peft
+from engine.lora.image import ImageSize, image_size, write_image
+from engine.lora.report import count_targets
+from engine.lora.weights import LoraWeights
+from engine.ops.layout import AdapterLayout
+
+T = TypeVar("T")
+
+FETCH_THREADS = (
+    32  # of each source, so that a slow one holds up no other; they wait for network and disk
+)
+PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
+MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
+RESOLVE_S = 90.0  # that a source gets to say which version a name means, its own retries included
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class AdapterState:
+    """What is known of one version of one adapter."""
+
+    name: str
+    source: str
+    state: Literal["fetching", "parsing", "ready", "failed"] = "fetching"
+    digest: bytes | None = None
+    size: ImageSize | None = None
+    targets: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+class Loader:
+    """Loads adapters into the room of one tier."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: AdapterLayout,
+        region: HostRegion,
+        sources: Mapping[SourceName, Source],
+        room: Room,
+        device: str,
+    ) -> None:
+        """`device`: where the engine computes."""
+        self._config = config
+        self._layout = layout
+        self._region = region
+        self._sources = sources
+        self._room = room
+        self._fetchers = {name: Workers(FETCH_THREADS, f"adapter-{name}") for name in sources}
+        self._parsers = Workers(parse_threads(device), "adapter-parse")
+        self._closing = False
+
+    @property
+    def abandoned(self) -> int:
+        """Threads that are stuck."""
+        return sum(pool.abandoned for pool in (self._parsers, *self._fetchers.values()))
+
+    async def call(self, source: SourceName, call: Callable[..., T], *given: Any) -> T:
+        """Asks a source something, in one of its threads. Raises AdapterLoadFailed if it does not answer."""
+        self._raise_if_closing()
+        deadline = time.monotonic() + RESOLVE_S
+        return await self._fetchers[source].run(call, *given, deadline=deadline)
+
+    async def load(self, adapter: AdapterState, version: Version, token: str | None) -> HostImage:
+        """The image of a version, committed to the tier; `adapter` learns how far it is.
+
+        Raises AdapterError, or Overloaded if there is no room.
+        """
+        self._raise_if_closing()
+        source, fetchers = self._sources[version.source], self._fetchers[version.source]
+        clock = time.monotonic
+        started = clock()
+        deadline = started + self._config.adapters.adapter_load_timeout_s
+
+        async def fetch() -> AdapterFiles:
+            return await fetchers.run(source.fetch, version, token, _no_progress, deadline=deadline)
+
+        def pause() -> None:
+            """Between two pieces of work in a thread."""
+            self._raise_if_closing()
+            if clock() > deadline:
+                raise AdapterLoadFailed(f"loading {adapter.name} took too long")
+
+        files = await fetch()
+        adapter.seconds["fetch"] = clock() - started
+        adapter.state = "parsing"
+        started = clock()
+        with ExitStack() as open_now, ExitStack() as reserved:
+            open_now.callback(files.close)
+            job: Job[Any] | None = None
+            try:
+                self._raise_if_closing()
+                job = await self._parsers.start(self._open, files, pause, deadline=deadline)
+                weights: LoraWeights = await job.result(deadline)
+                open_now.callback(weights.close)
+                size = adapter.size = image_size(weights, self._layout)
+                opened = clock() - started
+                offset = await self._room.reserve(adapter.name, size.total)
+                reserved.callback(self._room.abandon, offset)
+                started = clock() - opened
+                view = self._region.view[offset : offset + size.total]
+                job = await self._parsers.start(
+                    write_image, weights, self._layout, view, pause, deadline=deadline
+                )
+                digest = await job.result(deadline)
+                # Files that were replaced meanwhile are another version: an old configuration may have met new
+                # weights.
+                (await fetch()).close()
+                reserved.pop_all()
+            finally:
+                if job is not None:
+                    job.when_ended(open_now.pop_all().close)
+                    job.when_ended(reserved.pop_all().close)
+        image = self._room.commit(offset, digest)
+        adapter.digest, adapter.state = digest, "ready"
+        adapter.targets = list(count_targets(weights, self._layout))
+        adapter.base_model = weights.base_model
+        adapter.seconds["parse"] = clock() - started
+        for note in weights.notes:
+            logger.info("%s: %s", adapter.name, note)
+        return image
+
+    def stop(self) -> None:
+        """What runs ends at its next piece of work; nothing new begins."""
+        self._closing = True
+
+    async def close(self) -> None:
+        """Waits for threads that still parse."""
+        self.stop()
+        await self._parsers.close()
+
+    def _open(self, files: AdapterFiles, pause: Callable[[], None]) -> LoraWeights:
+        return load_peft(
+            files.config,
+            files.weights,
+            self._layout,
+            max_rank=self._config.adapters.max_adapter_rank,
+            base_model=self._config.model.model_id.partition("@")[0],
+        )
+
+    def _raise_if_closing(self) -> None:
+        if self._closing:
+            raise AdapterLoadFailed("the server is shutting down")
+
+
+def parse_threads(device: str) -> int:
+    """How many adapters are parsed at a time."""
+    if device == "cpu":
+        return PARSE_THREADS
+    return max(PARSE_THREADS, min(MAX_PARSE_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass

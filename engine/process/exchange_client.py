@@ -1,0 +1,438 @@
+"""The exchange's process as the front sees it: questions, leases, and a watch that restarts it alone.
+
+A heartbeat tells a process that works from one that is stopped. One that ended, or was silent for too long and was
+therefore killed, is reaped before the next one maps the region. The next one is told which images are held: they stay
+in place, so running requests notice nothing. Open questions are put again. Adapters that were granted a moment ago are
+served meanwhile; whoever waits for another is answered when the new process is ready, or told so in bounded time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine.adapters.ref import AdapterRef
+from engine.errors import (
+    AdapterLoadFailed,
+    EngineDead,
+    LoraxError,
+    Overloaded,
+    from_wire,
+)
+from engine.messages import AdapterImageRef, AdapterStatus
+from engine.process.grants import GrantLease, Grants
+from engine.process.messages import (
+    Acquire,
+    Acquired,
+    Adapters,
+    Begin,
+    ExchangeReady,
+    Failed,
+    FromExchange,
+    ListAdapters,
+    Ping,
+    Pong,
+    Recall,
+    Refused,
+    Release,
+    Setup,
+    Unload,
+    Unloaded,
+)
+from engine.process.spawn import END_S, Child
+
+T = TypeVar("T")
+Answer = Acquired | Adapters | Unloaded
+FromChild = ExchangeReady | Failed | Pong | Recall | Refused | Answer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """When the exchange counts as silent, and how long others wait for it."""
+
+    tick_s: float = 0.25  # between two heartbeats
+    away_ticks: int = 2  # unanswered: it is not waited for where there is another way
+    dead_ticks: int = 40  # unanswered: it is killed
+    ready_s: float = 90.0  # that a new process gets to start
+    patience_s: float = 60.0  # that a question waits for an exchange that is away
+    max_ends: int = 5  # within `window_s`: the program gives up
+    window_s: float = 60.0
+    max_deaths: int = (
+        2  # of the exchange within `window_s` while it loaded the same adapter: that is refused
+    )
+
+
+@dataclass(slots=True)
+class _Question:
+    message: Acquire | ListAdapters | Unload
+    answer: asyncio.Future[Answer]
+    asked: float = field(default_factory=time.monotonic)
+
+
+class ExchangeClient:
+    """One exchange, whichever process it runs in now. `on_lost` is called once, when it cannot be had any more."""
+
+    def __init__(
+        self,
+        region_fd: int,
+        setup: Setup,
+        on_ready: Callable[[list[AdapterImageRef]], None],
+        on_lost: Callable[[LoraxError], None],
+        watch: Watch,
+    ) -> None:
+        """`on_ready` is told once what was preloaded."""
+        self.restarts = 0
+        self._region_fd = region_fd
+        self._setup = setup
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._watch = watch
+        self._child = self._new_child()
+        self._begin: Begin | None = None
+        self._began = False  # this process was told to begin
+        self._ready = False  # this process answers questions
+        self._away = asyncio.Event()
+        self._away_since: float | None = None
+        self._pings, self._pongs = 0, 0
+        self._questions: dict[int, _Question] = {}
+        self._calls = itertools.count(1)
+        self._grants = Grants(self._give_back)
+        self._preloaded: list[AdapterImageRef] = []
+        self._listed: list[AdapterStatus] = []
+        self._ends: deque[float] = deque(maxlen=watch.max_ends)
+        self._deaths: dict[AdapterRef, list[float]] = {}
+        self._failure: LoraxError | None = None  # why it cannot be had any more
+        self._watching: asyncio.Task[None] | None = None
+
+    # -- its life
+
+    def _new_child(self) -> Child[FromChild]:
+        self._ended = asyncio.Event()
+        return Child("exchange", FromExchange, self._take, self._ended.set)
+
+    async def start(self) -> None:
+        """Starts the process; it waits for `begin`."""
+        await self._child.start(self._region_fd, self._setup)
+        self._watching = asyncio.create_task(self._run())
+
+    def begin(self, layout: bytes, device: str) -> None:
+        """The shard has told what adapters must fit."""
+        self._begin = Begin(layout, device)
+        self._tell_begin()
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid
+
+    @property
+    def is_away(self) -> bool:
+        """It is silent, or being restarted."""
+        return self._away.is_set()
+
+    def lose(self, error: LoraxError) -> None:
+        """Nothing more is asked: whoever waits is told `error`."""
+        self._failure = self._failure or error
+        for question in self._questions.values():
+            refuse(question.answer, from_wire(error.to_wire()))
+
+    async def close(self, timeout: float = END_S) -> None:
+        """Ends the process; one that is silent gets no time for it."""
+        self.lose(EngineDead("the engine is shutting down"))
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait({self._watching})
+        self._child.finish()
+        await self._child.ended(0 if self.is_away else timeout)
+
+    async def _run(self) -> None:
+        """Watches one process after the other."""
+        try:
+            while True:
+                await self._until_it_ends()
+                if self._failure is not None:
+                    return
+                if not self._ready and not self.restarts:
+                    code = await self._child.ended(0)
+                    raise EngineDead(f"the exchange process ended while starting: {how(code)}")
+                await self._restart()
+        except LoraxError as error:
+            logger.critical("%s", error.message)
+            self.lose(error)
+            self._on_lost(error)
+
+    async def _until_it_ends(self) -> None:
+        """Returns when the process has ended or is to be killed."""
+        watch, started = self._watch, time.monotonic()
+        self._pings = self._pongs = 0
+        while not self._ended.is_set():
+            try:
+                async with asyncio.timeout(watch.tick_s):
+                    await self._ended.wait()
+            except TimeoutError:
+                pass
+            self._refuse_the_patient()
+            if not self._ready:
+                if self.restarts and time.monotonic() - started > watch.ready_s:
+                    logger.error("the exchange did not start within %.0f s", watch.ready_s)
+                    return
+                continue
+            missed = self._pings - self._pongs
+            if missed >= watch.dead_ticks:
+                silent = missed * watch.tick_s
+                logger.error("the exchange has not answered for %.0f s; it is killed", silent)
+                return
+            if missed >= watch.away_ticks:
+                self._leave()
+            self._pings += 1
+            self._child.send(Ping(self._pings))
+
+    async def _restart(self) -> None:
+        """Reaps the process and starts the next. Raises EngineDead when that has happened too often."""
+        watch, now = self._watch, time.monotonic()
+        self._leave()
+        self._ready = self._began = False
+        self._count_deaths(now)
+        code = await self._child.ended(0, reap_s=None)
+        self._ends.append(now)
+        if len(self._ends) == watch.max_ends and now - self._ends[0] < watch.window_s:
+            raise EngineDead(
+                f"the exchange process ended {watch.max_ends} times within {watch.window_s:.0f} s, last: {how(code)}",
+                hint="see its last lines in the log",
+            )
+        logger.error("the exchange process ended: %s; starting another", how(code))
+        self.restarts += 1
+        while True:
+            self._child = self._new_child()
+            try:
+                await self._child.start(self._region_fd, self._setup)
+                break
+            except OSError as error:  # no descriptors or no memory, for the moment
+                logger.error("the exchange cannot be started: %s; trying again", error)
+                await asyncio.sleep(watch.tick_s)
+        self._tell_begin()
+
+    def _tell_begin(self) -> None:
+        if self._begin is None or self._began:
+            return
+        self._began = True
+        begin = self._begin
+        if self.restarts:
+            held = self._grants.held()
+            begin = msgspec.structs.replace(
+                begin, restarted=True, held=held, preloaded=self._preloaded
+            )
+        self._child.send(begin)
+
+    def _leave(self) -> None:
+        if not self.is_away:
+            self._away.set()
+            self._away_since = time.monotonic()
+
+    def _back(self) -> None:
+        self._away.clear()
+        self._away_since = None
+
+    # -- what it says
+
+    def _take(self, message: FromChild) -> None:
+        if isinstance(message, Pong):
+            self._pongs = message.number
+            if self._ready and self._pings - self._pongs < self._watch.away_ticks:
+                self._back()
+        elif isinstance(message, ExchangeReady):
+            self._is_ready(message)
+        elif isinstance(message, Recall):
+            self._grants.recall(message.num_bytes)
+        elif isinstance(message, Failed):
+            error = from_wire(message.error)
+            if not self.restarts:
+                self.lose(error)
+                self._on_lost(error)
+            else:
+                logger.error("the new exchange could not start: %s", error)
+        else:
+            self._answered(message)
+
+    def _is_ready(self, message: ExchangeReady) -> None:
+        if self.restarts:
+            away = time.monotonic() - (self._away_since or time.monotonic())
+            kept = len(self._grants) + len(self._preloaded)
+            logger.warning("the exchange is back after %.1f s; %d images stayed", away, kept)
+        else:
+            self._preloaded = message.preloaded
+            self._on_ready(message.preloaded)
+        self._ready = True
+        self._back()
+        for question in self._questions.values():
+            if not question.answer.done():
+                self._child.send(question.message)
+
+    def _answered(self, message: Refused | Answer) -> None:
+        question = self._questions.get(message.call)
+        if question is None or question.answer.done():
+            return  # given up, and the exchange has been told so
+        if isinstance(message, Refused):
+            refuse(question.answer, from_wire(message.error))
+        else:
+            question.answer.set_result(message)
+
+    # -- what it is asked
+
+    async def acquire(self, ref: AdapterRef, token: str | None) -> GrantLease:
+        """See `Backend.acquire`. While the exchange is away, what was granted a moment ago is granted again."""
+        self._raise_if_lost()
+        key = (ref, token)
+        grant = self._grants.get(key)
+        if grant is not None and (grant.is_fresh or (self.is_away and grant.serves_outage)):
+            return self._grants.lease(grant)
+        self._refuse_a_suspect(ref)
+        call = next(self._calls)
+        asking = asyncio.ensure_future(self._ask(Acquire(call, ref, token)))
+        try:
+            if grant is not None and await self._goes_away_before(asking):
+                grant = self._grants.get(key)
+                if grant is not None and grant.serves_outage:
+                    self._give_up(call, asking)
+                    return self._grants.lease(grant)
+            answer = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._give_up(call, asking)
+            raise
+        except (AdapterLoadFailed, EngineDead, Overloaded):
+            raise
+        except LoraxError:
+            self._grants.refused(key)
+            raise
+        assert isinstance(answer, Acquired)
+        return self._grants.add(key, answer)
+
+    async def adapters(self) -> list[AdapterStatus]:
+        """What the exchange knows; while it is away, what it knew last. Leases are the requests' own."""
+        self._raise_if_lost()
+        call = next(self._calls)
+        asking = asyncio.ensure_future(self._ask(ListAdapters(call)))
+        try:
+            if not await self._goes_away_before(asking):
+                answer = await asking
+                assert isinstance(answer, Adapters)
+                self._listed = answer.adapters
+        finally:
+            asking.cancel()
+        users = self._grants.users()
+        return [_with_users(status, users) for status in self._listed]
+
+    async def unload(self, name: str) -> bool:
+        """See `Backend.unload`."""
+        self._raise_if_lost()
+        self._grants.forget(name)
+        self._preloaded = [image for image in self._preloaded if image.name != name]
+        answer = await self._ask(Unload(next(self._calls), name))
+        assert isinstance(answer, Unloaded)
+        return answer.found
+
+    async def _ask(self, message: Acquire | ListAdapters | Unload) -> Answer:
+        question = _Question(message, asyncio.get_running_loop().create_future())
+        self._questions[message.call] = question
+        try:
+            if self._ready:
+                self._child.send(message)
+            return await question.answer
+        finally:
+            del self._questions[message.call]
+
+    async def _goes_away_before(self, asking: asyncio.Future[Any]) -> bool:
+        """Waits for the answer or for the exchange to go away, whichever is first."""
+        away = asyncio.ensure_future(self._away.wait())
+        try:
+            await asyncio.wait({asking, away}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            away.cancel()
+        return not asking.done()
+
+    def _give_up(self, call: int, asking: asyncio.Future[Any]) -> None:
+        """Nobody wants the answer, or the image that came with it."""
+        asking.cancel()
+        self._give_back(call)
+
+    def _give_back(self, call: int) -> None:
+        self._child.send(Release(call))
+
+    def _raise_if_lost(self) -> None:
+        if self._failure is not None:
+            raise from_wire(self._failure.to_wire())
+
+    # -- who waits too long, and who may be the cause
+
+    def _refuse_the_patient(self) -> None:
+        """Nobody waits for ever for an exchange that is away."""
+        if self._away_since is None:
+            return
+        now = time.monotonic()
+        for question in self._questions.values():
+            if now - max(question.asked, self._away_since) > self._watch.patience_s:
+                refuse(
+                    question.answer,
+                    AdapterLoadFailed(
+                        f"the adapter exchange has been away for {now - self._away_since:.0f} s",
+                        hint="try again later; the base model and adapters in use are served",
+                    ),
+                )
+
+    def _count_deaths(self, now: float) -> None:
+        """Notes what the process loaded when it died; what has seen that too often is refused."""
+        self._deaths = {
+            ref: recent
+            for ref, times in self._deaths.items()
+            if (recent := [time for time in times if now - time < self._watch.window_s])
+        }
+        loading = _acquiring(self._questions.values())
+        for ref in {message.ref for message, _ in loading}:
+            self._deaths.setdefault(ref, []).append(now)
+        for message, answer in loading:
+            try:
+                self._refuse_a_suspect(message.ref)
+            except LoraxError as error:
+                refuse(answer, error)
+
+    def _refuse_a_suspect(self, ref: AdapterRef) -> None:
+        """Raises AdapterLoadFailed for an adapter that may be what ends the exchange again and again."""
+        watch, now = self._watch, time.monotonic()
+        times = [one for one in self._deaths.get(ref, ()) if now - one < watch.window_s]
+        if len(times) >= watch.max_deaths:
+            raise AdapterLoadFailed(
+                f"the adapter exchange ended {len(times)} times while it loaded {ref.name}",
+                field="adapter_id",
+                hint=f"it is tried again in {watch.window_s - (now - times[-1]):.0f} s",
+            )
+
+
+def _acquiring(questions: Iterable[_Question]) -> list[tuple[Acquire, asyncio.Future[Answer]]]:
+    return [(one.message, one.answer) for one in questions if isinstance(one.message, Acquire)]
+
+
+def _with_users(status: AdapterStatus, users: dict[bytes, tuple[int, int]]) -> AdapterStatus:
+    """Its leases, as the requests that use it: the exchange counts a grant once, whoever uses it."""
+    grants, requests = users.get(status.digest or b"", (0, 0))
+    return msgspec.structs.replace(status, leases=max(0, status.leases - grants) + requests)
+
+
+def how(code: int) -> str:
+    """The way a process ended."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def refuse(future: asyncio.Future[T], error: LoraxError) -> None:
+    """Fails what somebody may wait for."""
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # whoever waited may be gone; that is no error of its own

@@ -1,0 +1,154 @@
+"""Adapters that the exchange holds for the front, kept for a while after their last request.
+
+A *grant* is one answered `Acquire`: while it lasts, the image stays where it is, whatever becomes of the exchange. So
+requests for an adapter that is in use need no question as long as its version is fresh, and while the exchange is away
+they are served with the version that was valid last. A grant that no request uses is returned when the exchange
+recalls it for room, when there are too many, or when its adapter is unloaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.adapters.ref import AdapterRef
+from engine.messages import AdapterImageRef
+from engine.process.messages import Acquired
+
+MAX_IDLE = 1024  # grants that no request uses
+OUTAGE_S = 60.0  # after its version was last known to be valid, a grant serves on while the exchange is away
+
+Key = tuple[AdapterRef, str | None]  # the reference and the caller's token
+
+
+@dataclass(slots=True, eq=False)
+class Grant:
+    """One image, held in the exchange under the number of a call."""
+
+    key: Key
+    call: int
+    image: AdapterImageRef
+    cache_salt: bytes
+    fresh_until: float  # time.monotonic(): until then the version counts as the newest, and the caller as allowed
+    users: int = 0
+    retired: bool = False  # another took its place: it ends with its last user
+
+    @property
+    def is_fresh(self) -> bool:
+        return time.monotonic() < self.fresh_until
+
+    @property
+    def serves_outage(self) -> bool:
+        """Whether it may serve while the exchange cannot be asked."""
+        return time.monotonic() < self.fresh_until + OUTAGE_S
+
+
+class GrantLease:
+    """One request's use of a grant: `engine.server.backend.Lease`."""
+
+    def __init__(self, grants: Grants, grant: Grant) -> None:
+        self._grants: Grants | None = grants
+        self._grant = grant
+        grant.users += 1
+
+    @property
+    def image(self) -> AdapterImageRef:
+        return self._grant.image
+
+    @property
+    def cache_salt(self) -> bytes:
+        return self._grant.cache_salt
+
+    def release(self) -> None:
+        """Idempotent."""
+        if self._grants is not None:
+            grants, self._grants = self._grants, None
+            grants.released(self._grant)
+
+
+class Grants:
+    """Every grant. `give_back` tells the exchange that a call's image is no longer needed."""
+
+    def __init__(self, give_back: Callable[[int], None]) -> None:
+        self._give_back = give_back
+        self._current: OrderedDict[Key, Grant] = OrderedDict()  # least recently used first
+        self._retired: set[Grant] = set()
+
+    def __len__(self) -> int:
+        return len(self._current) + len(self._retired)
+
+    def get(self, key: Key) -> Grant | None:
+        """The newest grant of a key, fresh or not."""
+        return self._current.get(key)
+
+    def lease(self, grant: Grant) -> GrantLease:
+        """One more user."""
+        if grant.key in self._current:
+            self._current.move_to_end(grant.key)
+        return GrantLease(self, grant)
+
+    def add(self, key: Key, acquired: Acquired) -> GrantLease:
+        """The answer to a question becomes a grant with one user; what is held already is not held twice."""
+        fresh_until = time.monotonic() + acquired.fresh_s
+        old = self._current.get(key)
+        if old is not None and (old.image, old.cache_salt) == (acquired.image, acquired.cache_salt):
+            old.fresh_until = max(old.fresh_until, fresh_until)
+            self._give_back(acquired.call)
+            return self.lease(old)
+        if old is not None:
+            self._retire(old)
+        grant = Grant(key, acquired.call, acquired.image, acquired.cache_salt, fresh_until)
+        self._current[key] = grant
+        lease = GrantLease(self, grant)
+        idle = [one for one in self._current.values() if not one.users]
+        for surplus in idle[: max(0, len(idle) - MAX_IDLE)]:
+            self._retire(surplus)
+        return lease
+
+    def released(self, grant: Grant) -> None:
+        """One user less. Called by leases."""
+        grant.users -= 1
+        if grant.retired and not grant.users:
+            self._retired.discard(grant)
+            self._give_back(grant.call)
+
+    def refused(self, key: Key) -> None:
+        """The exchange said no: what was granted before is not given to anybody again."""
+        if (old := self._current.get(key)) is not None:
+            self._retire(old)
+
+    def forget(self, name: str) -> None:
+        """The adapter was unloaded: grants of every version and tenant end with their last user."""
+        for grant in [one for one in self._current.values() if one.image.name == name]:
+            self._retire(grant)
+
+    def recall(self, num_bytes: int) -> None:
+        """Gives back grants that no request uses, the least recently used first, until they make `num_bytes`."""
+        idle = [one for one in self._current.values() if not one.users]
+        for grant in idle:
+            if num_bytes <= 0:
+                break
+            num_bytes -= grant.image.data_bytes
+            self._retire(grant)
+
+    def held(self) -> dict[int, AdapterImageRef]:
+        """Call -> image of everything that the exchange must keep in place."""
+        return {one.call: one.image for one in (*self._current.values(), *self._retired)}
+
+    def users(self) -> dict[bytes, tuple[int, int]]:
+        """Digest -> (grants, requests that use them)."""
+        found: dict[bytes, tuple[int, int]] = {}
+        for one in (*self._current.values(), *self._retired):
+            grants, users = found.get(one.image.digest, (0, 0))
+            found[one.image.digest] = (grants + 1, users + one.users)
+        return found
+
+    def _retire(self, grant: Grant) -> None:
+        del self._current[grant.key]
+        grant.retired = True
+        if grant.users:
+            self._retired.add(grant)
+        else:
+            self._give_back(grant.call)
