@@ -13,9 +13,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -47,10 +47,10 @@ from engine.process.messages import (
     Unload,
     Unloaded,
 )
+from engine.process.questions import Answer, Questions
 from engine.process.spawn import END_S, Child
+from engine.process.suspects import Suspects
 
-T = TypeVar("T")
-Answer = Acquired | Adapters | Unloaded
 FromChild = ExchangeReady | Failed | Pong | Recall | Refused | Answer
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,6 @@ class Watch:
     max_deaths: int = (
         2  # of the exchange within `window_s` while it loaded the same adapter: that is refused
     )
-
-
-@dataclass(slots=True)
-class _Question:
-    message: Acquire | ListAdapters | Unload
-    answer: asyncio.Future[Answer]
-    asked: float = field(default_factory=time.monotonic)
 
 
 class ExchangeClient:
@@ -104,13 +97,13 @@ class ExchangeClient:
         self._away = asyncio.Event()
         self._away_since: float | None = None
         self._pings, self._pongs = 0, 0
-        self._questions: dict[int, _Question] = {}
+        self._questions = Questions(self._send_if_ready)
         self._calls = itertools.count(1)
         self._grants = Grants(self._give_back)
         self._preloaded: list[AdapterImageRef] = []
         self._listed: list[AdapterStatus] = []
         self._ends: deque[float] = deque(maxlen=watch.max_ends)
-        self._deaths: dict[AdapterRef, list[float]] = {}
+        self._suspects = Suspects(watch.max_deaths, watch.window_s)
         self._failure: LoraxError | None = None  # why it cannot be had any more
         self._watching: asyncio.Task[None] | None = None
 
@@ -142,8 +135,7 @@ class ExchangeClient:
     def lose(self, error: LoraxError) -> None:
         """Nothing more is asked: whoever waits is told `error`."""
         self._failure = self._failure or error
-        for question in self._questions.values():
-            refuse(question.answer, from_wire(error.to_wire()))
+        self._questions.fail(error)
 
     async def close(self, timeout: float = END_S) -> None:
         """Ends the process; one that is silent gets no time for it."""
@@ -201,7 +193,7 @@ class ExchangeClient:
         watch, now = self._watch, time.monotonic()
         self._leave()
         self._ready = self._began = False
-        self._count_deaths(now)
+        self._suspect_what_was_loaded()
         code = await self._child.ended(0, reap_s=None)
         self._ends.append(now)
         if len(self._ends) == watch.max_ends and now - self._ends[0] < watch.window_s:
@@ -261,7 +253,7 @@ class ExchangeClient:
             else:
                 logger.error("the new exchange could not start: %s", error)
         else:
-            self._answered(message)
+            self._questions.answered(message)
 
     def _is_ready(self, message: ExchangeReady) -> None:
         if self.restarts:
@@ -273,18 +265,7 @@ class ExchangeClient:
             self._on_ready(message.preloaded)
         self._ready = True
         self._back()
-        for question in self._questions.values():
-            if not question.answer.done():
-                self._child.send(question.message)
-
-    def _answered(self, message: Refused | Answer) -> None:
-        question = self._questions.get(message.call)
-        if question is None or question.answer.done():
-            return  # given up, and the exchange has been told so
-        if isinstance(message, Refused):
-            refuse(question.answer, from_wire(message.error))
-        else:
-            question.answer.set_result(message)
+        self._questions.ask_again()
 
     # -- what it is asked
 
@@ -295,9 +276,9 @@ class ExchangeClient:
         grant = self._grants.get(key)
         if grant is not None and (grant.is_fresh or (self.is_away and grant.serves_outage)):
             return self._grants.lease(grant)
-        self._refuse_a_suspect(ref)
+        self._suspects.check(ref)
         call = next(self._calls)
-        asking = asyncio.ensure_future(self._ask(Acquire(call, ref, token)))
+        asking = asyncio.ensure_future(self._questions.ask(Acquire(call, ref, token)))
         try:
             if grant is not None and await self._goes_away_before(asking):
                 grant = self._grants.get(key)
@@ -320,7 +301,7 @@ class ExchangeClient:
         """What the exchange knows; while it is away, what it knew last. Leases are the requests' own."""
         self._raise_if_lost()
         call = next(self._calls)
-        asking = asyncio.ensure_future(self._ask(ListAdapters(call)))
+        asking = asyncio.ensure_future(self._questions.ask(ListAdapters(call)))
         try:
             if not await self._goes_away_before(asking):
                 answer = await asking
@@ -336,19 +317,14 @@ class ExchangeClient:
         self._raise_if_lost()
         self._grants.forget(name)
         self._preloaded = [image for image in self._preloaded if image.name != name]
-        answer = await self._ask(Unload(next(self._calls), name))
+        answer = await self._questions.ask(Unload(next(self._calls), name))
         assert isinstance(answer, Unloaded)
         return answer.found
 
-    async def _ask(self, message: Acquire | ListAdapters | Unload) -> Answer:
-        question = _Question(message, asyncio.get_running_loop().create_future())
-        self._questions[message.call] = question
-        try:
-            if self._ready:
-                self._child.send(message)
-            return await question.answer
-        finally:
-            del self._questions[message.call]
+    def _send_if_ready(self, message: msgspec.Struct) -> None:
+        """Questions that come before the process is ready are put when it is."""
+        if self._ready:
+            self._child.send(message)
 
     async def _goes_away_before(self, asking: asyncio.Future[Any]) -> bool:
         """Waits for the answer or for the exchange to go away, whichever is first."""
@@ -371,53 +347,28 @@ class ExchangeClient:
         if self._failure is not None:
             raise from_wire(self._failure.to_wire())
 
-    # -- who waits too long, and who may be the cause
+    # -- who waits too long, and what may be the cause
 
     def _refuse_the_patient(self) -> None:
         """Nobody waits for ever for an exchange that is away."""
         if self._away_since is None:
             return
-        now = time.monotonic()
-        for question in self._questions.values():
-            if now - max(question.asked, self._away_since) > self._watch.patience_s:
-                refuse(
-                    question.answer,
-                    AdapterLoadFailed(
-                        f"the adapter exchange has been away for {now - self._away_since:.0f} s",
-                        hint="try again later; the base model and adapters in use are served",
-                    ),
-                )
+        since, now = self._away_since, time.monotonic()
+        error = AdapterLoadFailed(
+            f"the adapter exchange has been away for {now - since:.0f} s",
+            hint="try again later; the base model and adapters in use are served",
+        )
+        if now - since > self._watch.patience_s:
+            self._questions.fail(error, before=now - self._watch.patience_s)
 
-    def _count_deaths(self, now: float) -> None:
-        """Notes what the process loaded when it died; what has seen that too often is refused."""
-        self._deaths = {
-            ref: recent
-            for ref, times in self._deaths.items()
-            if (recent := [time for time in times if now - time < self._watch.window_s])
-        }
-        loading = _acquiring(self._questions.values())
-        for ref in {message.ref for message, _ in loading}:
-            self._deaths.setdefault(ref, []).append(now)
-        for message, answer in loading:
+    def _suspect_what_was_loaded(self) -> None:
+        """What has seen too many ends is refused; the others are asked for again."""
+        self._suspects.saw_the_end(message.ref for message in self._questions.acquiring())
+        for message in self._questions.acquiring():
             try:
-                self._refuse_a_suspect(message.ref)
+                self._suspects.check(message.ref)
             except LoraxError as error:
-                refuse(answer, error)
-
-    def _refuse_a_suspect(self, ref: AdapterRef) -> None:
-        """Raises AdapterLoadFailed for an adapter that may be what ends the exchange again and again."""
-        watch, now = self._watch, time.monotonic()
-        times = [one for one in self._deaths.get(ref, ()) if now - one < watch.window_s]
-        if len(times) >= watch.max_deaths:
-            raise AdapterLoadFailed(
-                f"the adapter exchange ended {len(times)} times while it loaded {ref.name}",
-                field="adapter_id",
-                hint=f"it is tried again in {watch.window_s - (now - times[-1]):.0f} s",
-            )
-
-
-def _acquiring(questions: Iterable[_Question]) -> list[tuple[Acquire, asyncio.Future[Answer]]]:
-    return [(one.message, one.answer) for one in questions if isinstance(one.message, Acquire)]
+                self._questions.answered(Refused(message.call, error.to_wire()))
 
 
 def _with_users(status: AdapterStatus, users: dict[bytes, tuple[int, int]]) -> AdapterStatus:
@@ -429,10 +380,3 @@ def _with_users(status: AdapterStatus, users: dict[bytes, tuple[int, int]]) -> A
 def how(code: int) -> str:
     """The way a process ended."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def refuse(future: asyncio.Future[T], error: LoraxError) -> None:
-    """Fails what somebody may wait for."""
-    if not future.done():
-        future.set_exception(error)
-        future.exception()  # whoever waited may be gone; that is no error of its own
