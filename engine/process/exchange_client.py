@@ -157,7 +157,10 @@ class ExchangeClient:
                     code = await self._child.ended(0)
                     raise EngineDead(f"the exchange process ended while starting: {how(code)}")
                 await self._restart()
-        except LoraxError as error:
+        except Exception as error:
+            if not isinstance(error, LoraxError):
+                logger.critical("the watch of the exchange failed", exc_info=error)
+                error = EngineDead(f"the exchange cannot be watched: {error!r}")
             logger.critical("%s", error.message)
             self.lose(error)
             self._on_lost(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,12 +69,10 @@ class Questions:
         else:
             question.answer.set_result(message)
 
-    def fail(
-        self, error: LoraxError, where: Callable[[Message, float], bool] | None = None
-    ) -> None:
-        """Refuses the questions for which `where(message, time of asking)` holds; without it, all of them."""
+    def fail(self, error: LoraxError, before: float = math.inf) -> None:
+        """Refuses what was asked before a time (monotonic); without one, everything."""
         for question in self._open.values():
-            if where is None or where(question.message, question.asked):
+            if question.asked < before:
                 refuse(question.answer, from_wire(error.to_wire()))
 
     def acquiring(self) -> list[Acquire]:
