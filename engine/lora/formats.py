@@ -10,11 +10,13 @@ embedding scale (Gemma), which the model applies to the sum, as PEFT does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import AdapterIncompatible
+from engine.lora.names import shown, shown_shape
 from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
 from engine.lora.tensors import DTYPES, TensorFile, TensorInfo, open_tensors
 from engine.lora.weights import LoraWeights, Pair, Place
@@ -22,6 +24,7 @@ from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of preference
+MAX_PROBLEMS = 64  # kinds that are listed
 
 _HALF = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
@@ -40,23 +43,37 @@ class _Spot:
     target: Target
 
 
+def _kind(name: str) -> str:
+    """A name without the numbers of layers: the same for the same problem in every layer."""
+    return _NUMBER.sub("", shown(name))
+
+
 @dataclass(slots=True)
 class _Problems:
-    """Problems by kind: one message for the same problem in many layers."""
+    """Problems by kind, one message for the same problem in many layers; further kinds are only counted."""
 
-    kinds: dict[str, list[AdapterIncompatible]] = field(default_factory=dict)
+    first: dict[str, AdapterIncompatible] = field(default_factory=dict)
+    more: Counter[str] = field(default_factory=Counter)  # further cases of a kind
+    unlisted: int = 0
 
-    def add(self, kind: str, problem: AdapterIncompatible) -> None:
-        self.kinds.setdefault(kind, []).append(problem)
+    def add(self, kind: str, text: str, where: str | None, hint: str | None) -> None:
+        if kind in self.first:
+            self.more[kind] += 1
+        elif len(self.first) < MAX_PROBLEMS:
+            where = shown(where) if where else None
+            self.first[kind] = AdapterIncompatible(text, field=where, hint=hint)
+        else:
+            self.unlisted += 1
 
     def errors(self) -> list[AdapterIncompatible]:
-        """One error per kind, with the number of further cases."""
+        """One error per kind, with the number of further cases, and one for all that are not listed."""
         found = []
-        for first, *rest in self.kinds.values():
-            more = f", and {len(rest)} more like it" if rest else ""
-            found.append(
-                AdapterIncompatible(first.message + more, field=first.field, hint=first.hint)
-            )
+        for kind, first in self.first.items():
+            count = self.more[kind]
+            text = f"{first.message}, and {count} more like it" if count else first.message
+            found.append(AdapterIncompatible(text, field=first.field, hint=first.hint))
+        if self.unlisted:
+            found.append(AdapterIncompatible(f"{self.unlisted} more problems are not listed"))
         return found
 
 
@@ -99,7 +116,9 @@ def check_peft(
 ) -> tuple[LoraWeights | None, list[AdapterIncompatible]]:
     """As `load_peft`, but returns every problem instead of raising; the weights are None if there is any."""
     parsed, refused = check_config(read_config(config))
-    problems = _Problems({f"config {number}": [error] for number, error in enumerate(refused)})
+    problems = _Problems()
+    for number, error in enumerate(refused):
+        problems.add(f"config {number}", error.message, error.field, error.hint)
     if parsed is None:
         return None, problems.errors()
     file = open_tensors(weights)
@@ -113,7 +132,7 @@ def check_peft(
         notes = reader.notes
         if base_model and parsed.base_model and parsed.base_model != base_model:
             notes.append(
-                f"made for {parsed.base_model}, served with {base_model}; the shapes agree"
+                f"made for {shown(parsed.base_model)}, served with {base_model}; the shapes agree"
             )
         keep = True
         return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
@@ -147,21 +166,17 @@ class _Reader:
                 others.append(key)
         spots = self._spots()
         self._leftover(others, spots, halves)
+        linears = sorted({spot.rsplit(".", 1)[-1] for spot in spots})
         pairs = {}
         for module, names in halves.items():
             spot = spots.get(module)
             if spot is None:
-                self._no_such_module(module, spots)
+                self._no_such_module(module, linears)
             elif (pair := self._pair(module, names, spot)) is not None:
                 pairs[spot.place] = pair
         if not halves:
-            self.problems.add(
-                "empty",
-                AdapterIncompatible(
-                    "the weight file holds no LoRA tensors",
-                    hint="save the adapter with PEFT's save_pretrained",
-                ),
-            )
+            hint = "save the adapter with PEFT's save_pretrained"
+            self.problems.add("empty", "the weight file holds no LoRA tensors", None, hint)
         return pairs
 
     def _spots(self) -> dict[str, _Spot]:
@@ -182,14 +197,14 @@ class _Reader:
             text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
             if not missing:
                 text = f"{module} has both kinds of LoRA, of a linear and of an embedding"
-            self._add(f"half {kind}", text, module, "save the adapter again, whole")
+            self.problems.add(f"half {kind}", text, module, "save the adapter again, whole")
             return None
         a, b = (self.file.infos[names[half]] for half in wanted)
         if not self._shapes_fit(module, a, b, spot):
             return None
         rank, said = a.shape[0], self.config.rank(module)
         if rank != said:
-            self._add(
+            self.problems.add(
                 f"rank {kind}",
                 f"{module} has rank {rank}, adapter_config.json says {said}",
                 "rank_pattern",
@@ -197,7 +212,7 @@ class _Reader:
             )
             return None
         if rank > min(self.max_rank, MAX_RANK):
-            self._add(
+            self.problems.add(
                 "max rank",
                 f"{module} has rank {rank}, this server takes up to {self.max_rank}",
                 "r",
@@ -212,8 +227,11 @@ class _Reader:
         for info in (a, b):
             if info.dtype not in DTYPES:
                 hint = f"save the adapter as one of {', '.join(DTYPES)}"
-                self._add(
-                    f"dtype {info.dtype}", f"{module} is stored as {info.dtype}", module, hint
+                self.problems.add(
+                    f"dtype {info.dtype}",
+                    f"{module} is stored as {shown(info.dtype)}",
+                    module,
+                    hint,
                 )
                 return False
         if (
@@ -222,19 +240,18 @@ class _Reader:
             or a.shape[0] != b.shape[1]
             or 0 in a.shape + b.shape
         ):
-            text = (
-                f"{module} has shapes {list(a.shape)} and {list(b.shape)}, which are no LoRA pair"
-            )
+            shapes = f"{shown_shape(a.shape)} and {shown_shape(b.shape)}"
+            text = f"{module} has shapes {shapes}, which are no LoRA pair"
             hint = "gather sharded weights (ZeRO-3, FSDP) before saving"
-            self._add(f"shape {kind}", text, module, hint)
+            self.problems.add(f"shape {kind}", text, module, hint)
             return False
         have = (a.shape[1], b.shape[0])
         want = (spot.group.in_features, spot.target.out_features)
         if have == want:
             return True
         hint = "use an adapter of this base model, or serve the adapter's base model"
-        base = f" ({self.config.base_model})" if self.config.base_model else ""
-        self._add(
+        base = f" ({shown(self.config.base_model)})" if self.config.base_model else ""
+        self.problems.add(
             f"base {kind}",
             f"made for another base model{base}: {module} of the adapter maps {have[0]} to {have[1]},"
             f" of the served model {want[0]} to {want[1]}",
@@ -243,23 +260,19 @@ class _Reader:
         )
         return False
 
-    def _add(self, kind: str, text: str, where: str, hint: str) -> None:
-        self.problems.add(kind, AdapterIncompatible(text, field=where, hint=hint))
-
-    def _no_such_module(self, module: str, spots: Iterable[str]) -> None:
-        last = module.rsplit(".", 1)[-1]
-        similar = sorted({spot.rsplit(".", 1)[-1] for spot in spots})
-        kind = _NUMBER.sub("", module)
+    def _no_such_module(self, module: str, linears: Sequence[str]) -> None:
+        """`linears`: the last names of all modules that can be adapted."""
+        kind = _kind(module)
         if "expert" in module:
             why = "adapts an expert of a mixture"
             hint = "train on the attention's linear layers only"
-        elif last in similar:
+        elif module.rsplit(".", 1)[-1] in linears:
             why = "is not in the served model"
             hint = "use an adapter of this base model, or serve the adapter's base model"
         else:
             why = "is no linear that can be adapted in the served model"
-            hint = f"train on {', '.join(similar)} only"
-        self._add(f"module {kind}", f"{module} {why}", module, hint)
+            hint = f"train on {', '.join(linears)} only"
+        self.problems.add(f"module {kind}", f"{shown(module)} {why}", module, hint)
 
     def _leftover(
         self, keys: list[str], spots: dict[str, _Spot], halves: dict[str, dict[str, str]]
@@ -270,16 +283,18 @@ class _Reader:
             if match and match["module"] in halves and match["module"] in spots:
                 self._base_copy(match["module"], self.file.infos[key], spots[match["module"]])
                 continue
-            kind = _NUMBER.sub("", key)
+            kind = _kind(key)
             if known := describe_key(key):
-                self._add(f"left {known[1]}", f"{key} is {known[0]}", known[1], known[2])
+                self.problems.add(
+                    f"left {known[1]}", f"{shown(key)} is {known[0]}", known[1], known[2]
+                )
             elif key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
-                text = f"{key} is a whole matrix, of a resized or trained vocabulary"
+                text = f"{shown(key)} is a whole matrix, of a resized or trained vocabulary"
                 hint = "if it was not trained, save with save_embedding_layers=False"
-                self._add(f"left {kind}", text, "modules_to_save", hint)
+                self.problems.add(f"left {kind}", text, "modules_to_save", hint)
             else:
                 hint = "save the adapter with PEFT's save_pretrained"
-                self._add(f"left {kind}", f"{key} is no part of a LoRA", key, hint)
+                self.problems.add(f"left {kind}", f"{shown(key)} is no part of a LoRA", key, hint)
 
     def _base_copy(self, module: str, info: TensorInfo, spot: _Spot) -> None:
         shape = (spot.target.out_features, spot.group.in_features)
@@ -288,9 +303,9 @@ class _Reader:
         if info.shape == shape:
             self.notes.append(f"the file's copy of the base's own {module} is not used")
             return
-        self._add(
+        self.problems.add(
             f"base copy {module}",
-            f"{module} was resized to {list(info.shape)}, the served model's is {list(shape)}",
+            f"{module} was resized to {shown_shape(info.shape)}, the served model's is {list(shape)}",
             module,
             "train without added tokens, or serve the resized base model",
         )

@@ -1,37 +1,124 @@
 """PEFT's `rank_pattern` and `alpha_pattern`: module names or regular expressions, each with a value.
 
-The expressions come with the adapter, so they are a stranger's: those that could take more than polynomial time to
-match are refused (Python's `re` holds the interpreter while it matches).
+The expressions come with the adapter, so a stranger wrote them. RE2 matches them in a time that grows with the path's
+length only, and all keys of a pattern at once. Its memory and the size of what it compiles are limited.
+
+RE2 reads most of Python's expressions, and some of them differently: those are refused. Paths of modules are ASCII
+without line breaks, so the differences in Unicode and at the end of a line do not show.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import re2
+
+from engine.errors import AdapterIncompatible
+from engine.lora.names import shown
 
 MAX_PATTERNS = 4096
-MAX_LENGTH = 512  # characters of one expression
-PATH_LENGTH = 64  # characters of a module's path: so many ways has an unbounded repeat to end
-MAX_WAYS = 1 << 18  # in which all expressions together may be tried on one path
+MAX_LENGTH = 512  # characters of one key
+MAX_INSTRUCTIONS = (
+    4096  # of RE2's program, for all expressions of a pattern that are no plain names
+)
+REMEDY = "use module names as keys, or expressions of groups, classes, alternatives and repeats"
 
-_PLAIN = re.compile(r"[\w.^-]+")
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_KEY_BYTES = 1 << 20  # of memory for RE2 to compile one key
+_SET_BYTES = 4 << 20  # for a set of keys, and what it remembers of the paths it matched
+_BYTES_PER_CHARACTER = 128  # that a set needs to compile plain names
+
+# A name, in which a dot stands for any character, as in Python. Only its length and its characters matter.
+_PLAIN = re.compile(r"(?P<start>\^?)(?P<name>(?:[\w.-]|\\[.-])++)\$?", re.ASCII)
+# What RE2 lacks, or reads otherwise than Python: back references and rare escapes, look-around and inline flags,
+# POSIX classes, counts without a lower bound or with a leading zero.
+_FOREIGN = re.compile(
+    r"\\(?:[^\W_dDwWsSbBAtnrfv]|[^\x00-\x7f])|\(\?(?!:|P<|[ims]+:).?|\[:|\{,|\{(?:\d+,)?0\d",
+    re.ASCII | re.DOTALL,
+)
+_ESCAPED = re.compile(r"\\[\W_]", re.ASCII)
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
+_ANY_CASE = re.compile(r"\(\?[ms]*i")  # a few letters beyond ASCII are ASCII in the other case
 
 
-@dataclass(frozen=True, slots=True)
+class _Set:
+    """Keys that are matched at once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._numbers: list[int] = []
+        self._set = re2.Set.FullMatchSet(_options(max_bytes))
+
+    def add(self, number: int, expression: str) -> None:
+        """Before `compile`. Raises re2.error."""
+        self._set.Add(_encoded(expression))
+        self._numbers.append(number)
+
+    def compile(self) -> _Set:
+        """Raises re2.error if the keys are too large together."""
+        self._set.Add(b"(?s:.*)")  # matches always, so that out of memory is told from no match
+        self._set.Compile()
+        return self
+
+    def matches(self, text: str) -> Iterator[int]:
+        """The numbers of the keys that match the whole text."""
+        found = self._set.Match(_encoded(text)) or ()
+        if len(self._numbers) not in found:
+            raise AdapterIncompatible(
+                "the expressions of rank_pattern or alpha_pattern need too much memory", hint=REMEDY
+            )
+        return (self._numbers[index] for index in found if index < len(self._numbers))
+
+
+@dataclass(slots=True)
 class Pattern:
     """Values by module: the first key that matches decides, as in `peft.utils.other.get_pattern_key`."""
 
-    rules: tuple[tuple[re.Pattern[str], float], ...]
+    values: tuple[float, ...]  # by the number of the key
     default: float
+    # Plain names by (must it be the whole path?, length); those of a length that no path has are never compiled.
+    plain: dict[tuple[bool, int], list[tuple[int, str]]]
+    whole: _Set  # expressions, for the whole path
+    part: _Set  # the same, for what follows a dot in it
+    _sets: dict[tuple[bool, int], _Set] = field(default_factory=dict)
+    _found: dict[str, float] = field(default_factory=dict)
 
     def value(self, module: str) -> float:
-        """The value for a module's full path."""
-        for rule, value in self.rules:
-            if rule.match(module):
-                return value
-        return self.default
+        """The value for a module's full path. Raises AdapterIncompatible if RE2 runs out of memory."""
+        if module not in self._found:
+            number = min(self._matches(module), default=None)
+            self._found[module] = self.default if number is None else self.values[number]
+        return self._found[module]
+
+    def _matches(self, module: str) -> Iterator[int]:
+        yield from self._names(True, module)
+        yield from self._names(False, module)
+        yield from self.whole.matches(module)
+        for dot in (at for at, character in enumerate(module) if character == "."):
+            yield from self._names(False, module[dot + 1 :])
+            yield from self.part.matches(module[dot:])
+
+    def _names(self, whole: bool, text: str) -> Iterator[int]:
+        kind = whole, len(text)
+        if kind not in self.plain:
+            return iter(())
+        if kind not in self._sets:
+            names = self.plain[kind]
+            found = _Set(_SET_BYTES + _BYTES_PER_CHARACTER * len(names) * len(text))
+            for number, name in names:
+                found.add(number, name)
+            self._sets[kind] = found.compile()
+        return self._sets[kind].matches(text)
+
+
+def check_bounds(given: Mapping[str, object]) -> None:
+    """Raises ValueError for more or longer keys than are read."""
+    if len(given) > MAX_PATTERNS:
+        raise ValueError(f"has {len(given)} entries, the limit is {MAX_PATTERNS}")
+    longest = max(map(len, given), default=0)
+    if longest > MAX_LENGTH:
+        raise ValueError(f"has a key of {longest} characters, the limit is {MAX_LENGTH}")
 
 
 def compile_pattern(given: Mapping[str, float], default: float) -> Pattern:
@@ -39,43 +126,53 @@ def compile_pattern(given: Mapping[str, float], default: float) -> Pattern:
 
     Raises ValueError that says which key cannot be used and why.
     """
-    if len(given) > MAX_PATTERNS:
-        raise ValueError(f"has {len(given)} entries, at most {MAX_PATTERNS} are read")
-    rules, ways = [], 0
-    for key, value in given.items():
-        if len(key) > MAX_LENGTH:
-            raise ValueError(f"has a key of {len(key)} characters, at most {MAX_LENGTH} are read")
-        if not _PLAIN.fullmatch(key):
-            ways += _ways(key)
-            if _REPEATED_GROUP.search(key) or ways > MAX_WAYS:
-                raise ValueError(
-                    f"has a key with nested or too many repeats or alternatives: {key!r}"
-                )
-        try:
-            rules.append((re.compile(rf"(.*\.)?({key})$"), value))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"has a key that is no regular expression: {key!r}: {error}") from None
-    return Pattern(tuple(rules), default)
+    check_bounds(given)
+    plain: dict[tuple[bool, int], list[tuple[int, str]]] = defaultdict(list)
+    whole, part, instructions = _Set(_SET_BYTES), _Set(_SET_BYTES), 0
+    for number, key in enumerate(given):
+        if match := _PLAIN.fullmatch(key):
+            name = match["name"]
+            plain[bool(match["start"]), len(name) - name.count("\\")].append((number, name))
+            continue
+        instructions += _size(key)
+        if instructions > MAX_INSTRUCTIONS:
+            raise ValueError(
+                f"has expressions that are too large together, up to the key '{shown(key)}'"
+            )
+        whole.add(number, key)
+        part.add(number, rf"\.(?:{key})")
+    try:
+        return Pattern(tuple(given.values()), default, plain, whole.compile(), part.compile())
+    except re2.error:
+        raise ValueError("has expressions that are too large together") from None
 
 
-def _ways(key: str) -> int:
-    """How many ways there are at most to go through an expression: each choice multiplies them."""
-    ways, bars = 1, [0]  # of the groups that are open
-    before = ""
-    for char in key:
-        if before == "\\":
-            char = ""  # it stands for itself
-        elif char == "(":
-            bars.append(0)
-        elif char == "|":
-            bars[-1] += 1
-        elif char == ")" and len(bars) > 1:
-            ways *= bars.pop() + 1
-        elif char in "*+{":
-            ways *= PATH_LENGTH
-        elif char == "?" and before != "(":
-            ways *= 2
-        before = char
-    for left in bars:
-        ways *= left + 1
-    return ways
+def _size(key: str) -> int:
+    """Instructions of one expression, which is compiled alone first: only then its size is known."""
+    plain = _ESCAPED.sub("..", key)
+    foreign = _FOREIGN.search(plain) or (not key.isascii() and _ANY_CASE.search(plain))
+    if foreign:
+        raise ValueError(
+            f"has the key '{shown(key)}' with '{shown(foreign[0])}', which is not supported"
+        )
+    try:
+        return int(re2.compile(_encoded(key), _options(_KEY_BYTES)).programsize)
+    except re2.error as error:
+        why = error.args[0] if error.args else ""
+        why = why.decode("latin-1") if isinstance(why, bytes) else str(why)
+        raise ValueError(f"has the key '{shown(key)}' that cannot be used: {shown(why)}") from None
+
+
+def _options(max_bytes: int) -> re2.Options:
+    """Bytes instead of characters make the programs small; nothing is logged."""
+    options = re2.Options()
+    options.max_mem = max_bytes
+    options.encoding = re2.Options.Encoding.LATIN1
+    options.log_errors = False
+    options.never_capture = True
+    return options
+
+
+def _encoded(expression: str) -> bytes:
+    """One byte for each character; those beyond ASCII are one, since no path has any."""
+    return _BEYOND_ASCII.sub("\xff", expression).encode("latin-1")

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import AdapterIncompatible, AdapterLoadFailed
-from engine.lora.patterns import Pattern, compile_pattern
+from engine.lora.names import shown, shown_value
+from engine.lora.patterns import REMEDY, Pattern, check_bounds, compile_pattern
 
 MAX_CONFIG_BYTES = 4 << 20
+MAX_FIELDS = 256
+MAX_BASE_NAME = 4096  # characters: the longest path
 
 HONOURED = frozenset(
     {
@@ -99,6 +102,8 @@ _CONVERT = (
     "save it with path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA"
 )
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 _OTHER_METHODS = "only LoRA adapters are served; merge it into the base model with PEFT"
 
 
@@ -121,18 +126,30 @@ class PeftConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json. Raises AdapterLoadFailed or AdapterIncompatible."""
+    """The fields of an adapter_config.json, the base model's name as it may be shown.
+
+    Raises AdapterLoadFailed or AdapterIncompatible.
+    """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise AdapterIncompatible(f"{path.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-        loaded = json.loads(path.read_bytes())
-        json.dumps(loaded, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        text = path.read_bytes().decode("utf-8-sig")
+        loaded = json.loads(text)
+        if _SURROGATE.search(text):  # half a pair is no text
+            json.dumps(loaded, ensure_ascii=False).encode()
     except OSError as error:
         raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise AdapterIncompatible(f"{path.name} is not valid JSON: {error}") from None
+        raise AdapterIncompatible(f"{path.name} is not valid JSON: {shown(str(error))}") from None
     if not isinstance(loaded, dict):
         raise AdapterIncompatible(f"{path.name} is not a JSON object")
+    if len(loaded) > MAX_FIELDS:
+        raise AdapterIncompatible(
+            f"{path.name} has {len(loaded)} fields, the limit is {MAX_FIELDS}",
+            hint="save the adapter with PEFT's save_pretrained",
+        )
+    if base := loaded.get("base_model_name_or_path"):
+        loaded["base_model_name_or_path"] = shown(str(base), MAX_BASE_NAME)
     return loaded
 
 
@@ -142,8 +159,8 @@ def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[Ada
     The first is None if ranks and scales cannot be known.
     """
     kind = fields.get("peft_type")
-    if str(kind).upper() != "LORA":
-        named = f"peft_type is {kind!r}" if kind else "it has no peft_type"
+    if not isinstance(kind, str) or kind.upper() != "LORA":
+        named = f"peft_type is {shown_value(kind)}" if kind else "it has no peft_type"
         problem = AdapterIncompatible(
             f"adapter_config.json: {named}", field="peft_type", hint=_OTHER_METHODS
         )
@@ -153,8 +170,8 @@ def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[Ada
     for name, pattern, default in (("r", "rank_pattern", 8), ("lora_alpha", "alpha_pattern", 8)):
         try:
             numbers[name] = _pattern(fields, name, pattern, default)
-        except ValueError as error:
-            problems.append(AdapterIncompatible(str(error), field=str(error).split()[0]))
+        except AdapterIncompatible as problem:
+            problems.append(problem)
     if len(numbers) < 2:
         return None, problems
     base = fields.get("base_model_name_or_path")
@@ -172,7 +189,7 @@ def _refused(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
     if (bias := fields.get("bias")) not in (None, "none"):
         problems.append(
             AdapterIncompatible(
-                f"bias is {bias!r}: the adapter replaces biases of the base model",
+                f"bias is {shown_value(bias)}: the adapter replaces biases of the base model",
                 field="bias",
                 hint=_RETRAIN,
             )
@@ -184,7 +201,8 @@ def _refused(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
             name,
             ("is not a field that this server knows", "remove it if it has no effect at inference"),
         )
-        problems.append(AdapterIncompatible(f"{name} {why}", field=name, hint=remedy))
+        named = shown(name)
+        problems.append(AdapterIncompatible(f"{named} {why}", field=named, hint=remedy))
     return problems
 
 
@@ -196,46 +214,57 @@ def _init(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
     why = "changes the base weights" if known else "is not an initialisation that this server knows"
     return [
         AdapterIncompatible(
-            f"init_lora_weights {init!r} {why}", field="init_lora_weights", hint=_CONVERT
+            f"init_lora_weights '{shown(init)}' {why}", field="init_lora_weights", hint=_CONVERT
         )
     ]
 
 
-def _pattern(fields: Mapping[str, Any], name: str, pattern_name: str, default: int) -> Pattern:
-    """Raises ValueError whose first word is the field."""
-
-    def number(value: Any, where: str) -> float:
-        whole = name != "r" or (isinstance(value, int) and 0 < value < 1 << 31)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not whole:
-            raise ValueError(f"{where} is {value!r}, not a usable number")
-        if abs(value) > 1e30 or not math.isfinite(value):
-            raise ValueError(f"{where} is {value!r}, not a usable number")
-        return float(value)
-
-    given = fields.get(pattern_name) or {}
+def _pattern(fields: Mapping[str, Any], name: str, pattern: str, default: int) -> Pattern:
+    """The values of one field and of its pattern. Raises AdapterIncompatible."""
+    given = fields.get(pattern) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{pattern_name} is not a mapping")
-    values = {key: number(value, f"{pattern_name} of {key!r}") for key, value in given.items()}
+        raise AdapterIncompatible(
+            f"{pattern} is {shown_value(given)}, not a mapping", field=pattern
+        )
+    whole = name == "r"
     try:
-        return compile_pattern(values, number(fields.get(name, default), name))
+        check_bounds(given)
+        values = {
+            key: _number(value, f"{pattern} of '{shown(key)}'", pattern, whole)
+            for key, value in given.items()
+        }
+        return compile_pattern(values, _number(fields.get(name, default), name, name, whole))
     except ValueError as error:
-        message = str(error)
-        raise ValueError(
-            message if message.startswith(f"{name} ") else f"{pattern_name} {message}"
-        ) from None
+        raise AdapterIncompatible(f"{pattern} {error}", field=pattern, hint=REMEDY) from None
+
+
+def _number(value: Any, where: str, field: str, whole: bool) -> float:
+    """A rank, which is a whole number, or an alpha. Raises AdapterIncompatible."""
+    usable = not isinstance(value, bool) and isinstance(value, int | float)
+    if usable and whole:
+        usable = isinstance(value, int) and 0 < value < 1 << 31
+    if not usable or not abs(value) <= 1e30:  # not-a-number compares with nothing
+        raise AdapterIncompatible(
+            f"{where} is {shown_value(value)}, not a usable number", field=field
+        )
+    return float(value)
+
+
+# (part of a tensor's name, must it be the end?, what it is, field)
+_KNOWN_KEYS = (
+    (".lora_magnitude_vector", False, "a DoRA magnitude", "use_dora"),
+    (".lora_A.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
+    (".lora_B.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
+    (".trainable_tokens_", False, "trained rows of the embedding", "trainable_token_indices"),
+    (".lora_diag", False, "a KaSA diagonal", "kasa_config"),
+    (".modules_to_save.", False, "a module saved whole", "modules_to_save"),
+    (".bias", True, "a bias of the base model", "bias"),
+)
 
 
 def describe_key(key: str) -> tuple[str, str, str] | None:
     """(what, field, remedy) of a tensor that is no half of a LoRA pair; None: nothing that is known."""
-    table = (
-        (r"\.lora_magnitude_vector", "a DoRA magnitude", "use_dora"),
-        (r"\.lora_[AB]\.bias$", "a bias of lora_A or lora_B", "lora_bias"),
-        (r"\.trainable_tokens_", "trained rows of the embedding", "trainable_token_indices"),
-        (r"\.lora_diag", "a KaSA diagonal", "kasa_config"),
-        (r"\.modules_to_save\.", "a module saved whole", "modules_to_save"),
-        (r"\.bias$", "a bias of the base model", "bias"),
-    )
-    for expression, what, field in table:
-        if re.search(expression, key):
+    for part, at_end, what, field in _KNOWN_KEYS:
+        if key.endswith(part) if at_end else part in key:
             return what, field, REFUSED[field][1] if field in REFUSED else _RETRAIN
     return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import engine.ops  # noqa: F401 - declares torch.ops.lorax
 from engine.messages import SamplingParams, TokenOutput
 from engine.runner.rows import RowTable
 from engine.runner.transfer import ReadBack, upload_all

@@ -39,7 +39,8 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.requests: Counter[str] = Counter()
         self.delay_s = 0.0
-        self.broken = 0  # so many answers are 503
+        self.broken = 0  # so many answers have the status `broken_status`
+        self.broken_status = 503
         self.stopped = False
         self.tokens = {"alice", "bob", "operator"}  # valid ones
         hub = self
@@ -96,7 +97,7 @@ class FakeHub:
             self.broken -= broken
         time.sleep(self.delay_s)
         if broken:
-            return _send(request, 503, b"", body)
+            return _send(request, self.broken_status, b"", body)
         given = request.headers.get("Authorization", "")
         token = given.removeprefix("Bearer ")
         if token and token not in self.tokens:

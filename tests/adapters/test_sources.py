@@ -15,6 +15,7 @@ from engine.adapters.registry import Registry, make_sources
 from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Source, Version
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
+    AdapterError,
     AdapterForbidden,
     AdapterIncompatible,
     AdapterLoadFailed,
@@ -233,6 +234,29 @@ def test_hub_that_stumbles(source: HubSource, hub: FakeHub) -> None:
     hub.broken = 3
     with pytest.raises(AdapterLoadFailed):
         source.resolve(AdapterRef.parse("org/private"), "alice")
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 501, 503, 599])
+def test_hub_failures_that_pass(status: int, source: HubSource, hub: FakeHub) -> None:
+    """Asked again, as often as `attempts` says."""
+    ref = AdapterRef.parse("org/public")
+    hub.broken_status = status
+    hub.broken = 2
+    assert source.resolve(ref, None).revision == hub.repos["org/public"].branches["main"]
+    assert sum(hub.requests.values()) == 3
+    hub.broken = 9
+    with pytest.raises(AdapterLoadFailed, match=f"did not deliver: .*{status}"):
+        source.resolve(ref, None)
+    assert sum(hub.requests.values()) == 6
+
+
+@pytest.mark.parametrize("status", [400, 404, 407, 409, 424, 426, 428, 430, 499])
+def test_hub_refusals_that_stay(status: int, source: HubSource, hub: FakeHub) -> None:
+    """Asked once."""
+    hub.broken_status, hub.broken = status, 1
+    with pytest.raises(AdapterError):
+        source.resolve(AdapterRef.parse("org/public"), None)
+    assert sum(hub.requests.values()) == 1 and hub.broken == 0
 
 
 def test_hub_offline_mode(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

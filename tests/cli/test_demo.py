@@ -53,6 +53,36 @@ async def test_answers_side_by_side(server: FakeServer) -> None:
     assert "hello worldpirate" in shown and "first token" in shown and "tokens/s" in shown
 
 
+def answered(count: int) -> list[demo.Answer]:
+    """Answers of the base model and of adapters, with words in a row of more than a box's width."""
+    names = [None, *(f"adapter-{number}" for number in range(1, count))]
+    questions = [demo.Question(name, "Why?", "It writes. " * 9) for name in names]
+    return [
+        demo.Answer(one, f"{one.adapter} says " + "word " * 30, 9, 0.1, 0.5) for one in questions
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("width", [20, 38, 39, 75, 76, 77, 80, 113, 114, 115, 152, 190, 300])
+def test_boxes_fit_the_terminal(width: int, count: int) -> None:
+    """As many in a row as have MIN_BOX columns, all of one width, and as wide as the row allows."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(demo.side_by_side(answered(count), width))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    beside = min(count, max(1, width // demo.MIN_BOX))
+    tops = [line for line in lines if line.startswith("╭")]
+    assert [line.count("╭") for line in tops] == [
+        min(beside, count - start) for start in range(0, count, beside)
+    ]
+    widths = {len(box.strip()) + 1 for line in tops for box in line.split("╮") if box.strip()}
+    assert widths == {width // beside - 1}
+    if width >= demo.MIN_BOX:
+        text = " ".join(capture.get().split())
+        assert all(f"adapter adapter-{number}" in text for number in range(1, count))
+
+
 def test_a_pipe_is_as_wide_as_a_page(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

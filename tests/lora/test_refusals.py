@@ -20,7 +20,6 @@ from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarg
 from engine.lora import peft_config
 from engine.lora.formats import check_peft, load_peft
 from engine.lora.image import image_size, write_image
-from engine.lora.patterns import compile_pattern
 from engine.lora.report import inspect
 from engine.lora.weights import LoraWeights, Pair, TensorMatrix
 from engine.ops.layout import AdapterLayout, Group, Target
@@ -109,15 +108,13 @@ def test_every_field_of_peft_has_its_place() -> None:
         ("lora_alpha", None),
         ("lora_alpha", float("nan")),
         ("lora_alpha", 10**400),
-        ("rank_pattern", {"(a+)+": 4}),
-        ("rank_pattern", {".?" * 200 + "!": 4}),
-        ("rank_pattern", {"(.|.)" * 28 + "!": 4}),
-        ("rank_pattern", {f".*.*.*{number}!": 4 for number in range(2)}),
+        ("rank_pattern", {"(?=a)": 4}),
+        ("rank_pattern", {"(a{1000}){1000}": 4}),
         ("rank_pattern", {"(": 4}),
         ("rank_pattern", {"q_proj": -1}),
         ("rank_pattern", [1]),
         ("alpha_pattern", {"q_proj": "4"}),
-        ("alpha_pattern", {".*.*.*.*.*": 4}),
+        ("alpha_pattern", {r"(a)\1": 4}),
     ],
 )
 def test_a_field_that_cannot_be_honoured(
@@ -381,21 +378,6 @@ def test_a_file_that_changes_while_it_is_read(plain: Path, tmp_path: Path) -> No
                 write_image(
                     weights, layout, memoryview(bytearray(image_size(weights, layout).total))
                 )
-
-
-def test_patterns_are_pefts() -> None:
-    from peft.utils.other import get_pattern_key
-
-    rules = {"q_proj": 1, r"layers\.[0-2]\..*v": 2, "^model.a": 3, "a|b.c": 4, r"x.(1|2)": 5}
-    pattern = compile_pattern(rules, 99)
-    modules = ["q_proj", "model.q_proj", "aq_proj", "m.layers.1.av", "model.a", "b.model.a",
-               "z.a", "k.b.c", "x.2", "y.x.1", "x.3", "qXproj"]  # fmt: skip
-    for module in modules:
-        assert pattern.value(module) == rules.get(get_pattern_key(rules, module), 99), module
-    with pytest.raises(ValueError, match="entries"):
-        compile_pattern({f"m{number}": 1 for number in range(5000)}, 1)
-    with pytest.raises(ValueError, match="characters"):
-        compile_pattern({"a" * 600: 1}, 1)
 
 
 def test_what_records_cannot_address() -> None:

@@ -10,7 +10,7 @@ from engine.ops import extension
 from engine.runner.rows import RowTable
 from engine.runner.sampler import SamplePlan
 from tests.runner.test_cuda_graphs import no_waiting
-from tests.runner.test_sampler import logits_of, table_of
+from tests.runner.test_sampler import logits_of, mixed_params, table_of
 
 pytestmark = pytest.mark.gpu
 
@@ -66,3 +66,20 @@ def test_tokens_are_those_of_the_cpu(
     assert torch.equal(there.tokens.cpu(), here.tokens)
     if expected.logprobs is not None and found.logprobs is not None:
         torch.testing.assert_close(found.logprobs.cpu(), expected.logprobs)
+
+
+def test_rows_of_a_mixed_batch_are_those_of_the_cpu_alone() -> None:
+    """No two rows have the same values."""
+    params = mixed_params()
+    logits = logits_of(len(params), 2.0, 9)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    here, lengths = table_of(len(params), params)
+    there = RowTable(len(here.known), 64, 4, cuda)
+    there.words.words.copy_(here.words.words)
+    rows = torch.arange(1, len(params) + 1)
+    found = SamplePlan(params, cuda).sample(logits.cuda(), there, rows.cuda(), lengths.cuda())
+    for i, one in enumerate(params):
+        row = slice(i, i + 1)
+        alone = SamplePlan([one], cpu).sample(logits[row], here, rows[row], lengths[row])
+        assert int(found.tokens[i]) == int(alone.tokens), one
+    assert torch.equal(there.tokens.cpu(), here.tokens)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 from transformers import (
@@ -15,7 +18,7 @@ from transformers import (
 
 from engine.messages import Admit, SamplingParams
 from engine.runner.rows import RowTable
-from engine.runner.sampler import SamplePlan, distribution, penalise, philox
+from engine.runner.sampler import SamplePlan, distribution, penalise, philox, philox_uniform
 
 CPU = torch.device("cpu")
 VOCAB = 3000
@@ -69,16 +72,125 @@ def test_distribution_is_that_of_transformers(name: str, spread: float) -> None:
     torch.testing.assert_close(distribution(logits, filters), warped.softmax(-1))
 
 
-def test_rows_with_different_parameters_keep_their_own() -> None:
-    params = [params for params, _ in WARPERS.values()]
-    logits = logits_of(len(params), 2.0, 2)
+# Rows of one batch, of which no two have the same values: each filter by itself at its extremes, then every
+# combination of filters, some rows greedy, with penalties or with reported log-probabilities.
+VALUES = {
+    "temperature": (0.05, 0.7, 1.9, 30.0),
+    "top_k": (1, 2, 3, 17, 18, 400, VOCAB - 1, VOCAB, VOCAB + 1, 1 << 30),
+    "top_p": (1e-6, 0.2, 0.5, 0.83, 0.9, 0.97),
+    "typical_p": (1e-6, 0.2, 0.6, 0.9, 0.95),
+    "min_p": (1e-5, 0.01, 0.05, 0.3, 1.0),
+    "repetition_penalty": (0.5, 1.1, 1.4, 3.0),
+    "frequency_penalty": (-1.5, 0.3, 0.7, 2.0),
+    "presence_penalty": (-2.0, -0.5, 0.4, 1.1),
+}
+FILTERS = ("top_k", "top_p", "typical_p", "min_p")
+
+
+def mixed_params() -> list[SamplingParams]:
+    rows: list[dict[str, float]] = [{"temperature": 1.0}, {"temperature": 0.0}]
+    for name, values in VALUES.items():
+        rows += [{"temperature": 1.0} | {name: value} for value in values]
+    for number, used in enumerate(itertools.product((False, True), repeat=len(FILTERS))):
+        names = [name for name, on in zip(FILTERS, used, strict=True) if on]
+        row = {name: VALUES[name][-2 - number % 3] for name in names}
+        rows.append(row | {"temperature": 0.8 + number / 10})
+        for at, name in enumerate(("repetition_penalty", "frequency_penalty", "presence_penalty")):
+            if number >> at & 1:
+                rows[-1][name] = VALUES[name][number % 4]
+    rows += [{"repetition_penalty": 1.3}, {"frequency_penalty": 1.2}, {"presence_penalty": 0.9}]
+    return [
+        SamplingParams(
+            **row,  # type: ignore[arg-type]
+            seed=(-1) ** number * (number << 7 * (number % 9)),
+            logprobs=number % 3 == 0,
+            num_alternatives=(0, 3, 0, 1, 7)[number % 5],
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def warped(params: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities of one row by transformers' processors, alone."""
+    warpers = [TemperatureLogitsWarper(params.temperature)]
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.typical_p < 1:
+        warpers.append(TypicalLogitsWarper(params.typical_p))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    logits = logits[None].clone()
+    for warper in warpers:
+        logits = warper(None, logits)
+    return logits.softmax(-1)[0]
+
+
+def expected_token(
+    params: SamplingParams, logits: torch.Tensor, tokens: list[int], prompt: int
+) -> int:
+    """One row's next token, by loops."""
+    logits = logits.clone()
+    for token in set(tokens):
+        penalty = params.repetition_penalty
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    for token, count in Counter(tokens[prompt:]).items():
+        logits[token] -= count * params.frequency_penalty + params.presence_penalty
+    if not params.temperature:
+        return int(logits.argmax())
+    uniform = philox_uniform(torch.tensor([params.seed]), torch.tensor([len(tokens)]))
+    probs = warped(params, logits).double()
+    return int((probs.cumsum(-1) <= uniform * probs.sum()).sum())
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0], ids=["flat", "peaked"])
+def test_every_row_of_a_mixed_batch_has_the_distribution_of_transformers(spread: float) -> None:
+    params = [one for one in mixed_params() if one.temperature]
+    logits = logits_of(len(params), spread, 2)
     together = SamplePlan(params, CPU).filters
     assert together is not None
     probs = distribution(logits, together)
     for i, one in enumerate(params):
         alone = SamplePlan([one], CPU).filters
         assert alone is not None
-        assert torch.equal(distribution(logits[i : i + 1], alone)[0], probs[i])
+        assert torch.equal(distribution(logits[i : i + 1], alone)[0], probs[i]), one
+        expected = warped(one, logits[i])
+        if one.top_p == one.typical_p == 1:  # no sums, whose rounding could decide on a token
+            assert torch.equal(probs[i] > 0, expected > 0), one
+        torch.testing.assert_close(probs[i], expected, msg=str(one))
+
+
+@pytest.mark.parametrize("order", [1, -1, 11], ids=["in order", "backwards", "mixed up"])
+def test_every_row_of_a_mixed_batch_samples_as_alone_and_by_loops(order: int) -> None:
+    """With rows of the table in any order, and nothing but the new tokens written to it."""
+    params = mixed_params()
+    count = len(params)
+    table, lengths = table_of(count, params)
+    logits, before = logits_of(count, 2.0, 9), table.tokens.clone()
+    at = [i * order % count for i in range(count)]
+    assert len(set(at)) == count
+    rows = torch.tensor(at) + 1
+    chosen = SamplePlan([params[i] for i in at], CPU).sample(logits[at], table, rows, lengths[at])
+    outputs = chosen.outputs()
+    after = table.tokens.clone()
+    for output, i in zip(outputs, at, strict=True):
+        length = int(lengths[i])
+        known = before[i + 1, :length].tolist()
+        assert output.token == expected_token(params[i], logits[i], known, length // 2), params[i]
+        assert after[i + 1, length] == output.token
+        alone = SamplePlan([params[i]], CPU).sample(
+            logits[i : i + 1], table, torch.tensor([i + 1]), lengths[i : i + 1]
+        )
+        assert alone.outputs() == [output]
+        logprobs = logits[i].log_softmax(-1)
+        reported = params[i].logprobs or params[i].num_alternatives
+        assert output.logprob == (float(logprobs[output.token]) if reported else None)
+        top = logprobs.topk(params[i].num_alternatives)
+        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        assert output.alternatives == (pairs or None)
+    before[rows, lengths[at]] = after[rows, lengths[at]]
+    assert torch.equal(before, after)
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
