@@ -1,6 +1,6 @@
 """The exchange: from an adapter's name to its image in host memory, and nobody waits for somebody else's adapter.
 
-One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in two small pools of threads.
+One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in small pools of threads.
 Each version of an adapter is loaded once however many requests want it (*flight*); a failure reaches all who wait
 for it and is then forgotten, so the next request tries again. An image stays where it is while somebody holds a
 *lease* on it.
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from engine.adapters.fetching import Fetcher
 from engine.adapters.lease import Lease
 from engine.adapters.ref import AdapterRef, SourceName
 from engine.adapters.registry import Registry, make_sources
@@ -26,12 +27,14 @@ from engine.adapters.room import Room
 from engine.adapters.sources import DemoSource, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
+from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
 from engine.errors import (
     AdapterLoadFailed,
     AdapterNotFound,
     LoraxError,
 )
+from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
 from engine.lora.report import AdapterReport, count_targets, inspect
@@ -45,9 +48,6 @@ __all__ = ["AdapterReport", "Exchange", "Lease", "inspect"]
 
 T = TypeVar("T")
 
-FETCH_THREADS = (
-    32  # of each source, so that a slow one holds up no other; they wait for network and disk
-)
 PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
 MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
 MAX_EVICTED = 1024  # adapters that are no longer in host memory and still remembered
@@ -107,11 +107,10 @@ class Exchange:
             sources, adapters.default_adapter_source or adapters.adapter_source
         )
         self._room = Room(self.tier, room_patience_s)
-        self._fetchers = {
-            name: ThreadPoolExecutor(FETCH_THREADS, f"adapter-{name}") for name in sources
-        }
+        cache = cache_folder(config.model.huggingface_hub_cache)
+        self._fetcher = Fetcher(sources, cache, self._pause)
         self._parsers = ThreadPoolExecutor(parse_threads(device), "adapter-parse")
-        self._versions = Versions(self._registry, self._resolve)
+        self._versions = Versions(self._registry, self._fetcher.resolve)
         self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()
         self._failed: Lru[Hashable, _Adapter] = Lru(MAX_FAILED)
         self._flights: dict[Hashable, _Flight] = {}
@@ -135,7 +134,7 @@ class Exchange:
 
         async def load(name: str) -> Lease:
             ref = AdapterRef.parse(name)
-            version = await registry.resolve(ref, lambda one: self._resolve(one, None))
+            version = await registry.resolve(ref, lambda one: self._fetcher.resolve(one, None))
             ref = ref.at(version.source)
             lease = await self.acquire(ref, None)
             self._registry.register(ref)
@@ -189,11 +188,6 @@ class Exchange:
                 self._adapters.move_to_end(key)
                 return adapter, image
         return await self._loaded(key, ref, version, token)
-
-    async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
-        assert ref.source is not None, "the registry has chosen"
-        source = self._registry.sources[ref.source]
-        return await self._run(self._fetchers[ref.source], source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
         """Adapters in host memory, on their way there, or refused a short time ago; then the demo's others."""
@@ -254,8 +248,7 @@ class Exchange:
         tasks = [flight.task for flight in self._flights.values()]
         await self._versions.close()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for pool in self._fetchers.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._fetcher.close()
         self._parsers.shutdown(wait=True, cancel_futures=True)
 
     async def _loaded(
@@ -305,14 +298,25 @@ class Exchange:
         return leased
 
     async def _load(self, adapter: _Adapter, version: Version, token: str | None) -> HostImage:
-        source, pool = self._registry.sources[version.source], self._fetchers[version.source]
+        started = time.perf_counter()
+        with await self._fetcher.fetch(version, token) as files:
+            adapter.seconds["fetch"] = time.perf_counter() - started
+            adapter.state = "parsing"  # `close` waits for its end: threads read the files
+            with await self._fetcher.readable(files.weights) as weights:
+                return await self._parse(adapter, version, token, files.config, weights)
+
+    async def _parse(
+        self,
+        adapter: _Adapter,
+        version: Version,
+        token: str | None,
+        config: OpenFile,
+        weights_file: OpenFile,
+    ) -> HostImage:
         clock = time.perf_counter
         started = clock()
-        files = await self._run(pool, source.fetch, version, token, _no_progress)
-        adapter.seconds["fetch"] = clock() - started
-        adapter.state = "parsing"
-        started = clock()
-        weights = await self._run(self._parsers, self._open, files.config, files.weights)
+        weights = await self._run(self._parsers, self._open, config, weights_file)
+        config.close()  # an adapter that waits for room holds one descriptor
         try:
             adapter.size = image_size(weights, self._layout)
             opened = clock() - started
@@ -325,7 +329,7 @@ class Exchange:
                 )
                 # Files that were replaced meanwhile are another version: an old configuration may have met new
                 # weights.
-                await self._run(pool, source.fetch, version, token, _no_progress)
+                (await self._fetcher.fetch(version, token)).close()
             except BaseException:
                 self._room.abandon(offset)
                 raise
@@ -341,7 +345,7 @@ class Exchange:
             logger.info("%s: %s", adapter.name, note)
         return image
 
-    def _open(self, config: Any, weights: Any) -> LoraWeights:
+    def _open(self, config: OpenFile, weights: OpenFile) -> LoraWeights:
         model = self._config.model.model_id.partition("@")[0]
         return load_peft(
             config,
@@ -378,7 +382,3 @@ def parse_threads(device: str) -> int:
     if device == "cpu":
         return PARSE_THREADS
     return max(PARSE_THREADS, min(MAX_PARSE_THREADS, len(os.sched_getaffinity(0)) // 2))
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass

@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from engine.errors import AdapterIncompatible, AdapterLoadFailed
+from engine.errors import AdapterIncompatible
+from engine.files import OpenFile
 from engine.lora.patterns import Pattern, compile_pattern
+from engine.lora.tensors import reading
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -120,19 +121,19 @@ class PeftConfig:
         return self.alphas.value(module) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(file: OpenFile) -> dict[str, Any]:
     """The fields of an adapter_config.json. Raises AdapterLoadFailed or AdapterIncompatible."""
+    if file.size > MAX_CONFIG_BYTES:
+        raise AdapterIncompatible(f"{file.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    with reading(file):
+        text = file.read()
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterIncompatible(f"{path.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-        loaded = json.loads(path.read_bytes())
+        loaded = json.loads(text)
         json.dumps(loaded, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise AdapterIncompatible(f"{path.name} is not valid JSON: {error}") from None
+        raise AdapterIncompatible(f"{file.name} is not valid JSON: {error}") from None
     if not isinstance(loaded, dict):
-        raise AdapterIncompatible(f"{path.name} is not a JSON object")
+        raise AdapterIncompatible(f"{file.name} is not a JSON object")
     return loaded
 
 
