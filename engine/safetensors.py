@@ -35,7 +35,7 @@ class _Entry(msgspec.Struct):
 
     dtype: str = ""
     shape: _Shape | str = ""
-    data_offsets: tuple[_Size, _Size] | str = ""
+    data_offsets: tuple[_Size, _Size] | str | None = None
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -73,10 +73,10 @@ def _parse(text: bytearray, data_bytes: int) -> dict[str, Entry]:
     if text.count(b"{") > _BRACES or text.count(b",") > _COMMAS:
         raise ValueError(f"more than {MAX_TENSORS} tensors")
     entries = _DECODER.decode(text)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", _Entry())
     if len(entries) > MAX_TENSORS:
         raise ValueError(f"{len(entries)} tensors, the limit is {MAX_TENSORS}")
-    if text.count(b'"data_offsets"') > len(entries):
+    if text.count(b'"data_offsets"') > len(entries) + (metadata.data_offsets is not None):
         raise ValueError("a name stands twice")
     return {name: _checked(name, entry, data_bytes) for name, entry in entries.items()}
 
@@ -84,7 +84,9 @@ def _parse(text: bytearray, data_bytes: int) -> dict[str, Entry]:
 def _checked(name: str, entry: _Entry, data_bytes: int) -> Entry:
     if len(name) > MAX_NAME:
         raise ValueError(f"a name has {len(name)} characters, the limit is {MAX_NAME}")
-    if isinstance(entry.shape, str) or isinstance(entry.data_offsets, str) or not entry.dtype:
+    if not (
+        entry.dtype and isinstance(entry.shape, list) and isinstance(entry.data_offsets, tuple)
+    ):
         raise ValueError(f"{name} lacks its dtype, shape or data_offsets")
     first, last = entry.data_offsets
     if not first <= last <= data_bytes:

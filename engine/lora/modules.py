@@ -12,7 +12,7 @@ from engine.sandbox.tasks.match import FIELDS
 
 TASK = "engine.sandbox.tasks.match"
 MATCH_S = 2
-_LIMITS = Limits(cpu_s=MATCH_S, wall_s=10.0 * MATCH_S, memory_bytes=256 << 20)
+_LIMITS = Limits(cpu_s=MATCH_S, wall_s=60.0, memory_bytes=256 << 20)
 
 
 def module_notes(

@@ -29,9 +29,7 @@ def length(descriptors: dict[str, int], what: str, text: str) -> dict[str, Any]:
 
 
 def state(descriptors: dict[str, int], what: str) -> dict[str, Any]:
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kinds = ("AS", "CPU", "FSIZE", "CORE", "NOFILE")
     return {
         "open": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in range(64) if _is_open(fd)),
