@@ -108,7 +108,7 @@ class Exchange:
         )
         self._room = Room(self.tier, room_patience_s)
         cache = cache_folder(config.model.huggingface_hub_cache)
-        self._fetcher = Fetcher(sources, cache, self._pause)
+        self._fetcher = Fetcher(sources, cache, self._pause, FILE_FACTOR * region.size)
         self._parsers = ThreadPoolExecutor(parse_threads(device), "adapter-parse")
         self._versions = Versions(self._registry, self._fetcher.resolve)
         self._adapters: OrderedDict[Hashable, _Adapter] = OrderedDict()

@@ -20,12 +20,16 @@ class Fetcher:
     """See the module. `pause` is called before each call and while files are converted; it may raise."""
 
     def __init__(
-        self, sources: Mapping[SourceName, Source], cache: Path, pause: Callable[[], None]
+        self,
+        sources: Mapping[SourceName, Source],
+        cache: Path,
+        pause: Callable[[], None],
+        max_file_bytes: int,
     ) -> None:
-        """`cache`: the folder of downloads, where what is converted is kept."""
+        """`cache`: the folder of downloads, where what is converted is kept; `max_file_bytes`: of what is converted."""
         self._sources = sources
         self._pause = pause
-        self._converter = Converter(cache)
+        self._converter = Converter(cache, max_file_bytes)
         self._converters = ThreadPoolExecutor(CONVERT_THREADS, "adapter-convert")
         self._pools = {
             name: ThreadPoolExecutor(FETCH_THREADS, f"adapter-{name}") for name in sources

@@ -16,7 +16,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from engine.errors import RENAME, RESAVE, AdapterIncompatible, AdapterLoadFailed
+from engine.errors import (
+    RENAME,
+    RESAVE,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterTooLarge,
+)
 from engine.files import Changed, OpenFile
 from engine.safetensors import MAX_HEADER_BYTES, read_header
 from engine.sandbox.messages import Limits
@@ -42,7 +48,9 @@ class Converter:
     For any number of threads. Refusals are remembered by the file's SHA-256; failures of the machine are not.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, max_bytes: int | None = None) -> None:
+        """`max_bytes`: larger files are refused before they are read."""
+        self._max_bytes = max_bytes
         self._folder = cache / FOLDER
         self._private: Path | None = None
         self._refused: dict[bytes, AdapterIncompatible] = {}
@@ -57,8 +65,13 @@ class Converter:
         """The safetensors file, open: converted before, or now.
 
         `pause` is called again and again and may raise. Raises AdapterIncompatible for what the file holds,
-        AdapterLoadFailed for what the disk or the machine does.
+        AdapterLoadFailed for what the disk or the machine does, AdapterTooLarge.
         """
+        if self._max_bytes is not None and file.size > self._max_bytes:
+            raise AdapterTooLarge(
+                f"{file.name} has {file.size} bytes; the limit is {self._max_bytes}",
+                hint="raise --host-cache-gb",
+            )
         try:
             digest = file.sha256(pause)
             with self._alone(digest, pause):
@@ -207,7 +220,7 @@ def _create(folder: Path) -> tuple[Path, int]:
         _sweep(path)
     while True:
         path = folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(
             OSError
         ):  # a file system without locks: nobody sweeps there either

@@ -130,6 +130,7 @@ def _environment() -> dict[str, str]:
         "PATH": os.defpath,
         "LC_ALL": "C.UTF-8",
         "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "MALLOC_ARENA_MAX": "1",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

@@ -196,7 +196,8 @@ def validate(
     """Check that adapters can be served exactly with the base model of --model-id; its weights are not loaded.
 
     Every problem is told with the module, the field and the remedy. The exit code is 0 if all can be served, else that
-    of the first problem, so a script can tell a missing adapter (11) from an incompatible one (13).
+    of the first problem, so a script can tell a missing adapter (11) from an incompatible one (13). If target_modules
+    and the tensors of the file differ, a hint says so; the server does not read target_modules.
     """
     from engine.adapters.sources import open_folder
     from engine.checkpoint import cache_folder

@@ -61,7 +61,7 @@ def test_validate_a_bin(tmp_path: Path) -> None:
         "the file has tensors for 9 modules that target_modules does not name;"
         " first: model.layers.0.mlp.down_proj"
     ]
-    assert old["notes"][0] in result.stderr and not one["notes"]
+    assert not one["notes"]
     (made,) = (tmp_path / "cache" / "lorax-converted").iterdir()
     assert made.suffix == ".safetensors"
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.errors import AdapterIncompatible, AdapterLoadFailed
+from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
 from engine.files import OpenFile
 from engine.sandbox import CannotRun, Converter, Crashed, LimitReached, convert, parent
 
@@ -269,7 +269,7 @@ def test_once(converter: Converter, plain: Path, monkeypatch: pytest.MonkeyPatch
     converted(Converter(converter._folder.parent), plain)
     assert len(calls) == 1
     (made,) = converter._folder.iterdir()
-    assert len(made.stem) == 64 and made.stat().st_mode & 0o777 == 0o600
+    assert len(made.stem) == 64 and made.stat().st_mode == plain.stat().st_mode
     for damage in (lambda: os.truncate(made, made.stat().st_size - 1), made.unlink):
         damage()
         assert converted(converter, plain)["a"].tolist() == [1, 1, 1]
@@ -320,6 +320,13 @@ def test_a_full_disk(converter: Converter, plain: Path, monkeypatch: pytest.Monk
     with OpenFile(plain) as file, pytest.raises(AdapterLoadFailed, match="No space left"):
         converter.convert(file)
     assert converter._private is None
+
+
+def test_too_large(plain: Path, tmp_path: Path) -> None:
+    """Said before it is read: a file with holes may be of any size."""
+    os.truncate(plain, 1 << 40)
+    with OpenFile(plain) as file, pytest.raises(AdapterTooLarge, match="1099511627776 bytes"):
+        Converter(tmp_path / "cache", 1 << 30).convert(file)
 
 
 def test_pause(converter: Converter, plain: Path) -> None:
