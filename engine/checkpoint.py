@@ -10,6 +10,14 @@ from engine.errors import ModelError
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")  # of weights, in the order of preference
+
+
+def cache_folder(configured: str | None = None) -> Path:
+    """The folder of downloads: `--huggingface-hub-cache`, or that of huggingface_hub."""
+    from huggingface_hub import constants
+
+    return Path(configured or constants.HF_HUB_CACHE).expanduser()
 
 
 def folder_of(config: ModelConfig, weights: bool = True) -> Path:
@@ -41,17 +49,23 @@ def _download(config: ModelConfig, repository: str, revision: str | None, weight
         RevisionNotFoundError,
     )
 
-    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
-    try:
+    def download(*weight_files: str) -> Path:
         return Path(
             snapshot_download(
                 repository,
                 revision=revision,
                 token=config.hub_token,
                 cache_dir=config.huggingface_hub_cache,
-                allow_patterns=patterns,
+                allow_patterns=[*TOKENIZER_FILES, *weight_files],
             )
         )
+
+    try:
+        if not weights:
+            return download()
+        folder = download("*.safetensors")
+        # Their names are the same in every repository; many hold the same weights a second time as .bin.
+        return folder if any(folder.glob("*.safetensors")) else download("pytorch_model*.bin")
     except HFValidationError as error:
         raise ModelError(
             f"{repository!r} is neither a folder nor a hub id: {error}", field="model_id"

@@ -55,7 +55,9 @@ class ModelConfig:
     ] = None
     load_format: Annotated[
         Literal["safetensors", "dummy"],
-        Option("Where weights come from; dummy: random weights at the model's real shape."),
+        Option(
+            "Where weights come from. safetensors: the checkpoint; a .bin is converted first. dummy: random weights."
+        ),
     ] = "safetensors"
     tokenizer_config_path: Annotated[
         str | None, Option("A tokenizer_config.json whose chat template replaces the model's.")

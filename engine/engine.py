@@ -16,7 +16,7 @@ import torch
 from engine import models, ops
 from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
-from engine.checkpoint import folder_of
+from engine.checkpoint import cache_folder, folder_of
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError, OutOfMemory
 from engine.layers import quantised
@@ -121,7 +121,7 @@ class Engine:
             if config.model.load_format == "dummy":
                 weights.make_up(self.model)
             else:
-                weights.load(self.model, folder)
+                weights.load(self.model, folder, cache_folder(config.model.huggingface_hub_cache))
         return dtype
 
     def _log_start(self, seconds: float, quantize: str | None) -> None:

@@ -24,6 +24,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, overload
 
+# Remedies that several modules name.
+RENAME = "write adapters under another name and rename them when complete"
+RESAVE = "save the adapter again with PEFT's save_pretrained (safetensors)"
+
 MAX_MESSAGE = 2000  # characters: names that strangers chose go into messages, and messages are kept and sent on
 
 

@@ -26,6 +26,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.messages",
         "engine.metrics",
         "engine.platform",
+        "engine.safetensors",
+        "engine.sandbox",
     ),
     ("engine.ops",),
     ("engine.layers",),
@@ -45,6 +47,8 @@ TORCH_FREE = (
     "engine.errors",
     "engine.files",
     "engine.messages",
+    "engine.safetensors",
+    "engine.sandbox",
     "engine.scheduler",
     "engine.adapters",
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from engine.adapters.sources import open_folder
 from engine.adapters.tiers import HostRegion, whole_units
 from engine.lora.formats import load_peft
 from engine.lora.image import image_size, write_image
@@ -53,8 +54,8 @@ def stage(
     folder: Path, layout: AdapterLayout, region: HostRegion, offset: int
 ) -> tuple[AdapterImageRef, int]:
     """Writes the image of a folder's adapter at `offset` of the region, as the exchange would; and where it ends."""
-    files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    with load_peft(*files, layout) as weights:
+    with open_folder(folder) as files:
+        weights = load_peft(files.config, files.weights, layout)
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[offset : offset + size.total])
     end = offset + whole_units(size.total)

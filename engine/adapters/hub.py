@@ -36,6 +36,7 @@ from engine.adapters.sources import (
     Progress,
     Version,
     find_weights,
+    open_files,
     token_hash,
 )
 from engine.errors import (
@@ -130,7 +131,7 @@ class HubSource:
             weights = self._try(lambda: download(version.weights))
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
-        return AdapterFiles(config.parent, config, weights, version.revision)
+        return open_files(config, weights, [Path(version.cache).resolve()], version.revision)
 
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
         """What the hub tells this tenant; for gated repositories, whether it may have the files."""

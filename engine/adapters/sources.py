@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from engine.adapters.ref import AdapterRef, SourceName
 from engine.errors import (
+    RENAME,
     AdapterError,
     AdapterForbidden,
     AdapterIncompatible,
     AdapterLoadFailed,
     AdapterNotFound,
 )
+from engine.files import NotRegular, OpenFile, Outside
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of preference
@@ -44,15 +46,27 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter on disk."""
+    """An adapter on disk, its two files open. A context manager; `close` may be called twice."""
 
     folder: Path
-    config: Path
-    weights: Path
+    config: OpenFile
+    weights: OpenFile
     revision: str  # commit, or a fingerprint of the files
 
     def close(self) -> None:
-        pass
+        self.config.close()
+        self.weights.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class Source(Protocol):
@@ -72,7 +86,7 @@ class Source(Protocol):
         ...
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
-        """Raises as `resolve`."""
+        """The files, open: close them after use. Raises as `resolve`."""
         ...
 
 
@@ -100,6 +114,18 @@ def find_weights(names: Iterable[str], where: str) -> str:
     )
 
 
+def open_folder(folder: Path) -> AdapterFiles:
+    """The files of a folder that the user named, wherever it is and wherever links lead. Raises as `open_files`."""
+    return open_files(folder / CONFIG_NAME, folder / _weights_in(folder))
+
+
+def _weights_in(folder: Path) -> str:
+    try:
+        return find_weights(os.listdir(folder), str(folder))
+    except OSError as error:
+        raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
+
+
 class LocalSource:
     """Folders beneath the roots that the operator named, symbolic links followed before they are judged."""
 
@@ -114,27 +140,22 @@ class LocalSource:
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
         folder = self._folder(ref)
-        try:
-            names = os.listdir(folder)
-            weights = find_weights(names, str(folder))
-            files = [self._inside(folder / name) for name in (CONFIG_NAME, weights)]
-            return Version(self.name, str(folder), fingerprint(files), weights)
-        except OSError as error:
-            raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
+        weights = _weights_in(folder)
+        with self._open(folder, weights) as files:
+            return Version(self.name, str(folder), files.revision, weights)
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
-        folder = Path(version.id)
+        files = self._open(Path(version.id), version.weights)
+        if files.revision == version.revision:
+            return files
+        files.close()
+        raise AdapterLoadFailed(f"{files.folder} changed while it was loaded", hint=RENAME)
+
+    def _open(self, folder: Path, weights: str) -> AdapterFiles:
         try:
-            config = self._inside(folder / CONFIG_NAME)
-            weights = self._inside(folder / version.weights)
-            if fingerprint([config, weights]) != version.revision:
-                raise AdapterLoadFailed(
-                    f"{folder} changed while it was loaded",
-                    hint="write adapters under another name and rename them when complete",
-                )
-        except OSError as error:
-            raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
-        return AdapterFiles(folder, config, weights, version.revision)
+            return open_files(folder / CONFIG_NAME, folder / weights, self.roots)
+        except AdapterForbidden as error:
+            raise self._forbidden(error.field or weights) from None
 
     def _folder(self, ref: AdapterRef) -> Path:
         """The real folder. Outside the roots it is forbidden, whether it exists or not."""
@@ -173,15 +194,6 @@ class LocalSource:
     def _allowed(self, path: Path) -> bool:
         return any(path.is_relative_to(root) for root in self.roots)
 
-    def _inside(self, path: Path) -> Path:
-        """The real path of a file; raises AdapterForbidden if a link leads outside or it is no plain file."""
-        real = path.resolve(strict=True)
-        if not self._allowed(real):
-            raise self._forbidden(str(path))
-        if not stat.S_ISREG(real.stat().st_mode):
-            raise AdapterIncompatible(f"{path} is not a plain file", field=path.name)
-        return real
-
     def _forbidden(self, name: str) -> AdapterError:
         return AdapterForbidden(
             f"{name} is outside the folders that adapters may be read from",
@@ -214,7 +226,36 @@ class DemoSource(LocalSource):
         )
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """Changes whenever one of the files is written or replaced."""
-    stats = [path.stat() for path in files]
-    return "-".join(f"{s.st_ino:x}.{s.st_size:x}.{s.st_mtime_ns:x}" for s in stats)
+def open_files(
+    config: Path,
+    weights: Path,
+    roots: Iterable[Path] | None = None,
+    revision: str | None = None,
+) -> AdapterFiles:
+    """Opens an adapter's two files, which must lie in `roots` (None: anywhere), links followed.
+
+    `revision`: None makes it of the files' fingerprints. Raises AdapterForbidden (`field`: the path),
+    AdapterIncompatible or AdapterLoadFailed.
+    """
+    roots = None if roots is None else tuple(roots)
+    opened = _open(config, roots)
+    try:
+        other = _open(weights, roots)
+    except BaseException:
+        opened.close()
+        raise
+    made_of = f"{opened.fingerprint}-{other.fingerprint}"
+    return AdapterFiles(config.parent, opened, other, revision or made_of)
+
+
+def _open(path: Path, roots: tuple[Path, ...] | None) -> OpenFile:
+    try:
+        return OpenFile(path, roots)
+    except NotRegular:
+        raise AdapterIncompatible(f"{path} is not a plain file", field=path.name) from None
+    except Outside:
+        raise AdapterForbidden(
+            f"{path} leads out of the folder of its adapters", field=str(path)
+        ) from None
+    except OSError as error:
+        raise AdapterLoadFailed(f"cannot read {path}: {error.strerror}") from None

@@ -79,14 +79,15 @@ class Exchange:
         self._config = config
         self._layout = layout
         self.tier = HostTier(region.size)
+        max_file_bytes = FILE_FACTOR * region.size
         if sources is None:
-            sources = make_sources(config, FILE_FACTOR * region.size)
+            sources = make_sources(config, max_file_bytes)
         adapters = config.adapters
         self._registry = Registry(
             sources, adapters.default_adapter_source or adapters.adapter_source
         )
         self._room = Room(self.tier, room_patience_s, recall)
-        self._loader = Loader(config, layout, region, sources, self._room, device)
+        self._loader = Loader(config, layout, region, sources, self._room, device, max_file_bytes)
         self._versions = Versions(self._registry, self._resolve)
         self._adapters: OrderedDict[Key, AdapterState] = OrderedDict()
         self._failed: Lru[Key, AdapterState] = Lru(MAX_FAILED)

@@ -6,6 +6,7 @@ own requests. Its thread keeps what it may still write to until it ends (`engine
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -19,19 +20,24 @@ from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
 from engine.adapters.workers import Job, Workers
+from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
 from engine.errors import AdapterLoadFailed
+from engine.exchange.refusals import Refusals
+from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
 from engine.ops.layout import AdapterLayout
+from engine.sandbox import Converter, is_pickle
 
 T = TypeVar("T")
 
 FETCH_THREADS = (
     32  # of each source, so that a slow one holds up no other; they wait for network and disk
 )
+CONVERT_THREADS = 16  # they wait for a child process, of which few run at a time
 PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
 MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
 RESOLVE_S = 90.0  # that a source gets to say which version a name means, its own retries included
@@ -65,21 +71,29 @@ class Loader:
         sources: Mapping[SourceName, Source],
         room: Room,
         device: str,
+        max_file_bytes: int,
     ) -> None:
-        """`device`: where the engine computes."""
+        """`device`: where the engine computes. `max_file_bytes`: of a file that is converted."""
         self._config = config
         self._layout = layout
         self._region = region
         self._sources = sources
         self._room = room
         self._fetchers = {name: Workers(FETCH_THREADS, f"adapter-{name}") for name in sources}
+        self._converters = Workers(CONVERT_THREADS, "adapter-convert")
+        self._converter = Converter(
+            cache_folder(config.model.huggingface_hub_cache), max_file_bytes
+        )
         self._parsers = Workers(parse_threads(device), "adapter-parse")
+        self._refused = Refusals()
         self._closing = False
 
     @property
     def abandoned(self) -> int:
         """Threads that are stuck."""
-        return sum(pool.abandoned for pool in (self._parsers, *self._fetchers.values()))
+        return sum(
+            pool.abandoned for pool in (self._parsers, self._converters, *self._fetchers.values())
+        )
 
     async def call(self, source: SourceName, call: Callable[..., T], *given: Any) -> T:
         """Asks a source something, in one of its threads. Raises AdapterLoadFailed if it does not answer."""
@@ -116,9 +130,18 @@ class Loader:
             job: Job[Any] | None = None
             try:
                 self._raise_if_closing()
-                job = await self._parsers.start(self._open, files, pause, deadline=deadline)
+                readable = files.weights
+                if is_pickle(readable):
+                    convert = self._converter.convert
+                    job = await self._converters.start(convert, readable, pause, deadline=deadline)
+                    readable = await job.result(deadline)
+                    open_now.callback(readable.close)
+                job = await self._parsers.start(
+                    self._open, files.config, readable, deadline=deadline
+                )
                 weights: LoraWeights = await job.result(deadline)
                 open_now.callback(weights.close)
+                files.config.close()  # an adapter that waits for room holds few descriptors
                 size = adapter.size = image_size(weights, self._layout)
                 opened = clock() - started
                 offset = await self._room.reserve(adapter.name, size.total)
@@ -134,7 +157,7 @@ class Loader:
                 (await fetch()).close()
                 reserved.pop_all()
             finally:
-                if job is not None:
+                if job is not None:  # a thread that is stuck may still use them
                     job.when_ended(open_now.pop_all().close)
                     job.when_ended(reserved.pop_all().close)
         image = self._room.commit(offset, digest)
@@ -153,16 +176,19 @@ class Loader:
     async def close(self) -> None:
         """Waits for threads that still parse."""
         self.stop()
-        await self._parsers.close()
+        await asyncio.gather(self._parsers.close(), self._converters.close())
+        self._converter.close()
 
-    def _open(self, files: AdapterFiles, pause: Callable[[], None]) -> LoraWeights:
-        return load_peft(
-            files.config,
-            files.weights,
-            self._layout,
-            max_rank=self._config.adapters.max_adapter_rank,
-            base_model=self._config.model.model_id.partition("@")[0],
-        )
+    def _open(self, config: OpenFile, weights: OpenFile) -> LoraWeights:
+        """The tensors of an adapter, matched with the layout. What was refused before is refused without a look."""
+        with self._refused.remembered(config, weights):
+            return load_peft(
+                config,
+                weights,
+                self._layout,
+                max_rank=self._config.adapters.max_adapter_rank,
+                base_model=self._config.model.model_id.partition("@")[0],
+            )
 
     def _raise_if_closing(self) -> None:
         if self._closing:

@@ -13,17 +13,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from engine.errors import AdapterIncompatible
+from engine.files import OpenFile
 from engine.lora.names import shown, shown_shape
 from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
-from engine.lora.tensors import DTYPES, TensorFile, TensorInfo, open_tensors
+from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
 from engine.lora.weights import LoraWeights, Pair, Place
 from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of preference
 MAX_PROBLEMS = 64  # kinds that are listed
 
 _HALF = re.compile(
@@ -78,14 +76,16 @@ class _Problems:
 
 
 def load_peft(
-    config: Path,
-    weights: Path,
+    config: OpenFile,
+    weights: OpenFile,
     layout: AdapterLayout,
     *,
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
 ) -> LoraWeights:
-    """The LoRA in a PEFT folder's `config` and `weights` (.safetensors or .bin), open; close it after use.
+    """The LoRA in a PEFT folder's `config` and `weights`, a safetensors file (see `engine.sandbox.Converter`).
+
+    The files stay the caller's to close, the weights after the last matrix was read; closing the result closes them.
 
     `base_model` is the served model's id: another name in the adapter is only a note, since the shapes decide.
     Values are not looked at; `write_image` refuses those that are not finite. Raises AdapterIncompatible with the
@@ -107,8 +107,8 @@ def summary(problems: Sequence[AdapterIncompatible]) -> AdapterIncompatible:
 
 
 def check_peft(
-    config: Path,
-    weights: Path,
+    config: OpenFile,
+    weights: OpenFile,
     layout: AdapterLayout,
     *,
     max_rank: int = MAX_RANK,
@@ -121,31 +121,25 @@ def check_peft(
         problems.add(f"config {number}", error.message, error.field, error.hint)
     if parsed is None:
         return None, problems.errors()
-    file = open_tensors(weights)
-    keep = False
-    try:
-        reader = _Reader(file, parsed, layout, max_rank, problems)
-        pairs = reader.pairs()
-        errors = problems.errors()
-        if errors:
-            return None, errors
-        notes = reader.notes
-        if base_model and parsed.base_model and parsed.base_model != base_model:
-            notes.append(
-                f"made for {shown(parsed.base_model)}, served with {base_model}; the shapes agree"
-            )
-        keep = True
-        return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
-    finally:
-        if not keep:
-            file.close()
+    file = SafetensorsFile(weights)
+    reader = _Reader(file, parsed, layout, max_rank, problems)
+    pairs = reader.pairs()
+    errors = problems.errors()
+    if errors:
+        return None, errors
+    notes = reader.notes
+    if base_model and parsed.base_model and parsed.base_model != base_model:
+        notes.append(
+            f"made for {shown(parsed.base_model)}, served with {base_model}; the shapes agree"
+        )
+    return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
 
 
 @dataclass(slots=True)
 class _Reader:
     """Matches the tensors of one file with the layout."""
 
-    file: TensorFile
+    file: SafetensorsFile
     config: PeftConfig
     layout: AdapterLayout
     max_rank: int

@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from engine.errors import AdapterIncompatible, AdapterLoadFailed
+from engine.errors import AdapterIncompatible
+from engine.files import OpenFile
 from engine.lora.names import shown, shown_value
 from engine.lora.patterns import REMEDY, Pattern, check_bounds, compile_pattern
+from engine.lora.tensors import reading
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FIELDS = 256
@@ -125,27 +126,27 @@ class PeftConfig:
         return self.alphas.value(module) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(file: OpenFile) -> dict[str, Any]:
     """The fields of an adapter_config.json, the base model's name as it may be shown.
 
     Raises AdapterLoadFailed or AdapterIncompatible.
     """
+    if file.size > MAX_CONFIG_BYTES:
+        raise AdapterIncompatible(f"{file.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    with reading(file):
+        contents = file.read()
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterIncompatible(f"{path.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = contents.decode("utf-8-sig")
         loaded = json.loads(text)
         if _SURROGATE.search(text):  # half a pair is no text
             json.dumps(loaded, ensure_ascii=False).encode()
-    except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise AdapterIncompatible(f"{path.name} is not valid JSON: {shown(str(error))}") from None
+        raise AdapterIncompatible(f"{file.name} is not valid JSON: {shown(str(error))}") from None
     if not isinstance(loaded, dict):
-        raise AdapterIncompatible(f"{path.name} is not a JSON object")
+        raise AdapterIncompatible(f"{file.name} is not a JSON object")
     if len(loaded) > MAX_FIELDS:
         raise AdapterIncompatible(
-            f"{path.name} has {len(loaded)} fields, the limit is {MAX_FIELDS}",
+            f"{file.name} has {len(loaded)} fields, the limit is {MAX_FIELDS}",
             hint="save the adapter with PEFT's save_pretrained",
         )
     if base := loaded.get("base_model_name_or_path"):

@@ -4,11 +4,13 @@ with it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from engine.errors import AdapterError
-from engine.lora.formats import CONFIG_NAME, WEIGHT_NAMES, check_peft
+from engine.files import OpenFile
+from engine.lora.formats import check_peft
 from engine.lora.image import image_size, write_image
+from engine.lora.modules import module_notes
 from engine.lora.peft_config import read_config
 from engine.lora.weights import LoraWeights
 from engine.ops.layout import MAX_RANK, AdapterLayout
@@ -38,45 +40,43 @@ class AdapterReport:
 
 
 def inspect(
-    folder: Path,
+    config: OpenFile,
+    weights: OpenFile,
     layout: AdapterLayout,
     *,
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
     values: bool = True,
 ) -> AdapterReport:
-    """Everything about the PEFT adapter in `folder`; never raises for what is wrong with it.
+    """Everything about the PEFT adapter in two open files, the weights as safetensors; never raises for what is wrong.
 
     `values` reads the weights too: finds what is not finite, and the digest.
     """
-    weights_path = next(
-        (folder / name for name in WEIGHT_NAMES if (folder / name).exists()),
-        folder / WEIGHT_NAMES[0],
-    )
-    named: str | None = None
+    folder = str(config.path.parent)
+    fields: dict[str, Any] = {}
     found: LoraWeights | None = None
     errors: list[AdapterError] = []
     try:
-        named = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
+        fields = read_config(config)
         found, problems = check_peft(
-            folder / CONFIG_NAME, weights_path, layout, max_rank=max_rank, base_model=base_model
+            config, weights, layout, max_rank=max_rank, base_model=base_model
         )
         errors.extend(problems)
     except AdapterError as error:
         errors.append(error)
+    named = fields.get("base_model_name_or_path")
     matches = named == base_model if named and base_model else None
     if found is None:
-        return AdapterReport(str(folder), named, matches, {}, [], [], 0, 0, None, errors, [])
+        return AdapterReport(folder, named, matches, {}, [], [], 0, 0, None, errors, [])
     digest = None
-    with found:
-        size = image_size(found, layout)
-        if values:
-            try:
-                digest = write_image(found, layout, memoryview(bytearray(size.total))).hex()
-            except AdapterError as error:
-                errors.append(error)
+    size = image_size(found, layout)
+    if values:
+        try:
+            digest = write_image(found, layout, memoryview(bytearray(size.total))).hex()
+        except AdapterError as error:
+            errors.append(error)
     return AdapterReport(
-        folder=str(folder),
+        folder=folder,
         base_model=named,
         base_matches=matches,
         targets=count_targets(found, layout),
@@ -86,7 +86,7 @@ def inspect(
         image_bytes=size.total,
         digest=digest,
         errors=errors,
-        notes=found.notes,
+        notes=[*found.notes, *module_notes(fields, found, layout)],
     )
 
 

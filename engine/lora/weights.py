@@ -63,7 +63,7 @@ class Pair:
 
 @dataclass(slots=True)
 class LoraWeights:
-    """An adapter that fits its base model. A context manager: closing it closes its files."""
+    """An adapter that fits its base model. A context manager: closing it closes its weight file."""
 
     pairs: Mapping[Place, Pair]
     base_model: str | None = None  # as the adapter names it

@@ -6,22 +6,32 @@ that names it.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.errors import ModelError
+from engine.checkpoint import WHOLE_NAMES, cache_folder
+from engine.errors import AdapterError, ModelError
+from engine.files import DESCRIPTORS, OpenFile, Outside
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm, RmsNorm
 from engine.models.decoder import Decoder
 from engine.models.spec import Learned
+from engine.sandbox import Converter, is_pickle
+
+MAX_INDEX_BYTES = 64 << 20
+CONVERT = "convert it to safetensors with save_pretrained of transformers"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,42 +102,92 @@ def _load(linear: Linear, part: str, row: int, transposed: bool, new: Tensor) ->
     linear.method.load(part, row, new.T if transposed else new)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or not."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise ModelError(
-                f"{file} does not exist",
-                field="model_id",
-                hint="weights are read from safetensors; convert other formats with save_pretrained",
-            )
-    return files
+def weight_files(folder: Path) -> tuple[list[Path], bool]:
+    """The files of a checkpoint, and whether an index names them: safetensors or, without any, torch.save's `.bin`."""
+    for whole in WHOLE_NAMES:
+        index = folder / f"{whole}.index.json"
+        if index.exists():
+            return [folder / name for name in _names(index)], True
+        if (folder / whole).exists():
+            return [folder / whole], False
+    raise ModelError(f"{folder} has neither {' nor '.join(WHOLE_NAMES)}", field="model_id")
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    yield name, opened.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{file} is not a valid safetensors file: {error}") from None
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
-def load(model: Decoder, folder: Path) -> None:
-    """Fills the model from a checkpoint; raises ModelError that names a missing, unknown or misshapen tensor."""
+def _names(index: Path) -> list[str]:
+    try:
+        with OpenFile(index) as file:
+            if file.size > MAX_INDEX_BYTES:
+                raise ModelError(
+                    f"{index} is larger than {MAX_INDEX_BYTES >> 20} MiB", field="model_id"
+                )
+            found = msgspec.json.decode(file.read(), type=_Index)
+    except OSError as error:
+        raise ModelError(f"cannot read {index}: {error.strerror}", field="model_id") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{index} is not an index of weights: {error}", field="model_id") from None
+    return sorted(set(found.weight_map.values()))
+
+
+def _opened(path: Path, roots: list[Path] | None) -> OpenFile:
+    try:
+        return OpenFile(path, roots)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist", field="model_id") from None
+    except Outside:
+        raise ModelError(
+            f"{path} lies outside the model's folder",
+            field="model_id",
+            hint="copy it into the folder: an index may name files of its own folder only",
+        ) from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", field="model_id") from None
+
+
+def _tensors(folder: Path, cache: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint. A `.bin` is converted into the cache first, and read from there."""
+    paths, indexed = weight_files(folder)
+    roots = [folder.resolve(), cache.resolve()] if indexed else None
+    with closing(Converter(cache)) as converter:
+        for path in paths:
+            with _opened(path, roots) as file:
+                if is_pickle(file):
+                    logger.info("converting %s to safetensors, unless it was before", path)
+                try:
+                    readable = converter.readable(file)
+                except AdapterError as error:
+                    raise ModelError(error.message, field="model_id", hint=CONVERT) from None
+                with readable:
+                    yield from _stored(readable, path)
+
+
+def _stored(file: OpenFile, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one safetensors file, which is opened by its descriptor; `path` is for messages."""
+    name = DESCRIPTORS / str(file.fd)
+    try:
+        with safe_open(name if name.exists() else file.path, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a dict
+                yield key, opened.get_tensor(key)
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path} is not a valid safetensors file: {error}", field="model_id"
+        ) from None
+
+
+def load(model: Decoder, folder: Path, cache: Path | None = None) -> None:
+    """Fills the model from a checkpoint; raises ModelError that names a missing, unknown or misshapen tensor.
+
+    `cache`: the folder of downloads, None for that of huggingface_hub.
+    """
     spec = model.spec
     wanted = destinations(model)
     prefix = spec.names.embedding.partition(".")[0] + "."
     missing = set(wanted)
     tied_head = f"{spec.names.head}.weight" if spec.tied else ""
-    for name, tensor in _tensors(weight_files(folder)):
+    for name, tensor in _tensors(folder, cache or cache_folder()):
         # Checkpoints saved from the bare model lack the first part of the name (gpt2 on the hub).
         place = name if name in wanted else prefix + name
         if place not in wanted:

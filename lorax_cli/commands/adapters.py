@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from engine.adapters.sources import AdapterFiles
     from engine.lora.report import AdapterReport
     from engine.ops.layout import AdapterLayout
 
@@ -25,18 +25,7 @@ Progress = Callable[[int, int], None]
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """One adapter on disk."""
-
-    name: str  # as the user named it
-    source: str
-    revision: str
-    folder: Path
-    num_bytes: int  # of its two files
-
-
-Finder = Callable[[str, Progress], Fetched]
+Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # the source, and open files
 
 
 def finder(config: EngineConfig) -> Finder:
@@ -55,11 +44,9 @@ def finder(config: EngineConfig) -> Finder:
         assert ref.source is not None, "the registry asks one source at a time"
         return sources[ref.source].resolve(ref, None)
 
-    def find(name: str, progress: Progress) -> Fetched:
+    def find(name: str, progress: Progress) -> tuple[str, AdapterFiles]:
         version = asyncio.run(registry.resolve(AdapterRef.parse(name), ask))
-        files = sources[version.source].fetch(version, None, progress)
-        num_bytes = files.config.stat().st_size + files.weights.stat().st_size
-        return Fetched(name, version.source, files.revision, files.folder, num_bytes)
+        return version.source, sources[version.source].fetch(version, None, progress)
 
     return find
 
@@ -140,15 +127,16 @@ def pull(
 
     def run(name: str) -> dict[str, Any]:
         with bar(out, name) as progress:
-            found = find(name, progress)
-        return {
-            "adapter": found.name,
-            "ok": True,
-            "source": found.source,
-            "revision": found.revision,
-            "folder": str(found.folder),
-            "bytes": found.num_bytes,
-        }
+            source, files = find(name, progress)
+        with files:
+            return {
+                "adapter": name,
+                "ok": True,
+                "source": source,
+                "revision": files.revision,
+                "folder": str(files.folder),
+                "bytes": files.config.size + files.weights.size,
+            }
 
     failures: list[AdapterError] = []
     rows = each(adapter, run, failures)
@@ -208,27 +196,37 @@ def validate(
     """Check that adapters can be served exactly with the base model of --model-id; its weights are not loaded.
 
     Every problem is told with the module, the field and the remedy. The exit code is 0 if all can be served, else that
-    of the first problem, so a script can tell a missing adapter (11) from an incompatible one (13).
+    of the first problem, so a script can tell a missing adapter (11) from an incompatible one (13). If target_modules
+    and the tensors of the file differ, a hint says so; the server does not read target_modules.
     """
+    from engine.adapters.sources import open_folder
+    from engine.checkpoint import cache_folder
     from engine.lora.report import inspect
     from engine.models import adapter_layout
+    from engine.sandbox import Converter
 
     out = Output.of(as_json, quiet)
     layout: AdapterLayout = adapter_layout(config.model)[0]
     find = finder(config)
     failures: list[AdapterError] = []
 
+    converter = Converter(cache_folder(config.model.huggingface_hub_cache))
+
     def run(name: str) -> dict[str, Any]:
         folder = Path(name).expanduser()
-        if not folder.is_dir():
+        if folder.is_dir():
+            files = open_folder(folder)
+        else:
             with bar(out, name) as progress:
-                folder = find(name, progress).folder
-        report = inspect(
-            folder,
-            layout,
-            max_rank=config.adapters.max_adapter_rank,
-            base_model=config.model.model_id.partition("@")[0],
-        )
+                files = find(name, progress)[1]
+        with files, converter.readable(files.weights) as weights:
+            report = inspect(
+                files.config,
+                weights,
+                layout,
+                max_rank=config.adapters.max_adapter_rank,
+                base_model=config.model.model_id.partition("@")[0],
+            )
         failures.extend(report.errors)
         for error in report.errors:
             fail(f"{name}: {error.message}", error.hint)
@@ -236,7 +234,8 @@ def validate(
             out.hint(f"{name}: {note}")
         return report_entry(name, report)
 
-    rows = each(adapter, run, failures)
+    with closing(converter):
+        rows = each(adapter, run, failures)
     bare = "\n".join(row["adapter"] for row in rows if row["ok"]) or None
     out.result(rows, view=lambda: report_table(rows), bare=bare)
     end(failures)

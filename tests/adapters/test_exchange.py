@@ -32,7 +32,7 @@ from engine.errors import (
     LoraxError,
     Overloaded,
 )
-from engine.exchange import MAX_FAILED, Exchange, Lease, inspect, loader
+from engine.exchange import MAX_FAILED, Exchange, Lease, loader
 from engine.lora.image import data_start, read_image
 from engine.messages import AdapterImageRef
 from tests.adapters.conftest import NAMES, contents
@@ -72,7 +72,7 @@ class CountingSource(LocalSource):
 async def make(saved: Path) -> AsyncIterator[Make]:
     """Makes exchanges with room for so many of the equal adapters, and ends them."""
     made: list[tuple[Exchange, HostRegion]] = []
-    total = inspect(saved / "a", LAYOUT).image_bytes
+    total = tiny.inspect(saved / "a", LAYOUT).image_bytes
 
     def build(room: float = 100, sources: dict[Any, Any] | None = None, **fields: Any) -> Exchange:
         patience = fields.pop("patience", 0.2)
@@ -117,7 +117,7 @@ async def test_acquire(make: Make, saved: Path) -> None:
     exchange = make()
     with await exchange.acquire(ref("a")) as lease:
         assert lease.image.digest == digest_of(exchange, lease)
-        assert lease.image.digest.hex() == inspect(saved / "a", LAYOUT).digest
+        assert lease.image.digest.hex() == tiny.inspect(saved / "a", LAYOUT).digest
         assert lease.image.name == "a" and lease.image.max_rank == 4 and lease.cache_salt == b""
         assert len(read_image(image_of(exchange, lease), LAYOUT)) == 2 * tiny.LAYERS
         (status,) = await exchange.adapters()
@@ -314,7 +314,7 @@ async def test_what_was_known_is_asked_again_if_it_fails(
     shutil.rmtree(tmp_path / "x")
     shutil.copytree(saved / "b", tmp_path / "x")
     with await exchange.acquire(ref("x")) as new:
-        assert new.image.digest.hex() == inspect(saved / "b", LAYOUT).digest
+        assert new.image.digest.hex() == tiny.inspect(saved / "b", LAYOUT).digest
 
 
 async def test_unload_and_preload(make: Make) -> None:
@@ -506,7 +506,7 @@ async def test_a_branch_that_moves(
         with await exchange.acquire(name) as lease:
             return lease.image.digest.hex()
 
-    first, second = (inspect(saved / folder, LAYOUT).digest for folder in "ab")
+    first, second = (tiny.inspect(saved / folder, LAYOUT).digest for folder in "ab")
     assert await digest() == first
     hub.repos["org/public"].commit(contents(saved / "b"))
     assert await digest() == first

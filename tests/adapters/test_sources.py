@@ -30,8 +30,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def fetch(source: Source, name: str, token: str | None = None) -> AdapterFiles:
+    """The files, closed again."""
     version = source.resolve(AdapterRef.parse(name), token)
-    return source.fetch(version, token, lambda done, total: None)
+    with source.fetch(version, token, lambda done, total: None) as files:
+        return files
 
 
 # -- local
@@ -41,8 +43,8 @@ def test_local_by_path_and_by_name(saved: Path) -> None:
     source = LocalSource([saved.parent / "other", saved])
     for name in ("a", f"{saved}/a", "./a", "b/../a"):
         files = fetch(source, name)
-        assert files.config == saved / "a" / "adapter_config.json"
-        assert files.weights == saved / "a" / WEIGHTS
+        assert files.config.path == saved / "a" / "adapter_config.json"
+        assert files.weights.path == saved / "a" / WEIGHTS
 
 
 @pytest.mark.parametrize("name", ["/etc", "../other", "/no/such/folder", "~root/x", "a/../../.."])
@@ -67,7 +69,7 @@ def test_local_links(saved: Path, tmp_path: Path) -> None:
     (root / "linked-file" / WEIGHTS).symlink_to(outside / "x" / WEIGHTS)
     (root / "loop").symlink_to(root / "loop")
     source = LocalSource([root])
-    assert fetch(source, "linked-within").weights == root / "real" / WEIGHTS
+    assert fetch(source, "linked-within").weights.path == root / "real" / WEIGHTS
     for name in ("linked-folder", "linked-file"):
         with pytest.raises(AdapterForbidden):
             fetch(source, name)
@@ -140,12 +142,14 @@ def make(hub: FakeHub, cache: Path, token: str | None = None, **fields: Any) -> 
 def test_hub_fetches_two_files_once(source: HubSource, hub: FakeHub, saved: Path) -> None:
     seen: list[tuple[int, int]] = []
     version = source.resolve(AdapterRef.parse("org/public"), None)
-    files = source.fetch(version, None, lambda *at: seen.append(at))
-    assert files.weights.read_bytes() == (saved / "a" / WEIGHTS).read_bytes()
+    with source.fetch(version, None, lambda *at: seen.append(at)) as files:
+        pass
+    assert files.weights.path.read_bytes() == (saved / "a" / WEIGHTS).read_bytes()
     assert files.revision == version.revision == hub.repos["org/public"].branches["main"]
-    assert seen[-1][0] == files.weights.stat().st_size
+    assert seen[-1][0] == files.weights.size
     before = sum(hub.requests.values())
-    assert source.fetch(version, None, lambda *at: None) == files
+    with source.fetch(version, None, lambda *at: None) as again:
+        assert again.weights.fingerprint == files.weights.fingerprint
     assert sum(hub.requests.values()) == before, "a commit that was downloaded is not asked for"
     assert not hub.count("README") and not version.salt
 
@@ -157,7 +161,7 @@ def test_hub_revisions(source: HubSource, hub: FakeHub, saved: Path) -> None:
     second = repo.commit(contents(saved / "c"))
     for name, folder in (("", "c"), ("@main", "c"), ("@dev", "b"), (f"@{first}", "a")):
         files = fetch(source, "org/public" + name)
-        assert files.weights.read_bytes() == (saved / folder / WEIGHTS).read_bytes()
+        assert files.weights.path.read_bytes() == (saved / folder / WEIGHTS).read_bytes()
     assert source.resolve(AdapterRef.parse("org/public"), None).revision == second
     with pytest.raises(AdapterNotFound, match="no revision 'none'"):
         fetch(source, "org/public@none")
@@ -220,8 +224,8 @@ def test_hub_away(hub: FakeHub, tmp_path: Path) -> None:
     hub.stop()
     assert source.resolve(ref("org/public"), None).revision
     assert source.resolve(ref("org/public"), "bob").revision
-    assert fetch(source, "org/public@main").weights.exists()
-    assert fetch(source, "org/private", "alice").weights.exists()
+    assert fetch(source, "org/public@main").weights.path.exists()
+    assert fetch(source, "org/private", "alice").weights.path.exists()
     assert source.resolve(ref("org/private"), "alice").salt
     for name, token in (("org/private", None), ("org/private", "bob"), ("org/gated", "alice")):
         with pytest.raises(AdapterLoadFailed, match="the hub did not deliver"):
@@ -264,7 +268,7 @@ def test_hub_offline_mode(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Monk
     fetch(source, "org/public")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = sum(hub.requests.values())
-    assert fetch(source, "org/public").weights.exists()
+    assert fetch(source, "org/public").weights.path.exists()
     with pytest.raises(AdapterLoadFailed):
         fetch(source, "org/gated")
     assert sum(hub.requests.values()) == before

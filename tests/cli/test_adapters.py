@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorax_cli.app import app
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,28 @@ def test_validate() -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.count("can be served") == 2
     assert "q_proj" in result.stdout
+
+
+def test_validate_a_bin(tmp_path: Path) -> None:
+    """It is converted into the cache of downloads; what does not matter for serving is a hint."""
+    folder = tmp_path / "adapters" / "old"
+    shutil.copytree(tmp_path / "adapters" / "one", folder)
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = r".*\.(?!1)\d\.[^.]*\.(?!down)[^.]*_proj"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    cache = ("--huggingface-hub-cache", str(tmp_path / "cache"))
+    result = validate("adapters/old", "adapters/one", "--json", *cache)
+    old, one = json.loads(result.stdout)
+    assert result.exit_code == 0 and old["ok"] and old["digest"] == one["digest"]
+    assert old["notes"] == [
+        "the file has tensors for 9 modules that target_modules does not name;"
+        " first: model.layers.0.mlp.down_proj"
+    ]
+    assert not one["notes"]
+    (made,) = (tmp_path / "cache" / "lorax-converted").iterdir()
+    assert made.suffix == ".safetensors"
 
 
 def test_validate_json() -> None:

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
-from engine.lora.formats import load_peft
 from engine.lora.image import image_size, read_image, write_image
 from engine.lora.placement import Placer
 from engine.lora.weights import Matrix
@@ -33,7 +32,7 @@ def place(
 ) -> tuple[Tensor, Tensor, memoryview]:
     """Loads an adapter and places it at a random offset. Returns arena, records and the image."""
     chance = random.Random(folder.name)
-    with load_peft(*tiny.files(folder), layout) as weights:
+    with tiny.load(folder, layout) as weights:
         size = image_size(weights, layout)
         start = 256 * chance.randrange(5)
         region = Buffer(start + size.total + 512)
@@ -164,7 +163,7 @@ def test_image_keeps_every_value(dtype: str, safetensors: bool, tmp_path: Path) 
     layout = tiny.llama_layout(dtype)
     folder = tiny.save(adapted, tmp_path / "adapter", safetensors)
     _, _, image = place(folder, layout)
-    with load_peft(*tiny.files(folder), layout) as weights:
+    with tiny.load(folder, layout) as weights:
         found = read_image(image, layout)
         assert found.keys() == weights.pairs.keys()
         for key, (a, b, scale) in found.items():
@@ -182,7 +181,7 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
     for number, (fields, seed, safetensors) in enumerate(variants):
         adapted = tiny.adapt(tiny.llama(), seed, **(base | fields))
         folder = tiny.save(adapted, tmp_path / str(number), safetensors)
-        with load_peft(*tiny.files(folder), layout) as weights:
+        with tiny.load(folder, layout) as weights:
             out = memoryview(bytearray(image_size(weights, layout).total))
             digests.append(write_image(weights, layout, out))
     assert digests[0] == digests[1] and len(set(digests)) == 3

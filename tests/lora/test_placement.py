@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from engine.lora.formats import load_peft
 from engine.lora.image import image_size, write_image
 from engine.lora.placement import Placer, relocated
 from engine.messages import AdapterImageRef, Placement
@@ -20,7 +19,7 @@ def test_placements_share_the_budget_in_order(tmp_path: Path) -> None:
     region = Buffer(1 << 20)
     adapted = tiny.adapt(tiny.llama(), r=4, target_modules=tiny.LINEARS)
     folder = tiny.save(adapted, tmp_path)
-    with load_peft(*tiny.files(folder), layout) as weights:
+    with tiny.load(folder, layout) as weights:
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[512 : 512 + size.total])
     image = AdapterImageRef(digest, 512, size.data_bytes, size.max_rank)

@@ -16,11 +16,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from engine import sandbox
 from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
 from engine.lora import peft_config
-from engine.lora.formats import check_peft, load_peft
+from engine.lora.formats import check_peft
 from engine.lora.image import image_size, write_image
-from engine.lora.report import inspect
 from engine.lora.weights import LoraWeights, Pair, TensorMatrix
 from engine.ops.layout import AdapterLayout, Group, Target
 from tests.lora import tiny
@@ -55,15 +55,15 @@ def refused(folder: Path, **given: Any) -> AdapterIncompatible:
     layout = tiny.llama_layout()
     with (
         pytest.raises(AdapterIncompatible) as caught,
-        load_peft(*tiny.files(folder), layout, **given) as weights,
+        tiny.load(folder, layout, **given) as weights,
     ):
         write_image(weights, layout, memoryview(bytearray(image_size(weights, layout).total)))
-    assert not inspect(folder, layout, **given).ok
+    assert not tiny.inspect(folder, layout, **given).ok
     return caught.value
 
 
 def test_a_sound_adapter_is_taken(plain: Path) -> None:
-    with load_peft(*tiny.files(plain), tiny.llama_layout()) as weights:
+    with tiny.load(plain, tiny.llama_layout()) as weights:
         assert len(weights.pairs) == 2 * tiny.LAYERS and not weights.notes
 
 
@@ -148,7 +148,7 @@ def test_a_field_that_cannot_be_honoured(
 def test_a_field_without_effect_is_taken(
     field: str, value: Any, plain: Path, tmp_path: Path
 ) -> None:
-    with load_peft(*tiny.files(changed(plain, tmp_path, {field: value})), tiny.llama_layout()):
+    with tiny.load(changed(plain, tmp_path, {field: value}), tiny.llama_layout()):
         pass
 
 
@@ -211,11 +211,11 @@ def test_what_peft_really_saves(case: str, tmp_path: Path) -> None:
     fields, names = REAL[case]
     given = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | fields
     folder = tiny.save(tiny.adapt(tiny.llama(), **given), tmp_path)
-    assert {error.field for error in inspect(folder, tiny.llama_layout()).errors} == names
+    assert {error.field for error in tiny.inspect(folder, tiny.llama_layout()).errors} == names
     neutral = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
     neutral |= {"trainable_token_indices": None}
     with_tensors = {"use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
-    report = inspect(changed(folder, tmp_path / "b", neutral), tiny.llama_layout())
+    report = tiny.inspect(changed(folder, tmp_path / "b", neutral), tiny.llama_layout())
     if names <= with_tensors:
         assert {error.field for error in report.errors} == names, "the tensors tell too"
 
@@ -234,7 +234,7 @@ def test_all_problems_are_reported(plain: Path, tmp_path: Path) -> None:
         put("something", 3)(tensors)
         tensors.pop(Q.format(1, "B"))
 
-    report = inspect(changed(plain, tmp_path, {"use_dora": True}, change), tiny.llama_layout())
+    report = tiny.inspect(changed(plain, tmp_path, {"use_dora": True}, change), tiny.llama_layout())
     assert [error.field for error in report.errors] == [
         "use_dora",
         "something",
@@ -269,13 +269,13 @@ def test_values_beyond_the_dtype(plain: Path, tmp_path: Path) -> None:
         tensors[Q.format(2, "A")][1, 1] = 1e6
 
     folder, layout = changed(plain, tmp_path, None, change), tiny.llama_layout("float16")
-    assert inspect(folder, tiny.llama_layout()).ok
-    assert "not finite in float16" in inspect(folder, layout).errors[0].message
+    assert tiny.inspect(folder, tiny.llama_layout()).ok
+    assert "not finite in float16" in tiny.inspect(folder, layout).errors[0].message
 
 
 def test_another_name_of_the_base_is_a_note(plain: Path, tmp_path: Path) -> None:
     folder = changed(plain, tmp_path, {"base_model_name_or_path": "org/other"})
-    report = inspect(folder, tiny.llama_layout(), base_model="org/served")
+    report = tiny.inspect(folder, tiny.llama_layout(), base_model="org/served")
     assert report.ok and report.base_matches is False and "org/other" in report.notes[0]
     assert report.targets == {"q_proj": 3, "up_proj": 3} and report.ranks == [4]
     assert report.digest and report.data_bytes > 0
@@ -287,7 +287,7 @@ def test_a_copy_of_the_frozen_embedding_is_a_note(tmp_path: Path) -> None:
     folder = tiny.save(adapted, tmp_path / "a")
     names = load_file(folder / "adapter_model.safetensors").keys()
     assert any("base_layer" in name for name in names), "PEFT saves it"
-    report = inspect(folder, tiny.llama_layout())
+    report = tiny.inspect(folder, tiny.llama_layout())
     assert report.ok and len(report.notes) == 2
 
     key = "base_model.model.model.embed_tokens.base_layer.weight"
@@ -304,7 +304,7 @@ def header(entries: dict[str, Any]) -> bytes:
 def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     """Damaged headers, truncated data, code in a .bin, no JSON: typed errors, never a crash."""
     layout = tiny.llama_layout()
-    config, good = tiny.files(plain)
+    config, good = tiny.paths(plain)
     weights = tmp_path / "adapter_model.safetensors"
     whole = good.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
@@ -316,18 +316,18 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
                  whole[: 8 + length]):  # fmt: skip
         weights.write_bytes(data)
         with pytest.raises(AdapterIncompatible) as caught:
-            load_peft(config, weights, layout)
+            tiny.loaded(config, weights, layout)
         msgspec.msgpack.encode(caught.value.to_wire())
     with pytest.raises(AdapterLoadFailed):
-        load_peft(config, tmp_path / "none.safetensors", layout)
+        tiny.loaded(config, tmp_path / "none.safetensors", layout)
     with pytest.raises(AdapterLoadFailed):
-        load_peft(tmp_path / "none.json", good, layout)
+        tiny.loaded(tmp_path / "none.json", good, layout)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterIncompatible):
-        load_peft(tmp_path / "adapter_config.json", good, layout)
+        tiny.loaded(tmp_path / "adapter_config.json", good, layout)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "\\ud800"}')
     with pytest.raises(AdapterIncompatible):
-        load_peft(tmp_path / "adapter_config.json", good, layout)
+        tiny.loaded(tmp_path / "adapter_config.json", good, layout)
     for content in (
         {"a": os.system},
         [torch.ones(1)],
@@ -337,34 +337,33 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     ):
         torch.save(content, tmp_path / "adapter_model.bin")
         with pytest.raises(AdapterIncompatible, match=r"adapter_model\.bin"):
-            load_peft(config, tmp_path / "adapter_model.bin", layout)
+            tiny.loaded(config, tmp_path / "adapter_model.bin", layout)
     torch.save({"a": torch.ones(100)}, tmp_path / "adapter_model.bin")
     truncated = (tmp_path / "adapter_model.bin").read_bytes()[:200]
     for data in (b"nonsense", b"", truncated):
         (tmp_path / "adapter_model.bin").write_bytes(data)
         with pytest.raises(AdapterIncompatible):
-            load_peft(config, tmp_path / "adapter_model.bin", layout)
+            tiny.loaded(config, tmp_path / "adapter_model.bin", layout)
 
 
 def test_a_bin_that_changes_while_it_is_read(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it can be read nevertheless or not."""
-    config, good = tiny.files(plain)
-    file, load = tmp_path / "adapter_model.bin", torch.load
+    config = tiny.paths(plain)[0]
+    file = tmp_path / "adapter_model.bin"
     for damages in (False, True):
-        torch.save(load_file(good), file)
+        torch.save({"a": torch.ones(3) * damages}, file)
 
-        def spoilt(source: Any, damages: bool = damages, **given: Any) -> Any:
+        def spoilt(*given: Any, damages: bool = damages) -> Any:
             os.utime(file, (1, 1))
             if damages:
                 os.truncate(file, 300)
-            return load(source, **given)
+            return sandbox.run(*given)
 
-        monkeypatch.setattr(torch, "load", spoilt)
+        monkeypatch.setattr("engine.sandbox.convert.run", spoilt)
         with pytest.raises(AdapterLoadFailed, match="changed"):
-            load_peft(config, file, tiny.llama_layout())
-        monkeypatch.setattr(torch, "load", load)
+            tiny.loaded(config, file, tiny.llama_layout())
 
 
 def test_a_file_that_changes_while_it_is_read(plain: Path, tmp_path: Path) -> None:
@@ -372,7 +371,7 @@ def test_a_file_that_changes_while_it_is_read(plain: Path, tmp_path: Path) -> No
     layout = tiny.llama_layout()
     for spoil in (lambda path: os.truncate(path, 3000), lambda path: os.utime(path, (1, 1))):
         folder = changed(plain, tmp_path)
-        with load_peft(*tiny.files(folder), layout) as weights:
+        with tiny.load(folder, layout) as weights:
             spoil(folder / "adapter_model.safetensors")
             with pytest.raises(AdapterLoadFailed):
                 write_image(

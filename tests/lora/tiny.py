@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import shutil
+import tempfile
 import warnings
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from engine.adapters.sources import open_files
+from engine.files import OpenFile
+from engine.lora import report
+from engine.lora.formats import load_peft
+from engine.lora.report import AdapterReport
+from engine.lora.weights import LoraWeights
 from engine.ops.layout import AdapterLayout, Group, Target
+from engine.sandbox import Converter, is_pickle
 
 HIDDEN, INNER, VOCAB, LAYERS, HEADS, KV_HEADS = 24, 40, 50, 3, 4, 2
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -108,9 +120,57 @@ def save(adapted: PeftModel, folder: Path, safetensors: bool = True) -> Path:
     return folder
 
 
-def files(folder: Path) -> tuple[Path, Path]:
+@cache
+def converter() -> Converter:
+    """One for all tests, in a folder of its own that is removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="lorax-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Converter(folder)
+
+
+def opened(config: Path, weights: Path) -> tuple[OpenFile, OpenFile]:
+    """Two open files, a `.bin` converted."""
+    found = open_files(config, weights)
+    if not is_pickle(found.weights):
+        return found.config, found.weights
+    with found.weights, ExitStack() as stack:
+        stack.callback(found.config.close)
+        readable = converter().convert(found.weights)
+        stack.pop_all()
+    return found.config, readable
+
+
+def files(folder: Path) -> tuple[OpenFile, OpenFile]:
+    """Configuration and weights of a saved adapter, open."""
+    return opened(*paths(folder))
+
+
+def paths(folder: Path) -> tuple[Path, Path]:
     """Configuration and weights of a saved adapter."""
     weights = folder / "adapter_model.safetensors"
     return folder / "adapter_config.json", weights if weights.exists() else weights.with_suffix(
         ".bin"
     )
+
+
+def load(folder: Path, layout: AdapterLayout, **given: Any) -> LoraWeights:
+    """`load_peft` of a folder. Closing the result closes the files."""
+    return loaded(*paths(folder), layout, **given)
+
+
+def loaded(config: Path, weights: Path, layout: AdapterLayout, **given: Any) -> LoraWeights:
+    """`load_peft` of two paths. Closing the result closes the files."""
+    with ExitStack() as stack:
+        config_file, weights_file = opened(config, weights)
+        stack.callback(weights_file.close)
+        with config_file:
+            result = load_peft(config_file, weights_file, layout, **given)
+        stack.pop_all()
+        return result
+
+
+def inspect(folder: Path, layout: AdapterLayout, **given: Any) -> AdapterReport:
+    """The report of a folder."""
+    with ExitStack() as stack:
+        config, weights = map(stack.enter_context, files(folder))
+        return report.inspect(config, weights, layout, **given)

@@ -1,0 +1,56 @@
+"""What was refused, by what it was refused for: the same files under another name are refused at once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.adapters.versions import Lru
+from engine.errors import AdapterIncompatible, from_wire
+from engine.files import OpenFile
+from engine.lora.peft_config import MAX_CONFIG_BYTES
+from engine.lora.tensors import reading
+from engine.safetensors import MAX_HEADER_BYTES
+
+MAX_REFUSED = 512
+
+
+class Refusals:
+    """Refusals by the digest of a configuration and of the header of the weights. For any number of threads."""
+
+    def __init__(self) -> None:
+        self._known: Lru[bytes, AdapterIncompatible] = Lru(MAX_REFUSED)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def remembered(self, config: OpenFile, weights: OpenFile) -> Iterator[None]:
+        """Raises what these files were refused with before; remembers what the block raises."""
+        digest = _digest(config, weights)
+        with self._lock:
+            known = self._known.get(digest)
+        if known is not None:
+            raise from_wire(known.to_wire())
+        try:
+            yield
+        except AdapterIncompatible as error:
+            with self._lock:
+                self._known.put(digest, error)
+            raise
+
+
+def _digest(config: OpenFile, weights: OpenFile) -> bytes:
+    """Of all that is read before the weights' values: the configuration, the header, and how long the files are."""
+    state = hashlib.sha256(f"{config.size} {weights.size} ".encode())
+    with reading(config):
+        if config.size <= MAX_CONFIG_BYTES:
+            state.update(config.read())
+    with reading(weights):
+        length = bytearray(min(8, weights.size))
+        weights.read_into(length, 0)
+        rest = min(int.from_bytes(length, "little"), MAX_HEADER_BYTES, weights.size - len(length))
+        header = bytearray(rest)
+        weights.read_into(header, len(length))
+        state.update(length + header)
+    return state.digest()

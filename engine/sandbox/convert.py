@@ -1,0 +1,247 @@
+"""Pickles of torch.save as safetensors: converted once in a sandbox, then kept on disk by their contents."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from engine.errors import (
+    RENAME,
+    RESAVE,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterTooLarge,
+)
+from engine.files import Changed, OpenFile
+from engine.safetensors import MAX_HEADER_BYTES, read_header
+from engine.sandbox.messages import Limits
+from engine.sandbox.parent import LOOK_S, CannotRun, Crashed, LimitReached, SandboxError, run
+from engine.sandbox.tasks.convert import most_bytes
+
+FOLDER = "lorax-converted"
+TASK = "engine.sandbox.tasks.convert"
+MAX_REFUSED = 512  # files whose refusal is remembered
+_MEMORY_BYTES = 512 << 20  # beyond the file's own size, which is mapped
+_CPU_S = 10
+_BYTES_PER_S = 32 << 20  # a slow disk's and processor's
+_WALL_FACTOR = 10  # the child gives way to everybody else
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+_TEMPORARY = ".tmp"
+
+logger = logging.getLogger(__name__)
+
+
+class Converter:
+    """Converts into the folder `lorax-converted` of `cache`, or of a private one if that cannot be written.
+
+    For any number of threads. Refusals are remembered by the file's SHA-256; failures of the machine are not.
+    """
+
+    def __init__(self, cache: Path, max_bytes: int | None = None) -> None:
+        """`max_bytes`: larger files are refused before they are read."""
+        self._max_bytes = max_bytes
+        self._folder = cache / FOLDER
+        self._private: Path | None = None
+        self._refused: dict[bytes, AdapterIncompatible] = {}
+        self._busy: set[bytes] = set()
+        self._changed = threading.Condition()
+
+    def readable(self, file: OpenFile, pause: Callable[[], None] = lambda: None) -> OpenFile:
+        """`file` itself, or an open safetensors file with the same tensors if it is a `.bin`."""
+        return self.convert(file, pause) if is_pickle(file) else file
+
+    def convert(self, file: OpenFile, pause: Callable[[], None] = lambda: None) -> OpenFile:
+        """The safetensors file, open: converted before, or now.
+
+        `pause` is called again and again and may raise. Raises AdapterIncompatible for what the file holds,
+        AdapterLoadFailed for what the disk or the machine does, AdapterTooLarge.
+        """
+        if self._max_bytes is not None and file.size > self._max_bytes:
+            raise AdapterTooLarge(
+                f"{file.name} has {file.size} bytes; the limit is {self._max_bytes}",
+                hint="raise --host-cache-gb",
+            )
+        try:
+            digest = file.sha256(pause)
+            with self._alone(digest, pause):
+                if (refused := self._refused.get(digest)) is not None:
+                    raise AdapterIncompatible(refused.message, hint=refused.hint)
+                return self._found(digest) or self._made(file, digest, pause)
+        except Changed as error:
+            raise AdapterLoadFailed(f"{file.name} {error.strerror}", hint=RENAME) from None
+        except OSError as error:
+            raise AdapterLoadFailed(f"cannot convert {file.name}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Removes the private folder, if there is one."""
+        with self._changed:
+            private, self._private = self._private, None
+        if private is not None:
+            atexit.unregister(self.close)
+            shutil.rmtree(private, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _alone(self, digest: bytes, pause: Callable[[], None]) -> Iterator[None]:
+        """One thread at a time converts the same contents."""
+        with self._changed:
+            while digest in self._busy:
+                self._changed.wait(LOOK_S)
+                pause()
+            self._busy.add(digest)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.discard(digest)
+                self._changed.notify_all()
+
+    def _found(self, digest: bytes) -> OpenFile | None:
+        """What was converted before, if it is whole."""
+        for folder in filter(None, (self._private, self._folder)):
+            try:
+                file = OpenFile(folder / _name(digest), [folder.resolve()])
+            except OSError:
+                continue
+            if _is_whole(file):
+                return file
+            file.close()
+        return None
+
+    def _made(self, file: OpenFile, digest: bytes, pause: Callable[[], None]) -> OpenFile:
+        folder, path, fd = self._temporary()
+        try:
+            self._run(file, fd, digest, pause)
+            os.fsync(fd)
+            with OpenFile(path, [folder.resolve()]) as made:
+                if not _is_whole(made):
+                    raise self._refuse(file, digest, "cannot be converted")
+            os.rename(path, folder / _name(digest))
+            _sync(folder)
+            return OpenFile(folder / _name(digest), [folder.resolve()])
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            os.close(fd)
+
+    def _run(self, file: OpenFile, target: int, digest: bytes, pause: Callable[[], None]) -> None:
+        cpu_s = _CPU_S + file.size // _BYTES_PER_S
+        limits = Limits(
+            cpu_s=cpu_s,
+            wall_s=_WALL_FACTOR * cpu_s,
+            memory_bytes=file.size + _MEMORY_BYTES,
+            file_bytes=most_bytes(file.size) + MAX_HEADER_BYTES + 8,
+        )
+        try:
+            answer = run(TASK, {"source": file.fd, "target": target}, {}, limits, pause)
+        except SandboxError as error:
+            file.verify()  # what was written to while it was read may fail in any way
+            if _is_machines(error):
+                raise AdapterLoadFailed(f"cannot convert {file.name}: {error}") from None
+            if isinstance(error, LimitReached):
+                raise self._refuse(file, digest, f"{error} to read") from None
+            raise self._refuse(file, digest, f"cannot be read: its reader {error}") from None
+        file.verify()
+        if "failed" in answer:
+            raise AdapterLoadFailed(f"cannot convert {file.name}: {answer['failed']}")
+        if "refused" in answer:
+            raise self._refuse(file, digest, str(answer["refused"]))
+
+    def _refuse(self, file: OpenFile, digest: bytes, why: str) -> AdapterIncompatible:
+        """The error, remembered."""
+        error = AdapterIncompatible(f"{file.name} {why}", hint=RESAVE)
+        with self._changed:
+            self._refused[digest] = error
+            if len(self._refused) > MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
+        return error
+
+    def _temporary(self) -> tuple[Path, Path, int]:
+        """A folder that can be written, and a new file in it: path and descriptor, locked while it is in use."""
+        if self._private is None:
+            try:
+                return self._folder, *_create(self._folder)
+            except OSError as error:
+                if error.errno not in _UNWRITABLE:
+                    raise
+                reason = error.strerror
+            with self._changed:
+                if self._private is None:
+                    self._private = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-"))
+                    atexit.register(self.close)
+                    logger.warning(
+                        "%s cannot be written (%s): adapters saved as .bin are converted again after each start",
+                        self._folder,
+                        reason,
+                    )
+        return self._private, *_create(self._private)
+
+
+def is_pickle(file: OpenFile) -> bool:
+    """Whether the file's name says that it is of torch.save."""
+    return file.path.suffix == ".bin"
+
+
+def _name(digest: bytes) -> str:
+    return f"{digest.hex()}.safetensors"
+
+
+def _is_machines(error: SandboxError) -> bool:
+    """Whether another try may succeed. SIGBUS: the disk did not give what was mapped."""
+    if isinstance(error, Crashed):
+        return error.signal == signal.SIGBUS
+    return isinstance(error, CannotRun) or (
+        isinstance(error, LimitReached) and error.limit == "wall"
+    )
+
+
+def _is_whole(file: OpenFile) -> bool:
+    try:
+        entries, start = read_header(file)
+    except (ValueError, OSError):
+        return False
+    return start + max((e.data_offsets[1] for e in entries.values()), default=0) == file.size
+
+
+def _create(folder: Path) -> tuple[Path, int]:
+    """A new file, locked. Removes those of processes that ended before they were done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        _sweep(path)
+    while True:
+        path = folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks: nobody sweeps there either
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)  # swept by another process between the two calls
+
+
+def _sweep(path: Path) -> None:
+    """Removes a file that nobody holds locked."""
+    with contextlib.suppress(OSError), OpenFile(path) as file:
+        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+
+
+def _sync(folder: Path) -> None:
+    """The name too is to survive a power cut."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

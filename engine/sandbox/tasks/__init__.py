@@ -1,0 +1,1 @@
+"""What children do. Each module is one task; see `engine.sandbox.child`."""
