@@ -60,6 +60,32 @@ class AdapterState:
     error: dict[str, Any] | None = None
 
 
+class _Attempt:
+    """One load under way: its deadline, and the thread that works for it now."""
+
+    def __init__(self, deadline: float) -> None:
+        """`deadline`: by time.monotonic()."""
+        self._deadline = deadline
+        self._job: Job[Any] | None = None
+
+    async def run(self, workers: Workers, call: Callable[..., T], *given: Any) -> T:
+        """What a call in a thread returns. Raises AdapterLoadFailed at the deadline."""
+        job: Job[T] = await workers.start(call, *given, deadline=self._deadline)
+        self._job = job
+        return await job.result(self._deadline)
+
+    def raise_if_late(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise AdapterLoadFailed("loading took too long and was given up")
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Calls back when no thread can touch anything of it any more: one that is stuck may still write."""
+        if self._job is None:
+            call()
+        else:
+            self._job.when_ended(call)
+
+
 class Loader:
     """Loads adapters into the room of one tier."""
 
@@ -107,67 +133,64 @@ class Loader:
         Raises AdapterError, or Overloaded if there is no room.
         """
         self._raise_if_closing()
+        attempt = _Attempt(time.monotonic() + self._config.adapters.adapter_load_timeout_s)
         source, fetchers = self._sources[version.source], self._fetchers[version.source]
-        clock = time.monotonic
-        started = clock()
-        deadline = started + self._config.adapters.adapter_load_timeout_s
 
         async def fetch() -> AdapterFiles:
-            return await fetchers.run(source.fetch, version, token, _no_progress, deadline=deadline)
+            return await attempt.run(fetchers, source.fetch, version, token, _no_progress)
 
         def pause() -> None:
             """Between two pieces of work in a thread."""
             self._raise_if_closing()
-            if clock() > deadline:
-                raise AdapterLoadFailed(f"loading {adapter.name} took too long")
+            attempt.raise_if_late()
 
+        started = time.monotonic()
         files = await fetch()
-        adapter.seconds["fetch"] = clock() - started
+        adapter.seconds["fetch"] = time.monotonic() - started
         adapter.state = "parsing"
-        started = clock()
-        with ExitStack() as open_now, ExitStack() as reserved:
-            open_now.callback(files.close)
-            job: Job[Any] | None = None
-            try:
-                self._raise_if_closing()
-                readable = files.weights
-                if is_pickle(readable):
-                    convert = self._converter.convert
-                    job = await self._converters.start(convert, readable, pause, deadline=deadline)
-                    readable = await job.result(deadline)
-                    open_now.callback(readable.close)
-                job = await self._parsers.start(
-                    self._open, files.config, readable, deadline=deadline
-                )
-                weights: LoraWeights = await job.result(deadline)
-                open_now.callback(weights.close)
-                files.config.close()  # an adapter that waits for room holds few descriptors
-                size = adapter.size = image_size(weights, self._layout)
-                opened = clock() - started
-                offset = await self._room.reserve(adapter.name, size.total)
-                reserved.callback(self._room.abandon, offset)
-                started = clock() - opened
-                view = self._region.view[offset : offset + size.total]
-                job = await self._parsers.start(
-                    write_image, weights, self._layout, view, pause, deadline=deadline
-                )
-                digest = await job.result(deadline)
-                # Files that were replaced meanwhile are another version: an old configuration may have met new
-                # weights.
-                (await fetch()).close()
-                reserved.pop_all()
-            finally:
-                if job is not None:  # a thread that is stuck may still use them
-                    job.when_ended(open_now.pop_all().close)
-                    job.when_ended(reserved.pop_all().close)
+        held, reserved = ExitStack(), ExitStack()
+        held.callback(files.close)
+        held.push(reserved)
+        try:
+            self._raise_if_closing()
+            started = time.monotonic()
+            weights = await self._weights(attempt, files, held, pause)
+            size = adapter.size = image_size(weights, self._layout)
+            opened = time.monotonic() - started
+            offset = await self._room.reserve(adapter.name, size.total)
+            reserved.callback(self._room.abandon, offset)
+            started = time.monotonic() - opened
+            view = self._region.view[offset : offset + size.total]
+            digest = await attempt.run(
+                self._parsers, write_image, weights, self._layout, view, pause
+            )
+            # Files that were replaced meanwhile are another version: an old configuration may have met new weights.
+            (await fetch()).close()
+            reserved.pop_all()
+        finally:
+            attempt.when_over(held.close)
         image = self._room.commit(offset, digest)
         adapter.digest, adapter.state = digest, "ready"
         adapter.targets = list(count_targets(weights, self._layout))
         adapter.base_model = weights.base_model
-        adapter.seconds["parse"] = clock() - started
+        adapter.seconds["parse"] = time.monotonic() - started
         for note in weights.notes:
             logger.info("%s: %s", adapter.name, note)
         return image
+
+    async def _weights(
+        self, attempt: _Attempt, files: AdapterFiles, held: ExitStack, pause: Callable[[], None]
+    ) -> LoraWeights:
+        """The tensors of an adapter, matched with the layout; what is open goes on `held`."""
+        readable = files.weights
+        if is_pickle(readable):
+            convert = self._converter.convert
+            readable = await attempt.run(self._converters, convert, readable, pause)
+            held.callback(readable.close)
+        weights = await attempt.run(self._parsers, self._open, files.config, readable)
+        held.callback(weights.close)
+        files.config.close()  # an adapter that waits for room holds few descriptors
+        return weights
 
     def stop(self) -> None:
         """What runs ends at its next piece of work; nothing new begins."""

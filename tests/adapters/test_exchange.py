@@ -33,6 +33,7 @@ from engine.errors import (
     Overloaded,
 )
 from engine.exchange import MAX_FAILED, Exchange, Lease, loader
+from engine.files import OpenFile
 from engine.lora.image import data_start, read_image
 from engine.messages import AdapterImageRef
 from tests.adapters.conftest import NAMES, contents
@@ -565,10 +566,10 @@ class Stuck:
         self.names = set("abc")
         self.gate = threading.Event()
 
-    def __call__(self, files: AdapterFiles, *given: Any) -> Any:
-        if files.folder.name in self.names:
+    def __call__(self, config: OpenFile, *given: Any) -> Any:
+        if config.path.parent.name in self.names:
             self.gate.wait(10)
-        return self.open(files, *given)
+        return self.open(config, *given)
 
 
 async def test_a_stuck_writer_keeps_its_bytes(

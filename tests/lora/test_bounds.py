@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from peft.utils.other import get_pattern_key
 
 from engine.errors import AdapterIncompatible
+from engine.files import OpenFile
 from engine.lora import patterns, peft_config
 from engine.lora.formats import MAX_PROBLEMS, check_peft, summary
 from engine.lora.names import MAX_SHOWN, shown, shown_shape, shown_value
 from engine.lora.patterns import MAX_INSTRUCTIONS, MAX_LENGTH, MAX_PATTERNS, compile_pattern
-from engine.lora.peft_config import MAX_FIELDS, check_config, read_config
-from engine.lora.report import inspect
+from engine.lora.peft_config import MAX_FIELDS, check_config
 from tests.lora import tiny
 
 LINEARS = (
@@ -42,6 +42,11 @@ def ends_soon(seconds: float = 20) -> Iterator[None]:
     start = time.process_time()
     yield
     assert time.process_time() - start < seconds
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    with OpenFile(path) as file:
+        return peft_config.read_config(file)
 
 
 def write_config(folder: Path, **fields: Any) -> Path:
@@ -313,7 +318,7 @@ def test_the_name_of_the_base_model_is_shown_on_one_line(tmp_path: Path) -> None
     adapted = tiny.adapt(tiny.llama(), r=1, lora_alpha=1, target_modules=["q_proj"])
     folder = tiny.save(adapted, tmp_path)
     write_config(folder, base_model_name_or_path=NASTY)
-    report = inspect(folder, tiny.llama_layout(), base_model="org/served")
+    report = tiny.inspect(folder, tiny.llama_layout(), base_model="org/served")
     assert report.ok and report.base_model and "forged" in report.base_model
     assert report.base_model.isprintable() and len(report.base_model) <= peft_config.MAX_BASE_NAME
     (note,) = report.notes
@@ -322,7 +327,7 @@ def test_the_name_of_the_base_model_is_shown_on_one_line(tmp_path: Path) -> None
     assert found is not None and found.base_model == report.base_model
     found.close()
     write_weights(folder, [Q.format("A"), Q.format("B")], shape=(2, 2))
-    for problem in inspect(folder, tiny.llama_layout(), base_model="org/served").errors:
+    for problem in tiny.inspect(folder, tiny.llama_layout(), base_model="org/served").errors:
         assert all(line.isprintable() and len(line) < 4 * MAX_SHOWN for line in lines_of(problem))
 
 
@@ -348,7 +353,7 @@ def test_a_file_of_foreign_tensors(case: str, tmp_path: Path) -> None:
     names = [FOREIGN[case].replace("#", str(index)) for index in range(number)]
     config, weights = write_config(tmp_path), write_weights(tmp_path, names)
     with ends_soon(60):
-        found, problems = check_peft(config, weights, tiny.llama_layout())
+        found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout())
         text = summary(problems).message
     assert found is None and len(problems) <= MAX_PROBLEMS + 1 and len(text) < 1500
     counted = 0
@@ -366,7 +371,9 @@ def test_kinds_of_problems_at_their_bound(tmp_path: Path) -> None:
     def messages(count: int, more: int = 0) -> list[str]:
         names = [f"x{n}.y" for n in range(count)] + [f"x0.{n}.y" for n in range(more)]
         config, weights = write_config(tmp_path), write_weights(tmp_path, names)
-        return [one.message for one in check_peft(config, weights, tiny.llama_layout())[1]]
+        return [
+            one.message for one in check_peft(*tiny.opened(config, weights), tiny.llama_layout())[1]
+        ]
 
     full = messages(MAX_PROBLEMS - 1)  # and that there are no LoRA tensors
     assert len(full) == MAX_PROBLEMS and not any("listed" in one for one in full)
@@ -386,7 +393,7 @@ def test_what_the_tensors_are_called_is_shown_short_and_on_one_line(
     names: list[str], dtype: str, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     config, weights = write_config(tmp_path), write_weights(tmp_path, names, dtype, shape)
-    found, problems = check_peft(config, weights, tiny.llama_layout())
+    found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout())
     assert found is None and problems
     for problem in problems:
         for line in lines_of(problem):
