@@ -76,6 +76,7 @@ class Server:
             "--adapter-root": self.folder / "adapters",
             "--host-cache-gb": HOST_CACHE_GB,
             "--cpu-memory-gb": 0.6,
+            "--max-total-tokens": 8192,
             "--max-batch-size": 256,
             "--max-concurrent-requests": self.max_concurrent,
             "--num-threads": 1,
