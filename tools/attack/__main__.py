@@ -107,7 +107,7 @@ async def attack(server: Server, args: argparse.Namespace) -> list[Check]:
         if "faults" in args.only and not struck.done and server.alive:
             await faults.strike_all(server, args.kills, args.freezes, args.spacing_s, struck)
         seed += 1
-        if time.monotonic() > end or not server.alive:
+        if time.monotonic() > end or not server.alive or outcome.hopeless:
             break
         await asyncio.sleep(1)
     checks = []

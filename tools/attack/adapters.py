@@ -31,6 +31,7 @@ EITHER = set(CONTENTS)
 # What may rightly be served: it harms nobody, or its moment was missed.
 MAY_SERVE = {"safetensors duplicate keys"}
 AT_A_TIME = 6
+MAX_UNANSWERED = 12
 HOSTILE = "hostile"
 GOOD = "good"
 RANK = 4
@@ -80,6 +81,12 @@ class Outcome:
     types: Counter[str] = field(default_factory=Counter)
     slowest: dict[str, float] = field(default_factory=dict)
     ran_code: int = 0
+    unanswered: int = 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many were not answered at all that asking for more says nothing."""
+        return self.unanswered >= MAX_UNANSWERED
 
 
 async def ask_all(server: Server, count: int, seed: int, limit_s: float, found: Outcome) -> None:
@@ -89,7 +96,7 @@ async def ask_all(server: Server, count: int, seed: int, limit_s: float, found: 
 
         async def client(session: aiohttp.ClientSession) -> None:
             for number, (kind, source) in numbers:
-                if not server.alive:
+                if not server.alive or found.hopeless:
                     return
                 await _one(
                     server, session, writers, (kind, source), seed * 10_000 + number, limit_s, found
@@ -127,6 +134,7 @@ async def _one(
     found.asked[kind] += 1
     found.types[why or str(status)] += 1
     found.slowest[kind] = max(found.slowest.get(kind, 0.0), took)
+    found.unanswered += not status
     served = status == 200 and kind in MAY_SERVE
     if not served and not (400 <= status < 500 and why):
         found.wrong.append(f"{kind} ({source}): {status} {why} after {took:.1f} s")

@@ -82,8 +82,9 @@ async def half_body(sock: Sock, chosen: random.Random) -> None:
 
 async def endless_chunks(sock: Sock, chosen: random.Random) -> None:
     await say(sock, json_head(None))
+    chunk = b"%x\r\n%b\r\n" % (MIB, b" " * MIB)
     for _ in range(100):
-        await say(sock, b"%x\r\n%b\r\n" % (MIB, b" " * MIB))
+        await say(sock, chunk)
 
 
 async def bad_chunk(sock: Sock, chosen: random.Random) -> None:
@@ -124,8 +125,11 @@ async def long_target(sock: Sock, chosen: random.Random) -> None:
     await say(sock, head(target="/" + "%41" * 50_000, method="GET"))
 
 
+MANY_HEADERS = head(*(f"X-{i}: {i}" for i in range(20_000)))
+
+
 async def many_headers(sock: Sock, chosen: random.Random) -> None:
-    await say(sock, head(*(f"X-{i}: {i}" for i in range(20_000))))
+    await say(sock, MANY_HEADERS)
 
 
 async def pipelined(sock: Sock, chosen: random.Random) -> None:
@@ -250,7 +254,7 @@ async def rounds(
 ) -> None:
     """`count` clients: half of them of all kinds in rounds, then the other half at once, whose body never comes."""
     chosen, kinds = random.Random(seed), list(KINDS)
-    bomb()
+    await asyncio.to_thread(bomb)
     size = max(len(kinds), count // 8)
     for start in range(0, count // 2, size):
         of_round: list[str] = []

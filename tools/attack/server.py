@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import re
 import resource
@@ -22,6 +23,7 @@ from tools.levels import files_of, memory_of, threads_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 120.0
+PR_SET_PDEATHSIG = 1
 SAMPLE_S = 0.2
 SOFT_FILES = 1024  # descriptors that a shell gives a program
 EXCHANGE, SHARD, FRONT = "lorax-exchange", "lorax-shard", "front"
@@ -91,7 +93,10 @@ class Server:
         }
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
+        libc = ctypes.CDLL(None)
+
         def limits() -> None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with this program
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(SOFT_FILES, hard), hard))
             with suppress(OSError):  # where memory runs out, it goes first
                 Path("/proc/self/oom_score_adj").write_text("1000")
