@@ -1,15 +1,12 @@
-"""Hostile adapters: every kind there is, written just before it is asked for, locally or from the hub."""
+"""Hostile adapters, each written just before it is asked for, and what the server answers."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -20,20 +17,15 @@ import aiohttp
 from engine.config import ModelConfig
 from engine.models import adapter_layout
 from tools.adapters import write_adapter
-from tools.attack import configs, files, hub, pickles, tensors
+from tools.attack import files, pickles
+from tools.attack.kinds import GOOD, MAY_SERVE, begin_writing, plan, write
 from tools.attack.load import RESIDENT, ROTATING, ask, body_of, session_of
 from tools.attack.server import Server
 from tools.tiny import write_model
 
-CONTENTS = pickles.KINDS | tensors.KINDS | configs.KINDS
-# What the hub can deliver as well as a folder can.
-EITHER = set(CONTENTS)
-# What may rightly be served: it harms nobody, or its moment was missed.
-MAY_SERVE = {"safetensors duplicate keys"}
-AT_A_TIME = 6
+AT_A_TIME = 8
 MAX_UNANSWERED = 12
 HOSTILE = "hostile"
-GOOD = "good"
 RANK = 4
 MODEL = {
     "hidden_size": 256,
@@ -52,24 +44,6 @@ def write_all(folder: Path) -> None:
     for i, name in enumerate((*RESIDENT, *ROTATING, GOOD)):
         targets = ["q_proj", "v_proj"]
         write_adapter(folder / "adapters" / name, layout, RANK, seed=i, targets=targets)
-
-
-def plan(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """(kind, `local` or `hub`) of `count` adapters: every kind in turn, contents from either side."""
-    chosen = random.Random(seed)
-    kinds = [*CONTENTS, *files.KINDS, *(f"hub {manner}" for manner in hub.MANNERS)]
-    chosen.shuffle(kinds)
-    for kind in itertools.islice(itertools.cycle(kinds), count):
-        if kind.startswith("hub "):
-            yield kind, "hub"
-        else:
-            yield kind, chosen.choice(["local", "hub"]) if kind in CONTENTS else "local"
-
-
-def write(folder: Path, kind: str, seed: int) -> None:
-    """One hostile folder, from the good one beside it. Runs in a process of its own."""
-    shutil.copytree(folder.parent.parent / GOOD, folder)
-    (CONTENTS | files.KINDS)[kind](folder, random.Random(seed))
 
 
 @dataclass
@@ -92,30 +66,31 @@ class Outcome:
 async def ask_all(server: Server, count: int, seed: int, limit_s: float, found: Outcome) -> None:
     """Asks for `count` hostile adapters, a few at a time."""
     numbers = iter(enumerate(plan(count, seed)))
-    with ProcessPoolExecutor(1, get_context("spawn")) as writers:
+    writers = ProcessPoolExecutor(1, get_context("spawn"), begin_writing)
 
-        async def client(session: aiohttp.ClientSession) -> None:
-            for number, (kind, source) in numbers:
-                if not server.alive or found.hopeless:
-                    return
-                await _one(
-                    server, session, writers, (kind, source), seed * 10_000 + number, limit_s, found
-                )
+    async def client(session: aiohttp.ClientSession) -> None:
+        for number, (kind, source) in numbers:
+            if not server.alive or found.hopeless:
+                return
+            chosen = (kind, source, seed * 10_000 + number)
+            await _one(server, session, writers, chosen, limit_s, found)
 
+    try:
         async with session_of(server) as session:
             await asyncio.gather(*(client(session) for _ in range(AT_A_TIME)))
+    finally:
+        writers.shutdown(wait=False, cancel_futures=True)
 
 
 async def _one(
     server: Server,
     session: aiohttp.ClientSession,
     writers: ProcessPoolExecutor,
-    what: tuple[str, str],
-    number: int,
+    what: tuple[str, str, int],
     limit_s: float,
     found: Outcome,
 ) -> None:
-    kind, source = what
+    kind, source, number = what
     name = f"h{number}"
     folder = server.folder / "adapters" / HOSTILE / name
     adapter = f"{HOSTILE}/{name}" if source == "local" else f"files/{name}"
