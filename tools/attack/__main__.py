@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -149,26 +149,31 @@ async def long_run(server: Server, args: argparse.Namespace) -> list[Check]:
         if alive:
             checks += report.of_levels(before, await settled(server, before))
             limit = drain_s() + term.SPARE_S
-            took = await server.end(limit + term.SPARE_S)
             checks.append(
-                Check("SIGTERM after it all", took <= limit, f"{took:.1f} s", f"<= {limit:g} s")
+                await ended(server, "SIGTERM after it all", server.end(limit + term.SPARE_S))
             )
         return checks + report.of_log(server)
     finally:
         server.kill()
 
 
+async def ended(server: Server, name: str, ending: Awaitable[float]) -> Check:
+    """Whether the server ended in time, and of the signal rather than before it."""
+    took, limit = await ending, drain_s() + term.SPARE_S
+    code = server.process.returncode
+    found = f"{took:.1f} s, exit code {code}"
+    return Check(name, took <= limit and code == 0, found, f"<= {limit:g} s, code 0")
+
+
 async def term_runs(folder: Path, address: str, args: argparse.Namespace) -> list[Check]:
     """A short run for each state."""
-    checks, limit = [], drain_s() + term.SPARE_S
+    checks: list[Check] = []
     sizes = term.Sizes(args.connections, args.streams, args.adapter_streams)
     for state in args.states.split(","):
         server = Server(
             folder, address, args.max_concurrent_requests, f"term-{state.replace(' ', '-')}"
         )
-        took = await term.end_in(server, state, sizes)
-        found = f"{took:.1f} s, exit code {server.process.returncode}"
-        checks.append(Check(f"SIGTERM: {state}", took <= limit, found, f"<= {limit:g} s"))
+        checks.append(await ended(server, f"SIGTERM: {state}", term.end_in(server, state, sizes)))
         checks += [one for one in report.of_log(server) if not one.ok]
     return checks
 
