@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find engine/csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format type docs completions build demo-model bench clean
+.PHONY: help install demo test test-gpu lint format type docs completions build demo-model bench attack clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ demo-model: $(INSTALLED) ## train the demo model and its adapters anew
 
 bench: $(INSTALLED) ## measure the demo model, base and adapters (ARGS="--batch 16 --adapters 16")
 	$(BIN)/lorax bench $(ARGS)
+
+attack: $(INSTALLED) ## attack a real server with hostile files and clients (ARGS="--quick")
+	$(BIN)/python -m tools.attack $(ARGS)
 
 clean: ## remove what was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

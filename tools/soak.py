@@ -27,8 +27,6 @@ from typing import Any
 import aiohttp
 import psutil
 from aiohttp import web
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.models import adapter_layout
@@ -36,36 +34,15 @@ from engine.process import ProcessBackend
 from engine.server.app import build_app
 from engine.server.text import Text
 from tools.adapters import write_adapter
+from tools.levels import files_of, memory_of, threads_of
+from tools.tiny import prompt, write_model
 
 ADAPTERS = 200
 CLIENTS = 24
 WARM_UP = 50  # requests
 GROWTH = 0.02  # of memory, that counts as none
 EARLY = 5000  # of 20,000: the share of the run after which memory must not grow
-WORDS = [f"word{i}" for i in range(500)]
 TARGETS = [["q_proj", "v_proj"], ["gate_proj", "down_proj"], ["o_proj"], None]
-
-
-def write_model(folder: Path) -> None:
-    """A tiny llama with dummy weights and a tokenizer of whole words."""
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 3,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    config.save_pretrained(folder)
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 def write_adapters(folder: Path, model: ModelConfig) -> None:
@@ -77,11 +54,6 @@ def write_adapters(folder: Path, model: ModelConfig) -> None:
     (folder / "broken").mkdir()
     (folder / "broken" / "adapter_config.json").write_text("{}")
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
-
-
-def prompt(chosen: random.Random) -> str:
-    shared = " ".join(WORDS[:40]) + " " if chosen.random() < 0.3 else ""
-    return shared + " ".join(chosen.choices(WORDS, k=chosen.randint(1, 60)))
 
 
 def request(chosen: random.Random) -> tuple[str, dict[str, object], str]:
@@ -139,7 +111,7 @@ class Levels:
 
     def memory(self) -> dict[str, int]:
         """Bytes of resident memory of each process."""
-        return {role: process.memory_info().rss for role, process in self.processes.items()}
+        return memory_of(self.processes)
 
     async def idle(self) -> dict[str, object]:
         """Everything that must be as it was when nothing is open. Waits for the last cancellations first."""
@@ -151,12 +123,8 @@ class Levels:
                 break
         return {
             "tasks": len(asyncio.all_tasks()),
-            **{f"files of {r}": p.num_fds() for r, p in self.processes.items()},
-            **{
-                f"threads of {r}": p.num_threads()
-                for r, p in self.processes.items()
-                if r == "shard"
-            },
+            **{f"files of {role}": count for role, count in files_of(self.processes).items()},
+            "threads of shard": threads_of(self.processes)["shard"],
             "blocks in use": stats.total_blocks - stats.free_blocks,
             "rows in use": stats.running,
             "slots pinned": stats.pinned,
