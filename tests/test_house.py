@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.logs",
         "engine.messages",
         "engine.metrics",
+        "engine.names",
         "engine.platform",
         "engine.safetensors",
         "engine.sandbox",

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from engine.errors import AdapterIncompatible
 from engine.files import OpenFile
-from engine.lora.names import shown, shown_shape
 from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
 from engine.lora.weights import LoraWeights, Pair, Place
+from engine.names import shown, shown_shape
 from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
 
 MAX_PROBLEMS = 64  # kinds that are listed

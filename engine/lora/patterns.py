@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import re2
 
 from engine.errors import AdapterIncompatible
-from engine.lora.names import shown
+from engine.names import shown
 
 MAX_PATTERNS = 4096
 MAX_LENGTH = 512  # characters of one key

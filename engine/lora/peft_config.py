@@ -15,9 +15,9 @@ from typing import Any
 
 from engine.errors import AdapterIncompatible
 from engine.files import OpenFile
-from engine.lora.names import shown, shown_value
 from engine.lora.patterns import REMEDY, Pattern, check_bounds, compile_pattern
 from engine.lora.tensors import reading
+from engine.names import shown, shown_value
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FIELDS = 256

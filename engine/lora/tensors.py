@@ -15,7 +15,10 @@ import torch
 from engine.errors import RENAME, RESAVE, AdapterIncompatible, AdapterLoadFailed
 from engine.files import Changed, OpenFile
 from engine.lora.weights import Matrix
+from engine.names import shown
 from engine.safetensors import read_header
+
+MAX_REASON = 300  # characters of what is wrong with a header
 
 DTYPES = {
     "F64": torch.float64,
@@ -68,7 +71,8 @@ class SafetensorsFile:
             with reading(file):
                 entries, data = read_header(file)
         except ValueError as error:
-            raise AdapterIncompatible(f"{file.name} is damaged: {error}", hint=RESAVE) from None
+            why = shown(str(error), MAX_REASON)
+            raise AdapterIncompatible(f"{file.name} is damaged: {why}", hint=RESAVE) from None
         self.infos = {
             name: TensorInfo(entry.dtype, entry.shape, data + entry.data_offsets[0])
             for name, entry in entries.items()

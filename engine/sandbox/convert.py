@@ -24,6 +24,7 @@ from engine.errors import (
     AdapterTooLarge,
 )
 from engine.files import Changed, OpenFile
+from engine.names import shown
 from engine.safetensors import MAX_HEADER_BYTES, read_header
 from engine.sandbox.messages import Limits
 from engine.sandbox.parent import LOOK_S, CannotRun, Crashed, LimitReached, SandboxError, run
@@ -31,6 +32,7 @@ from engine.sandbox.tasks.convert import most_bytes
 
 FOLDER = "lorax-converted"
 TASK = "engine.sandbox.tasks.convert"
+MAX_REASON = 300  # characters of it
 MAX_REFUSED = 512  # files whose refusal is remembered
 _MEMORY_BYTES = 512 << 20  # beyond the file's own size, which is mapped
 _CPU_S = 10
@@ -155,7 +157,7 @@ class Converter:
         if "failed" in answer:
             raise AdapterLoadFailed(f"cannot convert {file.name}: {answer['failed']}")
         if "refused" in answer:
-            raise self._refuse(file, digest, str(answer["refused"]))
+            raise self._refuse(file, digest, shown(str(answer["refused"]), MAX_REASON))
 
     def _refuse(self, file: OpenFile, digest: bytes, why: str) -> AdapterIncompatible:
         """The error, remembered."""

@@ -132,6 +132,7 @@ def test_failures_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         run("tests.sandbox.none", {}, {}, LIMITS)
     with monkeypatch.context() as patch:
         patch.setattr(parent, "START_S", 0.0)
+        patch.setattr(parent._Child, "_ready", lambda self: None)
         with pytest.raises(CannotRun, match="did not start"):
             do("echo")
     monkeypatch.setattr(sys, "executable", "/none")
