@@ -349,7 +349,7 @@ class Runner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        options = {"access_log": None, "debug": self.app.debug}
+        options: dict[str, Any] = {"access_log": None}
         return Server(made, self.connections, self._deadlines, options)
 
     async def drain(self, timeout: float) -> bool:
