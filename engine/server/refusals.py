@@ -133,6 +133,8 @@ def of_parser(problem: BaseException | None, head: bytes) -> LoraxError:
     if line and line[3] and int(line[3]) > 1:
         return refused(505, "this HTTP version is not supported", "use HTTP/1.1")
     if isinstance(problem, http_exceptions.BadHttpMethod) and line and line[3]:
+        if line[1].decode() in hdrs.METH_ALL:
+            return MalformedRequest("what follows the request is not HTTP")
         return refused(501, "this HTTP method is not known", "use GET or POST")
     if isinstance(problem, http_exceptions.BadHttpMethod | http_exceptions.BadStatusLine):
         return MalformedRequest("the first line is not an HTTP request line")
@@ -152,6 +154,8 @@ def of_headers(message: RawRequestMessage) -> LoraxError | None:
     """What is wrong with the headers of a request that was parsed."""
     if message.version not in VERSIONS:
         return refused(505, "this HTTP version is not supported", "use HTTP/1.1")
+    if message.method == hdrs.METH_CONNECT:
+        return refused(501, "this server is no proxy: it does not take CONNECT", "use GET or POST")
     headers = message.headers
     expected = headers.get(hdrs.EXPECT, "")
     if expected and message.version == HttpVersion11 and expected.lower() != "100-continue":
@@ -169,7 +173,7 @@ def unsupported_encoding() -> LoraxError:
 
 def of_http(request: web.Request, error: web.HTTPException) -> LoraxError:
     """What aiohttp refuses by itself, in our words."""
-    path = printable(request.path)
+    path = printable(request.rel_url.raw_path)
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return refused(405, f"{path} does not take {request.method}", f"use {allowed}")
