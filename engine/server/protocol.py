@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 IDLE_S = 75.0  # that a connection may stay open between two requests
 LINGER_S = 5.0  # that a connection is read after an early answer
 MAX_HEAD = 1 << 16  # bytes of a request line and all headers
-RECEIVED = 1 << 16  # bytes that are read from a socket at one time
-BUFFER = 1 << 16  # bytes of a body that may wait for its reader; twice as many stop reading
+RECEIVED = 1 << 14  # bytes that are read from a socket at one time
+BUFFER = 1 << 14  # bytes of a body that may wait for its reader; twice as many stop reading
 _RECEIVE_SIZE = "max_size"  # asyncio's name for RECEIVED on its transports
 REFUSED = web.RequestKey("refused", LoraxError)  # what is wrong with the headers
 CONTINUES = web.RequestKey("continues", bool)  # the body is sent after `100 Continue` only
@@ -203,9 +203,13 @@ class Connection(web.RequestHandler):
         self._pause_transport_reading()
 
     def go_on(self) -> None:
-        self.held = False
-        if not self._reading_paused and not self._buffer_paused:
-            self._resume_transport_reading()
+        if self.held:
+            self.held = False
+            self.resume_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        if not self.held:  # else what has arrived is not unpacked either
+            super().resume_reading(resume_parser)
 
     def _resume_transport_reading(self) -> None:
         if not self.held:
