@@ -91,14 +91,17 @@ class Connections:
         """`connection` has a complete request."""
         self._waiting.pop(connection, None)
 
-    def make_room(self, arriving: int) -> bool:
-        """Whether one more may be accepted, while `arriving` others are: closes a waiting one if there are too many."""
-        if self.num_open + arriving < self.most:
-            return True
-        self._full.warn(
-            f"{self.most} connections are open: the one that waited longest makes room for a new one"
-        )
-        return self.close_longest() or self.num_open + arriving < self.most + self.headroom
+    def has_room(self, arriving: int) -> bool:
+        """Whether one more may be accepted, while `arriving` others are."""
+        return bool(self._waiting) or self.num_open + arriving < self.most + self.headroom
+
+    def make_room(self, arriving: int) -> None:
+        """One more was accepted: closes a waiting one if there are too many."""
+        if self.num_open + arriving >= self.most:
+            self._full.warn(
+                f"{self.most} connections are open: the one that waited longest makes room for a new one"
+            )
+            self.close_longest()
 
     def close_longest(self) -> bool:
         """Closes the connection that has waited longest, if one waits."""
@@ -219,7 +222,7 @@ class Site(web.BaseSite):
 
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(min(AT_ONCE, max(1, self._connections.headroom))):
-            if not self._connections.make_room(len(self._arriving)):
+            if not self._connections.has_room(len(self._arriving)):
                 self._pause(listening)
                 return
             try:
@@ -235,6 +238,7 @@ class Site(web.BaseSite):
                 log.warning("a connection was not accepted: %s", error.strerror)
                 return
             self._delay = BACK_OFF_S[0]
+            self._connections.make_room(len(self._arriving))
             task = asyncio.create_task(self._welcome(accepted))
             self._arriving.add(task)
             task.add_done_callback(self._arriving.discard)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,12 +116,17 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    backend: FakeBackend, text: Text, options: dict[str, Any] | None = None, **server: Any
+    backend: FakeBackend,
+    text: Text,
+    options: dict[str, Any] | None = None,
+    routes: Sequence[web.RouteDef] = (),
+    **server: Any,
 ) -> AsyncIterator[Served]:
-    """Runs the server; `options` are those of `build_app`, the rest are settings."""
+    """Runs the server; `options` are those of `build_app`, `routes` are added, the rest are settings."""
     config = EngineConfig(server=ServerConfig(hostname="127.0.0.1", port=0))
     config = dataclasses.replace(config, server=dataclasses.replace(config.server, **server))
     app = build_app(backend, text, config, **(options or {}))
+    app.add_routes(routes)
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     running = asyncio.create_task(run(app, address.set_result))
     await asyncio.wait({running, address}, return_when=asyncio.FIRST_COMPLETED)
