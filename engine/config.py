@@ -205,6 +205,27 @@ class ServerConfig:
     max_concurrent_requests: Annotated[
         int, Option("Open requests beyond which new ones are answered with 429.", least=1)
     ] = 1024
+    client_header_timeout_s: Annotated[
+        float,
+        Option(
+            "Seconds a client may take to send the headers of a request. Then the connection is closed.",
+            least=0.1,
+        ),
+    ] = 60.0
+    client_body_timeout_s: Annotated[
+        float,
+        Option(
+            "Seconds a client may take to send the body of a request. Then the answer is 408.",
+            least=0.1,
+        ),
+    ] = 60.0
+    drain_timeout_s: Annotated[
+        float,
+        Option(
+            "Seconds that open requests get to finish after SIGTERM. Then they are cancelled.",
+            least=0,
+        ),
+    ] = 90.0
     max_best_of: Annotated[int, Option("Largest `best_of` (and `n`) of a request.", least=1)] = 2
     max_stop_sequences: Annotated[int, Option("Most stop sequences of a request.", least=0)] = 4
     max_num_alternatives: Annotated[

@@ -10,6 +10,8 @@ import msgspec
 
 from engine.config import ServerConfig
 
+LIBRARIES = ("aiohttp", "asyncio")  # whose warnings and errors are logged as ours
+
 
 class JsonFormatter(logging.Formatter):
     """{"timestamp", "level", "process", "target", "message"}, and "exception" where there is one."""
@@ -24,19 +26,26 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "process": f"{self.role}[{record.process}]",
             "target": record.name,
-            "message": record.getMessage(),
+            "message": _printable(record.getMessage()),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _printable(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()
 
 
+def _printable(text: str) -> str:
+    """Without what UTF-8 cannot carry: names that strangers chose."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def configure_logging(config: ServerConfig, role: str = "front") -> None:
-    """Sets up the logger `engine` on stderr; `role` is what this process is."""
+    """Sets up the loggers of this program and of its libraries on stderr; `role` is what this process is."""
     output = logging.StreamHandler(sys.stderr)
     plain = f"%(asctime)s %(levelname)s {role}[%(process)d] %(name)s: %(message)s"
     output.setFormatter(JsonFormatter(role) if config.json_output else logging.Formatter(plain))
-    logger = logging.getLogger("engine")
-    logger.handlers[:] = [output]
-    logger.setLevel(config.log_level.upper())
-    logger.propagate = False
+    level: int = logging.getLevelNamesMapping()[config.log_level.upper()]
+    for name in ("engine", *LIBRARIES):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [output]
+        logger.setLevel(level if name == "engine" else max(level, logging.WARNING))
+        logger.propagate = False

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib import import_module
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from engine.messages import EngineInfo
     from engine.server.backend import Backend
 
+CLOSE_S = 10.0  # that the processes get to end; then they are killed
+LEAST_CLOSE_S = 0.5
+
 Started = Callable[["EngineInfo", str], None]
 Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
 
@@ -36,6 +40,7 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
     from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
     from engine.server.app import build_app
+    from engine.server.front import FRONT
     from engine.server.text import Text
 
     # Before the processes start: a download happens once, and a wrong name fails at once.
@@ -48,9 +53,14 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
         asyncio.to_thread(Text, str(folder), config.model.tokenizer_config_path)
     )
     starting = asyncio.create_task(start(config))
+    end_by: float | None = None  # of the processes
     try:
         await asyncio.gather(loading, starting)
-        yield build_app(starting.result(), loading.result(), config)
+        app = build_app(starting.result(), loading.result(), config)
+        try:
+            yield app
+        finally:
+            end_by = app[FRONT].end_by
     finally:
         starting.cancel()
         for task in (loading, starting):
@@ -59,7 +69,12 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
         if came_of(loading):
             loading.result().close()
         if came_of(starting):
-            await starting.result().close()
+            backend = starting.result()
+            if isinstance(backend, ProcessBackend):
+                left = CLOSE_S if end_by is None else end_by - time.monotonic()
+                await backend.close(min(CLOSE_S, max(LEAST_CLOSE_S, left)))
+            else:
+                await backend.close()
 
 
 def came_of(task: asyncio.Task[Any]) -> bool:
@@ -75,9 +90,11 @@ async def serve(config: EngineConfig, started: Started) -> None:
     from engine.logs import configure_logging
     from engine.process.collector import keep_alive
     from engine.server.app import run
+    from engine.server.connections import raise_descriptor_limit
     from engine.server.front import FRONT
 
     configure_logging(config.server)
+    raise_descriptor_limit()
     with _listening(config):
         await _try_address(config)
     async with opened(config, local=False) as app:
@@ -130,8 +147,10 @@ async def local_client(config: EngineConfig) -> AsyncIterator[Client]:
     """A client of an engine in this process."""
     from aiohttp import UnixConnector, web
 
+    from engine.server.app import runner_of
+
     async with opened(config, local=True) as app:
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        runner = runner_of(app)
         await runner.setup()
         try:
             with tempfile.TemporaryDirectory(prefix="lorax-") as folder:

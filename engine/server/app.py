@@ -5,48 +5,46 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-import engine
 from engine.config import EngineConfig
-from engine.errors import EngineDead, InvalidRequest, LoraxError, MalformedRequest
+from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
 from engine.server import native, openai
 from engine.server.backend import Backend
-from engine.server.front import FRONT, Front, json_response
+from engine.server.bodies import BUDGET_BYTES, MAX_BODY_BYTES, Bodies
+from engine.server.connections import Site, most_connections
+from engine.server.front import FRONT, Front
+from engine.server.protocol import REFUSED, Deadlines, Runner
+from engine.server.refusals import HTTP_ERRORS, SERVER, error_response, of_http
 from engine.server.text import Text
+
+__all__ = ["HTTP_ERRORS", "build_app", "run", "runner_of"]
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 << 20
 KEEP_ALIVE_S = 15.0  # silence after which a stream gets a comment
-DRAIN_S = 90.0  # that open requests get when the server stops; aiohttp spends it in two halves
 STALL_S = 30.0  # that a client may leave unread what was sent to it; then the connection is closed
-LET_GO_S = 5.0  # that the engine gets to end what nobody waits for any more
+# The end, after the drain time: END_S in all, of which requests get CANCEL_S and the engine LET_GO_S to end what nobody
+# waits for any more. The rest is the processes', which are killed then.
+END_S = 4.0
+CANCEL_S = 0.25
+LET_GO_S = 1.0
+HURRY_S = 2.0  # for the processes after a second signal
+DEAD_S = 2.0  # that open requests get when the engine is gone
 WATCH_S = 0.25  # between two looks at whether the engine is alive
-RETRY_AFTER_S = 1
-SERVER = f"lorax/{engine.__version__}"
 CLIENT_GONE = 499  # nobody reads this status; it is for the log
-
-# What aiohttp refuses by itself -> our type of error.
-HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-
-
-class _Refused(LoraxError):
-    """An error of aiohttp's own, told like ours."""
-
-    def __init__(self, status: int, message: str, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.status = status  # type: ignore[misc]
-        self.error_type = HTTP_ERRORS.get(status, "http")  # type: ignore[misc]
+HEADER_NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z, -]*")
 
 
 def build_app(
@@ -57,12 +55,14 @@ def build_app(
     keep_alive_s: float = KEEP_ALIVE_S,
     stall_s: float = STALL_S,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_budget: int = BUDGET_BYTES,
 ) -> web.Application:
     """The application on `backend`; whoever made backend and text also closes them."""
     middlewares = [_log_access, _preflight, _errors]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     metrics = Metrics(backend.info.max_total_tokens)
-    app[FRONT] = Front(backend, text, config, metrics, keep_alive_s)
+    bodies = Bodies(config.server.client_body_timeout_s, max_body_bytes, body_budget)
+    app[FRONT] = Front(backend, text, config, metrics, bodies, keep_alive_s)
     app.add_routes([*native.routes(), *openai.routes()])
     app.on_response_prepare.append(_sign)
     app.on_response_prepare.append(functools.partial(_bound_stall, round(stall_s * 1000)))
@@ -77,45 +77,30 @@ def build_app(
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error as an answer of the route's family. A task boundary: what we did not foresee is a 500."""
     try:
+        if REFUSED in request:
+            raise request[REFUSED]
         return await handler(request)
     except LoraxError as error:
         return _answer(request, error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        answer = _answer(request, _of_http(request, error))
+        answer = _answer(request, of_http(request, error))
         if "Allow" in error.headers:
             answer.headers["Allow"] = error.headers["Allow"]
         return answer
     except ConnectionResetError:
         return web.Response(status=CLIENT_GONE)
-    except web.RequestPayloadError as error:
-        answer = _answer(request, MalformedRequest(f"the body cannot be read: {error}"))
-        answer.force_close()  # where it ends is not known
-        return answer
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return _answer(request, LoraxError("internal error", hint="see the server's log"))
 
 
-def _of_http(request: web.Request, error: web.HTTPException) -> LoraxError:
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return _Refused(413, f"the body is larger than {request.client_max_size} bytes")
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        return _Refused(405, f"{request.path} does not take {request.method}", f"use {allowed}")
-    if isinstance(error, web.HTTPNotFound):
-        return _Refused(404, f"there is no route {request.path}", "see docs/api.md")
-    return _Refused(error.status, error.reason)
-
-
 def _answer(request: web.Request, error: LoraxError) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else None
-    is_openai = request.path.startswith("/v1/")
-    body = openai.error_body(error) if is_openai else native.error_body(error)
     if not isinstance(error, InvalidRequest):
-        log.debug("%s %s: %d %s", request.method, request.path, error.status, error)
-    return json_response(body, error.status, headers)
+        path = request.rel_url.raw_path
+        log.debug("%s %s: %d %s", request.method, path, error.status, error)
+    return error_response(request.path, error)
 
 
 @web.middleware
@@ -129,7 +114,7 @@ async def _log_access(request: web.Request, handler: Handler) -> web.StreamRespo
         return response
     finally:
         ms = (time.monotonic() - start) * 1000
-        log.debug("%s %s %d %.1f ms", request.method, request.path, status, ms)
+        log.debug("%s %s %d %.1f ms", request.method, request.rel_url.raw_path, status, ms)
 
 
 # -- CORS
@@ -140,7 +125,9 @@ async def _preflight(request: web.Request, handler: Handler) -> web.StreamRespon
     """Answers a browser's question whether it may send a request from another origin."""
     if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
         return await handler(request)
-    asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
+    asked = request.headers.get("Access-Control-Request-Headers", "")
+    if not asked or not HEADER_NAMES.fullmatch(asked):
+        asked = "authorization, content-type"
     headers = {
         "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
         "Access-Control-Allow-Headers": asked,
@@ -181,38 +168,47 @@ async def _bound_stall(
 
 
 async def _let_go(app: web.Application) -> None:
-    """Waits until the engine has let go of what was answered last."""
+    """Waits until the engine has let go of what was answered last, or of what was cancelled."""
     with suppress(TimeoutError):
         async with asyncio.timeout(LET_GO_S):
             await app[FRONT].generator.idle.wait()
 
 
+def runner_of(app: web.Application, **options: Any) -> Runner:
+    """What runs the application on sites."""
+    server = app[FRONT].config.server
+    connections = most_connections(server.max_concurrent_requests)
+    deadlines = Deadlines(server.client_header_timeout_s)
+    options = {"shutdown_timeout": CANCEL_S, "handler_cancellation": True} | options
+    return Runner(app, connections, deadlines, **options)
+
+
 async def run(app: web.Application, started: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, then lets open requests finish; a second signal ends them.
+    """Serves until SIGTERM or SIGINT, then lets open requests finish for a while; a second signal ends them.
 
     `started` is called with the address once connections are accepted. Raises EngineDead when the engine dies.
     """
-    front = app[FRONT]
-    config = front.config.server
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_S / 2
-    )
+    front, runner = app[FRONT], runner_of(app)
     await runner.setup()
     loop, stopped, main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
     assert main is not None, "a coroutine runs in a task"
+    drain_s = front.config.server.drain_timeout_s
     hurried = False
 
     def on_signal() -> None:
         nonlocal hurried
         if stopped.is_set():
             hurried = main.cancel()
+            front.end_by = time.monotonic() + HURRY_S
+        else:
+            front.end_by = time.monotonic() + drain_s + END_S
         stopped.set()
 
     signals = (signal.SIGTERM, signal.SIGINT)
     try:
         try:
-            site = web.TCPSite(runner, config.hostname, config.port, backlog=1024)
-            await site.start()
+            server = front.config.server
+            await Site(runner, runner.connections, server.hostname, server.port).start()
             for number in signals:
                 loop.add_signal_handler(number, on_signal)
             if started is not None:
@@ -222,6 +218,8 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
                     async with asyncio.timeout(WATCH_S):
                         await stopped.wait()
             log.info("stopping: %d requests are open", front.num_open)
+            if not await runner.drain(drain_s if front.backend.alive else min(drain_s, DEAD_S)):
+                log.info("cancelling what is still open: %d requests", front.num_open)
         finally:
             await runner.cleanup()
     except asyncio.CancelledError:

@@ -1,26 +1,33 @@
-"""What every route shares: the parts of the front, the client's token, admission, JSON answers."""
+"""What every route shares: the parts of the front, the client's token, bodies, admission."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
-import msgspec
 from aiohttp import web
+from msgspec import Struct
 
 from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError, Overloaded
 from engine.metrics import Metrics
 from engine.server.backend import Backend
+from engine.server.bodies import Bodies
 from engine.server.generation import Generation, Generator
 from engine.server.parameters import resolve_adapter
+from engine.server.schemas import decode, ignored
 from engine.server.text import Text
 
+log = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=Struct)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+BodyHandler = Callable[[web.Request, Body], Awaitable[web.StreamResponse]]
 
 NO_TOKENS = (
     "",
@@ -40,10 +47,12 @@ class Front:
     text: Text
     config: EngineConfig
     metrics: Metrics
+    bodies: Bodies
     keep_alive_s: float
     generator: Generator = field(init=False)
     started: float = field(default_factory=time.time)
     num_open: int = 0  # requests that count towards max_concurrent_requests
+    end_by: float | None = None  # by time.monotonic(), once the server was told to end
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.backend, self.text, self.config, self.metrics)
@@ -53,17 +62,6 @@ class Front:
 
 
 FRONT = web.AppKey("front", Front)
-
-
-def json_response(
-    body: Any, status: int = 200, headers: dict[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(body),
-        status=status,
-        headers=headers,
-        content_type="application/json",
-    )
 
 
 def token_of(request: web.Request, in_body: str | None) -> str | None:
@@ -99,47 +97,88 @@ def header(value: str) -> str:
     return value.encode("ascii", "backslashreplace").decode()
 
 
-def inference(handler: Handler) -> Handler:
-    """A route that occupies the engine: admitted or refused at once, counted, timed."""
+def with_body(shape: type[Body]) -> Callable[[BodyHandler[Body]], Handler]:
+    """A route with a JSON body of `shape`, which is read completely before anything else happens."""
 
-    @functools.wraps(handler)
-    async def admitted(request: web.Request) -> web.StreamResponse:
-        front = request.app[FRONT]
-        metrics, most = front.metrics, front.config.server.max_concurrent_requests
-        metrics.request()
-        if front.num_open >= most:
-            metrics.failure(Overloaded.error_type)
+    def decorate(handler: BodyHandler[Body]) -> Handler:
+        @functools.wraps(handler)
+        async def read(request: web.Request) -> web.StreamResponse:
+            return await handler(request, await _read(request, shape, lambda: None))
+
+        return read
+
+    return decorate
+
+
+async def _read(request: web.Request, shape: type[Body], admit: Callable[[], None]) -> Body:
+    """The body of `request`; `admit` is called once it has arrived, before it is parsed."""
+    async with request.app[FRONT].bodies.read(request) as raw:
+        admit()
+        body = decode(raw, shape)
+        if log.isEnabledFor(logging.DEBUG) and (unknown := ignored(raw, shape)):
+            log.debug("ignored parameters that are not known: %s", ", ".join(unknown))
+        return body
+
+
+def inference(shape: type[Body]) -> Callable[[BodyHandler[Body]], Handler]:
+    """A route that occupies the engine: once its body is there it is admitted or refused; counted, timed."""
+
+    def decorate(handler: BodyHandler[Body]) -> Handler:
+        @functools.wraps(handler)
+        async def admitted(request: web.Request) -> web.StreamResponse:
+            place = _Place(request.app[FRONT])
+            request.app[FRONT].metrics.request()
+            try:
+                body = await _read(request, shape, place.take)
+                response = await handler(request, body)
+                error = request.get(STREAM_ERROR)
+                place.failed = None if error is None else error.error_type
+                return response
+            except LoraxError as error:
+                place.failed = error.error_type
+                raise
+            except web.HTTPException as error:
+                place.failed = "bad_request" if error.status < 500 else "internal"
+                raise
+            except ConnectionResetError:
+                raise
+            except Exception:
+                place.failed = "internal"
+                raise
+            finally:
+                place.leave()
+
+        return admitted
+
+    return decorate
+
+
+@dataclass(slots=True)
+class _Place:
+    """One of the max_concurrent_requests, from the end of the body to the end of the answer."""
+
+    front: Front
+    failed: str | None = "dropped"
+    taken: bool = False
+    start: float = field(default_factory=time.monotonic)
+
+    def take(self) -> None:
+        most = self.front.config.server.max_concurrent_requests
+        if self.front.num_open >= most:
             raise Overloaded(
                 f"{most} requests are open already",
                 hint="try again, or start the server with a larger --max-concurrent-requests",
             )
-        front.num_open += 1
-        start = time.monotonic()
-        failed: str | None = "dropped"
-        try:
-            response = await handler(request)
-            error = request.get(STREAM_ERROR)
-            failed = None if error is None else error.error_type
-            return response
-        except LoraxError as error:
-            failed = error.error_type
-            raise
-        except web.HTTPException as error:
-            failed = "bad_request" if error.status < 500 else "internal"
-            raise
-        except ConnectionResetError:
-            raise
-        except Exception:
-            failed = "internal"
-            raise
-        finally:
-            front.num_open -= 1
-            if failed is None:
-                metrics.success(time.monotonic() - start)
-            else:
-                metrics.failure(failed)
+        self.front.num_open += 1
+        self.taken = True
+        self.start = time.monotonic()
 
-    return admitted
+    def leave(self) -> None:
+        self.front.num_open -= self.taken
+        if self.failed is None:
+            self.front.metrics.success(time.monotonic() - self.start)
+        else:
+            self.front.metrics.failure(self.failed)
 
 
 def observe(front: Front, generation: Generation) -> None:

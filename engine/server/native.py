@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -20,12 +18,14 @@ from engine.server.front import (
     Front,
     headers_of,
     inference,
-    json_response,
     observe,
     token_of,
+    with_body,
 )
 from engine.server.generation import Generation
 from engine.server.parameters import Parameters, invalid, refuse, refuse_format
+from engine.server.refusals import json_response
+from engine.server.refusals import native_body as error_body
 from engine.server.schemas import (
     AlternativeToken,
     BestOfSequence,
@@ -38,13 +38,9 @@ from engine.server.schemas import (
     StreamAnswer,
     StreamDetails,
     TokenizeBody,
-    decode,
-    ignored,
 )
 from engine.server.sequence import Event, Finish, PromptLogprobs, Token
 from engine.server.text import Text
-
-log = logging.getLogger(__name__)
 
 MAX_TOKENIZED = 1 << 20  # characters of POST /tokenize; they take some 200 MB
 NAMES = {"num_alternatives": "return_k_alternatives"}
@@ -115,30 +111,28 @@ class _Answer:
     tokens: list[OutputToken] = field(default_factory=list)
 
 
-@inference
-async def generate(request: web.Request) -> web.StreamResponse:
+@inference(GenerateBody)
+async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
     """POST /generate."""
-    return await _generate(request, stream=False)
+    return await _generate(request, body, stream=False)
 
 
-@inference
-async def generate_stream(request: web.Request) -> web.StreamResponse:
+@inference(GenerateBody)
+async def generate_stream(request: web.Request, body: GenerateBody) -> web.StreamResponse:
     """POST /generate_stream."""
-    return await _generate(request, stream=True)
+    return await _generate(request, body, stream=True)
 
 
-@inference
-async def compatible(request: web.Request) -> web.StreamResponse:
+@inference(GenerateBody)
+async def compatible(request: web.Request, body: GenerateBody) -> web.StreamResponse:
     """POST / and /invocations: streamed if `stream` says so, else a list of one answer."""
-    return await _generate(request, stream=None)
+    return await _generate(request, body, stream=None)
 
 
-async def _generate(request: web.Request, *, stream: bool | None) -> web.StreamResponse:
+async def _generate(
+    request: web.Request, body: GenerateBody, *, stream: bool | None
+) -> web.StreamResponse:
     front = request.app[FRONT]
-    raw = await request.read()
-    body = decode(raw, GenerateBody)
-    if log.isEnabledFor(logging.DEBUG) and (unknown := ignored(raw, GenerateBody)):
-        log.debug("ignored parameters that are not known: %s", ", ".join(unknown))
     streamed = bool(body.stream) if stream is None else stream
     given = body.parameters or GenerateParameters()
     token = token_of(request, given.api_token)
@@ -251,12 +245,6 @@ def _fail_event(error: LoraxError) -> bytes:
     return b"data:" + msgspec.json.encode(error_body(error)) + b"\n\n"
 
 
-def error_body(error: LoraxError) -> dict[str, Any]:
-    """LoRAX's shape of an error, and the field if there is one."""
-    body: dict[str, Any] = {"error": str(error), "error_type": error.error_type}
-    return body | ({"field": error.field} if error.field else {})
-
-
 def _times(generation: Generation) -> dict[str, str]:
     """Whole milliseconds, as LoRAX; per-token times with three decimals."""
     timings = generation.timings
@@ -288,9 +276,9 @@ def _times(generation: Generation) -> dict[str, str]:
     }
 
 
-async def tokenize(request: web.Request) -> web.StreamResponse:
+@with_body(TokenizeBody)
+async def tokenize(request: web.Request, body: TokenizeBody) -> web.StreamResponse:
     """POST /tokenize."""
-    body = decode(await request.read(), TokenizeBody)
     special = body.add_special_tokens is not False
     if len(body.inputs) > MAX_TOKENIZED:
         raise invalid("inputs", f"has more than {MAX_TOKENIZED} characters", "send it in parts")

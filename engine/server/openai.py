@@ -12,14 +12,13 @@ import msgspec
 from aiohttp import web
 
 import engine
-from engine.errors import AdapterError, AdapterNotFound, LoraxError
+from engine.errors import AdapterNotFound, LoraxError
 from engine.server import logprobs, sse
 from engine.server.front import (
     FRONT,
     Front,
     headers_of,
     inference,
-    json_response,
     observe,
     token_of,
 )
@@ -32,6 +31,8 @@ from engine.server.openai_request import (
     prompts,
 )
 from engine.server.parameters import BASE_NAMES
+from engine.server.refusals import json_response
+from engine.server.refusals import openai_body as error_body
 from engine.server.schemas import (
     AnswerMessage,
     CachedTokens,
@@ -44,17 +45,11 @@ from engine.server.schemas import (
     OpenAIAnswer,
     OpenAIBody,
     OpenAIUsage,
-    decode,
 )
 from engine.server.sequence import Event, Finish, PromptLogprobs, Token
 
 FINGERPRINT = f"lorax-{engine.__version__}"
 REASONS = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
-ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-}
 
 
 @dataclass(slots=True)
@@ -147,11 +142,10 @@ async def _collect(generation: Generation) -> list[_Choice]:
 # -- the routes
 
 
-@inference
-async def chat_completions(request: web.Request) -> web.StreamResponse:
+@inference(ChatBody)
+async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
     """POST /v1/chat/completions."""
     front = request.app[FRONT]
-    body = decode(await request.read(), ChatBody)
     parameters = chat_parameters(body, front, token_of(request, body.api_token))
     prompt = conversation(body.messages)
     id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -185,11 +179,10 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     return json_response(reply.answer(choices, reply.usage()), headers=headers)
 
 
-@inference
-async def completions(request: web.Request) -> web.StreamResponse:
+@inference(CompletionBody)
+async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
     """POST /v1/completions."""
     front = request.app[FRONT]
-    body = decode(await request.read(), CompletionBody)
     parameters = completion_parameters(body, front, token_of(request, body.api_token))
     asked = prompts(body.prompt)
     id = f"cmpl-{uuid.uuid4().hex}"
@@ -300,22 +293,6 @@ async def get_model(request: web.Request) -> web.StreamResponse:
     raise AdapterNotFound(
         f"no model {wanted!r} is loaded", field="model", hint="GET /v1/models lists them"
     )
-
-
-def error_body(error: LoraxError, status: int | None = None) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
-    status = status or error.status
-    adapter = isinstance(error, AdapterError) or error.field == "adapter_id"
-    return {
-        "error": {
-            "message": str(error),
-            "type": ERROR_TYPES.get(
-                status, "invalid_request_error" if status < 500 else "server_error"
-            ),
-            "param": "model" if adapter else error.field,
-            "code": "model_not_found" if isinstance(error, AdapterNotFound) else error.error_type,
-        }
-    }
 
 
 def routes() -> list[web.RouteDef]:

@@ -15,6 +15,8 @@ from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import InvalidRequest, MalformedRequest
 
+MAX_NAMES, MAX_NAME = 20, 100  # names that are logged, and characters of each
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ def _decoder(cls: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(cls)
 
 
-def decode(body: bytes, cls: type[T]) -> T:
+def decode(body: bytes | bytearray, cls: type[T]) -> T:
     """The body as `cls`.
 
     Raises MalformedRequest if it is not a JSON object, InvalidRequest if a field is missing or of the wrong type.
@@ -52,13 +54,15 @@ def decode(body: bytes, cls: type[T]) -> T:
         raise MalformedRequest("the body is nested too deeply") from None
 
 
-def ignored(body: bytes, cls: type[Struct]) -> list[str]:
-    """The names in a body that `cls` does not have, at its top and in `parameters`; for the log."""
+def ignored(body: bytes | bytearray, cls: type[Struct]) -> list[str]:
+    """The names in a body that `cls` does not have, at its top and in `parameters`; for the log, so not all of them."""
     given = msgspec.json.decode(body)
     known = {field.encode_name for field in msgspec.structs.fields(cls)}
     inner = {field.encode_name for field in msgspec.structs.fields(GenerateParameters)}
     names = [name for name in given if name not in known]
-    return names + [name for name in given.get("parameters") or {} if name not in inner]
+    if "parameters" in known and isinstance(given.get("parameters"), dict):
+        names += [name for name in given["parameters"] if name not in inner]
+    return [name[:MAX_NAME].encode("unicode_escape").decode() for name in names[:MAX_NAMES]]
 
 
 # -- LoRAX's own routes

@@ -7,13 +7,21 @@ from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import AppRunner
 from openai import AsyncOpenAI
 
 from engine.config import EngineConfig, ServerConfig
-from engine.server.app import build_app
+from engine.server.app import build_app, runner_of
 from engine.server.front import FRONT
 from engine.server.text import Text
 from tests.server.fake import FakeBackend, Start, write_sentencepiece, write_tokenizer
+
+
+class OwnServer(TestServer):
+    """aiohttp's test server on our protocol."""
+
+    async def _make_runner(self, **options: object) -> AppRunner:
+        return runner_of(self.app, **options)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +64,7 @@ async def start(backend: FakeBackend, text: Text, config: EngineConfig) -> Async
     ) -> TestClient:
         chosen = dataclasses.replace(config.server, **(server or {}))
         app = build_app(backend, text, dataclasses.replace(config, server=chosen), **options)
-        client: TestClient = TestClient(TestServer(app))
+        client: TestClient = TestClient(OwnServer(app))
         await client.start_server()
         clients.append(client)
         return client

@@ -1,0 +1,211 @@
+"""Bodies of requests while they are read: a budget of bytes for all of them, a limit and a deadline for each.
+
+The budget counts what is held in memory, decompressed, until the body is parsed. When it is used up, reading pauses and
+the sockets fill. The oldest body always goes on: `limit` keeps room for it, so the budget holds and every body comes to
+its turn or to its deadline. The first bytes of each body are never paused, so that large bodies cannot keep ordinary
+requests waiting. While others wait, a body that hardly grows is given up: its client holds memory that they need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import StreamReader, web
+
+from engine.errors import LoraxError, MalformedRequest
+from engine.server.protocol import CONTINUES, Connection
+from engine.server.refusals import refused
+
+MAX_BODY_BYTES = 32 << 20
+BUDGET_BYTES = 256 << 20
+OWN_SHARE = 4096  # part of the budget that each body may hold whatever the others do: 64 KiB
+STEP = 1 << 16  # bytes that a body must grow by in SLOW_S while others wait
+SLOW_S = 5.0
+LOOK_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Body:
+    """One body that is read."""
+
+    content: StreamReader
+    connection: Connection | None
+    deadline: asyncio.Timeout
+    since: float  # when it last had grown by STEP, or went on after a pause
+    counted: int = 0  # bytes in the budget
+    marked: int = 0  # bytes at `since`
+    held: bool = False
+    given_up: bool = False
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Bodies:
+    """All bodies that are being read. `read` is the only way to a body."""
+
+    def __init__(
+        self,
+        timeout_s: float,
+        most: int = MAX_BODY_BYTES,
+        budget: int = BUDGET_BYTES,
+        slow_s: float = SLOW_S,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self.most = most
+        self.budget = budget
+        self.slow_s = slow_s
+        self.limit = max(0, budget - most)  # that others than the oldest may fill
+        self.own = budget // OWN_SHARE
+        self.num_bytes = 0  # held by all
+        self._open: OrderedDict[_Body, None] = OrderedDict()  # oldest first
+        self._full = False
+        self._num_held = 0
+        self._look: asyncio.TimerHandle | None = None
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_held(self) -> int:
+        """Bodies whose reading is paused."""
+        return self._num_held
+
+    @asynccontextmanager
+    async def read(self, request: web.Request) -> AsyncIterator[bytearray]:
+        """The whole body; it counts until the block is left, which should not wait for anything.
+
+        Raises MalformedRequest, or an error of status 408 or 413.
+        """
+        if (request.content_length or 0) > self.most:
+            raise self._too_large()
+        connection = request.protocol if isinstance(request.protocol, Connection) else None
+        now = asyncio.get_running_loop().time()
+        body: _Body | None = None
+        try:
+            try:
+                async with asyncio.timeout(self.timeout_s) as deadline:
+                    body = _Body(request.content, connection, deadline, since=now)
+                    self._enter(body)
+                    data = await self._collect(request, body)
+            except TimeoutError:
+                raise self._too_slow(body) from None
+            except web.RequestPayloadError as error:
+                raise MalformedRequest(f"the body cannot be read: {_said(error)}") from None
+            if connection is not None:
+                connection.growing = None
+                connection.complete()
+            yield data
+        finally:
+            if body is not None:
+                self._leave(body)
+
+    async def _collect(self, request: web.Request, body: _Body) -> bytearray:
+        data, content = bytearray(), body.content
+        if request.get(CONTINUES) and not content.is_eof():
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer has not begun
+        while not content.at_eof():
+            if body.held:
+                await body.turn.wait()
+            data += await content.readany()
+            self._grew(body)
+            if len(data) > self.most:
+                raise self._too_large()
+            if not content.at_eof():
+                await asyncio.sleep(0)  # a small body may unpack to much
+        return data
+
+    def _too_large(self) -> LoraxError:
+        return refused(413, f"the body is larger than {self.most} bytes", "send less")
+
+    def _too_slow(self, body: _Body | None) -> LoraxError:
+        if body is not None and body.given_up:
+            return refused(
+                408,
+                f"the body grew by less than {STEP} bytes in {self.slow_s:g} s while others waited for memory",
+                "send it faster",
+            )
+        return refused(
+            408, f"the body was not complete after {self.timeout_s:g} s", "send it faster"
+        )
+
+    # -- the budget
+
+    def _enter(self, body: _Body) -> None:
+        self._open[body] = None
+        if body.connection is not None:
+            body.connection.growing = lambda: self._grew(body)
+        self._grew(body)
+
+    def _leave(self, body: _Body) -> None:
+        del self._open[body]
+        self.num_bytes -= body.counted
+        if body.connection is not None:
+            body.connection.growing = None
+            body.connection.go_on()
+        self._num_held -= body.held
+        if self._num_held or self._full:
+            self._settle_all()
+
+    def _grew(self, body: _Body) -> None:
+        """Counts what has arrived for `body`."""
+        grown = body.content.total_bytes - body.counted
+        if grown:
+            body.counted += grown
+            self.num_bytes += grown
+            if body.counted >= body.marked + STEP:
+                body.marked, body.since = body.counted, asyncio.get_running_loop().time()
+        if (self.num_bytes >= self.limit) != self._full:
+            self._settle_all()
+        else:
+            self._settle(body)
+
+    def _settle_all(self) -> None:
+        self._full = self.num_bytes >= self.limit
+        for body in self._open:
+            self._settle(body)
+
+    def _settle(self, body: _Body) -> None:
+        """Pauses or goes on with `body`, as the budget says."""
+        hold = self._full and body.counted > self.own and next(iter(self._open)) is not body
+        if hold == body.held:
+            return
+        body.held = hold
+        self._num_held += 1 if hold else -1
+        if hold:
+            body.turn.clear()
+            self._watch()
+            if body.connection is not None:
+                body.connection.hold()
+        else:
+            body.since = asyncio.get_running_loop().time()
+            body.marked = body.counted
+            body.turn.set()
+            if body.connection is not None:
+                body.connection.go_on()
+
+    def _watch(self) -> None:
+        if self._look is None:
+            wait = min(LOOK_S, self.slow_s)
+            self._look = asyncio.get_running_loop().call_later(wait, self._give_up_slow)
+
+    def _give_up_slow(self) -> None:
+        """Ends the bodies that hold memory and hardly grow, while others wait for it."""
+        self._look = None
+        if not self._num_held:
+            return
+        self._watch()
+        latest = asyncio.get_running_loop().time() - self.slow_s
+        for body in self._open:
+            if not body.held and not body.given_up and body.counted and body.since <= latest:
+                body.given_up = True
+                body.deadline.reschedule(latest)  # now
+
+
+def _said(error: web.RequestPayloadError) -> str:
+    """The last line of aiohttp's message, which says what is wrong."""
+    return str(error).strip().rpartition("\n")[2].strip() or "its end is not known"

@@ -1,0 +1,267 @@
+"""Connections of the whole server: how many there may be, which is closed to make room, and how they are accepted.
+
+A connection *waits* while it has no complete request: it sends a header or a body, or it is kept alive and idle. When
+the server holds as many connections as it may, the one that has waited longest is closed for each new one. Connections
+whose request is being answered are never closed for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import socket
+import time
+from collections import OrderedDict
+from contextlib import suppress
+from typing import Protocol
+
+from aiohttp import web
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+MOST_DESCRIPTORS = 65536  # children inherit the limit, and some programs walk through all of it
+RESERVE = 128  # descriptors that connections leave to everything else
+HEADROOM = 32  # connections above the limit, where none can be closed: for /health
+AT_ONCE = 32  # connections accepted before it is the turn of others
+LOOK_S = 0.02
+BACK_OFF_S = (0.1, 1.0)  # without descriptors or memory: first and longest wait before the next try
+LINE_S = 60.0  # between two log lines about the same trouble
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Closable(Protocol):
+    def abort(self) -> None:
+        """Closes the connection now; what was not sent is lost."""
+        ...
+
+
+class Seldom:
+    """Warnings about one trouble: a line now, then at most one a minute, with how often it happened."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._next = 0.0
+
+    def warn(self, message: str) -> None:
+        self._count += 1
+        now = time.monotonic()
+        if now >= self._next:
+            log.warning("%s (%d times since the last such line)", message, self._count)
+            self._count, self._next = 0, now + LINE_S
+
+
+class Connections:
+    """All connections of one server; `most` may be open before one must make room."""
+
+    def __init__(self, most: int, headroom: int = HEADROOM) -> None:
+        self.most = most
+        self.headroom = headroom
+        self.closing = False  # new connections are closed at once
+        self._open: set[Closable] = set()
+        self._waiting: OrderedDict[Closable, None] = OrderedDict()  # longest first
+        self._full = Seldom()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, connection: Closable) -> None:
+        self._open.add(connection)
+        self.wait(connection)
+
+    def remove(self, connection: Closable) -> None:
+        self._open.discard(connection)
+        self._waiting.pop(connection, None)
+
+    def wait(self, connection: Closable) -> None:
+        """`connection` begins to wait for a complete request; at the end none comes, and its answer is sent first."""
+        if connection in self._open and not self.closing:
+            self._waiting[connection] = None
+            self._waiting.move_to_end(connection)
+
+    def answer(self, connection: Closable) -> None:
+        """`connection` has a complete request."""
+        self._waiting.pop(connection, None)
+
+    def has_room(self, arriving: int) -> bool:
+        """Whether one more may be accepted, while `arriving` others are."""
+        return bool(self._waiting) or self.num_open + arriving < self.most + self.headroom
+
+    def make_room(self, arriving: int) -> None:
+        """One more was accepted: closes a waiting one if there are too many."""
+        if self.num_open + arriving >= self.most:
+            self._full.warn(
+                f"{self.most} connections are open: the one that waited longest makes room for a new one"
+            )
+            self.close_longest()
+
+    def close_longest(self) -> bool:
+        """Closes the connection that has waited longest, if one waits."""
+        if not self._waiting:
+            return False
+        connection, _ = self._waiting.popitem(last=False)
+        self._open.discard(connection)  # its descriptor is free in the loop's next turn
+        connection.abort()
+        return True
+
+    def close_waiting(self) -> None:
+        """The server ends: nothing that waits is read any more."""
+        self.closing = True
+        while self.close_longest():
+            pass
+
+    def abort(self) -> None:
+        """Closes every connection."""
+        self.closing = True
+        for connection in list(self._open):
+            connection.abort()
+
+    async def gone(self, timeout: float) -> bool:
+        """Waits until no connection is open; False after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self._open:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
+
+def raise_descriptor_limit() -> None:
+    """Lets this process, and those that it starts, open as many files and connections as the machine allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        log.debug("the limit of open files is raised from %d to %d", soft, wanted)
+
+
+def most_connections(max_concurrent_requests: int) -> Connections:
+    """As many connections as the limit of open files leaves room for; warns if these are fewer than requests."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = MOST_DESCRIPTORS
+    free = max(8, soft - _num_descriptors())
+    reserve = min(RESERVE, free // 2)
+    most = free - reserve
+    if most < max_concurrent_requests:
+        log.warning(
+            "max_concurrent_requests is %d, but the limit of open files (%d) leaves room for %d connections: raise it"
+            " (ulimit -n) or lower --max-concurrent-requests",
+            max_concurrent_requests,
+            soft,
+            most,
+        )
+    return Connections(most, min(HEADROOM, reserve // 2))
+
+
+def _num_descriptors() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return RESERVE
+
+
+class Site(web.BaseSite):
+    """Listens on an address. asyncio's own accept loop writes a log line for every try without a descriptor."""
+
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        connections: Connections,
+        host: str,
+        port: int,
+    ) -> None:
+        super().__init__(runner, backlog=BACKLOG)
+        self._connections = connections
+        self._address = (host, port)
+        self._listening: list[socket.socket] = []
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._delay = BACK_OFF_S[0]
+        self._exhausted = Seldom()
+
+    @property
+    def name(self) -> str:
+        host, port = self._address
+        return f"http://{host}:{port}"
+
+    async def start(self) -> None:
+        """Raises OSError if the address cannot be listened on."""
+        await super().start()
+        loop, server = asyncio.get_running_loop(), self._runner.server
+        assert server is not None, "set up before a site is made"
+        # Binds, and is what `runner.addresses` and `stop` look at; it accepts nothing.
+        bound = await loop.create_server(server, *self._address, start_serving=False)
+        self._server = bound
+        for one in bound.sockets:
+            own = one.dup()
+            own.setblocking(False)
+            own.listen(BACKLOG)
+            self._listening.append(own)
+            loop.add_reader(own, self._accept, own)
+
+    async def stop(self) -> None:
+        loop = asyncio.get_running_loop()
+        for timer in self._paused.values():
+            timer.cancel()
+        for one in self._listening:
+            loop.remove_reader(one)
+            one.close()
+        self._listening.clear()
+        await super().stop()
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(min(AT_ONCE, max(1, self._connections.headroom))):
+            if not self._connections.has_room(len(self._arriving)):
+                self._pause(listening)
+                return
+            try:
+                accepted, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    self._exhausted.warn(f"cannot accept connections: {error.strerror}")
+                    self._connections.close_longest()
+                    self._pause(listening)
+                    return
+                log.warning("a connection was not accepted: %s", error.strerror)
+                return
+            self._delay = BACK_OFF_S[0]
+            self._connections.make_room(len(self._arriving))
+            task = asyncio.create_task(self._welcome(accepted))
+            self._arriving.add(task)
+            task.add_done_callback(self._arriving.discard)
+
+    async def _welcome(self, accepted: socket.socket) -> None:
+        server = self._runner.server
+        if server is None:
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(server, accepted)
+        except OSError as error:  # it was closed before it was served
+            accepted.close()
+            log.debug("a connection was not served: %s", error.strerror)
+
+    def _pause(self, listening: socket.socket) -> None:
+        """Accepts nothing for a while; new connections wait in the kernel."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening)
+        self._paused[listening] = loop.call_later(self._delay, self._resume, listening)
+        self._delay = min(2 * self._delay, BACK_OFF_S[1])
+
+    def _resume(self, listening: socket.socket) -> None:
+        del self._paused[listening]
+        asyncio.get_running_loop().add_reader(listening, self._accept, listening)
