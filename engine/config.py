@@ -110,7 +110,7 @@ class AdapterConfig:
         float,
         Option(
             "Seconds that one adapter may take from its source to host memory. Requests that wait for it then fail.",
-            least=1,
+            least=0.1,
         ),
     ] = 600.0
     adapter_memory_fraction: Annotated[
