@@ -18,7 +18,7 @@ from transformers import (
 
 from engine.messages import Admit, SamplingParams
 from engine.runner.rows import RowTable
-from engine.runner.sampler import SamplePlan, distribution, penalise, philox, philox_uniform
+from engine.runner.sampler import SamplePlan, distribution, draw, penalise, philox, philox_uniform
 
 CPU = torch.device("cpu")
 VOCAB = 3000
@@ -47,14 +47,14 @@ def logits_of(rows: int, spread: float, seed: int) -> torch.Tensor:
 
 
 def table_of(
-    rows: int, params: list[SamplingParams], seed: int = 3
+    rows: int, params: list[SamplingParams], seed: int = 3, kinds: int = VOCAB
 ) -> tuple[RowTable, torch.Tensor]:
-    """Rows 1 .. with random known tokens of random lengths, and those lengths."""
+    """Rows 1 .. with random known tokens below `kinds` of random lengths, and those lengths."""
     generator = torch.Generator().manual_seed(seed)
     table = RowTable(rows + 1, 64, 4, CPU)
     lengths = torch.randint(5, 60, (rows,), generator=generator)
     for i, length in enumerate(lengths.tolist()):
-        tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        tokens = torch.randint(0, kinds, (length,), generator=generator).tolist()
         table.admit(Admit(i + 1, 0, tokens, length // 2, 0, [], params[i]))
     return table, lengths
 
@@ -166,8 +166,10 @@ def test_every_row_of_a_mixed_batch_samples_as_alone_and_by_loops(order: int) ->
     """With rows of the table in any order, and nothing but the new tokens written to it."""
     params = mixed_params()
     count = len(params)
-    table, lengths = table_of(count, params)
+    table, lengths = table_of(count, params, kinds=30)
     logits, before = logits_of(count, 2.0, 9), table.tokens.clone()
+    logits[:, :60] += 4 * logits[:, :60].sign()  # so that penalties decide
+    logits[::2] -= 20  # below zero they are multiplied
     at = [i * order % count for i in range(count)]
     assert len(set(at)) == count
     rows = torch.tensor(at) + 1
@@ -238,6 +240,13 @@ def test_philox_gives_the_published_words(counter: str, key: str, words: str) ->
     """Known answers of the Random123 library (Salmon et al. 2011)."""
     as_tensors = [[torch.tensor([int(w, 16)]) for w in text.split()] for text in (counter, key)]
     assert [int(word) for word in philox(*as_tensors)] == [int(w, 16) for w in words.split()]
+
+
+def test_a_draw_on_the_edge_is_of_the_next_token_that_is_left() -> None:
+    """Never of a filtered one."""
+    probs = torch.tensor([[0.25, 0.25, 0.0, 0.5]]).expand(4, 4)
+    edges = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    assert draw(probs, edges).tolist() == [0, 1, 3, 3]
 
 
 def test_draws_follow_the_distribution() -> None:
