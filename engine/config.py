@@ -112,7 +112,7 @@ class AdapterConfig:
             "Seconds that one adapter may take from its source to host memory. Requests that wait for it then fail.",
             least=0.1,
         ),
-    ] = 600.0
+    ] = 300.0
     adapter_memory_fraction: Annotated[
         float, Option("Share of the device memory budget that holds adapters.")
     ] = 0.1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import ModelInfo
 
+from engine.adapters import hub_client
 from engine.adapters.ref import AdapterRef
 from engine.adapters.sources import (
     CONFIG_NAME,
@@ -52,9 +54,10 @@ T = TypeVar("T")
 
 API_TIMEOUT_S = 10.0
 TENANT_FOLDER = "lorax-tenants"
-# httpx in hub 1.x, httpx2 in 2.x: the base of everything that goes wrong on the wire
-_TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
-_NETWORK = (_TRANSPORT, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
+API_SECONDS = 30.0  # that one answer about a repository may take in all
+CONFIG_BYTES = 8 << 20
+API_BYTES = 16 << 20  # and its size; a repository of 20,000 files takes 5 MB
+_NETWORK = (hub_client.TRANSPORT_ERROR, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +72,19 @@ class HubSource:
         *,
         endpoint: str | None = None,
         max_file_bytes: int | None = None,
+        max_seconds: float = 600.0,
         ttl_s: float = 60.0,
         attempts: int = 4,
         backoff_s: float = 0.5,
     ) -> None:
-        """`max_file_bytes`: larger weight files are refused before they are downloaded."""
+        """`max_file_bytes`: larger weight files are refused before they are downloaded, or while they lie about their
+        size. `max_seconds`: that one download may take."""
+        hub_client.install()
         self.ttl_s = ttl_s
         self._token = token
         self._cache = str(cache or constants.HF_HUB_CACHE)
         self._max_file_bytes = max_file_bytes
+        self._max_seconds = max_seconds
         self._attempts = attempts
         self._backoff_s = backoff_s
         self._api = HfApi(endpoint=endpoint)
@@ -90,6 +97,8 @@ class HubSource:
         tenant_cache = self._tenant_cache(token)
         try:
             info = self._try(lambda: self._info(ref, token))
+        except hub_client.TooMuch as error:
+            raise AdapterLoadFailed(f"the hub's answer about {ref.name}: {error}") from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
                 raise
@@ -110,7 +119,7 @@ class HubSource:
         cache = tenant_cache if private and token else self._cache
         self._remember(ref, info.sha or "", cache)
         salt = self.tenant(token) if private else b""
-        return Version("hub", ref.id, info.sha or "", weights, cache, salt)
+        return Version("hub", ref.id, info.sha or "", weights, cache, salt, size or None)
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
         ref = AdapterRef((version.id,), "hub", version.revision)
@@ -126,9 +135,17 @@ class HubSource:
             )
             return Path(path)
 
+        most = version.num_bytes or self._max_file_bytes or sys.maxsize
         try:
-            config = self._try(lambda: download(CONFIG_NAME))
-            weights = self._try(lambda: download(version.weights))
+            with hub_client.bounded(CONFIG_BYTES, self._max_seconds):
+                config = self._try(lambda: download(CONFIG_NAME))
+            with hub_client.bounded(most, self._max_seconds):
+                weights = self._try(lambda: download(version.weights))
+        except hub_client.TooMuch as error:
+            raise AdapterTooLarge(
+                f"a file of {ref.name} on the hub is larger than it may be: {error}",
+                field="adapter_id",
+            ) from None
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
         return open_files(config, weights, [Path(version.cache).resolve()], version.revision)
@@ -136,15 +153,16 @@ class HubSource:
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
         """What the hub tells this tenant; for gated repositories, whether it may have the files."""
         effective = self._effective(token)
-        info = self._api.model_info(
-            ref.id,
-            revision=ref.revision,
-            files_metadata=True,
-            timeout=API_TIMEOUT_S,
-            token=effective,
-        )
-        if info.gated:
-            self._api.auth_check(ref.id, token=effective)
+        with hub_client.bounded(API_BYTES, API_SECONDS):
+            info = self._api.model_info(
+                ref.id,
+                revision=ref.revision,
+                files_metadata=True,
+                timeout=API_TIMEOUT_S,
+                token=effective,
+            )
+            if info.gated:
+                self._api.auth_check(ref.id, token=effective)
         return info
 
     def _effective(self, token: str | None) -> str | bool:
@@ -202,7 +220,10 @@ class HubSource:
                 raise AdapterLoadFailed(f"the hub is not asked: {error}") from None
             except _NETWORK as error:
                 failure = error
-            except ValueError as error:  # an answer that is not JSON
+            except hub_client.TooMuch:
+                raise
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                # an answer that is not JSON, or not what the hub's answers look like
                 failure = error
             if attempt < self._attempts:
                 time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))

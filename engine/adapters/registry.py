@@ -34,6 +34,7 @@ def make_sources(
             config.model.huggingface_hub_cache,
             endpoint=endpoint,
             max_file_bytes=max_file_bytes,
+            max_seconds=config.adapters.adapter_load_timeout_s,
         ),
     }
     if config.model.model_id == DEMO_MODEL:

@@ -42,6 +42,7 @@ class Version:
     weights: str  # name of the weight file
     cache: str = ""  # folder of downloads that it belongs to
     salt: bytes = b""  # of the tenant, if not everybody may see it
+    num_bytes: int | None = None  # of the weight file, as the source says
 
 
 @dataclass(frozen=True, slots=True)

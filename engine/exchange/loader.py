@@ -40,7 +40,7 @@ FETCH_THREADS = (
 CONVERT_THREADS = 16  # they wait for a child process, of which few run at a time
 PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
 MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
-RESOLVE_S = 90.0  # that a source gets to say which version a name means, its own retries included
+RESOLVE_S = 45.0  # that a source gets to say which version a name means, its own retries included
 
 logger = logging.getLogger(__name__)
 
