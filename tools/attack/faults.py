@@ -27,7 +27,7 @@ class Faults:
     done: int = 0
     recovered: list[float] = field(
         default_factory=list
-    )  # seconds until an adapter was loaded again
+    )  # seconds until another process loaded an adapter
     answered: list[float] = field(default_factory=list)  # seconds of a request sent at once
     wrong: list[str] = field(default_factory=list)
 
@@ -67,7 +67,8 @@ async def _strike(
     while server.alive and time.monotonic() - start < ANSWER_S:
         os.utime(server.folder / "adapters" / name / SAFE)
         status, why = await ask(session, body, ANSWER_S)
-        if status == 200:
+        now = server.exchange()
+        if status == 200 and now is not None and now.pid != struck.pid:
             found.recovered.append(time.monotonic() - start)
             return
         await asyncio.sleep(LOOK_S)
