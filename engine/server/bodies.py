@@ -1,9 +1,10 @@
 """Bodies of requests while they are read: a budget of bytes for all of them, a limit and a deadline for each.
 
 The budget counts what is held in memory, decompressed, until the body is parsed. When it is used up, reading pauses and
-the sockets fill. The oldest body always goes on: `limit` keeps room for it, so the budget holds and every body comes to
-its turn or to its deadline. The first bytes of each body are never paused, so that large bodies cannot keep ordinary
-requests waiting. While others wait, a body that hardly grows is given up: its client holds memory that they need.
+the sockets fill. The first bytes of each body are never paused, so that large bodies cannot keep ordinary requests
+waiting. Of those that are larger, the oldest always goes on: `limit` keeps room for it, so the budget holds and every
+body comes to its turn or to its deadline. While others wait, one that hardly grows is given up: its client holds memory
+that they need.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ class Bodies:
         self.limit = max(0, budget - most)  # that others than the oldest may fill
         self.own = budget // OWN_SHARE
         self.num_bytes = 0  # held by all
-        self._open: OrderedDict[_Body, None] = OrderedDict()  # oldest first
+        self._open: set[_Body] = set()
+        self._large: OrderedDict[_Body, None] = (
+            OrderedDict()
+        )  # of more than `own` bytes; oldest first
         self._full = False
         self._num_held = 0
         self._look: asyncio.TimerHandle | None = None
@@ -109,7 +113,7 @@ class Bodies:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer has not begun
         while not content.at_eof():
-            if body.held:
+            if body.held and not content.is_eof():
                 await body.turn.wait()
             data += await content.readany()
             self._grew(body)
@@ -136,13 +140,14 @@ class Bodies:
     # -- the budget
 
     def _enter(self, body: _Body) -> None:
-        self._open[body] = None
+        self._open.add(body)
         if body.connection is not None:
             body.connection.growing = lambda: self._grew(body)
         self._grew(body)
 
     def _leave(self, body: _Body) -> None:
-        del self._open[body]
+        self._open.remove(body)
+        self._large.pop(body, None)
         self.num_bytes -= body.counted
         if body.connection is not None:
             body.connection.growing = None
@@ -157,6 +162,8 @@ class Bodies:
         if grown:
             body.counted += grown
             self.num_bytes += grown
+            if body.counted > self.own:
+                self._large.setdefault(body)
             if body.counted >= body.marked + STEP:
                 body.marked, body.since = body.counted, asyncio.get_running_loop().time()
         if (self.num_bytes >= self.limit) != self._full:
@@ -166,12 +173,12 @@ class Bodies:
 
     def _settle_all(self) -> None:
         self._full = self.num_bytes >= self.limit
-        for body in self._open:
+        for body in self._large:
             self._settle(body)
 
     def _settle(self, body: _Body) -> None:
         """Pauses or goes on with `body`, as the budget says."""
-        hold = self._full and body.counted > self.own and next(iter(self._open)) is not body
+        hold = self._full and body in self._large and next(iter(self._large)) is not body
         if hold == body.held:
             return
         body.held = hold
@@ -200,8 +207,8 @@ class Bodies:
             return
         self._watch()
         latest = asyncio.get_running_loop().time() - self.slow_s
-        for body in self._open:
-            if not body.held and not body.given_up and body.counted and body.since <= latest:
+        for body in self._large:
+            if not body.held and not body.given_up and body.since <= latest:
                 body.given_up = True
                 body.deadline.reschedule(latest)  # now
 

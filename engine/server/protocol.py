@@ -87,8 +87,8 @@ class Connection(web.RequestHandler):
             logger=log,
             **options,
         )
-        # While one request is answered, nothing is read beyond the next one.
-        self._max_msg_queue_size, self._msg_queue_resume_size = 1, 0
+        # While one request is answered, little is read beyond the next one.
+        self._max_msg_queue_size, self._msg_queue_resume_size = 2, 0
         self._connections = server.open_connections
         self._deadlines = server.deadlines
         self._state: State = "head"

@@ -9,14 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.messages import EngineInfo
+from engine.process import ProcessBackend
+from engine.server.front import FRONT
 from lorax_cli import serving
 from lorax_cli.app import app
 from lorax_cli.client import Client
@@ -116,6 +119,38 @@ async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
             assert running.wait(30) == 0, told + rest
         finally:
             running.kill()
+
+
+@pytest.mark.parametrize(
+    ("end_in", "least", "most"), [(None, 10.0, 10.0), (3.0, 2.0, 3.0), (-5.0, 0.5, 0.5)]
+)
+async def test_the_processes_get_what_is_left_of_the_end(
+    demo_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end_in: float | None,
+    least: float,
+    most: float,
+) -> None:
+    """Of the time in which the program must end after a signal."""
+    timeouts: list[float] = []
+
+    class Backend(ProcessBackend):
+        info = INFO
+
+        @classmethod
+        async def start(cls, config: EngineConfig, parts: object = None) -> Backend:
+            return cls()
+
+        async def close(self, timeout: float = 0.0) -> None:
+            timeouts.append(timeout)
+
+    monkeypatch.setattr("engine.process.ProcessBackend", Backend)
+    config = EngineConfig(model=ModelConfig(model_id=str(demo_folder / "base")))
+    async with serving.opened(config, local=False) as served:
+        if end_in is not None:
+            served[FRONT].end_by = time.monotonic() + end_in
+    (timeout,) = timeouts
+    assert least <= timeout <= most
 
 
 def test_a_failure_of_the_start_is_not_blamed_on_the_address(

@@ -63,14 +63,15 @@ async def test_a_used_up_budget_pauses(backend: FakeBackend, text: Text, packed:
     headers = b"Content-Encoding: gzip\r\n" if packed else b""
     async with served(backend, text, BUDGET) as server:
         bodies = server.front.bodies
+        await server.connect(announce(1000))  # older than all, and never sent
         wires = [await server.connect(announce(len(body), headers=headers)) for _ in range(8)]
-        await until(lambda: bodies.num_open == 8)
+        await until(lambda: bodies.num_open == 9)
         for wire in wires:
             wire.send(body[:-10])
         await until(lambda: bodies.num_held == 7)
         # Each may have one packet on its way when it is paused.
         assert bodies.limit <= bodies.num_bytes <= bodies.budget + 8 * 3 * BUFFER
-        bodies.own = 1000
+        bodies.own = 1000  # so that an ordinary request has less
         assert (await server.ask(post())).status == 200
         assert bodies.num_held == 7
         for wire in reversed(wires):

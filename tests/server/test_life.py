@@ -19,7 +19,7 @@ from openai import AsyncOpenAI
 
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import EngineDead
-from engine.logs import configure_logging
+from engine.logs import LIBRARIES, configure_logging
 from engine.server.app import build_app, run
 from engine.server.front import FRONT
 from engine.server.text import Text
@@ -202,8 +202,8 @@ async def test_a_port_that_is_taken(backend: FakeBackend, text: Text, client: Te
 
 
 async def test_logs(capsys: pytest.CaptureFixture[str], start: Start) -> None:
-    logger = logging.getLogger("engine")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+    loggers = [logging.getLogger(name) for name in ("engine", *LIBRARIES)]
+    before = [(one, one.handlers[:], one.level, one.propagate) for one in loggers]
     try:
         configure_logging(ServerConfig(json_output=True, log_level="debug"))
         client = await start()
@@ -218,11 +218,21 @@ async def test_logs(capsys: pytest.CaptureFixture[str], start: Start) -> None:
         assert "not known: wrong, temprature" in capsys.readouterr().err
         configure_logging(ServerConfig(log_level="info"))
         await client.get("/health")
-        logger.info("hello")
+        loggers[0].info("hello")
         assert f"INFO front[{os.getpid()}] engine: hello" in capsys.readouterr().err
+        configure_logging(ServerConfig(json_output=True))
+        for name in ("asyncio", "aiohttp.server"):
+            logging.getLogger(name).info("of no interest")
+            logging.getLogger(name).error("name \udce9")
+            (line,) = capsys.readouterr().err.splitlines()
+            assert (json.loads(line)["target"], json.loads(line)["message"]) == (
+                name,
+                "name \\udce9",
+            )
     finally:
-        logger.handlers[:], logger.propagate = before[0], before[2]
-        logger.setLevel(before[1])
+        for one, handlers, level, propagate in before:
+            one.handlers[:], one.propagate = handlers, propagate
+            one.setLevel(level)
 
 
 async def test_the_server_waits_until_the_engine_lets_go(
