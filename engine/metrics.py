@@ -141,18 +141,28 @@ class Metrics:
 
     # -- scraping
 
-    def render(self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int) -> bytes:
+    def render(
+        self,
+        stats: EngineStats,
+        adapters: list[AdapterStatus],
+        block_size: int,
+        exchange_restarts: int = 0,
+    ) -> bytes:
         """The Prometheus text format (0.0.4)."""
-        self._read(stats, adapters, block_size)
+        self._read(stats, adapters, block_size, exchange_restarts)
         lines = generate_latest(self.registry).decode().splitlines(keepends=True)
         text = "".join(line for line in lines if "_created" not in line.split("{")[0])
         return _TOTAL.sub(r"\1", text).encode()
 
     def render_json(
-        self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int
+        self,
+        stats: EngineStats,
+        adapters: list[AdapterStatus],
+        block_size: int,
+        exchange_restarts: int = 0,
     ) -> dict[str, Any]:
         """The same as an object: metric -> type, help and samples."""
-        self._read(stats, adapters, block_size)
+        self._read(stats, adapters, block_size, exchange_restarts)
         return {
             family.name: {
                 "type": family.type,
@@ -170,9 +180,16 @@ class Metrics:
             for family in self.registry.collect()
         }
 
-    def _read(self, stats: EngineStats, adapters: list[AdapterStatus], block_size: int) -> None:
+    def _read(
+        self,
+        stats: EngineStats,
+        adapters: list[AdapterStatus],
+        block_size: int,
+        exchange_restarts: int,
+    ) -> None:
         self._engine.stats, self._engine.adapters = stats, adapters
         self._engine.block_size = block_size
+        self._engine.exchange_restarts = exchange_restarts
         new = min(stats.placed - self._placed, len(stats.place_seconds))
         for seconds in stats.place_seconds[len(stats.place_seconds) - new :]:
             self._load.labels("place").observe(seconds)
@@ -194,6 +211,7 @@ class _EngineCollector(_Collector):
         self.stats = EngineStats()
         self.adapters: list[AdapterStatus] = []
         self.block_size = 0
+        self.exchange_restarts = 0
 
     def collect(self) -> Iterator[Metric]:
         stats = self.stats
@@ -237,6 +255,11 @@ class _EngineCollector(_Collector):
             ("lorax_step_tokens", "Tokens computed.", stats.step_tokens),
             ("lorax_adapter_placements", "Adapters put on the device.", stats.placements),
             ("lorax_adapter_evictions", "Adapters taken off the device.", stats.evictions),
+            (
+                "lorax_exchange_restarts",
+                "Times that the adapter exchange was started again.",
+                self.exchange_restarts,
+            ),
         )
         for name, help, count in counters:
             yield CounterMetricFamily(name, help, value=count)

@@ -361,10 +361,10 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     backend = front.backend
     adapters = await backend.adapters() if backend.alive else []
     as_json = request.query.get("format") == "json"
+    levels = (backend.stats, adapters, backend.info.block_size, backend.exchange_restarts)
     if as_json or "application/json" in request.headers.get("Accept", ""):
-        found = front.metrics.render_json(backend.stats, adapters, backend.info.block_size)
-        return json_response(found)
-    text = front.metrics.render(backend.stats, adapters, backend.info.block_size)
+        return json_response(front.metrics.render_json(*levels))
+    text = front.metrics.render(*levels)
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 

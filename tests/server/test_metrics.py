@@ -135,3 +135,10 @@ def test_placements_are_observed_once() -> None:
         text = metrics.render(stats, [], 16).decode()
     assert 'lorax_adapter_load_seconds_count{stage="place"} 4.0' in text
     assert 'lorax_adapter_load_seconds_sum{stage="place"} 1.0' in text
+
+
+async def test_restarts_of_the_exchange_are_counted(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    backend.exchange_restarts = 3
+    assert (await samples(client))["lorax_exchange_restarts_total"] == 3
