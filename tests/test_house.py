@@ -34,6 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.layers",),
     ("engine.models",),
     ("engine.scheduler", "engine.runner", "engine.adapters", "engine.lora"),
+    ("engine.build",),
     ("engine.engine", "engine.exchange"),
     ("engine.server", "engine.process", "engine.bench"),
     ("lorax_cli",),
