@@ -14,13 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from engine import models, ops
-from engine.adapters.slots import SlotTable
 from engine.adapters.tiers import HostRegion
 from engine.checkpoint import cache_folder, folder_of
 from engine.config import EngineConfig
 from engine.layers import quantised
-from engine.lora.pinning import Pinning
-from engine.lora.placement import CudaPlacer, Placer, pin
 from engine.messages import EngineInfo
 from engine.models import weights
 from engine.models.decoder import Decoder
@@ -31,11 +28,14 @@ from engine.platform import Platform, detect
 from engine.runner.batch import Adapters
 from engine.runner.faults import fitting
 from engine.runner.memory import Footprint, MemoryPlan, compared, plan_memory
+from engine.runner.pinning import Pinning
+from engine.runner.placement import CudaPlacer, Placer, pin
 from engine.runner.rows import RowTable
 from engine.runner.runner import Runner
 from engine.runner.shapes import decode_words, mixed_words
 from engine.scheduler.blocks import BlockPool
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 

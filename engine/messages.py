@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+IMAGE_ALIGN = 256  # bytes: where images, their data and placements start
+
 FinishReason = Literal["length", "eos", "cancelled"]
+
+
+def aligned(num_bytes: int) -> int:
+    """`num_bytes` rounded up to IMAGE_ALIGN."""
+    return -(-num_bytes // IMAGE_ALIGN) * IMAGE_ALIGN
 
 
 class SamplingParams(Struct, frozen=True):

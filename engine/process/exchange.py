@@ -53,7 +53,7 @@ def main(socket_fd: int, region_fd: int) -> int:
     try:
         import torch
 
-        from engine.lora.pinning import populate
+        from engine.runner.pinning import populate
 
         torch.set_num_threads(1)  # the cores are the engine's
         factory = load(setup.parts.exchange)
