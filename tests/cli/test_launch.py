@@ -139,7 +139,7 @@ async def test_the_processes_get_what_is_left_of_the_end(
 
         @classmethod
         async def start(cls, config: EngineConfig, parts: object = None) -> Backend:
-            return cls()
+            return cls.__new__(cls)
 
         async def close(self, timeout: float = 0.0) -> None:
             timeouts.append(timeout)
