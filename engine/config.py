@@ -21,6 +21,8 @@ import yaml
 
 from engine.errors import ConfigError
 
+MIB, GIB = 1 << 20, 1 << 30  # bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Option:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import GIB, EngineConfig
 from engine.errors import ConfigError
 
-GIB = 1 << 30
 MAX_CPU_BUDGET = 4 * GIB  # unless the user says otherwise: a laptop has other things to do
 MAX_HOST_TIER = 4 * GIB
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.config import EngineConfig, flag_of
+from engine.config import GIB, EngineConfig, flag_of
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
 from engine.ops.attention import Backend
-from engine.platform import GIB, Platform
+from engine.platform import Platform
 from engine.runner.shapes import chunk_bounds, mixed_shapes
 
 DEFAULT_TOTAL_TOKENS = 4096

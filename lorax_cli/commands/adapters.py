@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.config import EngineConfig
+from engine.config import MIB, EngineConfig
 from engine.errors import AdapterError, LoraxError
 from lorax_cli.options import with_config
 from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from engine.ops.layout import AdapterLayout
 
 Progress = Callable[[int, int], None]
-MIB = 1 << 20
-
-
 Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # the source, and open files
 
 

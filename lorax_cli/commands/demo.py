@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import engine
+from engine.checkpoint import DEMO_FOLDER
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import ModelError
 from lorax_cli.client import Client
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from engine.messages import EngineInfo
 
-DEMO_FILE = Path(engine.__file__).parent / "demo" / "demo.json"
+DEMO_FILE = DEMO_FOLDER / "demo.json"
 MIN_BOX = 38  # columns of the screen
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from engine.config import EngineConfig
+from engine.config import GIB, EngineConfig
 from lorax_cli.options import LaunchCommand, with_config
 from lorax_cli.output import Output, examples
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from engine.messages import EngineInfo
-
-GIB = 1 << 30
 
 
 def memory_table(info: EngineInfo) -> Table:
