@@ -1,4 +1,4 @@
-"""`python -m lorax_cli` is `lorax`."""
+"""`python -m lorax_cli` runs `lorax`."""
 
 from lorax_cli.app import main
 

@@ -1,4 +1,4 @@
-"""The `lorax` command: the Typer app and the one place where errors become exit codes."""
+"""The `lorax` command: the Typer app, and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorax_cli.output import fail
 
 
 class ErrorTable(TyperGroup):
-    """Turns every LoraxError into `error: ...`, `hint: ...` and its exit code. Ctrl-C is 130."""
+    """Turns a LoraxError into `error: ...`, `hint: ...` and its exit code. Ctrl-C exits with 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: lorax demo",
+    epilog="To start: lorax demo",
 )
 
 

@@ -1,7 +1,7 @@
-"""HTTP client of a running server, for the commands; it speaks the routes of LoRAX.
+"""HTTP client of a running server, on the routes of LoRAX.
 
-`Client` is an async context manager around one aiohttp session. Errors come back as the classes of `engine.errors`
-by their machine-readable type, so a command exits with the same code whether the engine is here or elsewhere.
+`Client` is an async context manager around one aiohttp session. It raises the classes of `engine.errors` by their
+machine-readable type, so exit codes are the same for an engine in this process and for a server.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import aiohttp
 
 CONNECT_SECONDS = 10.0
-LONGEST_LINE = 1 << 22  # bytes of one event: the last one repeats the whole text
+MAX_LINE = 1 << 22  # bytes of one event: the last one repeats the whole text
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of a stream: a token's text, and in the last one the whole of it."""
+    """One event of a stream: the text of a token. The last event also has the whole text."""
 
     text: str
     special: bool = False
@@ -34,12 +34,12 @@ class Event:
 def error_from(body: Any, status: int, url: str) -> LoraxError:
     """The typed error of an `{error, error_type}` body."""
     if not isinstance(body, dict):
-        return LoraxError(f"{url} answered {status}")
+        return LoraxError(f"{url} returned status {status}")
     if isinstance(body.get("error"), dict):  # the OpenAI routes
         body = {"error": body["error"].get("message"), "error_type": body["error"].get("type")}
     by_type = {cls.error_type: cls for cls in error_classes().values()}
     cls = by_type.get(str(body.get("error_type")), LoraxError)
-    return cls(str(body.get("error") or f"{url} answered {status}"), hint=body.get("hint"))
+    return cls(str(body.get("error") or f"{url} returned status {status}"), hint=body.get("hint"))
 
 
 class Client:
@@ -64,7 +64,7 @@ class Client:
             headers=self._headers,
             timeout=timeout,
             connector=self._connector,
-            read_bufsize=LONGEST_LINE,
+            read_bufsize=MAX_LINE,
         )
         return self
 
@@ -78,7 +78,7 @@ class Client:
             await self._session.close()
 
     async def health(self) -> bool:
-        """Whether the server answers and its engine is alive."""
+        """Whether the server responds and its engine is alive."""
         try:
             await self._ask("GET", "/health")
         except LoraxError:
@@ -95,7 +95,7 @@ class Client:
         return dict(await self._ask("POST", "/generate", body))
 
     async def stream(self, prompt: str, parameters: Mapping[str, Any]) -> AsyncIterator[Event]:
-        """The tokens of one prompt as they come. An error in the stream is raised."""
+        """The events of one prompt as they arrive. Raises an error of the stream."""
         body = {"inputs": prompt, "parameters": dict(parameters)}
         async with self._open("POST", "/generate_stream", body) as response:
             await self._check(response)
@@ -135,7 +135,7 @@ class Client:
 
 
 class _Opened:
-    """A request whose failure to reach the server is an EngineDead that names it."""
+    """A request. If the server cannot be reached, it raises an EngineDead with the URL."""
 
     def __init__(self, request: Any, url: str) -> None:
         self._request = request
@@ -148,10 +148,10 @@ class _Opened:
             response: aiohttp.ClientResponse = await self._request.__aenter__()
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
             raise EngineDead(
-                f"no server answers at {self._url}: {error}", hint="start one with: lorax launch"
+                f"no server responds at {self._url}: {error}", hint="start one with: lorax launch"
             ) from None
         except aiohttp.InvalidURL:
-            raise EngineDead(f"{self._url!r} is not an address", field="url") from None
+            raise EngineDead(f"{self._url!r} is not a valid URL", field="url") from None
         return response
 
     async def __aexit__(self, *failure: Any) -> None:
@@ -159,4 +159,4 @@ class _Opened:
 
         await self._request.__aexit__(*failure)
         if isinstance(failure[1], aiohttp.ClientPayloadError | aiohttp.ClientConnectionError):
-            raise EngineDead(f"{self._url} broke off its answer") from None
+            raise EngineDead(f"{self._url} closed the connection during its answer") from None

@@ -1,7 +1,7 @@
-"""Launcher flags of LoRAX that have no counterpart here: accepted with a warning, or refused with the reason.
+"""Launcher flags of LoRAX that do not exist here: accepted with a warning, or refused with the reason.
 
-A flag that only tuned something this engine does otherwise *has no effect*, and a deployment that sets it still
-starts. A flag whose absence would change what is served is *refused*, unless its value asks for what happens anyway.
+A flag that only tunes performance *has no effect*: a deployment that sets it still starts. A flag that changes what is
+served is *refused*, unless its value asks for the behaviour that this engine has anyway.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class LegacyFlag:
     why: str
     refused: bool = False
     takes_value: bool = True
-    harmless: tuple[str, ...] = ()  # values of a refused flag that ask for what happens anyway
+    harmless: tuple[
+        str, ...
+    ] = ()  # values of a refused flag that match the behaviour of this engine
     hint: str | None = None
 
     @property
@@ -31,7 +33,7 @@ class LegacyFlag:
         return self.flag[2:].replace("-", "_")
 
     def asks(self, value: Any) -> bool:
-        """Whether `value` asks for what this engine does not do."""
+        """Whether `value` asks for behaviour that this engine does not have."""
         if isinstance(value, bool):
             return value
         return value is not None and str(value).lower() not in self.harmless
@@ -45,10 +47,13 @@ def _refused(flag: str, why: str, **fields: Any) -> LegacyFlag:
     return LegacyFlag(flag, why, refused=True, **fields)
 
 
-_MIXED_STEPS = "prompt chunks and decode tokens share every step"
+_MIXED_STEPS = "every step mixes prompt chunks and decode tokens"
 _GRAPHS = "nothing is compiled per batch size or rank"
-_PIPES = "the processes talk over pipes of their own"
-_CORS = "the server allows the methods and headers that it has; see --cors-allow-origin"
+_TENSOR_PARALLEL = "tensor parallelism is not supported yet"
+_SPECULATION = "speculative decoding is not supported yet"
+_TUNNEL = "tunnels are not supported"
+_PIPES = "processes communicate over pipes"
+_CORS = "the server allows all of its methods and headers; see --cors-allow-origin"
 _OFF = ("", "0", "false", "no", "off")
 
 LEGACY: tuple[LegacyFlag, ...] = (
@@ -59,69 +64,69 @@ LEGACY: tuple[LegacyFlag, ...] = (
         "--eager-prefill",
         "--chunked-prefill",
     ),
-    *_unused("tokenising never waits for the engine", "--validation-workers"),
+    *_unused("tokenization does not wait for the engine", "--validation-workers"),
     *_unused(_PIPES, "--shard-uds-path", "--master-addr", "--master-port"),
     *_unused(_GRAPHS, "--compile-max-batch-size", "--compile-max-rank", "--compile-batch-size"),
     *_unused(_CORS, "--cors-allow-header", "--cors-allow-method", "--cors-expose-header"),
     *_unused(_CORS, "--cors-allow-credentials"),
-    *_unused("--cuda-memory-fraction is the whole budget", "--memory-wiggle-room"),
-    *_unused("--attention-backend says what computes attention", "--backend"),
-    *_unused(
-        "the device decides which kernels serve", "--disable-custom-kernels", takes_value=False
-    ),
-    *_unused("one LoRA operator serves every rank", "--disable-sgmv", takes_value=False),
-    *_unused("there is no watermark", "--watermark-gamma", "--watermark-delta"),
-    *_unused("the source `pbase` is not served", "--predibase-api-token"),
-    *_unused("traces are not sent yet", "--otlp-endpoint"),
-    *_unused("there is no speculation yet", "--speculation-max-batch-size"),
-    *_unused("`/info` shows the environment of a server", "--env", takes_value=False),
-    _refused("--num-shard", "one shard is all there is yet", harmless=("", "1")),
-    _refused("--sharded", "one shard is all there is yet", harmless=_OFF),
-    _refused("--compile", "there is no compiled mode yet", takes_value=False),
-    _refused("--speculative-tokens", "there is no speculation yet", harmless=("", "0")),
+    *_unused("--cuda-memory-fraction sets the whole budget", "--memory-wiggle-room"),
+    *_unused("use --attention-backend", "--backend"),
+    *_unused("the device determines the kernels", "--disable-custom-kernels", takes_value=False),
+    *_unused("one LoRA kernel serves all ranks", "--disable-sgmv", takes_value=False),
+    *_unused("watermarks are not supported", "--watermark-gamma", "--watermark-delta"),
+    *_unused("the adapter source `pbase` is not supported", "--predibase-api-token"),
+    *_unused("tracing is not supported yet", "--otlp-endpoint"),
+    *_unused(_SPECULATION, "--speculation-max-batch-size"),
+    *_unused("`/info` describes a running server", "--env", takes_value=False),
+    _refused("--num-shard", _TENSOR_PARALLEL, harmless=("", "1")),
+    _refused("--sharded", _TENSOR_PARALLEL, harmless=_OFF),
+    _refused("--compile", "compilation is not supported yet", takes_value=False),
+    _refused("--speculative-tokens", _SPECULATION, harmless=("", "0")),
     _refused(
         "--merge-adapter-weights",
         "adapters are not merged into the base model",
         takes_value=False,
-        hint="--adapter-id serves it unmerged, and every other adapter beside it",
+        hint="--adapter-id makes an adapter the default without merging it",
     ),
     _refused(
         "--preloaded-adapter-source",
         "preloaded adapters come from --adapter-source",
         hint="set --adapter-source",
     ),
-    _refused("--source", "base models come from the hub or a local folder", harmless=("", "hub")),
+    _refused(
+        "--source", "base models can only come from the hub or a local folder", harmless=("", "hub")
+    ),
     _refused(
         "--weights-cache-override",
-        "the hub's cache is the only one",
+        "weights are only cached in the hub's cache",
         hint="set --huggingface-hub-cache",
     ),
-    _refused("--trust-remote-code", "code from a checkpoint is never run", takes_value=False),
-    _refused("--embedding-dim", "embedding heads are not served yet"),
-    _refused("--download-only", "launch always serves", takes_value=False),
-    _refused("--ngrok", "there is no tunnel", takes_value=False),
-    _refused("--ngrok-authtoken", "there is no tunnel"),
-    _refused("--ngrok-edge", "there is no tunnel"),
+    _refused("--trust-remote-code", "code from checkpoints never runs", takes_value=False),
+    _refused("--embedding-dim", "embedding models are not supported yet"),
+    _refused("--download-only", "launch always starts the server", takes_value=False),
+    _refused("--ngrok", _TUNNEL, takes_value=False),
+    _refused("--ngrok-authtoken", _TUNNEL),
+    _refused("--ngrok-edge", _TUNNEL),
 )
 
-# Values that LoRAX's launcher takes for a setting that is here too, and that are not served: setting, value, why.
-_CHECKPOINT = "checkpoints that are quantised already are not served yet"
-REFUSED_VALUES: dict[str, dict[str, str]] = {
+# Values that LoRAX accepts for a setting that exists here too, but that this engine does not support.
+_CHECKPOINT = "quantised checkpoints are not supported yet"
+REFUSED_VALUES: dict[str, dict[str, str]] = {  # setting -> value -> why
     "quantize": {
         "awq": _CHECKPOINT,
         "gptq": _CHECKPOINT,
         "exl2": _CHECKPOINT,
         "fp8": _CHECKPOINT,
-        "fp8-kv": "the KV cache is kept in --dtype",
-        "eetq": "bitsandbytes is the one way to 8 bits while weights are read",
-        "hqq-4bit": "bitsandbytes is the one way to 4 bits while weights are read",
-        "hqq-3bit": "4 bits are the fewest",
-        "hqq-2bit": "4 bits are the fewest",
+        "fp8-kv": "the KV cache always has the type of --dtype",
+        "eetq": "only bitsandbytes can quantise to 8 bits",
+        "hqq-4bit": "only bitsandbytes can quantise to 4 bits",
+        "hqq-3bit": "fewer than 4 bits are not supported",
+        "hqq-2bit": "fewer than 4 bits are not supported",
     }
 }
-_INSTEAD = {"quantize": "bitsandbytes, bitsandbytes-nf4 and bitsandbytes-fp4 are served"}
+_INSTEAD = {"quantize": "use bitsandbytes, bitsandbytes-nf4 or bitsandbytes-fp4"}
 
-# Read from the environment too, by the names of LoRAX: those that would change what is served.
+# LoRAX's environment variables for flags that change what is served.
 _ENVIRONMENT = (
     "NUM_SHARD",
     "SHARDED",
@@ -146,7 +151,7 @@ def _check_value(name: str, value: Any, where: str) -> None:
 
 
 def check_flags(given: Mapping[str, Any]) -> Iterator[str]:
-    """One warning for each flag without effect; raises ConfigError for a refused one, or a refused value."""
+    """Yields a warning per flag without effect. Raises ConfigError for a refused flag or value."""
     for name in REFUSED_VALUES:
         _check_value(name, given.get(name), flag_of(name))
     for flag in LEGACY:
@@ -154,7 +159,7 @@ def check_flags(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The same for the variables that would change what is served."""
+    """The same for environment variables that change what is served."""
     environment = os.environ if environment is None else environment
     for name in REFUSED_VALUES:
         _check_value(name, environment.get(name.upper()), name.upper())

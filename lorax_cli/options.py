@@ -1,15 +1,15 @@
-"""Command-line options made from the fields of `engine.config`; no command declares a setting by hand.
+"""Command-line options, made from the fields of `engine.config` and `engine.bench_options`.
 
-A command asks for the concerns that it needs, `@with_config("model", "adapters")`, and receives a resolved
-`EngineConfig`. Every setting is optional on the command line: what is not given comes from the environment, the
-file of `--config`, or the default, in that order (`engine.config.resolve`).
+A command names the concerns that it needs, `@with_config("model", "adapters")`, and receives a resolved `EngineConfig`.
+A setting without a flag comes from the environment, the file of `--config`, or the default, in this order
+(`engine.settings.resolve`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import urlsplit
@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import typer
 from typer.core import TyperCommand
 
-from engine.bench.options import Ask, asks
-from engine.config import EngineConfig, Setting, flag_of, resolve, settings
+from engine.bench_options import BenchOption, bench_options
+from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError
+from engine.settings import Setting, resolve, settings
 from lorax_cli.legacy import LEGACY, REFUSED_VALUES, check_environment, check_flags
 from lorax_cli.output import warn
 
@@ -28,18 +29,18 @@ _METAVARS: dict[Any, str | None] = {bool: None, int: "INT", float: "NUMBER"}
 
 
 def address(text: str) -> str:
-    """The base URL of a server; without a scheme it is http. Raises ConfigError."""
+    """The base URL of a server. The default scheme is http. Raises ConfigError."""
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of a port or a bracket
-        known = None
-    if not known:
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a bad port or bracket
+        valid = False
+    if not valid:
         raise ConfigError(
-            f"--url {text!r} is not the address of a server",
+            f"--url {text!r} is not a valid server URL",
             field="url",
-            hint="such as http://localhost:3000",
+            hint="use a URL such as http://localhost:3000",
         )
     return url
 
@@ -48,99 +49,85 @@ UrlOption = functools.partial(typer.Option, parser=address, metavar="URL")
 
 
 def describe(setting: Setting) -> str:
-    """The choices, the environment names beside the setting's own, and the default: the brackets that end a help."""
-    default = setting.default
-    if default is None or default == ():
-        shown = ""
-    elif setting.repeated:
-        shown = ",".join(default)
-    elif setting.type is bool:
-        shown = "on" if default else "off"
-    else:
-        shown = str(default)
+    """The brackets at the end of a help: choices, further environment variables, default."""
     parts = [" | ".join(setting.choices)] if setting.choices else []
     if further := [name for name in setting.environment if name != setting.name.upper()]:
         parts.append(f"env {', '.join(further)}")
-    if shown:
-        parts.append(f"default {shown}")
+    if default := setting.default_text:
+        parts.append(f"default {default}")
     return f" ({'; '.join(parts)})" if parts else ""
 
 
 def concern_titles() -> dict[str, str]:
-    """Attribute of `EngineConfig` -> what the concern is, for headings."""
+    """Attribute of `EngineConfig` -> heading."""
     hints = get_type_hints(EngineConfig)
     return {name: (cls.__doc__ or name).splitlines()[0].rstrip(".") for name, cls in hints.items()}
 
 
 def changed(config: EngineConfig, *concerns: str) -> list[str]:
-    """Flags of the settings that are not as they are by default, wherever they were given."""
+    """Flags of the settings that differ from their default, also if set in the environment or file."""
     wanted = (setting for setting in settings() if setting.concern in concerns)
     return [
         one.flag for one in wanted if getattr(getattr(config, one.concern), one.name) != one.default
     ]
 
 
-def _option(setting: Setting, panel: str) -> inspect.Parameter:
-    flags = setting.flag
-    annotation: Any = setting.type
-    complete: Callable[[], list[str]] | None = None
-    if setting.type is bool:
-        flags = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
-    elif setting.repeated:
-        annotation = list[str]
-    elif setting.type in _METAVARS:
-        annotation = str  # `engine.config` reads numbers, and says the same wherever they come from
-    elif setting.name in REFUSED_VALUES:
-        annotation = (
-            str  # so that a value of LoRAX reaches `lorax_cli.legacy`, which says why it is refused
-        )
-        complete = lambda: list(setting.choices)  # noqa: E731
+def _option(name: str, annotation: Any, flag: str, **fields: Any) -> inspect.Parameter:
+    """An option that is None if it is not given."""
     return inspect.Parameter(
-        setting.name,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Option(
-            None,
-            flags,
-            help=f"{setting.option.help}{describe(setting)}",
-            rich_help_panel=panel,
-            show_default=False,
-            metavar=_METAVARS.get(setting.type, "CHOICE" if setting.choices else "TEXT"),
-            autocompletion=complete,
-        ),
+        default=typer.Option(None, flag, show_default=False, **fields),
         annotation=annotation | None,
     )
 
 
-def _config_file() -> inspect.Parameter:
-    return inspect.Parameter(
-        CONFIG_FILE,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Option(
-            None,
-            "--config",
-            help="YAML file of settings. Flags come first, then the environment: --dtype is DTYPE, "
-            "where no other name is told.",
-            dir_okay=False,
-            show_default=False,
-        ),
-        annotation=Path | None,
+def _switch(flag: str) -> str:
+    return f"{flag}/--no-{flag.removeprefix('--')}"
+
+
+def _setting_option(setting: Setting, panel: str) -> inspect.Parameter:
+    annotation: Any = setting.type
+    complete: Callable[[], list[str]] | None = None
+    if setting.repeated:
+        annotation = list[str]
+    elif setting.type in (int, float):
+        annotation = str  # `engine.settings` parses numbers, so that errors are the same everywhere
+    elif setting.name in REFUSED_VALUES:
+        annotation = str  # so that `lorax_cli.legacy` sees refused values and gives the reason
+        complete = lambda: list(setting.choices)  # noqa: E731
+    return _option(
+        setting.name,
+        annotation,
+        _switch(setting.flag) if setting.type is bool else setting.flag,
+        help=f"{setting.option.help}{describe(setting)}",
+        rich_help_panel=panel,
+        metavar=_METAVARS.get(setting.type, "CHOICE" if setting.choices else "TEXT"),
+        autocompletion=complete,
     )
 
 
-def _legacy_options() -> Iterable[inspect.Parameter]:
+def _config_file() -> inspect.Parameter:
+    return _option(
+        CONFIG_FILE,
+        Path,
+        "--config",
+        help="YAML file of settings. Flags override environment variables, which override the file. "
+        "Environment variables are the flag in capitals unless listed.",
+        dir_okay=False,
+    )
+
+
+def _legacy_options() -> Iterator[inspect.Parameter]:
     for flag in LEGACY:
-        annotation: Any = str if flag.takes_value else bool
-        names = flag.flag if flag.takes_value else f"{flag.flag}/--no-{flag.flag[2:]}"
-        yield inspect.Parameter(
-            flag.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Option(None, names, hidden=True, show_default=False),
-            annotation=annotation | None,
-        )
+        if flag.takes_value:
+            yield _option(flag.name, str, flag.flag, hidden=True)
+        else:
+            yield _option(flag.name, bool, _switch(flag.flag), hidden=True)
 
 
 class LaunchCommand(TyperCommand):
-    """Also takes the value that LoRAX's launcher gives to a yes-or-no flag: `--prefix-caching true`."""
+    """Also accepts `true` and `false` after a switch, as LoRAX's launcher does: `--prefix-caching true`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         switches = {setting.flag for setting in settings() if setting.type is bool}
@@ -155,82 +142,72 @@ class LaunchCommand(TyperCommand):
         return super().parse_args(ctx, words)
 
 
-def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[..., None]]:
-    """Adds the options of `concerns` to a command, which receives `config: EngineConfig` in their place.
-
-    `legacy` also accepts the launcher flags of LoRAX that mean nothing here (`lorax_cli.legacy`).
-    """
-    titles = concern_titles()
-    wanted = [setting for setting in settings() if setting.concern in concerns]
+def _with_options(
+    name: str, options: Sequence[inspect.Parameter], value_of: Callable[[dict[str, Any]], Any]
+) -> Callable[..., Callable[..., None]]:
+    """Replaces the parameter `name` of a command by `options`, and passes `value_of` their values for it."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            file = given.pop(CONFIG_FILE)
-            chosen = {setting.name: given.pop(setting.name) for setting in wanted}
-            if legacy:
-                flags = {flag.name: given.pop(flag.name) for flag in LEGACY}
-                for warning in [*check_flags(flags | chosen), *check_environment()]:
-                    warn(warning)
-            command(**given, config=resolve(chosen, file=file))
+            values = {option.name: given.pop(option.name) for option in options}
+            command(**given, **{name: value_of(values)})
 
         own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [parameter for parameter in own if parameter.name != "config"]
-        parameters += [_config_file(), *(_option(one, titles[one.concern]) for one in wanted)]
-        if legacy:
-            parameters += _legacy_options()
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-        )
+        kept = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own if one.name != name]
+        run.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
         run.__annotations__ = {}
         return run
 
     return decorate
 
 
-def with_asks(*panels: tuple[str, type[Any]]) -> Callable[..., Callable[..., None]]:
-    """Adds the fields of dataclasses of `engine.bench.options` as options, each under its heading.
+def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[..., None]]:
+    """Adds the options of `concerns` to a command, which receives `config: EngineConfig`.
 
-    The command receives `given`: the texts that were given, by field. A field that several dataclasses share is one
-    option, described by the first.
+    `legacy` also accepts the launcher flags of LoRAX that do not exist here (`lorax_cli.legacy`).
     """
-    found: dict[str, tuple[Ask, str]] = {}
+    titles = concern_titles()
+    wanted = [setting for setting in settings() if setting.concern in concerns]
+    options = [_config_file(), *(_setting_option(one, titles[one.concern]) for one in wanted)]
+    if legacy:
+        options += _legacy_options()
+
+    def config_of(values: dict[str, Any]) -> EngineConfig:
+        file = values.pop(CONFIG_FILE)
+        if legacy:
+            for warning in [*check_flags(values), *check_environment()]:
+                warn(warning)
+        chosen = {setting.name: values[setting.name] for setting in wanted}
+        return resolve(chosen, file=file)
+
+    return _with_options("config", options, config_of)
+
+
+def with_bench_options(*panels: tuple[str, type[Any]]) -> Callable[..., Callable[..., None]]:
+    """Adds the fields of dataclasses of `engine.bench_options` as options, each under its heading.
+
+    The command receives `given`: field -> text. A field of several dataclasses is one option, with the help of the
+    first.
+    """
+    found: dict[str, tuple[BenchOption, str]] = {}
     for title, cls in panels:
-        for name, ask in asks(cls):
+        for name, option in bench_options(cls):
             shared = name in found
-            found[name] = (found[name][0], "Both ways") if shared else (ask, title)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            taken = {name: arguments.pop(name) for name in found}
-            given = {name: value for name, value in taken.items() if value not in (None, [])}
-            command(**arguments, given=given)
-
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [parameter for parameter in own if parameter.name != "given"]
-        parameters += [_asked(name, *entry) for name, entry in found.items()]
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-        )
-        run.__annotations__ = {}
-        return run
-
-    return decorate
-
-
-def _asked(name: str, ask: Ask, panel: str) -> inspect.Parameter:
-    annotation: Any = list[str] if ask.repeated else str
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Option(
-            None,
+            found[name] = (found[name][0], "With and without --url") if shared else (option, title)
+    options = [
+        _option(
+            name,
+            list[str] if option.repeated else str,
             flag_of(name),
-            help=f"{ask.help} (default {ask.default})",
+            help=f"{option.help} (default {option.default})",
             rich_help_panel=panel,
-            show_default=False,
             metavar="TEXT",
-        ),
-        annotation=annotation | None,
+        )
+        for name, (option, panel) in found.items()
+    ]
+    return _with_options(
+        "given",
+        options,
+        lambda values: {name: text for name, text in values.items() if text not in (None, [])},
     )

@@ -1,6 +1,6 @@
-"""Where a command's words go: stdout carries data only; progress, hints, warnings and errors go to stderr.
+"""The output of a command: data on stdout; progress, hints, warnings and errors on stderr.
 
-`human` is for eyes, `json` for programs (one object, or one line each of a stream), `quiet` prints the bare data.
+Modes: `human` prints tables and text, `json` one JSON value, `quiet` the bare data.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Mode = Literal["human", "json", "quiet"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print the bare result only.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help."""
+    """The examples at the end of a command's help."""
     return "\n\n".join(("Examples:", *lines))
 
 
@@ -35,21 +35,21 @@ def warn(message: str) -> None:
 
 
 def fail(message: str, hint: str | None = None) -> None:
-    """Tells an error and its remedy; the caller chooses the exit code."""
+    """Prints an error and its remedy. The caller chooses the exit code."""
     print(f"error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
 
 
 class Output:
-    """One command's sink."""
+    """The output of one command."""
 
     def __init__(self, mode: Mode = "human") -> None:
         self.mode = mode
 
     @classmethod
     def of(cls, as_json: bool = False, quiet: bool = False) -> Output:
-        """The sink that `--json` and `--quiet` ask for."""
+        """The output for the flags `--json` and `--quiet`."""
         return cls("json" if as_json else "quiet" if quiet else "human")
 
     @property
@@ -64,7 +64,7 @@ class Output:
     def result(
         self, value: Any, view: Callable[[], RenderableType], bare: str | None = None
     ) -> None:
-        """The command's data: `value` as JSON, what `view` makes for eyes, or the `bare` text if quiet."""
+        """Prints the data: `value` as JSON, or `view()` for a person, or the `bare` text if quiet."""
         if self.mode == "json":
             print(json.dumps(value, ensure_ascii=False), flush=True)
         elif self.mode == "human":
@@ -73,17 +73,17 @@ class Output:
             print(bare, flush=True)
 
     def stream(self, text: str) -> None:
-        """A piece of data as it comes; a program gets the whole of it from `result` instead."""
+        """Prints a piece of text as it arrives. JSON output has the whole text in `result` instead."""
         if self.mode != "json":
             print(text, end="", flush=True)
 
     def note(self, renderable: RenderableType) -> None:
-        """What a person likes to know and a program does not."""
+        """Prints information for a person on stderr."""
         if self.human:
             self.console(stderr=True).print(renderable)
 
     def line(self, text: str) -> None:
-        """A note that must not be wrapped or marked up: somebody will copy it."""
+        """Prints a note without wrapping and markup, so that it can be copied."""
         if self.human:
             print(text, file=sys.stderr)
 
@@ -92,7 +92,7 @@ class Output:
             print(f"hint: {message}", file=sys.stderr)
 
     def progress(self) -> AbstractContextManager[Progress | None]:
-        """Progress bars on stderr; None where nobody watches."""
+        """Progress bars on stderr; None in the modes json and quiet."""
         if not self.human:
             return nullcontext(None)
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn

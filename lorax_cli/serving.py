@@ -1,7 +1,7 @@
-"""Starts what the commands serve with: a server on an address, or an engine in this process behind a private socket.
+"""Starts a server on an address, or an engine in this process with a private socket.
 
-Both are the same HTTP application; `lorax generate` without `--url` asks it over a Unix socket that only this command
-can see, so there is one way from a prompt to its text.
+Both are the same HTTP application. `lorax generate` without `--url` talks to it over a Unix socket in a temporary
+folder, so prompts take the same path in both.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from engine.messages import EngineInfo
     from engine.server.backend import Backend
 
-CLOSE_S = 10.0  # that the processes get to end; then they are killed
-LEAST_CLOSE_S = 0.5
+CLOSE_S = 10.0  # seconds until processes that do not end are killed
+MIN_CLOSE_S = 0.5
 
 Started = Callable[["EngineInfo", str], None]
 Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
@@ -36,24 +36,26 @@ Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
 
 @asynccontextmanager
 async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
-    """The application on a started engine: in processes of its own, or in this one. Closed at the end."""
+    """Starts an engine and yields the application on it: `local` in this process, else in its own processes."""
     from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
     from engine.server.app import build_app
     from engine.server.front import FRONT
     from engine.server.text import Text
 
-    # Before the processes start: a download happens once, and a wrong name fails at once.
+    # Before the processes start: one download, and a wrong name fails at once.
     folder = await asyncio.to_thread(folder_of, config.model, False)
     start: Start = LocalBackend.start if local else ProcessBackend.start
-    if local:  # two threads are about to import it, and it takes another module's place when its import ends
+    if (
+        local
+    ):  # two threads would import it at once, and its import replaces its own module at the end
         await asyncio.to_thread(import_module, "transformers")
-    # Beside them: both import large libraries.
+    # In parallel: both import large libraries.
     loading = asyncio.create_task(
         asyncio.to_thread(Text, str(folder), config.model.tokenizer_config_path)
     )
     starting = asyncio.create_task(start(config))
-    end_by: float | None = None  # of the processes
+    end_by: float | None = None  # deadline of the processes
     try:
         await asyncio.gather(loading, starting)
         app = build_app(starting.result(), loading.result(), config)
@@ -66,26 +68,26 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
         for task in (loading, starting):
             with suppress(Exception, asyncio.CancelledError):
                 await task
-        if came_of(loading):
+        if succeeded(loading):
             loading.result().close()
-        if came_of(starting):
+        if succeeded(starting):
             backend = starting.result()
             if isinstance(backend, ProcessBackend):
                 left = CLOSE_S if end_by is None else end_by - time.monotonic()
-                await backend.close(min(CLOSE_S, max(LEAST_CLOSE_S, left)))
+                await backend.close(min(CLOSE_S, max(MIN_CLOSE_S, left)))
             else:
                 await backend.close()
 
 
-def came_of(task: asyncio.Task[Any]) -> bool:
-    """Whether something came of it."""
+def succeeded(task: asyncio.Task[Any]) -> bool:
+    """Whether the task ended with a result."""
     return not task.cancelled() and task.exception() is None
 
 
 async def serve(config: EngineConfig, started: Started) -> None:
-    """Serves over HTTP until a signal; `started` is told the engine and the address.
+    """Serves over HTTP until a signal. `started` is called with the engine's info and the address.
 
-    Raises what keeps the server from starting, and EngineDead.
+    Raises the errors of the start, and EngineDead.
     """
     from engine.logs import configure_logging
     from engine.process.collector import keep_alive
@@ -104,7 +106,7 @@ async def serve(config: EngineConfig, started: Started) -> None:
 
 
 async def _try_address(config: EngineConfig) -> None:
-    """Raises OSError if the address cannot be listened on, before an engine takes its time to start."""
+    """Raises OSError if the address is not available, before an engine starts."""
     loop, server = asyncio.get_running_loop(), config.server
     tried = await loop.create_server(
         asyncio.Protocol, server.hostname, server.port, start_serving=False
@@ -116,7 +118,7 @@ async def _try_address(config: EngineConfig) -> None:
 async def serve_while(
     config: EngineConfig, started: Started, work: Callable[[str], Awaitable[bool]]
 ) -> None:
-    """As `serve`, with `work` beside it, which gets the address; serving ends early if it returns False."""
+    """As `serve`, and runs `work` with the address. Serving ends early if `work` returns False."""
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def announce(info: EngineInfo, where: str) -> None:
@@ -138,7 +140,7 @@ async def serve_while(
 
 
 def reachable(address: str) -> str:
-    """Where a client on this machine finds a server that listens on every address."""
+    """The address for a client on this machine, also of a server that listens on all addresses."""
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
@@ -164,16 +166,16 @@ async def local_client(config: EngineConfig) -> AsyncIterator[Client]:
 
 @contextmanager
 def _listening(config: EngineConfig) -> Iterator[None]:
-    """Says of an OSError why the address cannot be listened on; one of another kind passes."""
+    """Turns an OSError about the address into a ConfigError; others pass."""
     where = f"{config.server.hostname}:{config.server.port}"
     try:
         yield
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"{where} is taken by another program",
+                f"{where} is already in use",
                 field="port",
-                hint="use --port 0, or PORT=0, for a free one",
+                hint="choose another --port; 0 picks a free one",
             ) from None
         if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL) or isinstance(error, socket.gaierror):
             raise ConfigError(

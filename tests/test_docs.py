@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import settings
+from engine.settings import settings
 from tools.docs import ROOT, generated
 
 FILES = generated("pages", "completions")

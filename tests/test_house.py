@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # never import each other, but at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
     (
+        "engine.bench_options",
         "engine.checkpoint",
         "engine.config",
         "engine.errors",
@@ -29,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.platform",
         "engine.safetensors",
         "engine.sandbox",
+        "engine.settings",
     ),
     ("engine.ops",),
     ("engine.layers",),
@@ -45,6 +47,7 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 
 TORCH_FREE = (
     "lorax_cli.app",
+    "engine.bench_options",
     "engine.checkpoint",
     "engine.config",
     "engine.errors",
@@ -53,6 +56,7 @@ TORCH_FREE = (
     "engine.safetensors",
     "engine.sandbox",
     "engine.scheduler",
+    "engine.settings",
     "engine.adapters",
 )
 # What an adapter's files become is torch's business.
@@ -154,6 +158,11 @@ def test_torch_free_packages_do_not_import_torch() -> None:
     program = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
     program += "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     assert run_python(program).strip() == "[]"
+
+
+def test_help_does_not_import_the_benchmark() -> None:
+    program = "import sys; import lorax_cli.app; print('engine.bench' in sys.modules)"
+    assert run_python(program).strip() == "False"
 
 
 def test_help_is_quick() -> None:

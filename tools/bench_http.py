@@ -38,13 +38,12 @@ from typing import Any
 from urllib.request import urlopen
 
 from engine.bench.adapters import Folders
-from engine.bench.load.report import LoadReport, report_of
+from engine.bench.engine_report import Measurement, engine_report_from
+from engine.bench.load.load_report import LoadReport, report_of
 from engine.bench.load.run import drive
-from engine.bench.load.workload import Load
-from engine.bench.options import Span
 from engine.bench.plot import check_plot, draw
-from engine.bench.report import Measurement, report_from
 from engine.bench.shapes import SHAPES, write_model
+from engine.bench_options import Load, Span
 from engine.config import ModelConfig
 from engine.models import adapter_layout
 from lorax_cli.bench_tables import load_table
@@ -98,7 +97,7 @@ def offline(folder: Folder, args: argparse.Namespace, memory: list[str]) -> Meas
         *("--ranks", str(args.rank), "--cases", "adapters", "--json", str(file), *memory),
     )
     subprocess.run(command, check=True)
-    found = report_from(json.loads(file.read_text())).measurements
+    found = engine_report_from(json.loads(file.read_text())).measurements
     return max(found, key=lambda one: one.adapters)
 
 

@@ -1,4 +1,4 @@
-"""Generates the reference pages and the shell completions, which a test holds against the code.
+"""Generates the reference pages and the shell completions. A test checks that they are current.
 
 python -m tools.docs pages completions
 """
@@ -18,8 +18,8 @@ from typing import Any
 import typer
 
 import engine.errors
-from engine.config import Setting, settings
 from engine.errors import error_classes
+from engine.settings import Setting, settings
 from lorax_cli.options import concern_titles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,23 +46,16 @@ def _type_of(setting: Setting) -> str:
     )
 
 
-def _default_of(setting: Setting) -> str:
-    if setting.default is None or setting.default == ():
-        return ""
-    value = ",".join(setting.default) if setting.repeated else setting.default
-    return f"`{str(value).lower() if setting.type is bool else value}`"
-
-
 def configuration() -> str:
     """docs/configuration.md, from the fields of `engine.config`."""
     parts = [
         "# Configuration",
         NOTICE,
-        "Every setting is a flag, an environment variable and a key of the YAML file that `--config` names. A flag "
-        "comes before the environment, the environment before the file, and the file before the default. A setting "
-        "of several values is a repeated flag, a comma-separated variable or a YAML list; a yes-or-no setting "
-        "`--x` is turned off by `--no-x`. Keys may be written with `_` or `-`.",
-        "The address is `LORAX_HOSTNAME`, not `HOSTNAME`, which shells and containers set to the machine's own name.",
+        "Every setting is a flag, an environment variable and a key of the YAML file of `--config`. Flags override the "
+        "environment, the environment overrides the file, and the file overrides the default. For a setting with "
+        "several values, repeat the flag, or use a comma-separated variable or a YAML list. `--no-x` turns a switch "
+        "`--x` off. YAML keys may have `_` or `-`.",
+        "The variable for the address is `LORAX_HOSTNAME`: shells and containers set `HOSTNAME` to the machine's name.",
     ]
     titles = concern_titles()
     for concern, group in groupby(settings(), key=lambda setting: setting.concern):
@@ -71,7 +64,7 @@ def configuration() -> str:
                 f"`{setting.flag}`",
                 ", ".join(f"`{name}`" for name in setting.environment),
                 _type_of(setting),
-                _default_of(setting),
+                f"`{setting.default_text}`" if setting.default_text else "",
                 _cell(setting.option.help),
             )
             for setting in group
@@ -82,7 +75,7 @@ def configuration() -> str:
 
 
 def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(full name, command) of every command that does something, depth first."""
+    """(full name, command) of every command that is not a group, depth first."""
     inner = getattr(command, "commands", None)
     if inner is None:
         yield path, command
@@ -113,7 +106,7 @@ def _command(path: str, command: Any) -> Iterator[str]:
         yield _table(("Option", "Meaning"), rows)
     if shared := [title for title in dict.fromkeys(panels) if title in settings_panels]:
         anchors = ", ".join(f"[{title}](configuration.md#{_anchor(title)})" for title in shared)
-        yield f"And the settings of: {anchors}."
+        yield f"Also accepts the settings of: {anchors}."
     if command.epilog:
         head, *lines = command.epilog.split("\n\n")
         yield f"{head}\n\n```sh\n" + "\n".join(lines) + "\n```"
@@ -129,9 +122,9 @@ def _anchor(title: str) -> str:
 
 
 def exit_codes() -> str:
-    """The table of exit codes, from the tree of errors and the words beside it."""
+    """The table of exit codes, from the classes and the docstring of `engine.errors`."""
     words = dict(re.findall(r"(\w+) {2,}(\w.*)", engine.errors.__doc__ or ""))
-    rows = [("0", "", "", "It worked."), ("130", "", "", "Interrupted by Ctrl-C.")]
+    rows = [("0", "", "", "Success."), ("130", "", "", "Interrupted by Ctrl-C.")]
     for name, cls in error_classes().items():
         kind = f"`{cls.error_type}` ({cls.status})"
         rows.append((str(cls.exit_code), f"`{name}`", kind, _cell(words.get(name, ""))))
@@ -140,27 +133,27 @@ def exit_codes() -> str:
 
 
 def cli() -> str:
-    """docs/cli.md, from the commands' own help."""
+    """docs/cli.md, from the help of the commands."""
     from lorax_cli.app import app
 
     parts = [
         "# Command line",
         NOTICE,
-        "Data goes to stdout; progress, warnings, errors and hints go to stderr. `--json` prints JSON for programs.",
+        "Data goes to stdout. Progress, warnings, errors and hints go to stderr. `--json` prints JSON.",
     ]
     for path, command in commands(typer.main.get_command(app), "lorax"):
         parts += _command(path, command)
     parts += [
         "## Exit codes",
-        "A command that fails prints `error: ...`, where there is a remedy `hint: ...`, and ends with the code of "
-        "the error. Where it checks several adapters, the code is that of the first that failed.",
+        "A command that fails prints `error: ...`, often `hint: ...` with a remedy, and exits with the code of the "
+        "error. For several adapters, the code is that of the first failure.",
         exit_codes(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def completion(shell: str) -> str:
-    """The script that asks `lorax` for completions in `shell`."""
+    """The completion script for `shell`."""
     program = "from lorax_cli.app import main; main()"
     environment = {**os.environ, "_LORAX_COMPLETE": f"source_{shell}"}
     done = subprocess.run(
@@ -174,7 +167,7 @@ def completion(shell: str) -> str:
 
 
 def generated(*what: str) -> dict[Path, Callable[[], str]]:
-    """File -> what makes its text, for `pages` and `completions`."""
+    """File -> function that generates its text, for `pages` and `completions`."""
     files: dict[Path, Callable[[], str]] = {}
     if "pages" in what:
         files[ROOT / "docs" / "configuration.md"] = configuration

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.bench.report import Measurement, Report, report_from
+from engine.bench.engine_report import EngineReport, Measurement, engine_report_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Figures:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def report(self, name: str) -> Report:
-        return report_from(self.json(name))
+    def report(self, name: str) -> EngineReport:
+        return engine_report_from(self.json(name))
 
     def json(self, name: str) -> dict[str, Any]:
         path = self.folder / f"{name}.json"

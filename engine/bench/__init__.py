@@ -1,6 +1,5 @@
-"""Benchmarks: of an engine in this process (`offline`), and of a running server over HTTP (`load`).
+"""Benchmarks: of engines in this process (`offline`), and of a running server over HTTP (`load`).
 
-What either is asked for is one dataclass (`workload.Workload`, `load.workload.Load`), what it found one report that
-goes to JSON and back (`report`), and `plot` draws either. Everything that a command needs before it measures imports
-no torch.
+The options of both are in `engine.bench_options`. The result of either is one report that goes to JSON and back
+(`engine_report`, `load.load_report`), and `plot` draws both. `load`, the reports and `plot` import no torch.
 """

@@ -1,7 +1,7 @@
-"""Random adapters, quickly: as images in a host region, and as PEFT folders.
+"""Random adapters: as images in a host region, and as PEFT folders.
 
-Values come from one pool of random numbers, read from another place for each adapter, so that all differ and none
-costs more than a copy.
+Values come from one pool of random numbers. Each adapter starts at another offset of the pool, so all adapters differ
+and making one costs a copy.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from engine.lora.weights import LoraWeights, Pair, Place, TensorMatrix
 from engine.messages import AdapterImageRef, aligned
 from engine.ops.layout import ALIGN, AdapterLayout
 
-SCALE = 0.5  # of every adapter; not 1, so that a forgotten scale would show
+SCALE = 0.5  # of every adapter; not 1, so that an ignored scale changes results
 DEVIATION = 0.02  # of every value of A and B
-POOL_VALUES = (1 << 23) + 61  # not a multiple of any row, so that no two rows are alike
-SHIFT = 8209  # values from one adapter's beginning in the pool to the next; a prime number
+POOL_VALUES = (1 << 23) + 61  # not a multiple of any row, so that no two rows are equal
+SHIFT = 8209  # offset in the pool from one adapter to the next; a prime number
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class Pool:
-    """Random numbers, none of them zero, as a ring."""
+    """A ring of random numbers without zeros."""
 
     def __init__(self, dtype: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ class Pool:
         self.values = values.to(getattr(torch, dtype))
 
     def pieces(self, number: int, count: int) -> Iterator[Tensor]:
-        """`count` values in pieces; another `number` gives others."""
+        """`count` values in pieces, from the offset of adapter `number`."""
         at = number * SHIFT % POOL_VALUES
         while count > 0:
             piece = self.values[at : at + count]
@@ -50,7 +50,7 @@ class Pool:
             at = 0
 
     def fill(self, out: Tensor, number: int) -> None:
-        """Writes values over all of `out` [n], of the pool's dtype."""
+        """Fills `out` [n], of the pool's dtype, with values."""
         done = 0
         for piece in self.pieces(number, len(out)):
             out[done : done + len(piece)].copy_(piece)
@@ -59,15 +59,15 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """What the images of one rank have in common."""
+    """The common parts of the images of one rank."""
 
     size: ImageSize
-    head: Tensor  # [data_start] uint8: records, and zeros
-    filling: Tensor | None  # [values] bool: what fills rows up; None: no row is filled up
+    head: Tensor  # [data_start] uint8: records and zeros
+    padding: Tensor | None  # [values] bool: padding of rows; None: rows have no padding
 
 
 def _ones(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> LoraWeights:
-    """An adapter of ones on `targets` (none: every linear of the layers) that takes no memory."""
+    """An adapter of ones, in views without memory. Empty `targets`: every linear of the layers."""
     pairs: dict[Place, Pair] = {}
     one = torch.ones(1, 1, dtype=getattr(torch, layout.dtype))
     for layer, number, group in layout.places():
@@ -80,25 +80,25 @@ def _ones(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> LoraWeigh
 
 
 def size_of(layout: AdapterLayout, rank: int, targets: Sequence[str] = ()) -> ImageSize:
-    """Of the image of an adapter of one rank."""
+    """Size of the image of an adapter of this rank."""
     return image_size(_ones(layout, rank, targets), layout)
 
 
 def check_targets(layout: AdapterLayout, targets: Sequence[str]) -> None:
-    """Raises ConfigError for a target that the model does not have."""
+    """Raises ConfigError for an unknown target."""
     known = {target.name for _, _, group in layout.places() for target in group.targets}
     if unknown := sorted(set(targets) - known):
         raise ConfigError(
-            f"--targets: the model has no {unknown[0]!r}",
+            f"--targets: the model has no module {unknown[0]!r}",
             field="targets",
-            hint=f"it has {', '.join(sorted(known))}",
+            hint=f"choose from {', '.join(sorted(known))}",
         )
 
 
 class Images:
-    """Adapters in a host region of their own: `adapters` of each mix of ranks.
+    """Adapters in their own host region: `adapters` of each mix of ranks.
 
-    `room` is the least size of the region, in bytes.
+    The region has at least `room` bytes.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Images:
 
     @property
     def arena_bytes(self) -> int:
-        """What all of them take in the arena together."""
+        """Bytes of all adapters in the arena."""
         return sum(aligned(ref.data_bytes) for mix in self.mixes for ref in mix)
 
 
@@ -164,20 +164,20 @@ def _template(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> _Temp
 
 
 def _write(template: _Template, out: Tensor, pool: Pool, number: int) -> None:
-    """One adapter's image: the template's structure, the pool's values."""
+    """Writes one adapter's image: the template's records, the pool's values."""
     start = template.size.data_start
     out[:start].copy_(template.head)
     data = out[start:].view(pool.values.dtype)
     pool.fill(data, number)
-    if template.filling is not None:
-        data.masked_fill_(template.filling, 0)
+    if template.padding is not None:
+        data.masked_fill_(template.padding, 0)
 
 
 # -- PEFT folders
 
 
 class Folders:
-    """Adapters of one rank as PEFT saves them. What takes time, the values, is written once for each `write`."""
+    """Adapters of one rank in PEFT's files. `write` writes the values; `link` shares them and takes no time."""
 
     def __init__(
         self, layout: AdapterLayout, rank: int, targets: Sequence[str] = (), seed: int = 0
@@ -208,10 +208,10 @@ class Folders:
         # safetensors: the header's length in 8 bytes, little-endian; the header; the tensors
         self._head = len(text).to_bytes(8, "little") + text
         self._config = {"peft_type": "LORA", "r": rank, "target_modules": sorted(names)}
-        self.num_bytes = end  # of an adapter's values
+        self.num_bytes = end  # of the values of an adapter
 
     def write(self, folder: Path, number: int) -> None:
-        """A folder with values of its own."""
+        """Writes a folder with its own values."""
         self._describe(folder, SCALE)
         count = self.num_bytes // self._pool.values.element_size()
         with (folder / "adapter_model.safetensors").open("wb") as file:
@@ -220,7 +220,7 @@ class Folders:
                 file.write(piece.view(torch.uint8).numpy().data)
 
     def link(self, folder: Path, written: Path, number: int) -> None:
-        """A folder that shares the values of another on disk. Its scale is its own, so it is another adapter."""
+        """Writes a folder that shares the values of `written` on disk. Its scale differs, so the adapter does."""
         self._describe(folder, SCALE * (1 + (number + 1) / 4096))
         os.link(written / "adapter_model.safetensors", folder / "adapter_model.safetensors")
 

@@ -1,4 +1,4 @@
-"""Adapters from files through the exchange: from a request to its first token, in an idle engine."""
+"""Loads adapters from files through the exchange and times them to the first token, on an idle engine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from engine.adapters.exchange import Exchange
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
 from engine.bench.adapters import Folders
-from engine.bench.report import Loaded
+from engine.bench.engine_report import Loaded
 from engine.bench.timing import wall
-from engine.bench.workload import Workload
+from engine.bench_options import Workload
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import AdapterImageRef, Request
 
-Ask = Callable[[AdapterImageRef], list[Request]]  # one request with an adapter, for one token
+OneToken = Callable[[AdapterImageRef], list[Request]]  # a request for one token with this adapter
 
 
 def load_files(
-    engine: Engine, config: EngineConfig, region: HostRegion, workload: Workload, ask: Ask
+    engine: Engine,
+    config: EngineConfig,
+    region: HostRegion,
+    workload: Workload,
+    one_token: OneToken,
 ) -> Loaded:
-    """Writes the workload's `files` adapters of its first rank and asks for one after the other.
+    """Writes `files` adapters of the workload's first rank and requests one after the other.
 
-    The exchange takes the whole region over: what lay there is lost.
+    The exchange overwrites the whole region.
     """
     with tempfile.TemporaryDirectory(prefix="lorax-bench-") as name:
         root = Path(name)
@@ -41,11 +45,11 @@ def load_files(
             config.adapters, adapter_root=(name,), adapter_id=None, preloaded_adapter_ids=()
         )
         config = replace(config, adapters=adapters)
-        return asyncio.run(_load(engine, config, region, workload.files, ask))
+        return asyncio.run(_load(engine, config, region, workload.files, one_token))
 
 
 async def _load(
-    engine: Engine, config: EngineConfig, region: HostRegion, number: int, ask: Ask
+    engine: Engine, config: EngineConfig, region: HostRegion, number: int, one_token: OneToken
 ) -> Loaded:
     exchange = Exchange(config, engine.layout, region)
     staged: list[float] = []
@@ -57,9 +61,9 @@ async def _load(
             start = time.perf_counter()
             with await exchange.acquire(AdapterRef((f"a{index}",), "local")) as lease:
                 staged.append(time.perf_counter() - start)
-                wall(engine, ask(lease.image))
+                wall(engine, one_token(lease.image))
                 first_token.append(time.perf_counter() - start)
-                warm.append(wall(engine, ask(lease.image)))
+                warm.append(wall(engine, one_token(lease.image)))
                 size = lease.image.data_bytes
     finally:
         await exchange.close()

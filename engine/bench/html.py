@@ -1,21 +1,28 @@
-"""A page with drawings in it: one file of well-formed XHTML and SVG, no script, nothing from elsewhere."""
+"""Draws a plot as one file of well-formed XHTML and SVG, without scripts and external resources."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from engine.bench.plot import Bars, Curves, Drawing, Point, Roofline
+from engine.bench.drawing import (
+    COLOURS,
+    LIMIT_COLOUR,
+    MODEL_COLOUR,
+    ROOF_AXIS,
+    STEP_COLOUR,
+    Bars,
+    Curves,
+    Drawing,
+    Roofline,
+    ticks,
+)
 
-WIDTH, LEFT, RIGHT = 900, 250, 110  # of a drawing, of the labels, of what stands behind a bar
+WIDTH = 900
+LEFT, RIGHT = 250, 110  # margins of the bars: labels and figures
 ROW = 34
 CURVE_HEIGHT, CURVE_LEFT = 260, 60
 ROOF_HEIGHT = 380
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#c44e52", "#937860", "#da8bc3", "#64b5cd")
-ROOF_AXIS = "operations a byte that must move; circles decode, squares prefill"
 STYLE = """
 body { font: 15px system-ui, sans-serif; max-width: 940px; margin: 2em auto; color: #222; }
 svg { font: 12px system-ui, sans-serif; width: 100%; height: auto; }
@@ -26,8 +33,6 @@ td { padding: 2px 12px 2px 0; vertical-align: top; }
 
 def page(drawing: Drawing) -> str:
     """The whole file."""
-    from engine.bench.plot import Bars, Roofline
-
     title = escape(drawing.title)
     parts = [
         "<!DOCTYPE html>",
@@ -69,24 +74,24 @@ def _line(points: list[tuple[float, float]], colour: str, width: float = 1.0) ->
 
 
 def _bars(figure: Bars) -> str:
-    """One row for each case: the step, in it the model alone, a stroke at the limit."""
+    """One row per case: the step, in it the model alone, and a line at the limit."""
     longest = max((max(bar.step_ms, bar.limit_ms) for bar in figure.bars), default=1.0)
     scale = (WIDTH - LEFT - RIGHT) / longest
     parts = [
-        _box(LEFT, 4, 12, 12, "#b8c7dc"),
+        _box(LEFT, 4, 12, 12, STEP_COLOUR),
         _text(LEFT + 18, 14, "step"),
-        _box(LEFT + 70, 4, 12, 12, "#4c72b0"),
+        _box(LEFT + 70, 4, 12, 12, MODEL_COLOUR),
         _text(LEFT + 88, 14, "model alone"),
-        _box(LEFT + 180, 4, 4, 12, "#c44e52"),
-        _text(LEFT + 190, 14, "limit by memory"),
+        _box(LEFT + 180, 4, 4, 12, LIMIT_COLOUR),
+        _text(LEFT + 190, 14, "memory limit"),
     ]
     for index, bar in enumerate(figure.bars):
         top = 26 + index * ROW
         parts += [
             _text(LEFT - 8, top + 17, bar.label, "end"),
-            _box(LEFT, top, bar.step_ms * scale, 26, "#b8c7dc"),
-            _box(LEFT, top + 7, (bar.forward_ms or 0.0) * scale, 12, "#4c72b0"),
-            _box(LEFT + bar.limit_ms * scale - 1.5, top - 2, 3, 30, "#c44e52"),
+            _box(LEFT, top, bar.step_ms * scale, 26, STEP_COLOUR),
+            _box(LEFT, top + 7, (bar.forward_ms or 0.0) * scale, 12, MODEL_COLOUR),
+            _box(LEFT + bar.limit_ms * scale - 1.5, top - 2, 3, 30, LIMIT_COLOUR),
             _text(
                 LEFT + max(bar.step_ms, bar.limit_ms) * scale + 6,
                 top + 17,
@@ -96,16 +101,8 @@ def _bars(figure: Bars) -> str:
     return _svg(26 + ROW * len(figure.bars), parts)
 
 
-def ticks(low: float, high: float) -> Iterator[float]:
-    """1, 2 and 5 times the powers of ten from `low` to `high`."""
-    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        for factor in (1, 2, 5):
-            if low <= (value := factor * 10.0**power) <= high:
-                yield value
-
-
 def _curves(figure: Curves) -> str:
-    """Cumulative distributions over a logarithmic axis."""
+    """Cumulative distributions on a logarithmic axis."""
     values = [value for curve in figure.curves.values() for value in curve if value > 0]
     low, high = min(values, default=1.0), max(values, default=10.0)
     if high < low * 1.01:
@@ -135,17 +132,9 @@ def _curves(figure: Curves) -> str:
     return _svg(CURVE_HEIGHT, parts)
 
 
-def by_case(figure: Roofline) -> dict[str, list[Point]]:
-    """A roofline's points by what they are labelled with."""
-    cases: dict[str, list[Point]] = {}
-    for point in figure.points:
-        cases.setdefault(point.label, []).append(point)
-    return cases
-
-
 def _roofline(figure: Roofline) -> str:
-    """The roof over two logarithmic axes, a circle for each decode step and a square for each prefill."""
-    cases = by_case(figure)
+    """The roof on two logarithmic axes, a circle per decode step and a square per prefill."""
+    cases = figure.cases
     corners = figure.corners
     left, right, low, high = corners[0][0], corners[-1][0], figure.floor, figure.ceiling
     width, height = WIDTH - CURVE_LEFT - 20, ROOF_HEIGHT - 60

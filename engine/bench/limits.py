@@ -1,4 +1,4 @@
-"""What the device can move and compute, and the memory that a workload needs."""
+"""The device's copy and compute rates, and the memory that a workload needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from engine.bench.workload import Workload
+from engine.bench_options import Workload
 from engine.config import AdapterConfig, EngineConfig
 from engine.errors import ConfigError
 from engine.runner.memory import ARENA_UNIT
@@ -18,12 +18,13 @@ from engine.runner.memory import ARENA_UNIT
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 TIMES = 8
-# Tokens for each request beside its own: the scheduler admits none that would have to be preempted soon.
-SPARE_TOKENS = 64
+SPARE_TOKENS = (
+    64  # extra room per request: the scheduler does not admit one that it would soon preempt
+)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read plus written, of the best of a few copies as large as memory allows, warmed up."""
+    """Bytes per second, read plus written: the best of a few large copies, after a warm-up."""
     size = COPY_BYTES[device.type]
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 3)
@@ -34,7 +35,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best of a few products of large square matrices, warmed up."""
+    """Operations per second: the best of a few products of large square matrices, after a warm-up."""
     size = PRODUCT_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = a @ b
@@ -42,7 +43,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """`copy_bandwidth` and `product_rate`; the device's memory is free again."""
+    """`copy_bandwidth` and `product_rate`. Frees the device's memory afterwards."""
     found = copy_bandwidth(device), product_rate(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -50,7 +51,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the best of a few times."""
+    """Seconds of the best of `TIMES` runs."""
     return min(_seconds(work, device) for _ in range(TIMES))
 
 
@@ -68,19 +69,19 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def needed_fraction(arena_bytes: int, budget: int) -> float:
-    """The least --adapter-memory-fraction with room for so many bytes of adapters, to four decimals."""
+    """The least --adapter-memory-fraction that holds `arena_bytes` of adapters, to four decimals."""
     units = -(-arena_bytes // ARENA_UNIT) + 1
     return math.ceil(units * ARENA_UNIT / budget * 10_000) / 10_000
 
 
 def chosen_fraction(config: EngineConfig, needed: float) -> float:
-    """What the user says; left at its default, what the workload needs."""
+    """The user's fraction; if it has the default value, what the workload needs."""
     given = config.adapters.adapter_memory_fraction
     if given != AdapterConfig().adapter_memory_fraction:
         return given
     if needed >= 1:
         raise ConfigError(
-            f"the adapters need {needed:.2f} of the memory budget",
+            f"the adapters need {needed:.0%} of the memory budget",
             field="adapters",
             hint="lower --adapters or --ranks, or raise --cpu-memory-gb or --cuda-memory-fraction",
         )
@@ -88,16 +89,16 @@ def chosen_fraction(config: EngineConfig, needed: float) -> float:
 
 
 def fitting(config: EngineConfig, workload: Workload, positions: int, long: bool) -> EngineConfig:
-    """`config` with room for the workload where it says nothing itself.
+    """`config` with room for the workload in the settings that are unset.
 
-    The model has `positions`; `long` asks for room for the one request of --long-context too.
+    `positions` is the model's limit. `long` adds room for the request of --long-context.
     """
     scheduler = config.scheduler
     each = workload.input_tokens + workload.output_tokens
     longest = max(each, workload.long_context) if long else each
     if longest > positions:
         raise ConfigError(
-            f"sequences of {longest} tokens are longer than the model's {positions} positions",
+            f"sequences of {longest} tokens exceed the model's limit of {positions}",
             field="long_context" if long else "output_tokens",
             hint="lower --input-tokens, --output-tokens or --long-context",
         )
@@ -113,7 +114,7 @@ def fitting(config: EngineConfig, workload: Workload, positions: int, long: bool
 
 
 def without_adapters(config: EngineConfig) -> EngineConfig:
-    """LoRA not enabled: no arena."""
+    """`config` with LoRA disabled: no arena."""
     adapters = dataclasses.replace(
         config.adapters, adapter_memory_fraction=0.0, max_active_adapters=1
     )

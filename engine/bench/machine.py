@@ -1,4 +1,4 @@
-"""Where and when a figure was measured: versions, device, date."""
+"""The conditions of a measurement: device, date, versions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import engine
 class Machine:
     device: str
     date: str  # ISO 8601, UTC
-    versions: dict[str, str]  # of lorax, python, torch, CUDA, the driver, the system
+    versions: dict[str, str]  # lorax, python, system, torch, cuda, driver
 
 
 def machine(device: str) -> Machine:
-    """This one. `device` is the name of what computes; torch's versions are told where torch was imported."""
+    """This machine. `device` is the name of the compute device. Versions of torch are there if torch was imported."""
     versions = {
         "lorax": engine.__version__,
         "python": platform.python_version(),
@@ -45,7 +45,7 @@ def _torch_versions() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Version of NVIDIA's kernel driver; empty if it cannot be found out."""
+    """Version of NVIDIA's kernel driver; empty if unknown."""
     about = Path("/proc/driver/nvidia/version")
     if about.exists() and (found := re.search(r"\s(\d+\.\d+[.\d]*)\s", about.read_text())):
         return found[1]

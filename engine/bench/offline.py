@@ -1,8 +1,8 @@
-"""The benchmark of engines in this process: decode steps, prefill and throughput, base and with adapters.
+"""The benchmark of engines in this process: decode steps, prefill and throughput, without and with adapters.
 
-Cases take turns: every round runs each of them once, on engines that all stay loaded. LoRA not enabled and the long
-context need engines of their own (no arena, and room for one long sequence). What a decode step must move is set beside
-what the device's memory delivers, measured by a copy before anything else is loaded.
+Every round runs each case once; all engines stay loaded. The base case and the long context have their own engines (no
+arena; room for one long sequence). The limit of a decode step follows from its bytes and the bandwidth of a copy, which
+is measured before an engine is loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 
 from engine.adapters.tiers import HostRegion
 from engine.bench.adapters import Images, size_of
+from engine.bench.cases import Case, assign, cases_of
+from engine.bench.engine_report import EngineReport, Loaded, Measurement, Placed
 from engine.bench.files import load_files
 from engine.bench.limits import (
     chosen_fraction,
@@ -29,11 +31,10 @@ from engine.bench.limits import (
     without_adapters,
 )
 from engine.bench.machine import machine
-from engine.bench.report import Loaded, Measurement, Placed, Report
 from engine.bench.shapes import write_model
 from engine.bench.timing import ended, forward_ms, step_ms, submit, wall
 from engine.bench.work import Model
-from engine.bench.workload import Case, Workload, assign, cases_of
+from engine.bench_options import Workload
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
@@ -46,8 +47,8 @@ WARM_UP_TOKENS = 4
 Tell = Callable[[str], None]
 
 
-def measure(config: EngineConfig, workload: Workload, tell: Tell = lambda _: None) -> Report:
-    """Runs all cases. Raises ConfigError or ModelError."""
+def measure(config: EngineConfig, workload: Workload, tell: Tell = lambda _: None) -> EngineReport:
+    """Runs all cases. `tell` receives lines of progress. Raises ConfigError or ModelError."""
     workload.check()
     torch.set_num_threads(config.memory.num_threads or torch.get_num_threads())
     with ExitStack() as stack:
@@ -61,18 +62,18 @@ def measure(config: EngineConfig, workload: Workload, tell: Tell = lambda _: Non
 
 def _shaped(config: EngineConfig, shape: str, folder: Path) -> EngineConfig:
     if config.model.model_id != ModelConfig().model_id:
-        raise ConfigError("give --shape or --model-id, not both", field="shape")
+        raise ConfigError("--shape and --model-id exclude each other", field="shape")
     model_id = str(write_model(folder / shape, shape))
     return replace(config, model=replace(config.model, model_id=model_id, load_format="dummy"))
 
 
 @dataclass(slots=True)
 class _Rounds:
-    """What was measured of one case; seconds."""
+    """The measurements of one case, one entry per round; seconds."""
 
     forward_ms: float | None = None
-    first_token: list[float] = field(default_factory=list)
-    all_tokens: list[float] = field(default_factory=list)
+    first_token: list[float] = field(default_factory=list)  # wall time of 1 token
+    all_tokens: list[float] = field(default_factory=list)  # wall time of all tokens
 
 
 class Bench:
@@ -101,18 +102,20 @@ class Bench:
                 self.regions.append(HostRegion.create(16 * IMAGE_ALIGN))
                 self._start(kind, without_adapters(room), self.regions[-1])
         if not self.engines:
-            raise ConfigError("--cases leaves nothing to measure", field="cases")
+            raise ConfigError(
+                "no case to measure: check --cases, --files and --long-context", field="cases"
+            )
 
     @property
     def _with_files(self) -> bool:
         return "files" in self.workload.cases and self.workload.files > 0
 
     def _start_lora(self, with_images: bool) -> None:
-        """The engine with an arena, and the adapters in its host region."""
+        """Starts the engine with an arena, with the adapters in its host region."""
         workload = self.workload
         one = size_of(self.layout, workload.ranks[0][0], workload.targets)
         num_files = workload.files if self._with_files else 0
-        self.tell("making adapters")
+        self.tell("making random adapters")
         started = time.perf_counter()
         self.images = Images(
             self.layout,
@@ -131,22 +134,22 @@ class Bench:
             adapters = replace(config.adapters, adapter_memory_fraction=fraction)
             config = replace(config, adapters=adapters)
         self.tell(
-            f"{self.images.arena_bytes / 1e9:.2f} GB of adapters made in {self.make_seconds:.1f} s; "
-            f"they need --adapter-memory-fraction {self.needed:.4f}, "
-            f"used {config.adapters.adapter_memory_fraction:.4f}"
+            f"made {self.images.arena_bytes / 1e6:.1f} MB of adapters in {self.make_seconds:.1f} s; "
+            f"--adapter-memory-fraction is {config.adapters.adapter_memory_fraction:.4f}, "
+            f"they need {self.needed:.4f}"
         )
         self.lora_config = config
         self._start("lora", config, self.images.region)
 
     def _start(self, name: str, config: EngineConfig, region: HostRegion) -> None:
-        self.tell(f"starting an engine: {name}")
+        self.tell(f"starting the engine {name!r}")
         try:
             self.engines[name] = Engine(config, region)
         except torch.OutOfMemoryError:
             raise ConfigError(
-                f"no memory is left for the engine {name!r} beside {', '.join(self.engines) or 'nothing'}",
+                f"not enough memory for the engine {name!r}; already loaded: {', '.join(self.engines) or 'none'}",
                 field="cases",
-                hint="measure them apart: --cases base, then --cases enabled,adapters,files",
+                hint="run twice: with --cases base, then with --cases enabled,adapters,files",
             ) from None
 
     def close(self) -> None:
@@ -159,14 +162,14 @@ class Bench:
 
     # -- measuring
 
-    def run(self) -> Report:
-        """Warms every case up, then measures them in turn."""
+    def run(self) -> EngineReport:
+        """Warms up every case, then runs the rounds."""
         placed = self._place()
         rounds = {case: _Rounds() for case in self.cases}
         batches = {case: self._batch(case) for case in self.cases}
         for case in self.cases:
             self.tell(f"warming up: {case.name}")
-            with self._beside(case):
+            with self._long_request(case):
                 self._wall(case, batches[case], WARM_UP_TOKENS)
                 wanted = self._requests(batches[case], self.workload.output_tokens)
                 rounds[case].forward_ms = forward_ms(self._engine(case), wanted)
@@ -174,7 +177,7 @@ class Bench:
         for number in range(self.workload.repeat):
             for case in self.cases:
                 self.tell(f"round {number + 1} of {self.workload.repeat}: {case.name}")
-                with self._beside(case):
+                with self._long_request(case):
                     rounds[case].first_token.append(self._wall(case, batches[case], 1))
                     wanted_tokens = self.workload.output_tokens
                     rounds[case].all_tokens.append(self._wall(case, batches[case], wanted_tokens))
@@ -187,7 +190,7 @@ class Bench:
         return self.engines[case.kind if case.kind in ("base", "long") else "lora"]
 
     def _batch(self, case: Case) -> list[AdapterImageRef | None]:
-        """The adapter of each request; of the long case, of those beside the long one."""
+        """The adapter of each request, without the long one of the long case."""
         batch = self.workload.batch
         if case.kind != "adapters":
             return [None] * (batch - (case.kind == "long"))
@@ -219,8 +222,8 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _beside(self, case: Case) -> ExitStack:
-        """While it is open, the long case's one request decodes; nothing for the others."""
+    def _long_request(self, case: Case) -> ExitStack:
+        """While open, the one request of the long case decodes. Empty for other cases."""
         stack = ExitStack()
         if case.kind == "long":
             engine = self._engine(case)
@@ -238,36 +241,36 @@ class Bench:
                 engine.cancel(request.id)
                 while engine.has_work:
                     engine.step()
-                assert lasted, "the long request lasts as long as those beside it"
+                assert lasted, "the long request outlasts the short ones"
 
             stack.callback(end)
         return stack
 
     def _long_lengths(self, engine: Engine) -> tuple[int, int]:
-        """(prompt, most new tokens): the context grows to about --long-context while the others run twice."""
+        """(prompt, new tokens): the context reaches about --long-context while the short requests run twice."""
         workload = self.workload
         chunks = -(-workload.batch * workload.input_tokens // engine.plan.max_step_tokens)
         steps = 2 * workload.output_tokens + 4 * (chunks + workload.batch) + WARM_UP_TOKENS
         if workload.long_context <= steps + 1:
             raise ConfigError(
-                f"--long-context {workload.long_context} is too short to last {steps} steps",
+                f"--long-context {workload.long_context} is too short: the case takes {steps} steps",
                 field="long_context",
-                hint="raise it, or lower --output-tokens",
+                hint="raise --long-context or lower --output-tokens",
             )
         return workload.long_context - steps, steps
 
     def _place(self) -> Placed | None:
-        """All adapters at once into an empty arena."""
+        """Copies all adapters at once into an empty arena."""
         if self.images is None or not (refs := [ref for mix in self.images.mixes for ref in mix]):
             return None
-        self.tell("placing all adapters")
+        self.tell("copying all adapters to the device")
         requests = [*self._requests(refs, 1, prompt=1)]
         seconds = wall(self.engines["lora"], requests, synchronize=self._synchronize)
         total = sum(ref.data_bytes for ref in refs)
         return Placed(len(refs), total, seconds, len(refs) / seconds, total / seconds)
 
     def _load(self) -> Loaded:
-        """Last of all: the exchange takes the host region over."""
+        """Comes last: the exchange overwrites the host region."""
         assert self.images is not None
         self.tell("loading adapters from files")
         engine, region = self.engines["lora"], self.images.region
@@ -279,7 +282,7 @@ class Bench:
             lambda ref: [*self._requests([ref], 1)],
         )
 
-    # -- what came of it
+    # -- the report
 
     def _report(
         self,
@@ -288,7 +291,7 @@ class Bench:
         steady: bool,
         placed: Placed | None,
         loaded: Loaded | None,
-    ) -> Report:
+    ) -> EngineReport:
         engine = next(iter(self.engines.values()))
         info = engine.info
         lora = self.engines.get("lora")
@@ -297,7 +300,7 @@ class Bench:
         for case in self.cases:
             first = measured[0].step_ms if measured else None
             measured.append(self._measurement(case, rounds[case], batches[case], steady, first))
-        return Report(
+        return EngineReport(
             machine=machine(info.device_name),
             workload=self.workload,
             model_id=f"{self.workload.shape}, random weights"

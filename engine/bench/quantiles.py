@@ -1,4 +1,4 @@
-"""Quantiles of times. Without numpy, so that a client of a server starts quickly."""
+"""Quantiles of times. Without numpy, so that `lorax bench --url` starts quickly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CURVE_POINTS = 101
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of the sorted values lie, between two of them by a straight line.
+    """The quantile of sorted values, with linear interpolation.
 
-    The same as numpy's default (Hyndman and Fan 1996, type 7).
+    Equals numpy's default (Hyndman and Fan 1996, type 7).
     """
     if not ordered:
-        raise ValueError("there is no quantile of nothing")
+        raise ValueError("no values")
     at = share * (len(ordered) - 1)
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)
@@ -24,7 +24,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Many times, in milliseconds. `curve` holds their quantiles from 0 to 1 in equal steps."""
+    """Statistics of times in milliseconds. `curve` holds quantiles from 0 to 1 in equal steps."""
 
     count: int
     mean: float
@@ -36,7 +36,7 @@ class Times:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Times | None:
-        """None of nothing."""
+        """None if there are no values."""
         ordered = sorted(1000 * value for value in seconds)
         if not ordered:
             return None

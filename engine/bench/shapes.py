@@ -1,8 +1,8 @@
-"""Model folders without weights: a config.json of a well-known shape and a tokenizer of as many tokens.
+"""Model folders without weights: a config.json in the shape of a known model, and a tokenizer of its vocabulary size.
 
-With `--load-format dummy` the engine makes the weights up, so anyone can reproduce a figure without a download. In
-the tokenizer every token is text: printable ASCII characters first, then made-up words, so that a prompt of N
-characters has N tokens and every generated token brings something to show.
+With `--load-format dummy` the engine uses random weights, so anyone can reproduce a figure without a download. Every
+token of the tokenizer is text: printable ASCII characters first, then invented words. A prompt of N characters has N
+tokens, and every generated token has text.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ _QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 def _shape(
     family: dict[str, Any],
+    *,
     layers: int,
     hidden: int,
-    wide: int,
-    heads: tuple[int, int],
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
     vocab: int,
     positions: int,
     **more: Any,
@@ -29,9 +31,9 @@ def _shape(
     return family | {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        "intermediate_size": wide,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "vocab_size": vocab,
         "max_position_embeddings": positions,
         "tie_word_embeddings": False,
@@ -41,22 +43,60 @@ def _shape(
     }
 
 
-# As in the config.json that the models' makers published; what random weights do not feel (rotary base, norm epsilon)
-# is left at the family's default.
+# As in the published config.json files. Values that do not matter for random weights (rotary base, norm epsilon) are
+# the family's defaults.
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": _shape(
-        _MISTRAL, 32, 4096, 14336, (32, 8), 32000, 32768, head_dim=128, sliding_window=None
+        _MISTRAL,
+        layers=32,
+        hidden=4096,
+        intermediate=14336,
+        heads=32,
+        kv_heads=8,
+        vocab=32000,
+        positions=32768,
+        head_dim=128,
+        sliding_window=None,
     ),
-    "llama-3-8b": _shape(_LLAMA, 32, 4096, 14336, (32, 8), 128256, 8192),
-    "qwen2.5-0.5b": _shape(_QWEN2, 24, 896, 4864, (14, 2), 151936, 32768, tie_word_embeddings=True),
-    "smollm2-135m": _shape(_LLAMA, 30, 576, 1536, (9, 3), 49152, 8192, tie_word_embeddings=True),
+    "llama-3-8b": _shape(
+        _LLAMA,
+        layers=32,
+        hidden=4096,
+        intermediate=14336,
+        heads=32,
+        kv_heads=8,
+        vocab=128256,
+        positions=8192,
+    ),
+    "qwen2.5-0.5b": _shape(
+        _QWEN2,
+        layers=24,
+        hidden=896,
+        intermediate=4864,
+        heads=14,
+        kv_heads=2,
+        vocab=151936,
+        positions=32768,
+        tie_word_embeddings=True,
+    ),
+    "smollm2-135m": _shape(
+        _LLAMA,
+        layers=30,
+        hidden=576,
+        intermediate=1536,
+        heads=9,
+        kv_heads=3,
+        vocab=49152,
+        positions=8192,
+        tie_word_embeddings=True,
+    ),
 }
 
 SPECIAL = ("<s>", "</s>", "<unk>")
 
 
 def write_model(folder: Path, shape: str, **changes: Any) -> Path:
-    """Writes config.json and the tokenizer of a shape; `changes` to the config make it smaller."""
+    """Writes config.json and the tokenizer of a shape. `changes` override entries of the config."""
     folder.mkdir(parents=True, exist_ok=True)
     config = SHAPES[shape] | changes
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -65,11 +105,11 @@ def write_model(folder: Path, shape: str, **changes: Any) -> Path:
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
-    """A tokenizer of `vocab` tokens: one for each ASCII character, and words that only a model says."""
+    """Writes a tokenizer of `vocab` tokens: the ASCII characters, then invented words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     ascii_bytes = [*range(ord("!"), ord("~") + 1), ord(" "), ord("\n"), ord("\t")]
-    # Byte-level names: a printable byte is itself, others are moved beyond the Latin alphabet.
+    # Byte-level names: a printable byte is its own name, other bytes are moved by 256.
     shown = [chr(byte) if byte > ord(" ") else chr(256 + byte) for byte in ascii_bytes]
     tokens = [*SPECIAL, *shown]
     tokens += [f"\u0120w{number}" for number in range(vocab - len(tokens))]

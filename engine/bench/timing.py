@@ -1,11 +1,13 @@
-"""How long things take: a batch from its first step to its last token, and the model alone within a step."""
+"""Times a batch from its first step to its last token, and the model alone within a step."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
+from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Protocol, Self
 
 import torch
@@ -15,7 +17,7 @@ from engine.messages import Request, Update
 
 
 class Steps(Protocol):
-    """What is asked of `engine.engine.Engine`."""
+    """The part of `engine.engine.Engine` that runs requests."""
 
     @property
     def has_work(self) -> bool: ...
@@ -24,7 +26,7 @@ class Steps(Protocol):
 
 
 def step_ms(all_tokens_s: float, first_token_s: float, tokens: int) -> float:
-    """The definition: (wall time of generating `tokens` - wall time of generating 1) / (tokens - 1)."""
+    """Time of a decode step: (wall time of `tokens` tokens - wall time of 1) / (tokens - 1)."""
     return (all_tokens_s - first_token_s) / (tokens - 1) * 1000
 
 
@@ -34,7 +36,7 @@ def wall(
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], None] = lambda: None,
 ) -> float:
-    """Seconds until all of these requests have ended. Others may run on beside them."""
+    """Seconds until all of these requests end. Other requests may continue to run."""
     open_ids = submit(engine, requests)
     synchronize()
     start = clock()
@@ -45,7 +47,7 @@ def wall(
 
 
 def submit(engine: Steps, requests: Iterable[Request]) -> set[str]:
-    """Hands them over; returns their ids."""
+    """Submits requests and returns their ids."""
     ids = set()
     for request in requests:
         engine.submit(request)
@@ -54,7 +56,7 @@ def submit(engine: Steps, requests: Iterable[Request]) -> set[str]:
 
 
 def ended(open_ids: set[str], updates: Iterable[Update]) -> bool:
-    """Takes the ids of requests that ended out of `open_ids`; were there any? Raises the error of one that failed."""
+    """Removes ended requests from `open_ids` and returns whether there were any. Raises the error of a failed one."""
     before = len(open_ids)
     for update in updates:
         if update.error is not None:
@@ -65,45 +67,42 @@ def ended(open_ids: set[str], updates: Iterable[Update]) -> bool:
 
 
 class ForwardTimer:
-    """Times the model within the steps of an engine, while open.
+    """Times the model within the steps of an engine, while the timer is open and `on`.
 
-    On a GPU by events around every replay of a graph, or around the model's call without graphs; on a CPU the call.
+    It replaces the runner's model, and its captured graphs if there are any, by timed ones. Times are from CUDA events
+    on a GPU, from the clock on a CPU.
     """
 
     def __init__(self, engine: Any) -> None:
         self._runner = engine.runner
         self._cuda: bool = engine.platform.is_cuda
-        self._model: Any = None
-        self._replay: Any = None
+        self._restore = ExitStack()
         self._steps: list[list[Any]] = []
         self.on = False
 
     def __enter__(self) -> Self:
-        self._model = self._runner.model
-        self._runner.model = self._around(self._model)
-        if self._cuda:
-            self._replay = torch.cuda.CUDAGraph.replay
-            torch.cuda.CUDAGraph.replay = self._around(  # type: ignore[method-assign]
-                self._replay
-            )
+        self._replace(self._runner, "model", self._timed(self._runner.model))
+        if (graphs := self._runner.graphs) is not None:
+            timed = {
+                key: replace(one, graph=SimpleNamespace(replay=self._timed(one.graph.replay)))
+                for key, one in graphs.captured.items()
+            }
+            self._replace(graphs, "captured", timed)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._runner.model = self._model
-        if self._cuda:
-            torch.cuda.CUDAGraph.replay = self._replay  # type: ignore[method-assign]
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        self._restore.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def __exit__(self, *failure: object) -> None:
+        self._restore.close()
 
     def step(self) -> None:
-        """A step begins."""
+        """Begins a step."""
         if self.on:
             self._steps.append([])
 
-    def _around(self, work: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*given: Any) -> Any:
             if not self.on:
                 return work(*given)
@@ -122,7 +121,7 @@ class ForwardTimer:
         return event
 
     def median_ms(self) -> float | None:
-        """Of the steps in which something was timed; None if there were none."""
+        """The median over the timed steps; None if there were none."""
         if self._cuda:
             torch.cuda.synchronize()
 
@@ -134,9 +133,9 @@ class ForwardTimer:
 
 
 def forward_ms(engine: Any, requests: Iterable[Request]) -> float | None:
-    """Median time of the model in the decode steps of the whole batch.
+    """Median time of the model in decode steps of the whole batch.
 
-    Raises ConfigError if the requests never all ran at the same time: a step of fewer is no measurement.
+    Raises ConfigError if the requests never all ran in one step.
     """
     ids = submit(engine, requests)
     waiting, open_ids = set(ids), set(ids)
@@ -153,8 +152,7 @@ def forward_ms(engine: Any, requests: Iterable[Request]) -> float | None:
         timer.on = False
     if not together:
         raise ConfigError(
-            f"{len(ids)} requests never ran together",
-            hint="raise --cpu-memory-gb or --cuda-memory-fraction, or lower --batch; "
-            "or raise --output-tokens",
+            f"the {len(ids)} requests never ran in one step",
+            hint="raise --cpu-memory-gb, --cuda-memory-fraction or --output-tokens, or lower --batch",
         )
     return timer.median_ms()

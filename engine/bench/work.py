@@ -1,9 +1,8 @@
-"""What a decode step and a prefill must compute and move at least: where they lie under the device's roofline
+"""The least computation and data movement of a decode step and of a prefill, for the roofline
 (Williams, Waterman and Patterson 2009).
 
-Bytes are those that cannot be avoided: of weights, of keys and values, of the distinct adapters. Operations are those
-of the matrix products and of attention, a multiply-add counted as two; norms, activations and sampling are not
-counted.
+Bytes are those of weights, keys and values, and distinct adapters. Operations are those of matrix products and
+attention; a multiply-add counts as two. Norms, activations and sampling are not counted.
 """
 
 from __future__ import annotations
@@ -13,26 +12,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from engine.bench.report import Work
+from engine.bench.engine_report import Work
 from engine.messages import AdapterImageRef
 from engine.models.spec import ModelSpec
 from engine.ops.layout import AdapterLayout
 from engine.runner.memory import MemoryPlan
 
-Adapters = Sequence[AdapterImageRef | None]  # of the requests of a batch
+BatchAdapters = Sequence[AdapterImageRef | None]  # the adapter of each request
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What the work depends on, of one engine."""
+    """The properties of an engine that determine its work."""
 
     spec: ModelSpec
     layout: AdapterLayout
     plan: MemoryPlan
     itemsize: int  # bytes of an element of activations, keys, values and adapters
 
-    def decode(self, contexts: Sequence[float], adapters: Adapters) -> Work:
-        """A step of one token for each sequence, of these mean contexts; `adapters` of some or all of them."""
+    def decode(self, contexts: Sequence[float], adapters: BatchAdapters) -> Work:
+        """A step of one token per sequence. `contexts`: mean context lengths; `adapters`: of some or all sequences."""
         attention = sum(self._layers(partial(min, context)) for context in contexts)
         per_token = 2 * (self._linears + self._head)
         return Work(
@@ -42,8 +41,8 @@ class Model:
             _distinct_bytes(adapters),
         )
 
-    def prefill(self, tokens: int, adapters: Adapters) -> Work:
-        """The prompts of a batch, of so many tokens each, up to the first token of each."""
+    def prefill(self, tokens: int, adapters: BatchAdapters) -> Work:
+        """The prompts of a batch, of `tokens` each, up to the first output tokens."""
         batch = len(adapters)
         seen = batch * self._layers(partial(_seen, tokens))
         steps = -(-batch * tokens // self.plan.max_step_tokens)
@@ -58,7 +57,7 @@ class Model:
 
     @property
     def _linears(self) -> int:
-        """Weights of the layers' linears."""
+        """Number of weights in the layers' linears."""
         groups = self.layout.groups
         return self.layout.num_layers * sum(
             group.in_features * sum(target.out_features for target in group.targets)
@@ -71,20 +70,20 @@ class Model:
 
     @property
     def _weights(self) -> int:
-        """Bytes of the weights that a step reads: all but the rows of the embedding that no token names."""
+        """Bytes of the weights that a step reads: all but an untied embedding, of which it reads a few rows."""
         spec = self.spec
         unread = 0 if spec.tied else spec.vocab * spec.hidden * self.itemsize
         return self.plan.weights - unread
 
     @property
     def _position_bytes(self) -> int:
-        """Key and value of one position in one layer."""
+        """Bytes of the key and value of one position in one layer."""
         attention = self.spec.attention
         return 2 * attention.kv_heads * attention.head_dim * self.itemsize
 
     @property
     def _attended(self) -> int:
-        """Operations of one query on one position in one layer: with the key, and with the value."""
+        """Operations of one query on one position in one layer, for the key and for the value."""
         return 4 * self.spec.attention.heads * self.spec.attention.head_dim
 
     def _layers(self, positions: Callable[[float], float]) -> float:
@@ -94,17 +93,17 @@ class Model:
             positions(attention.window(layer) or math.inf) for layer in range(self.spec.num_layers)
         )
 
-    def _delta(self, adapters: Adapters, tokens: int) -> int:
-        """Of the adapters: each element once for each token, padding of rows included."""
+    def _delta(self, adapters: BatchAdapters, tokens: int) -> int:
+        """Operations of the adapters: each element once per token, with the padding of rows."""
         total = sum(ref.data_bytes for ref in adapters if ref is not None)
         return 2 * tokens * total // self.itemsize
 
 
 def _seen(tokens: int, window: float) -> float:
-    """Positions that the queries of a prompt look at, the first at one."""
+    """Positions that the queries of a prompt attend to; the first query attends to one."""
     whole = min(tokens, window)
     return whole * (whole + 1) / 2 + (tokens - whole) * whole
 
 
-def _distinct_bytes(adapters: Adapters) -> int:
+def _distinct_bytes(adapters: BatchAdapters) -> int:
     return sum({ref.digest: ref.data_bytes for ref in adapters if ref is not None}.values())

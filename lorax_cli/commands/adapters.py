@@ -1,4 +1,4 @@
-"""`lorax adapters`: fetch adapters, and check them before they are served."""
+"""`lorax adapters`: download adapters, and check them before they are served."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from engine.ops.layout import AdapterLayout
 
 Progress = Callable[[int, int], None]
-Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # the source, and open files
+Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
 
 
 def finder(config: EngineConfig) -> Finder:
-    """Finds adapters by name as a server of this configuration would; downloads what is not there."""
+    """Finds adapters by name, as a server with this configuration does. Downloads missing files."""
     import asyncio
 
     from engine.adapters.ref import AdapterRef
@@ -38,7 +38,7 @@ def finder(config: EngineConfig) -> Finder:
     registry = Registry(sources, default)
 
     async def ask(ref: AdapterRef) -> Version:
-        assert ref.source is not None, "the registry asks one source at a time"
+        assert ref.source is not None, "the registry resolves with one source at a time"
         return sources[ref.source].resolve(ref, None)
 
     def find(name: str, progress: Progress) -> tuple[str, AdapterFiles]:
@@ -62,7 +62,7 @@ def bar(out: Output, name: str) -> Iterator[Progress]:
 def each(
     names: list[str], run: Callable[[str], dict[str, Any]], failures: list[AdapterError]
 ) -> list[dict[str, Any]]:
-    """`run` of every name. One that fails is told, kept in `failures`, and does not stop the others."""
+    """`run` for every name. A failure is printed and kept in `failures`; the other names still run."""
     rows = []
     for name in names:
         try:
@@ -104,7 +104,7 @@ def pulled_table(rows: list[dict[str, Any]]) -> Table:
 
 AdapterNames = Annotated[
     list[str],
-    typer.Argument(help="Adapters: a folder, or a name as in `adapter_id`.", show_default=False),
+    typer.Argument(help="Adapter: a folder, or a name as in `adapter_id`.", show_default=False),
 ]
 
 
@@ -115,9 +115,9 @@ def pull(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Download adapters, so that a server starts with them at hand.
+    """Download adapters before a server needs them.
 
-    Quiet prints their folders, one a line. The exit code is that of the first adapter that failed.
+    With --quiet, prints only the folders, one per line. If adapters fail, the exit code is that of the first failure.
     """
     out = Output.of(as_json, quiet)
     find = finder(config)
@@ -164,10 +164,10 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("adapter", "base", "ranks", "targets (layers)", "MiB", "verdict")
+    table = Table("adapter", "base model", "ranks", "targets (layers)", "MiB", "result")
     matches = {True: "same name", False: "other name", None: "unknown"}
     for row in rows:
-        verdict = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
+        result = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
         by_layers: dict[int, list[str]] = {}
         for name, num_layers in row.get("targets", {}).items():
             by_layers.setdefault(num_layers, []).append(name)
@@ -178,7 +178,7 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
             ", ".join(map(str, row.get("ranks", []))),
             targets,
             f"{row.get('bytes', 0) / MIB:.2f}",
-            verdict,
+            result,
         )
     return table
 
@@ -190,11 +190,11 @@ def validate(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Check that adapters can be served exactly with the base model of --model-id; its weights are not loaded.
+    """Check that adapters can be served with the base model of --model-id, without loading its weights.
 
-    Every problem is told with the module, the field and the remedy. The exit code is 0 if all can be served, else that
-    of the first problem, so a script can tell a missing adapter (11) from an incompatible one (13). If target_modules
-    and the tensors of the file differ, a hint says so; the server does not read target_modules.
+    Every problem is printed with the module, the field and the remedy. The exit code is 0 if all adapters can be
+    served, else that of the first problem: for example 11 if an adapter is missing, 13 if it is incompatible. A hint
+    is printed if target_modules and the tensors of the file differ. The server does not read target_modules.
     """
     from engine.adapters.sources import open_folder
     from engine.checkpoint import cache_folder
@@ -239,7 +239,7 @@ def validate(
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Fetch adapters and check them.", no_args_is_help=True)
+    group = typer.Typer(help="Download and check adapters.", no_args_is_help=True)
     group.command(
         epilog=examples(
             "lorax adapters pull user/adapter",

@@ -1,4 +1,4 @@
-"""`lorax bench`: an engine in this process, base against adapters; with --url, a running server over HTTP."""
+"""`lorax bench`: engines in this process, without and with adapters; with --url, a running server over HTTP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.bench.load.workload import Load
-from engine.bench.options import asks, fill
-from engine.bench.workload import Workload
+from engine.bench_options import Load, Workload, bench_options, fill
 from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError, LoraxError
-from lorax_cli.options import UrlOption, with_asks, with_config
+from lorax_cli.options import UrlOption, with_bench_options, with_config
 from lorax_cli.output import Output, QuietFlag, examples, warn
 
 Given = dict[str, str | list[str]]
@@ -21,15 +19,15 @@ Given = dict[str, str | list[str]]
 
 def check_given(given: Given, url: str | None) -> None:
     """Raises ConfigError for an option of the other way to measure."""
-    known = {name for name, _ in asks(Workload if url is None else Load)}
+    allowed = {name for name, _ in bench_options(Workload if url is None else Load)}
     for name in given:
-        if name not in known:
-            where = "needs --url" if url is None else "is for an engine in this process"
-            raise ConfigError(f"{flag_of(name)} {where}", field=name)
+        if name not in allowed:
+            problem = "needs --url" if url is None else "has no effect with --url"
+            raise ConfigError(f"{flag_of(name)} {problem}", field=name)
 
 
 def check_files(json_file: Path | None, plot: Path | None) -> None:
-    """Raises ConfigError for a file that could not be written, before anything is measured."""
+    """Raises ConfigError for a file that cannot be written, before the measurement starts."""
     if plot is not None:
         from engine.bench.plot import check_plot
 
@@ -39,7 +37,7 @@ def check_files(json_file: Path | None, plot: Path | None) -> None:
             continue
         folder = file.absolute().parent
         if not folder.is_dir():
-            raise ConfigError(f"--{field} {file}: there is no folder {folder}", field=field)
+            raise ConfigError(f"--{field} {file}: folder {folder} does not exist", field=field)
         if file.is_dir():
             raise ConfigError(f"--{field} {file}: is a folder", field=field)
 
@@ -53,7 +51,9 @@ def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any, 
 
     report = measure(config, workload, tell=lambda text: out.note(f"[dim]{text}[/dim]"))
     if not all(one.resident for one in report.measurements):
-        warn("adapters were placed anew while measuring; raise --adapter-memory-fraction")
+        warn(
+            "adapters were copied to the device during the measurement; raise --adapter-memory-fraction"
+        )
     return report, engine_table, engine_lines
 
 
@@ -61,7 +61,7 @@ def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tupl
     """(report, table, bare lines) of a running server."""
     import asyncio
 
-    from engine.bench.load.report import report_of
+    from engine.bench.load.load_report import report_of
     from engine.bench.load.run import drive
     from lorax_cli.bench_tables import load_lines, load_table
 
@@ -71,7 +71,7 @@ def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tupl
         drive(
             url,
             load,
-            None if source == "hub" else source,  # else wherever the server looks by default
+            None if source == "hub" else source,  # None: the server's default source
             tell=lambda text: out.note(f"[dim]{text}[/dim]"),
         )
     )
@@ -79,31 +79,32 @@ def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tupl
 
 
 @with_config("model", "adapters", "scheduler", "memory")
-@with_asks(("In this process", Workload), ("With --url", Load))
+@with_bench_options(("In this process", Workload), ("With --url", Load))
 def bench(
     config: EngineConfig,
     given: Given,
     url: Annotated[
         str | None,
-        UrlOption(help="Measure the server at this address, ours or any OpenAI-like."),
+        UrlOption(help="Measure the server at this address: LoRAX or any with OpenAI's API."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers to this file; - for stdout.")
+        Path | None, typer.Option("--json", help="Write all numbers to this file; - for stdout.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw them: a file that ends in .html or .png.")
+        Path | None, typer.Option(help="Write a plot to this file: .html or .png.")
     ] = None,
     quiet: QuietFlag = False,
 ) -> None:
-    """Measure engines in this process, without HTTP, or with --url a running server.
+    """Measure engines in this process without HTTP, or a running server with --url.
 
-    In this process, base and random adapters take turns. A step is (time of all tokens - time of 1) / (tokens - 1).
+    In this process, cases with and without random adapters run in turn. The time of a decode step is (time of all
+    tokens - time of 1 token) / (tokens - 1).
 
-    Its limit is what it must move (weights, KV cache, adapters) at the speed of a copy on this device.
+    The limit of a step is the time to read weights, KV cache and adapters at copy bandwidth.
 
-    With --url, requests arrive by themselves (--rate) or as others end (--concurrency).
+    With --url, requests arrive at random with a given rate (--rate), or a new one starts when one ends (--concurrency).
 
-    Streams that never end (--background) show what the others do to them.
+    Long-running streams (--background) measure how other requests affect running streams.
     """
     check_given(given, url)
     to_stdout = json_file is not None and str(json_file) == "-"
@@ -122,7 +123,7 @@ def bench(
 
         draw(report, plot)
     if url is not None and not report.completed:
-        raise LoraxError(f"none of {report.sent} requests was answered in full")
+        raise LoraxError(f"none of the {report.sent} requests completed")
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""`lorax demo`: a server on the demo model, one prompt to the base and to every adapter at once, side by side."""
+"""`lorax demo`: a server on the demo model, and one prompt to the base and every adapter, side by side."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from engine.messages import EngineInfo
 
 DEMO_FILE = DEMO_FOLDER / "demo.json"
-MIN_BOX = 38  # columns of the screen
+MIN_BOX = 38  # least width of a box, in columns
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt and who is asked."""
+    """One prompt for the base model or an adapter."""
 
     adapter: str | None  # None: the base model
     prompt: str
@@ -43,22 +43,22 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, and how fast."""
+    """The answer and its timing."""
 
     question: Question
     text: str
     num_tokens: int
-    first_s: float  # until the first token
+    first_s: float  # time to the first token
     total_s: float
 
     @property
     def tokens_per_s(self) -> float:
-        """From the question to the last token; a rate between tokens says nothing of answers of two."""
+        """From the question to the last token. Answers may have two tokens, too few for a rate between tokens."""
         return self.num_tokens / self.total_s
 
 
 async def ask(client: Client, question: Question, max_new_tokens: int) -> Answer:
-    """One question, streamed."""
+    """Sends one question and collects its stream."""
     parameters: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if question.adapter:
         parameters["adapter_id"] = question.adapter
@@ -75,18 +75,18 @@ async def ask(client: Client, question: Question, max_new_tokens: int) -> Answer
 
 
 def read_demo(file: Path = DEMO_FILE) -> dict[str, Any]:
-    """What the demo model has: `base`, `adapters` by name, and a `prompt` for all. Raises ModelError."""
+    """The description of the demo: `base`, `adapters` by name, and a `prompt` for all. Raises ModelError."""
     try:
         demo: dict[str, Any] = json.loads(file.read_text())
     except OSError:
         raise ModelError(
-            "the demo model is not installed", hint="in a checkout: make demo-model"
+            "the demo model is not installed", hint="in a checkout, run: make demo-model"
         ) from None
     return demo
 
 
 def questions_of(demo: dict[str, Any], prompt: str | None) -> list[Question]:
-    """One prompt to the base and to every adapter."""
+    """The prompt for the base and for every adapter."""
     prompt = prompt or str(demo["prompt"])
     asked = [Question(None, prompt, demo["base"].get("description", ""))]
     for name, adapter in demo["adapters"].items():
@@ -95,7 +95,7 @@ def questions_of(demo: dict[str, Any], prompt: str | None) -> list[Question]:
 
 
 def side_by_side(answers: Sequence[Answer], width: int) -> RenderableType:
-    """The prompt, and below it one box for each model, as many beside each other as `width` has room for."""
+    """The prompt, then one box per model, as many in a row as fit into `width`."""
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel
@@ -117,11 +117,11 @@ def side_by_side(answers: Sequence[Answer], width: int) -> RenderableType:
 
 
 def program() -> str:
-    """How to call `lorax` from another terminal: by name, or by its path if no shell would find it."""
-    beside = Path(sys.executable).with_name("lorax")
-    if shutil.which("lorax") or not beside.exists():
+    """The `lorax` to run in another terminal: its name, or its path if it is not on PATH."""
+    script = Path(sys.executable).with_name("lorax")
+    if shutil.which("lorax") or not script.exists():
         return "lorax"
-    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def next_steps(address: str, adapter: str, prompt: str) -> list[str]:
@@ -140,15 +140,15 @@ def next_steps(address: str, adapter: str, prompt: str) -> list[str]:
 def demo(
     config: EngineConfig,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask; unset: the demo's own prompt.")
+        str | None, typer.Option(help="Prompt to send. Unset: the prompt of the demo.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of each answer.")] = 64,
     once: Annotated[bool, typer.Option("--once", help="Exit after the answers.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Serve the demo model, and ask the base and every adapter at once over HTTP.
+    """Serve the demo model, and send one prompt to the base and every adapter at once over HTTP.
 
-    Everything ships with the code: nothing is downloaded and no GPU is needed. It goes on serving until Ctrl-C.
+    The model ships with the code: no download, no GPU. The server runs until Ctrl-C.
     """
     import asyncio
 
@@ -156,8 +156,8 @@ def demo(
     from lorax_cli.serving import serve_while
 
     out = Output.of(as_json)
-    known = read_demo()
-    questions = questions_of(known, prompt)
+    content = read_demo()
+    questions = questions_of(content, prompt)
     config = dataclasses.replace(config, model=ModelConfig(), adapters=AdapterConfig())
 
     async def show(address: str) -> bool:
@@ -170,8 +170,8 @@ def demo(
         )
         if once:
             return False
-        name = next(iter(known["adapters"]))
-        commands = next_steps(address, name, known["adapters"][name]["prompt"])
+        name = next(iter(content["adapters"]))
+        commands = next_steps(address, name, content["adapters"][name]["prompt"])
         out.note("\nServing until Ctrl-C. In another terminal:")
         for command in commands:
             out.line(f"\n  {command}")

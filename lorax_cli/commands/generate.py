@@ -1,4 +1,4 @@
-"""`lorax generate`: one prompt, in this process or at a server."""
+"""`lorax generate`: one prompt, in this process or on a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, warn
 async def stream_answer(
     client: Client, prompt: str, parameters: dict[str, Any], out: Output
 ) -> None:
-    """Prints the answer as it comes, then what it cost."""
+    """Prints the answer as it arrives, then its timing."""
     start = time.perf_counter()
     first: float | None = None
     text, details, num_tokens = "", {}, 0
@@ -46,47 +46,49 @@ async def stream_answer(
 
 
 def parameters_of(config: EngineConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The `parameters` of a request: what was given, and the adapter."""
+    """The `parameters` of a request: the given ones, and the adapter."""
     parameters = {name: value for name, value in given.items() if value is not None and value != []}
     parameters["do_sample"] = any(given.get(name) for name in ("temperature", "top_p", "top_k"))
     if config.adapters.adapter_id:
         parameters["adapter_id"] = config.adapters.adapter_id
-        if config.adapters.adapter_source != "hub":  # else wherever the server looks by default
+        if config.adapters.adapter_source != "hub":  # else the server's default source applies
             parameters["adapter_source"] = config.adapters.adapter_source
     return parameters
 
 
 @with_config("model", "adapters", "scheduler", "memory")
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
     config: EngineConfig,
     url: Annotated[
         str | None,
-        UrlOption(help="Ask the server at this address instead of starting an engine here."),
+        UrlOption(help="Use the server at this address. Unset: start an engine in this process."),
     ] = None,
     api_token: Annotated[
-        str | None, typer.Option(help="Token for a private adapter, sent to the server of --url.")
+        str | None,
+        typer.Option(help="Token for private adapters, sent to the server of --url."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate.")] = 64,
     temperature: Annotated[
-        float | None, typer.Option(help="Sample at this temperature; unset: greedy.")
+        float | None, typer.Option(help="Sampling temperature. Higher: more random. Unset: greedy.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens of this total.")
+        float | None,
+        typer.Option(help="Keep the most likely tokens up to this total probability."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Sample from this many likeliest tokens.")
+        int | None, typer.Option(help="Keep this number of most likely tokens.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Stop after this text; repeat for more.")
+        list[str] | None, typer.Option(help="Stop after this text. Repeat for more.")
     ] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Generate text from one prompt, with or without an adapter.
 
-    Without --url the model runs inside this command; nothing listens, and nothing stays behind.
+    Without --url, the model runs inside this command. No port is opened and no process remains.
     """
     out = Output.of(as_json, quiet)
     given: dict[str, Any] = {
@@ -99,7 +101,7 @@ def generate(
     }
     parameters = parameters_of(config, given)
     if url and (unused := changed(config, "model", "scheduler", "memory")):
-        warn(f"{', '.join(unused)}: the server of --url has its own")
+        warn(f"{', '.join(unused)}: ignored, because --url uses the server's settings")
 
     async def ask() -> None:
         opened: AbstractAsyncContextManager[Client]

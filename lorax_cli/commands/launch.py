@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from engine.config import GIB, EngineConfig
+from engine.config import GIB, MIB, EngineConfig
 from lorax_cli.options import LaunchCommand, with_config
 from lorax_cli.output import Output, examples
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 
 def memory_table(info: EngineInfo) -> Table:
-    """Where the memory goes."""
+    """The memory plan."""
     from rich.table import Table
 
-    table = Table("Memory", "GiB")
+    table = Table("memory", "size")
     table.columns[1].justify = "right"
     for what, num_bytes in info.memory_plan:
-        table.add_row(what, f"{num_bytes / GIB:.3f}")
+        big = num_bytes >= GIB
+        table.add_row(what, f"{num_bytes / GIB:.3f} GiB" if big else f"{num_bytes / MIB:.1f} MiB")
     return table
 
 
 def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
-    """What was started, on stderr: the memory plan, the backends, where adapters may come from."""
+    """Prints on stderr the model, the memory plan, the backends and the folders of local adapters."""
     held = info.dtype if info.quantize is None else f"{info.dtype}, linears {info.quantize}"
     out.note(f"{info.model_id} on {info.device_name} ({held})")
     out.note(memory_table(info))
@@ -44,7 +45,7 @@ def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
 def launch(config: EngineConfig) -> None:
     """Serve a base model and its adapters over HTTP.
 
-    Requests name their adapter by `adapter_id` or, on the OpenAI routes, by `model`; it is fetched on first use.
+    A request selects its adapter with `adapter_id`, or with `model` on the OpenAI routes. Adapters load on first use.
     """
     from lorax_cli.serving import serve
 

@@ -112,7 +112,7 @@ def test_folders(tmp_path: Path) -> None:
 def test_unknown_target(tmp_path: Path) -> None:
     layout = layout_of(tmp_path, "llama", "float32")
     for make in (lambda: Images(layout, ((4,),), 1, ("x",)), lambda: Folders(layout, 4, ("x",))):
-        with pytest.raises(ConfigError, match="no 'x'"):
+        with pytest.raises(ConfigError, match="no module 'x'"):
             make()
 
 

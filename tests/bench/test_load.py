@@ -1,4 +1,4 @@
-"""The load on a server: what is sent, what is counted, and what comes of it."""
+"""The load on a server: what is sent, what is counted, and the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from engine.bench.load.client import Counter, Record, Server, body_of
-from engine.bench.load.report import (
+from engine.bench.load.load_report import (
     LoadReport,
     cold_spans,
     load_report_from,
@@ -25,8 +25,8 @@ from engine.bench.load.report import (
     touches,
 )
 from engine.bench.load.run import BACKGROUND_TOKENS, Outcome, drive
-from engine.bench.load.workload import Asked, Load
-from engine.bench.options import Span
+from engine.bench.load.traffic import LoadRequest
+from engine.bench_options import Load, Span
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig
 from engine.errors import EngineDead, LoraxError
 from engine.server.front import FRONT
@@ -40,7 +40,7 @@ def quiet(text: str) -> None:
 
 
 class OpenAILike:
-    """`/v1/completions` of no server in particular: tokens at fixed times, several in one event if told so."""
+    """`/v1/completions` of any server: tokens at fixed times, `in_one_event` at once."""
 
     def __init__(self, gap: float = 0.0, in_one_event: int = 1, cold: float = 0.0) -> None:
         self.gap, self.in_one_event, self.cold = gap, in_one_event, cold
@@ -160,9 +160,9 @@ async def test_timeout() -> None:
 
 
 async def test_nobody_answers() -> None:
-    with pytest.raises(EngineDead, match="no server answers"):
+    with pytest.raises(EngineDead, match="no server responds"):
         await drive("http://127.0.0.1:9", QUICK, None, quiet)
-    with pytest.raises(EngineDead, match="not an address"):
+    with pytest.raises(EngineDead, match="not a valid URL"):
         await drive("nonsense", QUICK, None, quiet)
 
 
@@ -187,7 +187,7 @@ async def test_duration() -> None:
 
 
 async def test_background_inside_and_outside_of_loads() -> None:
-    """Endless streams of a token each 10 ms; every second request is cold for 0.2 s."""
+    """Background streams with a token every 10 ms; every second request is cold for 0.2 s."""
     server = OpenAILike(gap=0.01, cold=0.2)
     load = Load(
         concurrency=1,
@@ -205,10 +205,10 @@ async def test_background_inside_and_outside_of_loads() -> None:
     assert report.ttft_cold is not None and report.ttft_cold.count == 2
     assert report.ttft_cold.p50 > 200
     assert report.ttft_warm is not None and report.ttft_warm.p50 < 200
-    beside = report.background
-    assert beside is not None and beside.streams == 3 and beside.restarts > 0
-    assert 0.35 < beside.inside_s < report.seconds
-    for times in (beside.alone, beside.outside, beside.inside):
+    background = report.background
+    assert background is not None and background.streams == 3 and background.restarts > 0
+    assert 0.35 < background.inside_s < report.seconds
+    for times in (background.alone, background.outside, background.inside):
         assert times is not None and times.count > 10 and times.p50 > 9
     assert load_report_from(json.loads(json.dumps(report.to_json()))) == report
 
@@ -235,7 +235,7 @@ def test_counter_of_native_streams() -> None:
 
 def test_native_prompts_have_about_as_many_tokens() -> None:
     server = Server("http://x", "native", "base", 100, "local", tokens_per_word=2.0)
-    body = body_of(server, Asked("a", False, 128, 9, 0.0), random.Random(0))
+    body = body_of(server, LoadRequest("a", False, 128, 9, 0.0), random.Random(0))
     assert len(body["inputs"].split()) == 64
     assert body["parameters"] == {
         "max_new_tokens": 9,
@@ -243,7 +243,7 @@ def test_native_prompts_have_about_as_many_tokens() -> None:
         "adapter_id": "a",
         "adapter_source": "local",
     }
-    base = body_of(server, Asked(None, False, 128, 9, 0.0), random.Random(0))
+    base = body_of(server, LoadRequest(None, False, 128, 9, 0.0), random.Random(0))
     assert "adapter_id" not in base["parameters"]
 
 
@@ -269,9 +269,9 @@ def test_touches_as_told_one_by_one(seed: int) -> None:
 
 
 def record(due: float, times: list[float], end: float, cold: bool = False, **more: Any) -> Record:
-    asked = Asked("a", cold, 1, len(times), 0.0)
+    request = LoadRequest("a", cold, 1, len(times), 0.0)
     given = {"counted": True, "tokens": len(times), **more}
-    return Record(asked, due, times=array("d", times), end=end, **given)
+    return Record(request, due, times=array("d", times), end=end, **given)
 
 
 def test_report_by_hand() -> None:
@@ -284,7 +284,14 @@ def test_report_by_hand() -> None:
         record(8.0, [], 8.5, counted=False, error="500", reason="the second"),
     ]
     background = [record(5.0, [6.0, 6.5, 10.5, 11.25, 11.5, 13.25, 14.0], 14.0)]
-    outcome = Outcome(server, records, background, (5.5, 7.0), (10.0, 14.0), array("d", [0.001]))
+    outcome = Outcome(
+        server=server,
+        records=records,
+        background=background,
+        alone=(5.5, 7.0),
+        window=(10.0, 14.0),
+        lag=array("d", [0.001]),
+    )
     report = report_of(outcome, Load(background=1))
     assert (report.sent, report.completed, report.errors) == (3, 2, {"500": 2})
     assert report.reasons == {"500": "the first"}
@@ -296,13 +303,13 @@ def test_report_by_hand() -> None:
     assert report.tokens_per_s == pytest.approx((1 + 3 + 4) / 4)
     assert report.requests_per_s == pytest.approx(3 / 4)
     assert cold_spans(records) == [(11.0, 12.0), (13.0, 13.5)]
-    beside = report.background
-    assert beside is not None and beside.inside_s == pytest.approx(1.5)
-    assert beside.tokens_per_s == pytest.approx(5 / 4)
-    assert beside.alone is not None and beside.alone.count == 1 and beside.alone.max == 500
+    gaps = report.background
+    assert gaps is not None and gaps.inside_s == pytest.approx(1.5)
+    assert gaps.tokens_per_s == pytest.approx(5 / 4)
+    assert gaps.alone is not None and gaps.alone.count == 1 and gaps.alone.max == 500
     # the gaps that end in the window: 4 s, then 0.75, 0.25 and 1.75 that touch a load, then 0.75 that does
-    assert beside.outside is not None and beside.outside.count == 1 and beside.outside.max == 4000
-    assert beside.inside is not None and beside.inside.count == 4 and beside.inside.max == 1750
+    assert gaps.outside is not None and gaps.outside.count == 1 and gaps.outside.max == 4000
+    assert gaps.inside is not None and gaps.inside.count == 4 and gaps.inside.max == 1750
 
 
 # -- our own server
@@ -340,13 +347,13 @@ async def test_our_own_server(api: str) -> None:
     assert report.background is not None and report.background.tokens_per_s > 0
 
 
-async def test_endless_streams_fit_into_the_servers_room() -> None:
+async def test_background_streams_respect_the_servers_limit() -> None:
     load = replace(QUICK, background=2)
     async with opened(DEMO, local=True) as app, TestServer(app) as server:
-        room = app[FRONT].backend.info.max_total_tokens
+        limit = app[FRONT].backend.info.max_total_tokens
         outcome = await drive(str(server.make_url("/")), load, None, quiet)
     assert report_of(outcome, load).errors == {}
-    assert room < BACKGROUND_TOKENS
+    assert limit < BACKGROUND_TOKENS
     for one in outcome.background:  # the first ones are cut short, to a half at most
-        whole = one.asked.input_tokens + one.asked.output_tokens
-        assert room // 2 <= whole <= room
+        whole = one.request.input_tokens + one.request.output_tokens
+        assert limit // 2 <= whole <= limit

@@ -1,4 +1,4 @@
-"""The engines of a benchmark, for real: what the timer sees on each device, and what it leaves as it was."""
+"""Benchmarks of real engines: what the timer measures on each device, and that it restores the engine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.bench.engine_report import EngineReport
 from engine.bench.limits import copy_bandwidth, fitting, needed_fraction, product_rate
 from engine.bench.offline import measure
-from engine.bench.report import Report
-from engine.bench.workload import Workload
+from engine.bench_options import Workload
 from engine.config import (
     AdapterConfig,
     EngineConfig,
@@ -28,7 +28,7 @@ WORKLOAD = Workload(
 )
 
 
-def report_of(folder: Path, workload: Workload, eager: bool = False) -> Report:
+def report_of(folder: Path, workload: Workload, eager: bool = False) -> EngineReport:
     make_model("llama", folder)
     config = EngineConfig(
         model=ModelConfig(model_id=str(folder), dtype="float32"),
@@ -45,14 +45,14 @@ def test_only_files(tmp_path: Path) -> None:
     assert report.adapter_memory_fraction == report.needed_memory_fraction > 0
 
 
-def test_requests_that_do_not_fit_together_are_told(tmp_path: Path) -> None:
+def test_requests_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     config = EngineConfig(
         model=ModelConfig(model_id=str(tmp_path), dtype="float32"),
         scheduler=SchedulerConfig(max_batch_total_tokens=320),
         memory=MemoryConfig(cpu_memory_gb=0.1),
     )
-    with pytest.raises(ConfigError, match="never ran together"):
+    with pytest.raises(ConfigError, match="never ran in one step"):
         measure(config, Workload(batch=8, input_tokens=60, output_tokens=40, cases=("base",)))
 
 
@@ -79,7 +79,7 @@ def test_room_for_a_long_context() -> None:
 
 
 def test_what_a_cpu_moves_and_computes() -> None:
-    """More than the slowest of today."""
+    """More than a slow processor."""
     device = torch.device("cpu")
     assert copy_bandwidth(device) > 1e8
     assert product_rate(device, torch.float32) > 1e8
@@ -88,7 +88,7 @@ def test_what_a_cpu_moves_and_computes() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("eager", [False, True])
 def test_on_a_gpu(tmp_path: Path, eager: bool) -> None:
-    """The model is timed within its steps, with graphs and without, and torch's own replay is put back."""
+    """The model is timed within its steps, with graphs and without; torch itself is not changed."""
     replay = torch.cuda.CUDAGraph.replay
     report = report_of(tmp_path, WORKLOAD, eager)
     assert torch.cuda.CUDAGraph.replay is replay

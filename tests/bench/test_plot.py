@@ -1,4 +1,4 @@
-"""Pictures: well-formed pages that need nothing else, PNG files that open, and whatever the numbers are."""
+"""Plots: well-formed pages without external resources, PNG files that open, and odd numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.bench.html import ticks
-from engine.bench.load.report import Background, LoadReport
-from engine.bench.load.workload import Load
+from engine.bench.drawing import Bars, Roofline, ticks
+from engine.bench.engine_report import (
+    EngineReport,
+    Loaded,
+    Measurement,
+    Placed,
+    Work,
+    engine_report_from,
+)
+from engine.bench.load.load_report import Background, LoadReport
 from engine.bench.machine import Machine, machine
-from engine.bench.plot import Bars, Roofline, check_plot, draw, drawing_of
+from engine.bench.plot import check_plot, draw, drawing_of
 from engine.bench.quantiles import Times
-from engine.bench.report import Loaded, Measurement, Placed, Report, Work, report_from
-from engine.bench.workload import Workload
+from engine.bench_options import Load, Workload
 from engine.errors import ConfigError
 
 MACHINE = Machine("a <card> & more", "2026-01-02T03:04:05+00:00", {"torch": "2.11.0"})
@@ -29,19 +35,30 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def measurement(case: str, step: float, limit: float, forward: float | None) -> Measurement:
     return Measurement(
-        *(case, 1, step, (step, step), forward, 100.0, 1000.0, 20 * step),
-        *(Work(10**12, 10**10, 10**9, 10**8), Work(10**14, 10**10, 10**9, 10**8)),
-        *(limit, limit / step, 1.0, True),
+        case=case,
+        adapters=1,
+        step_ms=step,
+        rounds_ms=(step, step),
+        forward_ms=forward,
+        tokens_per_s=100.0,
+        prefill_tokens_per_s=1000.0,
+        prefill_ms=20 * step,
+        decode=Work(10**12, 10**10, 10**9, 10**8),
+        prefill=Work(10**14, 10**10, 10**9, 10**8),
+        limit_ms=limit,
+        share=limit / step,
+        ratio=1.0,
+        resident=True,
     )
 
 
-def engine_report() -> Report:
+def engine_report() -> EngineReport:
     cases = [
         measurement("base", 7.0, 5.4, 6.5),
         measurement('64 "distinct" <&>', 10.0, 7.2, None),
         measurement("noise", 1.0, 2.0, 0.5),
     ]
-    return Report(
+    return EngineReport(
         machine=MACHINE,
         workload=Workload(ranks=((16,), (8, 64))),
         model_id="mistral-7b",
@@ -55,7 +72,14 @@ def engine_report() -> Report:
         make_seconds=1.0,
         measurements=cases,
         placed=Placed(8, 100, 2.0, 4.0, 50.0),
-        loaded=Loaded(4, 84, 20.0, 5.0, 10.0, 8400.0),
+        loaded=Loaded(
+            adapters=4,
+            bytes_each=84,
+            first_token_ms=20.0,
+            warm_first_token_ms=5.0,
+            staged_ms=10.0,
+            bytes_per_s=8400.0,
+        ),
     )
 
 
@@ -84,7 +108,15 @@ def load_report(**changes: object) -> LoadReport:
         ttft_cold=times(20, 300),
         itl=times(0, 0, 7, 7.5, 8, 60),
         latency=times(100, 100),
-        background=Background(2, 1, 5.0, times(7), None, times(7, 9), 1.0),
+        background=Background(
+            streams=2,
+            restarts=1,
+            tokens_per_s=5.0,
+            alone=times(7),
+            outside=None,
+            inside=times(7, 9),
+            inside_s=1.0,
+        ),
         client_lag=times(0.1),
         client_cpu=0.2,
     )
@@ -192,7 +224,7 @@ def test_png_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_other_endings() -> None:
-    with pytest.raises(ConfigError, match="neither"):
+    with pytest.raises(ConfigError, match="unknown file type"):
         check_plot(Path("a.pdf"))
 
 
@@ -209,7 +241,7 @@ def test_ticks() -> None:
 
 def test_report_goes_to_json_and_back() -> None:
     report = engine_report()
-    assert report_from(json.loads(json.dumps(report.to_json()))) == report
+    assert engine_report_from(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_machine_tells_versions() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.bench.timing import forward_ms, step_ms, wall
+from engine.bench.timing import ForwardTimer, forward_ms, step_ms, wall
 from engine.errors import ConfigError, GenerationError
 from engine.messages import Request, SamplingParams, TokenOutput, Update
 
@@ -84,8 +84,20 @@ def test_a_failed_request_is_raised() -> None:
 
 
 @dataclass
+class FakeGraph:
+    """A captured graph, and how often it ran."""
+
+    graph: Any
+    runs: int = 0
+
+    def replay(self) -> None:
+        self.runs += 1
+
+
+@dataclass
 class FakeRunner:
     model: Any
+    graphs: Any = None
 
 
 def with_runner(engine: FakeEngine, calls: list[int]) -> Any:
@@ -115,6 +127,32 @@ def test_the_model_is_timed_in_steps_of_the_whole_batch_and_left_as_it_was() -> 
     assert calls == [3] * 5
 
 
+def test_replays_of_graphs_are_timed_and_the_graphs_are_restored() -> None:
+    engine = with_runner(FakeEngine(), [])
+    graph = FakeGraph(None)
+    captured = {"shape": FakeGraph(graph)}
+    engine.runner.graphs = SimpleNamespace(captured=captured)
+    plain, seen = engine.step, []
+
+    def step() -> list[Update]:
+        one = engine.runner.graphs.captured["shape"]
+        seen.append(one.graph is graph)
+        one.graph.replay()
+        return plain()  # type: ignore[no-any-return]
+
+    engine.step = step
+    with ForwardTimer(engine) as timer:
+        for timer.on in (False, True, True):
+            timer.step()
+            engine.submit(requests(1, 1)[0])
+            engine.step()
+        assert [len(parts) for parts in timer._steps] == [2, 2]  # the graph and the model
+    engine.submit(requests(1, 1)[0])
+    engine.step()
+    assert engine.runner.graphs.captured is captured
+    assert seen == [False, False, False, True] and graph.runs == 4
+
+
 def test_requests_that_never_run_together_are_no_measurement() -> None:
-    with pytest.raises(ConfigError, match="3 requests never ran together"):
+    with pytest.raises(ConfigError, match="3 requests never ran in one step"):
         forward_ms(with_runner(FakeEngine(at_once=2), []), requests(3, 5))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from engine.bench.adapters import Images
-from engine.bench.report import Work
+from engine.bench.engine_report import Work
 from engine.bench.work import Model
 from engine.config import EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for: texts become values or errors that name the flag; cases and requests follow."""
+"""Options of a benchmark: texts become values, or errors that name the flag; then cases and requests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.bench.load.workload import Load, background_adapters, names, requests_of
-from engine.bench.options import Span, asks, fill
-from engine.bench.workload import Workload, assign, cases_of
+from engine.bench.cases import assign, cases_of
+from engine.bench.load.traffic import background_adapters, requests_of
+from engine.bench.shapes import SHAPES
+from engine.bench_options import SHAPE_NAMES, Load, Span, Workload, bench_options, fill, names
 from engine.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ def test_every_field_is_read() -> None:
         "repeat": "2",
         "seed": "0",
     }
-    assert set(given) == {name for name, _ in asks(Workload)}
+    assert set(given) == {name for name, _ in bench_options(Workload)}
     assert fill(Workload, given) == Workload(
         batch=3,
         input_tokens=5,
@@ -70,12 +71,12 @@ def test_every_field_of_a_load_is_read() -> None:
         "api": "native",
         "timeout": "8",
     }
-    assert set(given) == {name for name, _ in asks(Load)}
+    assert set(given) == {name for name, _ in bench_options(Load)}
     load = fill(Load, given)
     assert load.input_tokens == Span(64, 256) and load.output_tokens == Span(9, 9)
     assert load.adapters == ("a", "b0", "b1", "b2")
     assert load.cold == ("c8-0", "c8-1", "c9-0", "c9-1", "c10-0", "c10-1")
-    with pytest.raises(ConfigError, match="one of them"):
+    with pytest.raises(ConfigError, match="exclude each other"):
         load.check()
 
 
@@ -112,6 +113,10 @@ def test_names_from_a_file(tmp_path: Path) -> None:
     assert names(f"@{file}") == ("one", "two")
 
 
+def test_every_shape_has_a_name() -> None:
+    assert tuple(SHAPES) == SHAPE_NAMES
+
+
 def test_cases() -> None:
     workload = Workload(
         batch=64,
@@ -129,7 +134,7 @@ def test_cases() -> None:
         ("64 distinct, rank 16", "adapters", 64, 0),
         ("zipf of 64, rank 16", "adapters", 64, 0),
         ("64 distinct, ranks 8/64", "adapters", 64, 1),
-        ("1 x 1000 beside 63", "long", 0, 0),
+        ("1 x 1000 with 63 short", "long", 0, 0),
     ]
     alone = cases_of(Workload(batch=1, adapters=8))
     assert [case.name for case in alone if case.kind == "adapters"] == ["1 adapter, rank 16"]

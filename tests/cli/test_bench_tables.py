@@ -1,4 +1,4 @@
-"""The tables of `lorax bench`: whole in a terminal of any width, and with every reason of a failure."""
+"""The tables of `lorax bench`: complete at any width, with the reason of every failure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASES = [
     "base",
     "64 distinct, ranks 8/16/32/64",
     "identical of 128, rank 256",
-    "1 x 32768 beside 63",
+    "1 x 32768 with 63 short",
 ]
 
 
@@ -28,7 +28,7 @@ def shown(table: Any, width: int) -> str:
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_nothing_is_cut(width: int) -> None:
-    """Names of cases fold; figures do not."""
+    """Case names wrap; figures do not."""
     cases = [measurement(name, 11.0, 8.0, 10.0) for name in CASES]
     report = dataclasses.replace(engine_report(), measurements=cases)
     text = shown(engine_table(report), width)
@@ -53,8 +53,8 @@ def test_bare_lines_are_the_report() -> None:
     assert float(found["tokens/s"]) == server.tokens_per_s
 
 
-def test_reasons_are_told_as_they_are() -> None:
-    """A server's words are no markup."""
+def test_reasons_are_printed_verbatim() -> None:
+    """The server's text is not markup."""
     report = load_report(errors={"404 x": 2, "timeout": 1}, reasons={"404 x": "no [bold]such"})
     text = shown(load_table(report), 200)
-    assert "2 x 404 x, the first: no [bold]such" in text and "1 x timeout" in text
+    assert "2 x 404 x; the first: no [bold]such" in text and "1 x timeout" in text

@@ -1,4 +1,4 @@
-"""`lorax demo`: everybody is asked at once, the answers stand side by side, and it knows what to try next."""
+"""`lorax demo`: all models at once, answers side by side, and commands to try next."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def answered(count: int) -> list[demo.Answer]:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("width", [20, 38, 39, 75, 76, 77, 80, 113, 114, 115, 152, 190, 300])
 def test_boxes_fit_the_terminal(width: int, count: int) -> None:
-    """As many in a row as have MIN_BOX columns, all of one width, and as wide as the row allows."""
+    """As many in a row as fit with MIN_BOX columns, all of the same width, as wide as possible."""
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(demo.side_by_side(answered(count), width))
     lines = capture.get().splitlines()
     assert max(map(len, lines)) <= width
-    beside = min(count, max(1, width // demo.MIN_BOX))
+    in_a_row = min(count, max(1, width // demo.MIN_BOX))
     tops = [line for line in lines if line.startswith("╭")]
     assert [line.count("╭") for line in tops] == [
-        min(beside, count - start) for start in range(0, count, beside)
+        min(in_a_row, count - start) for start in range(0, count, in_a_row)
     ]
     widths = {len(box.strip()) + 1 for line in tops for box in line.split("╮") if box.strip()}
-    assert widths == {width // beside - 1}
+    assert widths == {width // in_a_row - 1}
     if width >= demo.MIN_BOX:
         text = " ".join(capture.get().split())
         assert all(f"adapter adapter-{number}" in text for number in range(1, count))
@@ -108,7 +108,7 @@ def test_next_steps_are_three_commands_that_parse() -> None:
 @pytest.mark.skipif(not demo.DEMO_FILE.exists(), reason="the demo model is not built")
 @pytest.mark.slow
 def test_the_demo() -> None:
-    """As `make demo` runs it, with its own processes, and ending after the answers."""
+    """As `make demo` runs it, with its own processes; it ends after the answers."""
     program = [sys.executable, "-m", "lorax_cli", "demo", "--once", "--json", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     budget = ("--cpu-memory-gb", "0.5", "--hostname", "127.0.0.1")

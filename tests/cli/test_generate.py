@@ -1,4 +1,4 @@
-"""`lorax generate`: at a server, and in this process with the same answer as the server's own way."""
+"""`lorax generate`: on a server, and in this process with the same answer."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def test_an_address_needs_no_scheme(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "x:port", "http://[::1", "http://x:0"])
-def test_what_is_no_address_is_told(url: str) -> None:
+def test_a_bad_address_is_refused(url: str) -> None:
     result = CliRunner().invoke(app, ["generate", "--url", url, "Hi"])
     assert result.exit_code == 2
-    assert f"--url {url!r} is not the address of a server" in result.stderr
+    assert f"--url {url!r} is not a valid server URL" in result.stderr
 
 
-def test_settings_that_a_server_has_itself_are_told(server: FakeServer) -> None:
+def test_settings_that_url_ignores_are_named(server: FakeServer) -> None:
     mine = ["--model-id", "./mine", "--adapter-id", "x", "--max-batch-size", "3"]
     result = CliRunner().invoke(app, ["generate", "--url", server.url, "Hi", *mine])
     assert result.exit_code == 0
-    assert "warning: --model-id, --max-batch-size: the server of --url has its own" in result.stderr
+    assert "warning: --model-id, --max-batch-size: ignored, because --url" in result.stderr
 
 
 def test_parameters_are_those_given(server: FakeServer) -> None:
@@ -94,7 +94,7 @@ def test_no_server() -> None:
 
 
 def test_in_this_process(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base, an adapter, and an adapter that is not there; greedy, so that twice is the same."""
+    """The base, an adapter, and a missing adapter. Greedy, so that two runs are equal."""
     monkeypatch.chdir(demo_folder)
     command = [
         "generate",
@@ -130,7 +130,7 @@ def test_unknown_model(tmp_path: Path) -> None:
 
 
 def test_transformers_is_there_before_two_threads_want_it() -> None:
-    """It swaps its module when its import ends; who comes in between finds it half made."""
+    """Its import replaces its own module at the end; a second thread would see it half imported."""
     code = """
 import asyncio, sys
 import engine.process, engine.server.text

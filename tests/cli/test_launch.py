@@ -1,4 +1,4 @@
-"""`lorax launch`: what it serves with, what it tells, and how it ends."""
+"""`lorax launch`: its settings, its messages, and its end."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ INFO = EngineInfo(
     adapter_bytes=1,
     host_bytes=1,
     backends={"lora_shrink": "extension", "linear": "reference"},
-    memory_plan=[("weights", 3 << 29)],
+    memory_plan=[("weights", 3 << 29), ("records", 3 << 19)],
     targets=["q_proj"],
 )
 
 
-def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shows_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[EngineConfig] = []
 
     async def serve(config: EngineConfig, started: serving.Started) -> None:
@@ -75,7 +75,8 @@ def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (
         "base on a processor (float32)",
         "weights",
-        "1.500",
+        "1.500 GiB",
+        "1.5 MiB",
         "extension: lora_shrink",
         "reference: linear",
         "local adapters: /a, /b",
@@ -84,14 +85,14 @@ def test_tells_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in result.stderr
 
 
-def test_tells_how_linears_are_quantised(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_the_quantisation(capsys: pytest.CaptureFixture[str]) -> None:
     announce(Output(), replace(INFO, quantize="bitsandbytes-nf4"), EngineConfig())
     assert "base on a processor (float32, linears bitsandbytes-nf4)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-async def test_serves_until_it_is_told_to_stop(demo_folder: Path) -> None:
-    """The whole program, with its processes: prints its free port, answers, ends with 0 at SIGTERM."""
+async def test_serves_until_sigterm(demo_folder: Path) -> None:
+    """The whole program, with its processes: prints its free port, answers, exits with 0 after SIGTERM."""
     given = ["--model-id", "base", "--port", "0", "--hostname", "127.0.0.1", *BUDGET]
     program = [sys.executable, "-m", "lorax_cli", "launch", "--json-output", *given]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -131,7 +132,7 @@ async def test_the_processes_get_what_is_left_of_the_end(
     least: float,
     most: float,
 ) -> None:
-    """Of the time in which the program must end after a signal."""
+    """The rest of the time in which the program must end after a signal."""
     timeouts: list[float] = []
 
     class Backend(ProcessBackend):
@@ -166,7 +167,7 @@ def test_a_failure_of_the_start_is_not_blamed_on_the_address(
 
 
 def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told before anything is started."""
+    """An error before anything starts."""
     monkeypatch.chdir(demo_folder)
     monkeypatch.setattr(serving, "opened", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -183,4 +184,4 @@ def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 2, result.output
-    assert f"127.0.0.1:{port} is taken" in result.stderr and "hint: " in result.stderr
+    assert f"127.0.0.1:{port} is already in use" in result.stderr and "hint: " in result.stderr

@@ -1,20 +1,21 @@
-"""Every setting, by every way to give it: flag before environment before YAML before default."""
+"""Every setting from every source: flags override the environment, then YAML, then the default."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import typer
 import yaml
 from typer.testing import CliRunner
 
-from engine.config import EngineConfig, Setting, settings
+from engine.config import EngineConfig, Option
 from engine.errors import ConfigError
+from engine.settings import Setting, resolve, settings
 from lorax_cli import legacy
 from lorax_cli.app import ErrorTable
-from lorax_cli.options import LaunchCommand, with_config
+from lorax_cli.options import LaunchCommand, describe, with_config
 
 SETTINGS = list(settings())
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -22,7 +23,7 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
-    """What commands received; the environment holds no setting."""
+    """The configs that commands receive. The environment has no settings."""
     for setting in SETTINGS:
         for name in setting.environment:
             monkeypatch.delenv(name, raising=False)
@@ -33,7 +34,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
 
 @pytest.fixture
 def app(seen: list[EngineConfig]) -> typer.Typer:
-    """A command that takes every setting and keeps what it gets."""
+    """A command with every setting, which keeps its config."""
     app = typer.Typer(cls=ErrorTable)
     app.callback()(lambda: None)
 
@@ -50,7 +51,7 @@ def run(app: typer.Typer, *arguments: str, env: dict[str, str] | None = None) ->
 
 
 def values_of(setting: Setting) -> tuple[Any, Any, Any]:
-    """Three values that differ from each other and, but for choices and bools, from the default."""
+    """Three values, different from each other and from the default, except for choices and bools."""
     if setting.choices:
         others = [one for one in setting.choices if one != setting.default]
         return others[0], others[-1], setting.choices[0]
@@ -188,7 +189,7 @@ def test_legacy_value_that_is_refused(
     why = legacy.REFUSED_VALUES["quantize"][value]
     by_flag, by_environment = run(app, "--quantize", value), run(app, env={"QUANTIZE": value})
     assert by_flag.exit_code == by_environment.exit_code == ConfigError.exit_code
-    assert by_flag.stderr.startswith(f"error: --quantize {value}: {why}\nhint: bitsandbytes,")
+    assert by_flag.stderr.startswith(f"error: --quantize {value}: {why}\nhint: use bitsandbytes,")
     assert by_environment.stderr.startswith(f"error: QUANTIZE {value}: {why}\n")
     assert seen == []
 
@@ -210,7 +211,7 @@ def test_legacy_environment(app: typer.Typer) -> None:
 
 
 def test_values_of_switches(app: typer.Typer, seen: list[EngineConfig]) -> None:
-    """LoRAX's launcher takes `--prefix-caching true`; other words are not swallowed."""
+    """LoRAX's launcher accepts `--prefix-caching true`; other words are errors."""
     assert run(app, "--prefix-caching", "false", "--json-output", "true").exit_code == 0
     assert not seen[-1].scheduler.prefix_caching and seen[-1].server.json_output
     assert run(app, "--eager", "false").exit_code == 0 and not seen[-1].memory.eager
@@ -228,7 +229,7 @@ def test_legacy_names_are_free() -> None:
 def test_numbers_out_of_range(
     app: typer.Typer, setting: Setting, seen: list[EngineConfig], tmp_path: Path
 ) -> None:
-    """By flag, environment and file: the bounds themselves are taken, what is beyond them is named."""
+    """By flag, environment and file: the bounds are valid, values beyond them are refused."""
     least, most = setting.option.least, setting.option.most
     beyond = [] if least is None else [least - 1]
     beyond += [] if most is None else [most + 1]
@@ -250,3 +251,50 @@ def test_numbers_out_of_range(
             result = run(app, f"{setting.flag}={bound:g}")
             assert result.exit_code == 0, result.output
             assert getattr(getattr(seen[-1], setting.concern), setting.name) == bound
+
+
+secrets = [setting for setting in SETTINGS if setting.option.secret]
+TOKEN = "hf_0123456789"
+
+
+@pytest.mark.parametrize("setting", secrets, ids=lambda setting: setting.name)
+def test_secrets_are_not_in_a_config_that_is_printed(setting: Setting) -> None:
+    """A config in a log, a traceback or an assertion."""
+    config = resolve({setting.name: TOKEN}, environment={})
+    assert value_in(config, setting) == TOKEN
+    for shown in (repr(config), str(config), f"{getattr(config, setting.concern)}"):
+        assert TOKEN not in shown
+
+
+def test_the_hub_token_is_a_secret() -> None:
+    assert "hub_token" in {setting.name for setting in secrets}
+
+
+def test_secrets_are_not_in_help_and_docs() -> None:
+    for option in (Option("A token.", secret=True), Option("No secret.")):
+        setting = Setting("model", "token", str, TOKEN, option)
+        shown = describe(setting) + setting.default_text
+        assert (TOKEN in shown) is not option.secret
+
+
+@pytest.mark.parametrize("kind", [int, float, bool, Literal["a", "b"]])
+@pytest.mark.parametrize("secret", [True, False])
+def test_secrets_are_not_in_errors(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, secret: bool
+) -> None:
+    """Of a value that is not valid, or out of range; the flag or the variable is named."""
+    option = Option("", secret=secret, least=5)
+    setting = Setting("model", "pin", kind, None, option)
+    monkeypatch.setattr("engine.settings.settings", lambda: iter([setting]))
+    for value in (TOKEN, "4") if kind in (int, float) else (TOKEN,):
+        with pytest.raises(ConfigError, match="PIN") as raised:
+            resolve({}, environment={"PIN": value})
+        assert (value in str(raised.value).replace("at least 5", "")) is not secret
+
+
+def test_secrets_in_a_broken_file_are_not_printed(app: typer.Typer, tmp_path: Path) -> None:
+    file = tmp_path / "lorax.yaml"
+    file.write_text(f'port: 3000\nhub_token: "{TOKEN}\n')
+    result = run(app, "--config", str(file))
+    assert result.exit_code == 2 and f"cannot read {file}, line 3: " in result.stderr
+    assert TOKEN not in result.output

@@ -1,1 +1,1 @@
-"""Load on a running server over HTTP, from one asyncio process: what was asked, when, and what came when."""
+"""Load on a running server over HTTP, from one asyncio process."""

@@ -1,8 +1,8 @@
-"""One streamed request: sent, timed, and its events counted without reading what is in them.
+"""One streamed request: it is sent and timed, and its events are counted without parsing them.
 
-A token is an event of the stream (on OpenAI's route, one that brings text). When a server tells in its last event how
-many tokens there were (`usage`), that is the number of tokens, because some send several in one event. The gap before
-the events of one read counts once, and once 0 for every further event of it: that is when the client has them.
+An event of the stream is a token (on OpenAI's route, an event with text). If the last event has a `usage`, its number
+of tokens is used instead, because some servers send several tokens in one event. When one read brings several events,
+the gap before the first is measured and the others have a gap of 0: that is when the client has them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.bench.load.workload import Asked
+from engine.bench.load.traffic import LoadRequest
 from engine.errors import EngineDead, LoraxError
 
 if TYPE_CHECKING:
     import aiohttp
 
-FALLBACK_VOCAB = 10_000  # of a server that does not tell: every model that is served today has more
-FIRST_TOKEN_ID = 100  # below are often special tokens
+FALLBACK_VOCAB = 10_000  # if the server does not report one: every current model has more
+FIRST_TOKEN_ID = 100  # lower ids are often special tokens
 CONNECT_SECONDS = 10.0
 MOST_WORDS = 400
 WORDS = [
@@ -55,16 +55,16 @@ WORDS = [
 
 @dataclass(slots=True)
 class Record:
-    """What came of one request. Times are of time.perf_counter()."""
+    """The outcome of one request. Times are of time.perf_counter()."""
 
-    asked: Asked
-    due: float  # when it was to be sent
-    counted: bool  # not of the warm-up
+    request: LoadRequest
+    due: float  # when it should be sent
+    counted: bool  # False during the warm-up
     times: array[float] = field(default_factory=lambda: array("d"))  # of every event with a token
-    end: float = 0.0  # of the last byte, or of the failure
+    end: float = 0.0  # time of the last byte, or of the failure
     tokens: int = 0
     error: str | None = None  # kind of failure
-    reason: str | None = None  # in words, where the server has some
+    reason: str | None = None  # the server's message, if it sent one
 
     @property
     def first(self) -> float | None:
@@ -73,7 +73,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What is known of the server at an address."""
+    """The server at an address."""
 
     url: str
     api: Literal["openai", "native"]
@@ -82,11 +82,11 @@ class Server:
     adapter_source: str | None = None
     tokens_per_word: float = 1.0
     about: dict[str, str] = field(default_factory=dict)
-    room: int | None = None  # tokens of prompt and answer together, if it tells
+    max_total_tokens: int | None = None  # of prompt and output, if the server reports it
 
 
 async def _json(session: aiohttp.ClientSession, method: str, url: str, body: Any = None) -> Any:
-    """The answer, or None if there is no such route. Raises EngineDead if nobody answers."""
+    """The answer, or None if there is no such route. Raises EngineDead if the server does not answer."""
     import aiohttp
 
     try:
@@ -94,21 +94,21 @@ async def _json(session: aiohttp.ClientSession, method: str, url: str, body: Any
             return json.loads(await response.text()) if response.status < 400 else None
     except (aiohttp.ClientConnectionError, TimeoutError) as error:
         raise EngineDead(
-            f"no server answers at {url}: {error}", hint="start one with: lorax launch"
+            f"no server responds at {url}: {error}", hint="start one with: lorax launch"
         ) from None
     except aiohttp.InvalidURL:
-        raise EngineDead(f"{url!r} is not an address", field="url") from None
+        raise EngineDead(f"{url!r} is not a valid URL", field="url") from None
     except ValueError:
         return None
 
 
-async def look_at(
+async def find_server(
     session: aiohttp.ClientSession,
     url: str,
     api: Literal["openai", "native"],
     adapter_source: str | None,
 ) -> Server:
-    """Finds out what a server serves: /info of ours, /v1/models of any. Raises EngineDead or LoraxError."""
+    """Asks the server for its model: /info of LoRAX, else /v1/models. Raises EngineDead or LoraxError."""
     url = url.rstrip("/")
     info = await _json(session, "GET", f"{url}/info") or {}
     models = await _json(session, "GET", f"{url}/v1/models") or {}
@@ -126,33 +126,39 @@ async def look_at(
         text = " ".join(WORDS[index % len(WORDS)] for index in range(MOST_WORDS))
         spans = await _json(session, "POST", f"{url}/tokenize", {"inputs": text})
         if not spans:
-            raise LoraxError(
-                f"{url} has no /tokenize", field="api", hint="measure it with --api openai"
-            )
+            raise LoraxError(f"{url} has no /tokenize", field="api", hint="use --api openai")
         ratio = len(spans) / MOST_WORDS
     vocab = int(info.get("vocab_size") or FALLBACK_VOCAB)
-    room = info.get("max_total_tokens")
-    return Server(url, api, str(model), vocab, adapter_source, ratio, about, room)
+    return Server(
+        url=url,
+        api=api,
+        model=str(model),
+        vocab=vocab,
+        adapter_source=adapter_source,
+        tokens_per_word=ratio,
+        about=about,
+        max_total_tokens=info.get("max_total_tokens"),
+    )
 
 
-def body_of(server: Server, asked: Asked, chooser: random.Random) -> dict[str, Any]:
-    """The request's JSON: greedy, with a random prompt, going on after an end-of-sequence token."""
+def body_of(server: Server, request: LoadRequest, chooser: random.Random) -> dict[str, Any]:
+    """The JSON body: greedy, a random prompt, generation continues after an end-of-sequence token."""
     if server.api == "native":
-        number = max(1, round(asked.input_tokens / server.tokens_per_word))
+        number = max(1, round(request.input_tokens / server.tokens_per_word))
         parameters: dict[str, Any] = {
-            "max_new_tokens": asked.output_tokens,
+            "max_new_tokens": request.output_tokens,
             "ignore_eos_token": True,
         }
-        if asked.adapter is not None:
-            parameters["adapter_id"] = asked.adapter
+        if request.adapter is not None:
+            parameters["adapter_id"] = request.adapter
             if server.adapter_source:
                 parameters["adapter_source"] = server.adapter_source
         return {"inputs": " ".join(chooser.choices(WORDS, k=number)), "parameters": parameters}
     low = FIRST_TOKEN_ID if server.vocab > 2 * FIRST_TOKEN_ID else 0
     body = {
-        "model": asked.adapter or server.model,
-        "prompt": chooser.choices(range(low, server.vocab), k=asked.input_tokens),
-        "max_tokens": asked.output_tokens,
+        "model": request.adapter or server.model,
+        "prompt": chooser.choices(range(low, server.vocab), k=request.input_tokens),
+        "max_tokens": request.output_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -165,7 +171,7 @@ def body_of(server: Server, asked: Asked, chooser: random.Random) -> dict[str, A
 
 
 class Counter:
-    """Counts the events of a stream, fed with bytes as they come."""
+    """Counts the events of a stream, in bytes as they arrive."""
 
     __slots__ = ("_native", "_rest", "done", "error", "reason", "usage")
 
@@ -175,10 +181,10 @@ class Counter:
         self.done = False
         self.error: str | None = None
         self.reason: str | None = None
-        self.usage: int | None = None  # tokens, as the server says
+        self.usage: int | None = None  # tokens that the server reports
 
     def feed(self, data: bytes) -> int:
-        """Events with a token in `data`."""
+        """The number of events with a token in `data`."""
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         events = 0
@@ -198,7 +204,7 @@ class Counter:
         if self._native:
             return 1
         if b'"text":""' in text or b'"text": ""' in text:
-            return 0  # the reason of the end, or part of a character
+            return 0  # the finish reason, or part of a character
         if b'"choices":[]' in text or b'"choices": []' in text:
             usage = json.loads(text).get("usage") or {}
             self.usage = usage.get("completion_tokens", self.usage)
@@ -207,7 +213,7 @@ class Counter:
 
 
 def failure_of(body: bytes, where: str) -> tuple[str, str | None]:
-    """(kind, reason) of an error's body, ours or OpenAI's: `where` with the machine-readable type, and the words."""
+    """(kind, reason) of an error body, ours or OpenAI's: `where` with the machine-readable type, and the message."""
     try:
         value = json.loads(body)
     except ValueError:
@@ -224,7 +230,7 @@ def failure_of(body: bytes, where: str) -> tuple[str, str | None]:
 async def stream(
     session: aiohttp.ClientSession, server: Server, record: Record, body: bytes
 ) -> None:
-    """Sends one request and fills its record; a failure is in the record too."""
+    """Sends one request and fills its record. A failure goes into the record too."""
     import aiohttp
 
     route = "/generate_stream" if server.api == "native" else "/v1/completions"
@@ -233,8 +239,8 @@ async def stream(
     try:
         async with session.post(server.url + route, data=body, headers=headers) as response:
             if response.status >= 400:
-                said = await response.read()
-                record.error, record.reason = failure_of(said, str(response.status))
+                body = await response.read()
+                record.error, record.reason = failure_of(body, str(response.status))
             else:
                 read = response.content.readany
                 while data := await read():
@@ -247,7 +253,7 @@ async def stream(
     except TimeoutError:
         record.error = "timeout"
     except aiohttp.ClientPayloadError:
-        record.error = "broken off"
+        record.error = "connection lost"
     except aiohttp.ClientError as error:
         record.error = f"connection {type(error).__name__}"
     finally:

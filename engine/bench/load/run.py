@@ -1,4 +1,4 @@
-"""Drives a server: the endless streams beside, then arrivals by themselves or as others end; times come back raw."""
+"""Sends the load: first the background streams, then requests in an open or a closed loop. Returns raw times."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
-from engine.bench.load.client import Record, Server, body_of, look_at, stream
-from engine.bench.load.workload import Asked, Load, background_adapters, requests_of
+from engine.bench.load.client import Record, Server, body_of, find_server, stream
+from engine.bench.load.traffic import LoadRequest, background_adapters, requests_of
+from engine.bench_options import Load
 
 if TYPE_CHECKING:
     import aiohttp
 
 TICK_S = 0.01
-BACKGROUND_TOKENS = 2048  # at most, unless asked for
-PATIENCE_S = 600.0  # for the background's first tokens
+BACKGROUND_TOKENS = 2048  # if --background-tokens is unset
+BACKGROUND_START_S = 600.0  # limit for the first tokens of the background streams
 
 Tell = Callable[[str], None]
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Everything that was seen. Times are of time.perf_counter()."""
+    """All records of a run. Times are of time.perf_counter()."""
 
     server: Server
     records: list[Record]
     background: list[Record]
-    alone: tuple[float, float] | None  # when the background ran alone
-    window: tuple[float, float]  # what is measured
+    alone: tuple[float, float] | None  # begin and end of the background alone
+    window: tuple[float, float]  # begin and end of the measurement
     lag: array[float] = field(default_factory=lambda: array("d"))  # of this process's loop, seconds
-    cpu_share: float = 0.0  # of one core, that this process took
+    cpu_share: float = 0.0  # share of one core that this process used
 
 
 async def drive(url: str, load: Load, adapter_source: str | None, tell: Tell) -> Outcome:
@@ -51,13 +52,13 @@ async def drive(url: str, load: Load, adapter_source: str | None, tell: Tell) ->
     async with aiohttp.ClientSession(
         timeout=timeout, connector=connector, read_bufsize=1 << 20
     ) as session:
-        server = await look_at(session, url, load.api, adapter_source)
+        server = await find_server(session, url, load.api, adapter_source)
         return await _Driver(session, server, load, tell).run()
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A pause of the collector would look like one of the server."""
+    """Garbage collection off: its pauses would look like the server's."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -83,13 +84,13 @@ class _Driver:
     async def run(self) -> Outcome:
         load = self.load
         with _no_collection():
-            beside = [
+            background = [
                 asyncio.create_task(self._endless(index, adapter))
                 for index, adapter in enumerate(background_adapters(load))
             ]
             ticking = asyncio.create_task(self._tick())
             try:
-                alone = await self._alone(beside) if beside else None
+                alone = await self._alone(background) if background else None
                 wall, busy = time.perf_counter(), _processor_seconds()
                 self.start = wall
                 self.measure_from = self.start + load.warm_up
@@ -97,17 +98,17 @@ class _Driver:
                 await (self._open_loop() if load.rate else self._closed_loop())
                 wall, busy = time.perf_counter() - wall, _processor_seconds() - busy
             finally:
-                for task in (*beside, ticking):
+                for task in (*background, ticking):
                     task.cancel()
-                await asyncio.gather(*beside, ticking, return_exceptions=True)
+                await asyncio.gather(*background, ticking, return_exceptions=True)
         return Outcome(
-            self.server,
-            self.records,
-            self.background,
-            alone,
-            self._window(),
-            self.lag,
-            busy / wall if wall else 0.0,
+            server=self.server,
+            records=self.records,
+            background=self.background,
+            alone=alone,
+            window=self._window(),
+            lag=self.lag,
+            cpu_share=busy / wall if wall else 0.0,
         )
 
     def _window(self) -> tuple[float, float]:
@@ -122,35 +123,35 @@ class _Driver:
     # -- arrivals
 
     def _more(self, at: float) -> bool:
-        """Is another request to be sent at `at`?"""
+        """Whether to send another request at `at`."""
         seconds = self.load.seconds
         if seconds is not None and at >= self.measure_from + seconds:
             return False
         return self.load.requests is None or self.counted < self.load.requests
 
-    def _record(self, asked: Asked, due: float) -> Record:
-        record = Record(asked, due, counted=due >= self.measure_from)
+    def _record(self, request: LoadRequest, due: float) -> Record:
+        record = Record(request, due, counted=due >= self.measure_from)
         self.counted += record.counted
         self.records.append(record)
         return record
 
     async def _stream(self, record: Record) -> None:
-        body = json.dumps(body_of(self.server, record.asked, self.chooser)).encode()
+        body = json.dumps(body_of(self.server, record.request, self.chooser)).encode()
         await stream(self.session, self.server, record, body)
 
     async def _open_loop(self) -> None:
-        """Each request at its own time; those that are late because this process is count from when they were due."""
+        """Sends each request at its own time. If this process is late, the request still counts from its due time."""
         due = self.start
         async with asyncio.TaskGroup() as tasks:
-            for asked in requests_of(self.load):
-                due += asked.gap
+            for request in requests_of(self.load):
+                due += request.gap
                 if not self._more(due):
                     break
                 await asyncio.sleep(due - time.perf_counter())
-                tasks.create_task(self._stream(self._record(asked, due)))
+                tasks.create_task(self._stream(self._record(request, due)))
 
     async def _closed_loop(self) -> None:
-        """Each ended request makes room for the next."""
+        """Sends the next request when one ends."""
         source = requests_of(self.load)
 
         async def client() -> None:
@@ -161,33 +162,31 @@ class _Driver:
             for _ in range(self.load.open_at_once or 1):
                 tasks.create_task(client())
 
-    # -- beside them
+    # -- the background
 
     async def _endless(self, index: int, adapter: str | None) -> None:
-        """One stream after another. The first is cut short at random, so that not all begin anew together."""
+        """One stream after another. The first has a random length, so that the streams do not restart together."""
         chooser = random.Random(self.load.seed * 1000 + index)
         prompt = self.load.input_tokens.low
         most = self.load.background_tokens or BACKGROUND_TOKENS
-        if self.load.background_tokens is None and self.server.room is not None:
-            most = max(min(most, self.server.room - prompt), 1)
+        if self.load.background_tokens is None and self.server.max_total_tokens is not None:
+            most = max(min(most, self.server.max_total_tokens - prompt), 1)
         for turn in count():
             tokens = chooser.randint(max(1, most // 2), most) if turn == 0 else most
-            asked = Asked(adapter, False, prompt, tokens, 0.0)
-            record = Record(asked, time.perf_counter(), counted=True)
+            request = LoadRequest(adapter, False, prompt, tokens, 0.0)
+            record = Record(request, time.perf_counter(), counted=True)
             self.background.append(record)
             await self._stream(record)
             if record.error is not None:
-                await asyncio.sleep(
-                    1.0
-                )  # a server in trouble is not asked a thousand times a second
+                await asyncio.sleep(1.0)  # do not flood a server that fails at once
 
-    async def _alone(self, beside: list[asyncio.Task[None]]) -> tuple[float, float]:
-        """Waits until every endless stream has begun, then for a while."""
-        self.tell(f"starting {len(beside)} endless streams")
-        until = time.perf_counter() + PATIENCE_S
+    async def _alone(self, streams: list[asyncio.Task[None]]) -> tuple[float, float]:
+        """Waits until every background stream has a token, then for `--alone` seconds."""
+        self.tell(f"starting {len(streams)} background streams")
+        until = time.perf_counter() + BACKGROUND_START_S
         while time.perf_counter() < until:
             begun = sum(1 for record in self.background if record.times)
-            if begun >= len(beside) or any(record.error for record in self.background):
+            if begun >= len(streams) or any(record.error for record in self.background):
                 break
             await asyncio.sleep(TICK_S)
         begin = time.perf_counter()
@@ -195,7 +194,7 @@ class _Driver:
         return begin, time.perf_counter()
 
     async def _tick(self) -> None:
-        """How late this process's own loop is: what it adds to every time."""
+        """Records how late this process's event loop is."""
         with suppress(asyncio.CancelledError):
             while True:
                 due = time.perf_counter() + TICK_S

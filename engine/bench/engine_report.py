@@ -1,4 +1,4 @@
-"""What the benchmark of an engine in this process found. `to_json` and `report_from` are inverses."""
+"""The results of engines in this process. `to_json` and `engine_report_from` are inverses."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import msgspec
 
 from engine.bench.machine import Machine
-from engine.bench.workload import Workload
+from engine.bench_options import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What must be computed and moved at least, by one decode step or by the prefill of a batch."""
+    """The least computation and data movement of one decode step, or of the prefill of a batch."""
 
-    flops: int  # of matrix products and attention, a multiply-add as two
+    flops: int  # of matrix products and attention; a multiply-add counts as two
     weight_bytes: int
-    kv_bytes: int  # read, or by a prefill written
-    adapter_bytes: int  # of the distinct ones of the batch
+    kv_bytes: int  # that a step reads, or a prefill writes
+    adapter_bytes: int  # of the distinct adapters of the batch
 
     @property
     def num_bytes(self) -> int:
@@ -30,16 +30,16 @@ class Measurement:
     """One case. Times and rates are medians over the rounds."""
 
     case: str
-    adapters: int  # distinct ones in the batch
+    adapters: int  # number of distinct adapters in the batch
     step_ms: float  # (wall time of all tokens - wall time of the first) / (tokens - 1)
     rounds_ms: tuple[float, ...]  # `step_ms` of each round
-    forward_ms: float | None  # of a step, what the model takes on the device; None: not seen
+    forward_ms: float | None  # time of the model within a step; None: no step was timed
     tokens_per_s: float  # generated tokens of the whole round
-    prefill_tokens_per_s: float  # of prompts
+    prefill_tokens_per_s: float  # prompt tokens
     prefill_ms: float  # until every request has its first token
     decode: Work  # of a step at the mean context
     prefill: Work
-    limit_ms: float  # of a step, at the measured copy bandwidth
+    limit_ms: float  # least time of a step, at the measured copy bandwidth
     share: float  # limit_ms / step_ms
     ratio: float  # step_ms of the first case / step_ms
     resident: bool  # no adapter was placed during the rounds
@@ -47,44 +47,42 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Adapters from host memory to the device, all asked for at once by an idle engine."""
+    """Copies from host memory to the device: requests for all adapters at once on an idle engine."""
 
     adapters: int
     num_bytes: int
-    seconds: float  # until the last gave a token
+    seconds: float  # until the last request has its token
     adapters_per_s: float
     bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Adapters from files (in the page cache) through the exchange, one after the other, engine idle."""
+    """Loads from files (in the page cache) through the exchange, one after the other, on an idle engine."""
 
     adapters: int
     bytes_each: int
     first_token_ms: float  # from the request to its first token
-    warm_first_token_ms: float  # the same again, with the adapter in place
+    warm_first_token_ms: float  # the same when the adapter is on the device
     staged_ms: float  # from the request to the image in host memory
-    bytes_per_s: float  # of that
+    bytes_per_s: float  # from the request to the image in host memory
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """All cases and the conditions they ran under."""
+class EngineReport:
+    """All cases, and the conditions of the run."""
 
     machine: Machine
     workload: Workload
     model_id: str
     dtype: str
     backends: dict[str, str]
-    copy_bytes_per_s: float  # read and written, of the largest copy on the device
-    product_flops_per_s: (
-        float  # of large square matrices of the model's type, a multiply-add as two
-    )
-    adapter_bytes: int  # of all that were made
-    adapter_memory_fraction: float  # used
-    needed_memory_fraction: float  # at which all of them are resident
-    make_seconds: float  # to make them
+    copy_bytes_per_s: float  # read plus written, of a large copy on the device
+    product_flops_per_s: float  # of large square matrices; a multiply-add counts as two
+    adapter_bytes: int  # of all random adapters
+    adapter_memory_fraction: float  # in use
+    needed_memory_fraction: float  # the least that keeps all adapters on the device
+    make_seconds: float  # time to make the adapters
     measurements: list[Measurement]
     placed: Placed | None = None
     loaded: Loaded | None = None
@@ -95,6 +93,6 @@ class Report:
         return value
 
 
-def report_from(value: dict[str, Any]) -> Report:
+def engine_report_from(value: dict[str, Any]) -> EngineReport:
     """The report that `to_json` made `value` from."""
-    return msgspec.convert(value, Report)
+    return msgspec.convert(value, EngineReport)

@@ -1,4 +1,4 @@
-"""What the benchmark of a server found. `to_json` and `load_report_from` are inverses."""
+"""The results of a load on a server. `to_json` and `load_report_from` are inverses."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ import msgspec
 
 from engine.bench.load.client import Record
 from engine.bench.load.run import Outcome
-from engine.bench.load.workload import Load
 from engine.bench.machine import Machine, machine
 from engine.bench.quantiles import Times
+from engine.bench_options import Load
 
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """The endless streams: gaps between their tokens, in three times that exclude one another."""
+    """The background streams: gaps between their tokens, in three periods that do not overlap."""
 
     streams: int
     restarts: int
     tokens_per_s: float
     alone: Times | None  # before the other requests
-    outside: Times | None  # during the measurement, while no cold adapter loads
-    inside: Times | None  # while one does: from its request to its first token
-    inside_s: float  # of the measurement
+    outside: Times | None  # in the measurement, while no cold adapter loads
+    inside: Times | None  # in the measurement, while one loads: from its request to its first token
+    inside_s: float  # seconds of the measurement in which one loads
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Times in milliseconds. Everything counts requests that were due in the measurement, but for the rates."""
+    """Times are in milliseconds. All figures but the rates are of requests that were due in the measurement."""
 
     machine: Machine  # of the client
     url: str
     model: str
-    server: dict[str, str]  # what it says of itself
+    server: dict[str, str]  # its version, dtype and device, if it reports them
     load: Load
     seconds: float  # of the measurement
     sent: int
     completed: int
-    errors: dict[str, int]  # kind -> requests, those of the background and the warm-up too
-    reasons: dict[str, str]  # kind -> what the server said of the first of it
-    tokens_per_s: float  # that arrived in it, without the background's
-    requests_per_s: float  # that ended in it
-    ttft: Times | None  # from when it was due to the first token
-    ttft_warm: Times | None  # of those that did not ask for one of --cold
+    errors: dict[str, int]  # kind -> requests, with those of the background and the warm-up
+    reasons: dict[str, str]  # kind -> the server's message for the first
+    tokens_per_s: float  # that arrived in the measurement, without the background's
+    requests_per_s: float  # that ended in the measurement
+    ttft: Times | None  # from the due time to the first token
+    ttft_warm: Times | None  # without requests for --cold adapters
     ttft_cold: Times | None
     itl: Times | None  # between tokens of one request
-    latency: Times | None  # from when it was due to its end
+    latency: Times | None  # from the due time to the end
     background: Background | None
-    client_lag: Times | None  # of the client's own loop: what it may add to any time
-    client_cpu: float  # share of one core that the client took
+    client_lag: Times | None  # of the client's event loop: it may be part of any other time
+    client_cpu: float  # share of one core that the client used
 
     def to_json(self) -> dict[str, Any]:
         value = msgspec.to_builtins(self)
@@ -75,7 +75,7 @@ def gaps(times: Sequence[float]) -> Iterator[tuple[float, float]]:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same times, as spans that do not touch, in order."""
+    """The same time as spans that do not touch, in order."""
     found: list[Span] = []
     for begin, end in sorted(spans):
         if found and begin <= found[-1][1]:
@@ -86,18 +86,18 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def touches(begin: float, end: float, spans: Sequence[Span], ends: Sequence[float]) -> bool:
-    """Does a gap lie at least partly in one of the merged spans? `ends` are theirs."""
+    """Whether a gap overlaps one of the merged spans. `ends` are the ends of the spans."""
     index = bisect_right(ends, begin)
     return index < len(spans) and spans[index][0] < end
 
 
 def cold_spans(records: Iterable[Record]) -> list[Span]:
-    """When cold adapters were loading: from each request to its first token, or to its end if it failed."""
-    return merged((one.due, one.first or one.end) for one in records if one.asked.cold)
+    """Times when cold adapters loaded: from each request to its first token, or to its end if it failed."""
+    return merged((one.due, one.first or one.end) for one in records if one.request.cold)
 
 
 def report_of(outcome: Outcome, load: Load) -> LoadReport:
-    """The figures of a run."""
+    """The report of a run."""
     begin, end = outcome.window
     seconds = end - begin
     counted = [record for record in outcome.records if record.counted]
@@ -124,8 +124,8 @@ def report_of(outcome: Outcome, load: Load) -> LoadReport:
         if seconds
         else 0.0,
         ttft=Times.of(first for _, first in firsts),
-        ttft_warm=Times.of(first for one, first in firsts if not one.asked.cold),
-        ttft_cold=Times.of(first for one, first in firsts if one.asked.cold),
+        ttft_warm=Times.of(first for one, first in firsts if not one.request.cold),
+        ttft_cold=Times.of(first for one, first in firsts if one.request.cold),
         itl=Times.of(b - a for one in good for a, b in gaps(one.times)),
         latency=Times.of(one.end - one.due for one in good),
         background=_background(outcome, load.background) if load.background else None,
@@ -135,7 +135,7 @@ def report_of(outcome: Outcome, load: Load) -> LoadReport:
 
 
 def _rate(records: Iterable[Record], begin: float, end: float) -> float:
-    """Tokens a second within the window; a request's tokens are spread evenly over its events."""
+    """Tokens per second in the window. A request's tokens are spread evenly over its events."""
     total = 0.0
     for record in records:
         if record.times:
