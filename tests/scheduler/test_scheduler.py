@@ -264,7 +264,7 @@ def test_prompts_that_are_scored_leave_room_for_others(depth: int, scored_tokens
     for one in scored:
         assert house.first[one.id].prompt_logprobs == expected_logprobs(one)
     wanted = [
-        sum(chunk.count for chunk in plan.chunks if chunk.prompt_logprobs) for plan in house.plans
+        sum(chunk.count for chunk in plan.chunks if chunk.scores) for plan in house.plans
     ]
     assert 0 < max(wanted) <= scored_tokens
     last = max(step for step, tokens in enumerate(wanted) if tokens)
@@ -272,7 +272,7 @@ def test_prompts_that_are_scored_leave_room_for_others(depth: int, scored_tokens
         chunk.row
         for plan in house.plans[: last // 2]
         for chunk in plan.chunks
-        if not chunk.prompt_logprobs
+        if not chunk.scores
     }
     assert len(begun) == len(plain), "they do not wait behind those that are scored"
 
