@@ -55,7 +55,7 @@ inline RopeStoreKvArgs rope_store_kv_args(const char* op, const Tensor& q, const
   args.kv =
       static_cast<char*>(kv.mutable_data_ptr()) + layer * kv.stride(1) * int64_t(kv.element_size());
   args.kv_block_stride = kv.stride(0);
-  args.kv_half_stride = kv.stride(2);
+  args.kv_value_stride = kv.stride(2);
   args.kv_offset_stride = kv.stride(3);
   args.kv_head_stride = kv.stride(4);
   args.interleaved = interleaved;

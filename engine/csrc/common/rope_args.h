@@ -17,7 +17,7 @@ struct RopeStoreKvArgs {
   const int64_t* places;     // [tokens]: block * block_size + offset, each in the cache
   void* kv;  // of this layer: [blocks, 2, block_size, count, head_dim], head_dim contiguous
   int64_t tokens, head_dim, half, cos_sin_stride, block_size;
-  int64_t kv_block_stride, kv_half_stride, kv_offset_stride, kv_head_stride;
+  int64_t kv_block_stride, kv_value_stride, kv_offset_stride, kv_head_stride;  // value: from k to v
   bool interleaved;
   DType dtype, kv_dtype;
 };
