@@ -54,7 +54,7 @@ class Segments {
   // Calls f(slot, record, first token, tokens) for every segment that has tokens and an adapter of
   // this group.
   template <class F>
-  void each(int64_t width, const F& f) const {
+  void for_each(int64_t width, const F& f) const {
     for (int64_t s = 0; s < count_; ++s) {
       const int64_t slot = slots_[s], first = starts_[s], tokens = starts_[s + 1] - first;
       LORAX_CHECK(slot >= 0 && slot < num_slots_, op_, ": slot ", slot,
@@ -68,7 +68,7 @@ class Segments {
   }
 
   // What lies `offset` bytes into the arena, `bytes` of it.
-  const char* at(int64_t slot, int64_t offset, int64_t bytes) const {
+  const char* arena_at(int64_t slot, int64_t offset, int64_t bytes) const {
     LORAX_CHECK(offset + bytes <= arena_bytes_, op_, ": the adapter in slot ", slot, " (bytes ",
                 offset, " to ", offset + bytes, ") reaches past the end of the arena of ",
                 arena_bytes_, " bytes");
@@ -105,8 +105,8 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   args.t = static_cast<float*>(t.mutable_data_ptr());
   args.t_stride = width;
   args.pieces = outer_scratch<ShrinkPiece>(segments.count());
-  segments.each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
-    const char* a = segments.at(slot, record.a * kLoraAlign, record.rank() * row_bytes);
+  segments.for_each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+    const char* a = segments.arena_at(slot, record.a * kLoraAlign, record.rank() * row_bytes);
     args.pieces[args.num_pieces++] = {a, first, tokens, record.rank(), 0, 0};
   });
   if (args.num_pieces) lora_shrink(args);
@@ -126,7 +126,7 @@ Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, 
   args.t = static_cast<float*>(t.mutable_data_ptr());
   args.t_stride = width;
   args.pieces = outer_scratch<ShrinkPiece>(segments.count());
-  segments.each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+  segments.for_each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
     const int64_t rank = record.ranks[0], row_bytes = padded(rank * size_of(args.dtype));
     int64_t largest = 0;
     for (int64_t i = first; i < first + tokens; ++i) {
@@ -134,7 +134,7 @@ Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, 
                   " is no token id");
       largest = args.ids[i] > largest ? args.ids[i] : largest;
     }
-    const char* a = segments.at(slot, record.a * kLoraAlign, (largest + 1) * row_bytes);
+    const char* a = segments.arena_at(slot, record.a * kLoraAlign, (largest + 1) * row_bytes);
     args.pieces[args.num_pieces++] = {a, first, tokens, rank, 0, 0};
   });
   if (args.num_pieces) lora_gather(args);
@@ -178,7 +178,8 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   args.y_stride = y.stride(0);
   args.t_stride = t.size(2);
   const int64_t size = size_of(args.dtype);
-  segments.each(t.size(2), [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+  segments.for_each(t.size(2), [&](int64_t slot, const Record& record, int64_t first,
+                                   int64_t tokens) {
     int64_t offset = record.b * kLoraAlign, row = 0, column = 0;
     for (int64_t target = 0; target < kLoraTargets; ++target) {
       const int64_t rank = record.ranks[target], n = target < num_splits ? splits[target] : 0;
@@ -186,7 +187,7 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
                   " for target ", target, ", but splits names ", num_splits, " targets");
       const int64_t row_bytes = padded(n * size);
       if (rank > 0 && n > 0) {
-        const char* b = segments.at(slot, offset, rank * row_bytes);
+        const char* b = segments.arena_at(slot, offset, rank * row_bytes);
         args.pieces[args.num_pieces++] = {
             b, row_bytes / size, record.scales[target], first, tokens, rank, row, column, n, 0, 0};
       }

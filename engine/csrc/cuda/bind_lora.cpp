@@ -18,18 +18,18 @@ LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& reco
   const int64_t layers = records.size(1), groups = records.size(2);
   LORAX_CHECK(slots.size(0) <= kMaxSegments, op, ": ", slots.size(0), " segments, at most ",
               kMaxSegments, " fit into a launch");
-  LoraSegments all{};
-  all.arena = arena.const_data_ptr();
-  all.arena_bytes = arena.size(0);
-  all.record_stride = layers * groups * kRecordWords;
-  all.records = static_cast<const int32_t*>(records.const_data_ptr()) +
-                (layer * groups + group) * kRecordWords;
-  all.num_slots = records.size(0);
-  all.slots = static_cast<const int32_t*>(slots.const_data_ptr());
-  all.starts = static_cast<const int32_t*>(starts.const_data_ptr());
-  all.count = slots.size(0);
-  all.tokens = tokens;
-  return all;
+  LoraSegments segments{};
+  segments.arena = arena.const_data_ptr();
+  segments.arena_bytes = arena.size(0);
+  segments.record_stride = layers * groups * kRecordWords;
+  segments.records = static_cast<const int32_t*>(records.const_data_ptr()) +
+                     (layer * groups + group) * kRecordWords;
+  segments.num_slots = records.size(0);
+  segments.slots = static_cast<const int32_t*>(slots.const_data_ptr());
+  segments.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  segments.count = slots.size(0);
+  segments.tokens = tokens;
+  return segments;
 }
 
 Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
