@@ -22,7 +22,7 @@ from engine.messages import EngineInfo
 from engine.models import weights
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
-from engine.ops.attention import Backend, Gpu, Needs, Room, choose
+from engine.ops.attention import Backend, Gpu, KVFormat, Needs, Room, choose
 from engine.ops.layout import RECORD_WORDS, AdapterLayout
 from engine.platform import Platform, detect
 from engine.runner.batch import Adapters
@@ -62,6 +62,11 @@ class LoadedModel:
     decoder: Decoder
     dtype: torch.dtype  # of what it computes in
     attention: Backend
+
+    @property
+    def kv(self) -> KVFormat:
+        """How keys and values are stored."""
+        return self.attention.kv_format(self.dtype)
 
     @property
     def layout(self) -> AdapterLayout:
@@ -142,6 +147,7 @@ def footprint(model: LoadedModel, region: HostRegion) -> Footprint:
     """What the model and its adapters take."""
     return Footprint(
         itemsize=model.dtype.itemsize,
+        kv=model.kv,
         weights=weights.size(model.decoder),
         scratch=weights.scratch(model.decoder),
         records=model.layout.record_bytes,
@@ -161,7 +167,8 @@ def make_runner(
     spec, device = model.spec, platform.device
     heads = (spec.attention.kv_heads, spec.attention.head_dim)
     shape = (plan.num_blocks, spec.num_layers, 2, plan.block_size, *heads)
-    cache = torch.empty(shape, dtype=model.dtype, device=device).zero_()
+    assert not model.kv.scale_bytes, "a block holds keys and values alone"
+    cache = torch.empty(shape, dtype=model.kv.dtype, device=device).zero_()
     arena = torch.empty(plan.arena, dtype=torch.uint8, device=device).zero_()
     slots = config.adapters.max_active_adapters + 1
     records = torch.empty(

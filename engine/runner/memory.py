@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.config import GIB, EngineConfig, flag_of
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
-from engine.ops.attention import Backend
+from engine.ops.attention import Backend, KVFormat
 from engine.platform import Platform
 from engine.runner.shapes import chunk_bounds, mixed_shapes
 
@@ -28,6 +28,7 @@ class Footprint:
     """What a model and its adapters take, in bytes."""
 
     itemsize: int  # of one value that the model computes with
+    kv: KVFormat
     weights: int
     scratch: int  # that a linear takes while it multiplies, besides its input and output
     records: int  # of one adapter
@@ -128,7 +129,9 @@ def plan_memory(
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = footprint.records * (config.adapters.max_active_adapters + 1)
     attention = spec.attention
-    kv_block = spec.num_layers * 2 * block * attention.kv_heads * attention.head_dim * itemsize
+    kv_block = footprint.kv.block_bytes(
+        spec.num_layers, block, attention.kv_heads, attention.head_dim
+    )
     room = max(budget - arena - records, 0) // kv_block
     shares = {"weights": weights if platform.is_cuda else 0, "a step": working}
     shares |= {"adapter arena": arena, "adapter records": records}

@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 from engine.messages import Request
 from engine.models import spec_from
 from engine.ops import attention
-from engine.ops.attention import Backend, Gpu, Needs
+from engine.ops.attention import Backend, Gpu, KVFormat, Needs
 from engine.ops.attention.builtin import Builtin
 from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
@@ -27,7 +27,9 @@ from tests.runner.twins import Twins, make_scene, small_config
 from tests.tiny import CONFIGS, SMALL, VOCAB, make_adapter, make_model
 
 MIB = 1 << 20
-FOOTPRINT = Footprint(itemsize=2, weights=MIB, scratch=0, records=1024, host_tier=MIB)
+FOOTPRINT = Footprint(
+    itemsize=2, kv=KVFormat(torch.bfloat16), weights=MIB, scratch=0, records=1024, host_tier=MIB
+)
 PACKAGES = {"flashinfer": "flashinfer", "flash-attn": "flash_attn"}
 HOPPER = Gpu((9, 0), 132)
 

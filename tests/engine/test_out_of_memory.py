@@ -162,11 +162,11 @@ class Broken:
 def test_a_broken_device_ends_the_engine_at_once(scene: Scene) -> None:
     runner = scene.harness.engine.runner
     stepper = Stepper(scene.harness.engine)
-    way, runner.way = runner.way, Broken()
+    readback, runner.readback = runner.readback, Broken()
     with pytest.raises(EngineDead, match="illegal memory access was encountered$"):
         for _ in range(2):  # with run-ahead, the first step is read back in the second
             stepper.turn([Submit(scene.requests[0])])
-    runner.way = way
+    runner.readback = readback
     scene.harness.engine.fail(GenerationError("the test is over"))
 
 

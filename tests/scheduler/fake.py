@@ -141,7 +141,7 @@ class FakeRunner:
         for index, chunk in enumerate(plan.chunks):
             tokens += chunk.count
             self._check_chunk(chunk)
-            if chunk.prompt_logprobs:
+            if chunk.scores:
                 prompt[index] = self._prompt_logprobs(chunk)
             output = self._compute(chunk.row, chunk.count, chunk.sample)
             if chunk.sample:
