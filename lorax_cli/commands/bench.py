@@ -97,8 +97,9 @@ def bench(
 ) -> None:
     """Measure engines in this process without HTTP, or a running server with --url.
 
-    In this process, cases with and without random adapters run in turn. The time of a decode step is (time of all
-    tokens - time of 1 token) / (tokens - 1).
+    In this process, cases with and without random adapters run in turn.
+
+    The time of a decode step is (time of all tokens - time of 1 token) / (tokens - 1).
 
     The limit of a step is the time to read weights, KV cache and adapters at copy bandwidth.
 

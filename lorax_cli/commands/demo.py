@@ -88,10 +88,10 @@ def read_demo(file: Path = DEMO_FILE) -> dict[str, Any]:
 def questions_of(demo: dict[str, Any], prompt: str | None) -> list[Question]:
     """The prompt for the base and for every adapter."""
     prompt = prompt or str(demo["prompt"])
-    asked = [Question(None, prompt, demo["base"].get("description", ""))]
+    questions = [Question(None, prompt, demo["base"].get("description", ""))]
     for name, adapter in demo["adapters"].items():
-        asked.append(Question(name, prompt, adapter.get("description", "")))
-    return asked
+        questions.append(Question(name, prompt, adapter.get("description", "")))
+    return questions
 
 
 def side_by_side(answers: Sequence[Answer], width: int) -> RenderableType:
@@ -162,8 +162,8 @@ def demo(
 
     async def show(address: str) -> bool:
         async with Client(address) as client:
-            asked = [ask(client, question, max_new_tokens) for question in questions]
-            answers = await asyncio.gather(*asked)
+            asks = [ask(client, question, max_new_tokens) for question in questions]
+            answers = await asyncio.gather(*asks)
         out.result(
             [entry(answer) for answer in answers],
             view=lambda: side_by_side(answers, out.console().width),

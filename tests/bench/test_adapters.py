@@ -1,4 +1,4 @@
-"""Random adapters: images that read back as what was asked for, folders that load like PEFT's."""
+"""Random adapters: images that read back as written, folders that load like PEFT's."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_shapes_are_models_with_tokenizers(tmp_path: Path, shape: str) -> None:
 
 
 def test_weights_of_mistral_7b(tmp_path: Path) -> None:
-    """84 MB for an adapter of rank 16 on every linear: the figure that the workload is known by."""
+    """An adapter of rank 16 on every linear has 84 MB."""
     config = ModelConfig(model_id=str(write_model(tmp_path, "mistral-7b")), dtype="bfloat16")
     layout, _, _ = adapter_layout(config)
     assert size_of(layout, 16).data_bytes == 83_886_080

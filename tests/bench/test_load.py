@@ -128,7 +128,7 @@ async def test_tokens_are_those_of_the_usage() -> None:
 
 
 async def test_open_loop_does_not_wait_for_answers() -> None:
-    """10 requests that each take 0.4 s, at 100 a second: all are open at once."""
+    """10 requests of 0.4 s each, at 100 per second: all are open at once."""
     server = OpenAILike(gap=0.1)
     load = replace(QUICK, requests=10, concurrency=None, rate=100.0)
     report = await measured(server, load)
@@ -159,7 +159,7 @@ async def test_timeout() -> None:
     assert report.errors == {"timeout": 2} and report.ttft is None
 
 
-async def test_nobody_answers() -> None:
+async def test_no_server_there() -> None:
     with pytest.raises(EngineDead, match="no server responds"):
         await drive("http://127.0.0.1:9", QUICK, None, quiet)
     with pytest.raises(EngineDead, match="not a valid URL"):

@@ -170,7 +170,7 @@ def test_a_step_that_noise_made_negative(tmp_path: Path) -> None:
 
 
 def outside(page: str) -> list[str]:
-    """What the page would fetch from elsewhere."""
+    """External resources of the page."""
     return re.findall(r'(?:src|href|url\()\s*=?\s*["\']?http', page)
 
 

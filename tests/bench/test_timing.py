@@ -69,12 +69,12 @@ def test_a_step_is_the_difference_over_the_tokens_between() -> None:
     assert step_ms(whole, first, 33) == 1000 * STEP_S
 
 
-def test_what_runs_beside_is_not_waited_for() -> None:
+def test_other_requests_are_not_awaited() -> None:
     engine = FakeEngine()
-    engine.submit(Request("beside", [1], SamplingParams(), 1000, []))
+    engine.submit(Request("other", [1], SamplingParams(), 1000, []))
     engine.step()
     assert wall(engine, requests(2, 3), clock=engine.clock) == PREFILL_S + 2 * STEP_S
-    assert list(engine.running) == ["beside"]
+    assert list(engine.running) == ["other"]
 
 
 def test_a_failed_request_is_raised() -> None:

@@ -166,7 +166,7 @@ def test_arrivals_are_poisson_and_seeded() -> None:
     assert other != again
 
 
-def test_what_is_asked_does_not_depend_on_how_it_arrives() -> None:
+def test_requests_do_not_depend_on_how_they_arrive() -> None:
     shape = {"adapters": ("a", "b", "c"), "popularity": "zipf", "input_tokens": Span(5, 50)}
     closed = itertools.islice(requests_of(Load(**shape)), 200)  # type: ignore[arg-type]
     opened = itertools.islice(requests_of(Load(**shape, rate=9.0)), 200)  # type: ignore[arg-type]

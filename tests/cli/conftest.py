@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and two adapters on disk, and a server that answers the client."""
+"""A tiny model with a tokenizer and two adapters on disk, and a server for the client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class FakeServer:
-    """The routes that the client asks, in a thread of its own; keeps what it was asked."""
+    """The routes of the client, in a separate thread. Keeps the requests."""
 
     def __init__(self) -> None:
         self.url = ""

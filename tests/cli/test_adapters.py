@@ -1,4 +1,4 @@
-"""`lorax adapters`: what is found, what is wrong, and the exit code for scripts."""
+"""`lorax adapters`: downloads, problems, and exit codes for scripts."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ def test_in_this_process(model: Path, tmp_path: Path) -> None:
             of_roof = decode.flops_per_s / (decode.flops_per_byte * roof.bytes_per_s)
             assert of_roof == pytest.approx(one.share)
         seconds = one.prefill.flops / found[one.case, True].flops_per_s
-        asked = 2 if "short" in one.case else 3
-        assert asked * 8 / seconds == pytest.approx(one.prefill_tokens_per_s)
+        requests = 2 if "short" in one.case else 3
+        assert requests * 8 / seconds == pytest.approx(one.prefill_tokens_per_s)
 
 
 def test_a_known_shape_and_a_single_request(

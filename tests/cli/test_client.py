@@ -15,7 +15,7 @@ from engine.errors import (
 from lorax_cli.client import Client, error_from
 from tests.cli.conftest import FakeServer
 
-NOBODY = "http://127.0.0.1:9"
+CLOSED = "http://127.0.0.1:9"
 
 
 async def test_answers(server: FakeServer) -> None:
@@ -50,10 +50,10 @@ async def test_typed_errors(server: FakeServer) -> None:
         assert got == ["hello", " world"]
 
 
-async def test_nobody_there() -> None:
-    async with Client(NOBODY) as client:
+async def test_no_server_there() -> None:
+    async with Client(CLOSED) as client:
         assert not await client.health()
-        with pytest.raises(EngineDead, match=NOBODY):
+        with pytest.raises(EngineDead, match=CLOSED):
             await client.info()
     async with Client("nonsense") as client:
         with pytest.raises(EngineDead, match="nonsense"):
@@ -61,7 +61,7 @@ async def test_nobody_there() -> None:
 
 
 @pytest.mark.parametrize("cls", error_classes().values(), ids=lambda cls: cls.__name__)
-def test_error_types_are_told_apart(cls: type[LoraxError]) -> None:
+def test_error_types_are_distinct(cls: type[LoraxError]) -> None:
     body = {"error": "x", "error_type": cls.error_type}
     assert type(error_from(body, cls.status, "url")) is cls
     openai = {"error": {"message": "x", "type": cls.error_type}}

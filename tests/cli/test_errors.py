@@ -1,4 +1,4 @@
-"""Every error ends the command with its documented code, and says itself and its remedy on stderr."""
+"""Every error ends the command with its documented code, and is on stderr with its remedy."""
 
 import pytest
 import typer

@@ -1,4 +1,4 @@
-"""Help that can be trusted: every command has examples, and every example is a command line that parses."""
+"""Every command has examples in its help, and every example parses."""
 
 from __future__ import annotations
 

@@ -101,12 +101,12 @@ async def test_serves_until_sigterm(demo_folder: Path) -> None:
     ) as running:
         try:
             assert running.stderr is not None
-            told = ""
-            while (found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", told)) is None:
+            output = ""
+            while (found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", output)) is None:
                 line = running.stderr.readline()
-                assert line, told
-                told += line
-            assert '"process":"shard[' in told
+                assert line, output
+                output += line
+            assert '"process":"shard[' in output
             async with Client(found[1]) as client:
                 assert await client.health()
                 assert (await client.info())["model_id"] == "base"
@@ -117,7 +117,7 @@ async def test_serves_until_sigterm(demo_folder: Path) -> None:
             assert len(events) <= 3 and events[-1].generated_text is not None
             running.send_signal(signal.SIGTERM)
             rest = running.stderr.read()
-            assert running.wait(30) == 0, told + rest
+            assert running.wait(30) == 0, output + rest
         finally:
             running.kill()
 
