@@ -34,7 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.layers",),
     ("engine.models",),
     ("engine.scheduler", "engine.runner", "engine.adapters", "engine.lora"),
-    ("engine.engine", "engine.exchange"),
+    ("engine.backend", "engine.engine", "engine.exchange"),
     ("engine.server", "engine.process", "engine.bench"),
     ("lorax_cli",),
 )
@@ -43,6 +43,7 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 
 TORCH_FREE = (
     "lorax_cli.app",
+    "engine.backend",
     "engine.checkpoint",
     "engine.config",
     "engine.errors",
@@ -118,6 +119,7 @@ def test_import_rule(path: Path) -> None:
         ("engine.ops.schemas", "from engine import layers"),
         ("engine.engine", "def f():\n    import engine.exchange"),
         ("engine.server.app", "from engine.process import start"),
+        ("engine.backend", "from engine.server.front import Front"),
         ("engine.runner.rows", "from lorax_cli import app"),
     ],
 )

@@ -17,11 +17,11 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
 from engine.server import native, openai
-from engine.server.backend import Backend
 from engine.server.bodies import BUDGET_BYTES, MAX_BODY_BYTES, Bodies
 from engine.server.connections import Site, most_connections
 from engine.server.front import FRONT, Front

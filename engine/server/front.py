@@ -13,10 +13,10 @@ from aiohttp import web
 from msgspec import Struct
 
 from engine.adapters.ref import AdapterRef
+from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError, Overloaded
 from engine.metrics import Metrics
-from engine.server.backend import Backend
 from engine.server.bodies import Bodies
 from engine.server.generation import Generation, Generator
 from engine.server.parameters import resolve_adapter

@@ -21,11 +21,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from engine.backend import Backend, Lease, Reader
 from engine.config import EngineConfig
 from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
-from engine.server.backend import Backend, Lease, Reader
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
 from engine.server.sequence import Event, Finish, Sequence
 from engine.server.stops import StopMatcher

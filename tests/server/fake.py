@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from engine.adapters.ref import AdapterRef
+from engine.backend import Reader
 from engine.errors import AdapterNotFound, EngineDead, LoraxError
 from engine.messages import (
     AdapterImageRef,
@@ -27,7 +28,6 @@ from engine.messages import (
     Update,
     Usage,
 )
-from engine.server.backend import Reader
 from engine.server.text import Text
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]

@@ -1,4 +1,4 @@
-"""What the HTTP front needs from the engine and the exchange, wherever they run.
+"""The seam between the HTTP front and the engine with its adapters, wherever these run.
 
 `engine.process.ProcessBackend` speaks to other processes; `engine.process.LocalBackend` runs everything in this one
 (the command `lorax generate`, tests).
