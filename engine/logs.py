@@ -26,14 +26,14 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "process": f"{self.role}[{record.process}]",
             "target": record.name,
-            "message": _printable(record.getMessage()),
+            "message": printable(record.getMessage()),
         }
         if record.exc_info:
-            line["exception"] = _printable(self.formatException(record.exc_info))
+            line["exception"] = printable(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what UTF-8 cannot carry: names that strangers chose."""
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,12 +21,14 @@ from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
-from engine.server import native, openai
 from engine.server.bodies import BUDGET_BYTES, MAX_BODY_BYTES, Bodies
 from engine.server.connections import Site, most_connections
+from engine.server.formats import Format
 from engine.server.front import FRONT, Front
 from engine.server.protocol import REFUSED, Deadlines, Runner
-from engine.server.refusals import HTTP_ERRORS, SERVER, error_response, of_http
+from engine.server.refusals import HTTP_ERRORS, of_http
+from engine.server.responses import SERVER
+from engine.server.routes import FORMATS, error_body, routes
 from engine.server.text import Text
 
 __all__ = ["HTTP_ERRORS", "build_app", "run", "runner_of"]
@@ -56,14 +58,26 @@ def build_app(
     stall_s: float = STALL_S,
     max_body_bytes: int = MAX_BODY_BYTES,
     body_budget: int = BUDGET_BYTES,
+    formats: Mapping[str, Format] = FORMATS,
 ) -> web.Application:
-    """The application on `backend`; whoever made backend and text also closes them."""
+    """The application on `backend`, with the response formats in `formats` (path -> format).
+
+    The caller closes backend and text.
+    """
     middlewares = [_log_access, _preflight, _errors]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     metrics = Metrics(backend.info.max_total_tokens)
     bodies = Bodies(config.server.client_body_timeout_s, max_body_bytes, body_budget)
-    app[FRONT] = Front(backend, text, config, metrics, bodies, keep_alive_s)
-    app.add_routes([*native.routes(), *openai.routes()])
+    app[FRONT] = Front(
+        backend=backend,
+        text=text,
+        config=config,
+        metrics=metrics,
+        bodies=bodies,
+        keep_alive_s=keep_alive_s,
+        error_body=functools.partial(error_body, formats),
+    )
+    app.add_routes(routes(formats))
     app.on_response_prepare.append(_sign)
     app.on_response_prepare.append(functools.partial(_bound_stall, round(stall_s * 1000)))
     app.on_cleanup.append(_let_go)
@@ -100,7 +114,7 @@ def _answer(request: web.Request, error: LoraxError) -> web.Response:
     if not isinstance(error, InvalidRequest):
         path = request.rel_url.raw_path
         log.debug("%s %s: %d %s", request.method, path, error.status, error)
-    return error_response(request.path, error)
+    return request.app[FRONT].error_response(request.path, error)
 
 
 @web.middleware
@@ -180,7 +194,7 @@ def runner_of(app: web.Application, **options: Any) -> Runner:
     connections = most_connections(server.max_concurrent_requests)
     deadlines = Deadlines(server.client_header_timeout_s)
     options = {"shutdown_timeout": CANCEL_S, "handler_cancellation": True} | options
-    return Runner(app, connections, deadlines, **options)
+    return Runner(app, connections, deadlines, app[FRONT].error_response, **options)
 
 
 async def run(app: web.Application, started: Callable[[str], None] | None = None) -> None:

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,8 +26,9 @@ from engine.config import EngineConfig
 from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
+from engine.server.choice import Choice
+from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
-from engine.server.sequence import Event, Finish, Sequence
 from engine.server.stops import StopMatcher
 from engine.server.text import Text, characters
 from engine.server.waiting import Waiter
@@ -55,7 +56,7 @@ class _Running:
     """A sequence that the engine works on, and the reader of its updates."""
 
     generation: Generation
-    sequence: Sequence
+    choice: Choice
     last: float = 0.0  # when the newest token came
     over: bool = False  # finished, failed or cancelled: what still comes of it is nobody's
     cancelled: bool = False  # the engine was told
@@ -133,19 +134,34 @@ class Generation:
             raise self._error
         return None
 
-    # -- the sequences
+    async def collect(self) -> list[FinishedChoice]:
+        """Waits for the end; every choice, in order. Raises as `next`."""
+        tokens: list[list[Token]] = [[] for _ in range(self.num_choices)]
+        logprobs: dict[int, list[float]] = {}
+        while (events := await self.next()) is not None:
+            for event in events:
+                if isinstance(event, Token):
+                    tokens[event.choice].append(event)
+                elif isinstance(event, PromptLogprobs):
+                    logprobs[event.choice] = event.logprobs
+        return [
+            FinishedChoice(self.finished[index], tokens[index], logprobs.get(index))
+            for index in range(self.num_choices)
+        ]
 
-    def start(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            running = _Running(self, sequence)
-            self._owner.submit(sequence.request, running)
+    # -- the choices
+
+    def start(self, choices: Iterable[Choice]) -> None:
+        for choice in choices:
+            running = _Running(self, choice)
+            self._owner.submit(choice.request, running)
             self._open.add(running)
 
     async def close(self) -> None:
         """Cancels what still runs, and waits for it. Idempotent."""
         for running in list(self._open):
             self._cancel(running)
-        while any(running.sequence.choice not in self.finished for running in self._open):
+        while any(running.choice.index not in self.finished for running in self._open):
             await self._waiter.wait(None)
         self._waiter.close()
         self._release()
@@ -155,7 +171,7 @@ class Generation:
         if not running.over:
             try:
                 self._observe(running, update)
-                finish = running.sequence.read(update, self._events)
+                finish = running.choice.read(update, self._events)
                 if finish is not None:
                     running.over = True
                     self.finished[finish.choice] = finish
@@ -164,7 +180,7 @@ class Generation:
             except LoraxError as error:
                 self._fail(running, error)
             except Exception:
-                log.exception("request %s failed", running.sequence.request.id)
+                log.exception("request %s failed", running.choice.request.id)
                 self._fail(running, LoraxError("internal error", hint="see the server's log"))
             self._waiter.wake()
         if update.is_last:
@@ -199,7 +215,7 @@ class Generation:
     def _cancel(self, running: _Running) -> None:
         if not running.cancelled:
             running.over = running.cancelled = True
-            self._owner.backend.cancel(running.sequence.request.id)
+            self._owner.backend.cancel(running.choice.request.id)
 
     def _ended(self, running: _Running) -> None:
         self._open.remove(running)
@@ -245,7 +261,7 @@ class Generator:
 
     @asynccontextmanager
     async def open(
-        self, prompts: list[Prompt], parameters: Parameters, id: str | None = None
+        self, prompts: Sequence[Prompt], parameters: Parameters, id: str | None = None
     ) -> AsyncIterator[Generation]:
         """Checks, tokenizes, gets the adapter and starts; the generation is closed on the way out.
 
@@ -266,16 +282,23 @@ class Generator:
         if parameters.adapter is not None:
             lease = await self.backend.acquire(parameters.adapter, parameters.api_token)
         self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
-        generation = Generation(id or uuid.uuid4().hex, parameters, tokens, lease, timings, self)
+        generation = Generation(
+            id=id or uuid.uuid4().hex,
+            parameters=parameters,
+            prompts=tokens,
+            lease=lease,
+            timings=timings,
+            owner=self,
+        )
         try:
-            generation.start(self._sequences(generation, lease))
+            generation.start(self._choices(generation, lease))
             yield generation
         finally:
             await generation.close()
 
-    def _sequences(self, generation: Generation, lease: Lease | None) -> list[Sequence]:
+    def _choices(self, generation: Generation, lease: Lease | None) -> list[Choice]:
         parameters = generation.parameters
-        made: list[Sequence] = []
+        made: list[Choice] = []
         for tokens in generation.prompts:
             room = self.limits.max_total_tokens - len(tokens)
             for seed in parameters.seeds():
@@ -290,8 +313,8 @@ class Generator:
                     arrival=generation.timings.received,
                 )
                 made.append(
-                    Sequence(
-                        choice=len(made),
+                    Choice(
+                        index=len(made),
                         request=request,
                         seed=None if parameters.greedy else seed,
                         text=self.text,

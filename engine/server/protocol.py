@@ -27,7 +27,6 @@ from engine.server.refusals import (
     MAX_HEADERS,
     MAX_LINE,
     VERSIONS,
-    error_response,
     of_headers,
     of_parser,
     path_of,
@@ -47,6 +46,7 @@ CONTINUES = web.RequestKey("continues", bool)  # the body is sent after `100 Con
 
 State = Literal["head", "body", "answer", "over"]
 HttpRequest = web.BaseRequest
+ErrorResponse = Callable[[str, LoraxError], web.Response]  # of the path and the error
 
 
 @dataclass(slots=True)
@@ -68,6 +68,7 @@ class Connection(web.RequestHandler):
         "_late",
         "_over",
         "_payload",
+        "_respond",
         "_state",
         "_wire",
         "growing",
@@ -91,6 +92,7 @@ class Connection(web.RequestHandler):
         self._max_msg_queue_size, self._msg_queue_resume_size = 2, 0
         self._connections = server.open_connections
         self._deadlines = server.deadlines
+        self._respond = server.error_response
         self._state: State = "head"
         self._late: asyncio.TimerHandle | None = None  # when headers must be complete
         self._head = b""  # the beginning of incomplete headers
@@ -282,7 +284,7 @@ class Connection(web.RequestHandler):
         else:
             error = LoraxError("internal error", hint="see the server's log")
             log.error("a request failed", exc_info=exc)
-        response = error_response(path, error)
+        response = self._respond(path, error)
         response.force_close()
         log.debug("%s: %d %s", request.remote, error.status, error)
         return response
@@ -296,6 +298,7 @@ class Server(web.Server):
         made: web.Server,
         connections: Connections,
         deadlines: Deadlines,
+        error_response: ErrorResponse,
         options: dict[str, Any],
     ) -> None:
         super().__init__(
@@ -308,6 +311,7 @@ class Server(web.Server):
         self._make = made.request_factory
         self.open_connections = connections
         self.deadlines = deadlines
+        self.error_response = error_response
 
     def __call__(self) -> Connection:
         return Connection(self, self._loop, **self._options)
@@ -345,16 +349,22 @@ class Runner(web.AppRunner):
     """Runs an application on a `Server`."""
 
     def __init__(
-        self, app: web.Application, connections: Connections, deadlines: Deadlines, **options: Any
+        self,
+        app: web.Application,
+        connections: Connections,
+        deadlines: Deadlines,
+        error_response: ErrorResponse,
+        **options: Any,
     ) -> None:
         super().__init__(app, access_log=None, **options)
         self.connections = connections
         self._deadlines = deadlines
+        self._error_response = error_response
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         options: dict[str, Any] = {"access_log": None}
-        return Server(made, self.connections, self._deadlines, options)
+        return Server(made, self.connections, self._deadlines, self._error_response, options)
 
     async def drain(self, timeout: float) -> bool:
         """Stops listening, closes what has no complete request, and waits for the answers; False if some are open."""

@@ -6,17 +6,14 @@ Names and values of headers, paths of unread requests and bodies never go into a
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from typing import cast
 
-import msgspec
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, http_exceptions, web
 from aiohttp.http import RawRequestMessage
 
-import engine
-from engine.errors import AdapterError, AdapterNotFound, LoraxError, MalformedRequest
+from engine.errors import LoraxError, MalformedRequest
+from engine.logs import printable
 
-SERVER = f"lorax/{engine.__version__}"
-RETRY_AFTER_S = 1
 MAX_LINE = 8190  # bytes of a request line, and of one header
 MAX_HEADERS = 128
 VERSIONS = (HttpVersion10, HttpVersion11)
@@ -35,7 +32,6 @@ HTTP_ERRORS = {
     501: "unknown_method",
     505: "unsupported_version",
 }
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-\xff]+)(?: HTTP/(\d+)\.\d+)?\r?\n?")
 TLS_HELLO = b"\x16\x03"
@@ -54,56 +50,6 @@ _KINDS = {status: _kind(status, error_type) for status, error_type in HTTP_ERROR
 def refused(status: int, message: str, hint: str | None = None) -> LoraxError:
     """An error of HTTP itself, which the tree of `engine.errors` does not have."""
     return (_KINDS.get(status) or _kind(status, "http"))(message, hint=hint)
-
-
-# -- answers
-
-
-def json_response(
-    body: Any, status: int = 200, headers: dict[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(body),
-        status=status,
-        headers=headers,
-        content_type="application/json",
-    )
-
-
-def printable(text: str) -> str:
-    """`text` without what UTF-8 cannot carry."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def native_body(error: LoraxError) -> dict[str, Any]:
-    """LoRAX's shape of an error, and the field if there is one."""
-    body: dict[str, Any] = {"error": printable(str(error)), "error_type": error.error_type}
-    return body | ({"field": error.field} if error.field else {})
-
-
-def openai_body(error: LoraxError) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
-    status = error.status
-    adapter = isinstance(error, AdapterError) or error.field == "adapter_id"
-    return {
-        "error": {
-            "message": printable(str(error)),
-            "type": OPENAI_TYPES.get(
-                status, "invalid_request_error" if status < 500 else "server_error"
-            ),
-            "param": "model" if adapter else error.field,
-            "code": "model_not_found" if isinstance(error, AdapterNotFound) else error.error_type,
-        }
-    }
-
-
-def error_response(path: str, error: LoraxError) -> web.Response:
-    """The answer to a request of `path`."""
-    headers = {"Server": SERVER}
-    if error.status == 429:
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    body = openai_body(error) if path.startswith("/v1/") else native_body(error)
-    return json_response(body, error.status, headers)
 
 
 # -- requests that are not valid HTTP
