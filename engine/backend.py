@@ -1,7 +1,7 @@
-"""The seam between the HTTP front and the engine with its adapters, wherever these run.
+"""The seam between the HTTP front and the engine with its adapters, in whichever process they run.
 
-`engine.process.ProcessBackend` speaks to other processes; `engine.process.LocalBackend` runs everything in this one
-(the command `lorax generate`, tests).
+`engine.process.ProcessBackend` runs them in other processes, `engine.process.LocalBackend` in this one (for the command
+`lorax generate` and for tests).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from engine.messages import AdapterImageRef, AdapterStatus, EngineInfo, EngineSt
 
 
 class Lease(Protocol):
-    """An adapter ready in host memory, held there until released."""
+    """An adapter that is ready in host memory and stays there until `release`."""
 
     @property
     def image(self) -> AdapterImageRef: ...
 
     @property
     def cache_salt(self) -> bytes:
-        """Not empty for private adapters: separates the prefix cache of their tenants."""
+        """Separates the prefix caches of tenants. Empty for public adapters."""
         ...
 
     def release(self) -> None:
@@ -30,14 +30,14 @@ class Lease(Protocol):
 
 
 class Reader(Protocol):
-    """Who hears of one request. Called from the event loop, between other things: must neither wait nor raise."""
+    """Receives the updates of one request. Called on the event loop: must neither wait nor raise."""
 
     def take(self, update: Update) -> None:
-        """News, in order. The last has `finish` or `error`: then the engine has let go of the request."""
+        """Updates, in order. The last has `finish` or `error`; the engine has then dropped the request."""
         ...
 
     def lose(self, error: LoraxError) -> None:
-        """The engine is gone, instead of a last update."""
+        """The engine is gone: called instead of the last update."""
         ...
 
 
@@ -49,7 +49,7 @@ class Backend(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """The newest that arrived."""
+        """The newest that have arrived."""
         ...
 
     @property
@@ -57,33 +57,33 @@ class Backend(Protocol):
 
     @property
     def exchange_away(self) -> bool:
-        """Adapters cannot be loaded for the moment; the base model and adapters in use are served."""
+        """No adapter can be loaded at the moment. The base model and adapters in use are still served."""
         ...
 
     @property
     def exchange_restarts(self) -> int: ...
 
     def submit(self, request: Request, reader: Reader) -> None:
-        """Starts a request; what comes of it is told to `reader`, later. Ids are never used twice.
+        """Starts a request; `reader` receives its updates later. Each id is used once.
 
-        Raises EngineDead when the engine is gone, and InvalidRequest for an id that is open.
+        Raises EngineDead if the engine is gone, and InvalidRequest if a request with this id is open.
         """
         ...
 
     def cancel(self, id: str) -> None:
-        """Asks for the end of a request. Its last update still comes, and only then may its adapter be released."""
+        """Ends a request early. Its last update still comes; its adapter must not be released before that."""
         ...
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
-        """Fetches, checks and stages the adapter; raises AdapterError. Cancelling the caller gives up the wait."""
+        """Fetches, checks and stages the adapter; raises AdapterError. May be cancelled."""
         ...
 
     async def adapters(self) -> list[AdapterStatus]:
-        """What the exchange knows; while it is away, what it knew last."""
+        """The adapters that the exchange lists; while it is away, the last list."""
         ...
 
     async def unload(self, name: str) -> bool:
-        """Forgets an adapter once nobody uses it; False if there is none of that name."""
+        """Unloads an adapter once no request uses it; False if there is none of that name."""
         ...
 
     async def close(self) -> None: ...

@@ -1,7 +1,6 @@
 """JSON bodies as msgspec structs. Fields that a struct does not have are ignored, as LoRAX does.
 
-Types are strict, except that an integer is accepted for a float. What is wrong with a body becomes an error that names
-the field.
+Types are strict, except that an integer is accepted for a float. Errors name the field.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Front:
     generator: Generator = field(init=False)
     started: float = field(default_factory=time.time)
     num_open: int = 0  # requests that count towards max_concurrent_requests
-    end_by: float | None = None  # by time.monotonic(), once the server was told to end
+    end_by: float | None = None  # by time.monotonic(), set when the server shuts down
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.backend, self.text, self.config, self.metrics)

@@ -1,13 +1,13 @@
-"""From checked parameters to a stream of events: the one pipeline behind every route, and the command line in-process.
+"""From parameters to a stream of events: the pipeline of every response format.
 
     async with generator.open([prompt], parameters) as generation:
         while (events := await generation.next()) is not None:
             ...
 
 A generation is one request of a client: its prompts, each continued `best_of` times, all with one adapter. The engine's
-updates become events when they arrive; whoever reads gets all that have arrived at once. Leaving the block cancels what
-still runs. The adapter's lease ends with the last sequence, whatever becomes of the reader; a sequence that ends at a
-stop sequence is answered while the engine still lets go of it.
+updates become events when they arrive, and `next` returns all that have arrived. Leaving the block cancels sequences
+that still run. The adapter's lease is released when the engine has dropped the last sequence, whether or not the events
+were read. The end of a choice at a stop sequence is an event before the engine has dropped the sequence.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
-NORMALISED = 4  # characters of a text that a tokenizer may make one of, at most
+NORMALISED = 4  # a tokenizer normalises at most this many characters to one
 
 Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
 
 
 @dataclass(slots=True)
 class Timings:
-    """When things happened, by time.monotonic()."""
+    """Times by time.monotonic()."""
 
     received: float
     validated: float = 0.0
@@ -53,13 +53,13 @@ class Timings:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A sequence that the engine works on, and the reader of its updates."""
+    """A choice that the engine works on, and the reader of its updates."""
 
     generation: Generation
     choice: Choice
     last: float = 0.0  # when the newest token came
-    over: bool = False  # finished, failed or cancelled: what still comes of it is nobody's
-    cancelled: bool = False  # the engine was told
+    over: bool = False  # finished, failed or cancelled: later updates are ignored
+    cancelled: bool = False  # the engine was asked to drop it
 
     def take(self, update: Update) -> None:
         """See `Reader`."""
@@ -71,7 +71,7 @@ class _Running:
 
 
 class Generation:
-    """An open request. Made by `Generator.open`."""
+    """An open request. `Generator.open` makes it."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Generation:
     ) -> None:
         self.id = id
         self.parameters = parameters
-        self.prompts = prompts  # the tokens that go in, of every prompt
+        self.prompts = prompts  # tokens of every prompt
         self.timings = timings
         self.adapter_source = lease.image.source if lease is not None else ""
         self.finished: dict[int, Finish] = {}
@@ -93,7 +93,7 @@ class Generation:
         self._events: list[Event] = []
         self._error: LoraxError | None = None
         self._waiter = Waiter()
-        self._open: set[_Running] = set()  # that the engine has not let go of
+        self._open: set[_Running] = set()  # the engine has not dropped these
 
     @property
     def num_choices(self) -> int:
@@ -120,9 +120,9 @@ class Generation:
         return sum(finish.usage.generated_tokens for finish in self.finished.values())
 
     async def next(self, timeout: float | None = None) -> list[Event] | None:
-        """Everything that arrived since the last call; [] after `timeout` seconds without news, None at the end.
+        """All events since the last call; [] after `timeout` seconds without any, None at the end.
 
-        Raises the error of the first sequence that failed, after all events before it.
+        Raises the error of the first choice that failed, after all earlier events.
         """
         while not self._events and self._error is None and not self._complete:
             if not await self._waiter.wait(timeout):
@@ -158,7 +158,7 @@ class Generation:
             self._open.add(running)
 
     async def close(self) -> None:
-        """Cancels what still runs, and waits for it. Idempotent."""
+        """Cancels what still runs and waits until the engine has dropped it. Idempotent."""
         for running in list(self._open):
             self._cancel(running)
         while any(running.choice.index not in self.finished for running in self._open):
@@ -167,7 +167,7 @@ class Generation:
         self._release()
 
     def take(self, running: _Running, update: Update) -> None:
-        """News from the engine. Whatever fails here, fails this request only."""
+        """Reads an update. An error here fails only this request."""
         if not running.over:
             try:
                 self._observe(running, update)
@@ -189,13 +189,13 @@ class Generation:
             self._cancel(running)
 
     def lose(self, running: _Running, error: LoraxError) -> None:
-        """The engine is gone."""
+        """The engine is gone; no more updates come."""
         if not running.over:
             self._fail(running, error)
         self._ended(running)
 
     def _observe(self, running: _Running, update: Update) -> None:
-        """Notes when things happened."""
+        """Records times."""
         timings = self.timings
         if update.admitted is not None and timings.admitted is None:
             timings.admitted = update.admitted
@@ -224,7 +224,7 @@ class Generation:
         self._waiter.wake()
 
     def _release(self) -> None:
-        """Gives the adapter back once the engine has let go of every sequence."""
+        """Releases the adapter once the engine has dropped every sequence."""
         if self._lease is not None and not self._open:
             self._lease.release()
             self._lease = None
@@ -240,8 +240,8 @@ class Generator:
     metrics: Metrics
     limits: Limits = field(init=False)
     max_characters: int = field(init=False)  # of a prompt
-    idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine works on nothing
-    num_open: int = 0  # sequences that the engine has not let go of
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
+    num_open: int = 0  # sequences that the engine has not dropped
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
@@ -263,7 +263,7 @@ class Generator:
     async def open(
         self, prompts: Sequence[Prompt], parameters: Parameters, id: str | None = None
     ) -> AsyncIterator[Generation]:
-        """Checks, tokenizes, gets the adapter and starts; the generation is closed on the way out.
+        """Checks, tokenizes, acquires the adapter and starts. Leaving the block closes the generation.
 
         Raises InvalidRequest, AdapterError and EngineDead.
         """
@@ -273,8 +273,8 @@ class Generator:
             raise invalid(
                 parameters.name("inputs"),
                 f"makes {len(prompts) * parameters.best_of} sequences, "
-                f"at most {self.limits.max_sequences} are allowed",
-                "send several requests",
+                f"the limit is {self.limits.max_sequences} (--max-concurrent-requests)",
+                "split it into several requests",
             )
         tokens = [await self._tokenize(prompt, parameters) for prompt in prompts]
         timings.validated = time.monotonic()
@@ -325,18 +325,18 @@ class Generator:
         return made
 
     def _check_length(self, characters: int, parameters: Parameters) -> None:
-        """Raises InvalidRequest for what is too long whatever its tokens are: to find them takes time and memory."""
+        """Raises InvalidRequest for a text that is too long whatever its tokens are; tokenizing it would take long."""
         if characters > self.max_characters:
             raise invalid(
                 parameters.name("inputs"),
-                f"has {characters} characters, more than the {self.limits.max_input_length} tokens that are allowed",
+                f"has {characters} characters, the limit is {self.limits.max_input_length} tokens",
                 "shorten it",
             )
 
     async def _tokenize(self, prompt: Prompt, parameters: Parameters) -> list[int]:
-        """The tokens of one prompt that go in; raises InvalidRequest if they do not fit."""
+        """The tokens of one prompt; raises InvalidRequest if they do not fit."""
         if isinstance(prompt, str):
-            if parameters.truncate:  # what a token at the cut becomes is cut off too
+            if parameters.truncate:  # a token at this cut is cut off again below
                 prompt = prompt[-self.max_characters :]
             self._check_length(len(prompt), parameters)
             tokens = await self.text.encode(prompt, special=parameters.special)
@@ -345,7 +345,7 @@ class Generator:
             tokens = await self.text.encode_chat(prompt)
         else:
             tokens = cast(list[int], prompt)
-        await asyncio.sleep(0)  # between the prompts of one request it is the others' turn
+        await asyncio.sleep(0)  # other requests run between two prompts of this one
         if parameters.truncate:
             tokens = tokens[-parameters.truncate :]
         check_prompt(tokens, parameters, self.limits)
