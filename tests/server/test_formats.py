@@ -198,7 +198,9 @@ def test_a_formatter_needs_no_server(path: str, text: Text) -> None:
     asked = FORMATS[path].parse(json.dumps(body).encode(), context())
     generation = SimpleNamespace(id="a", num_choices=1, parameters=asked.parameters)
     formatter: Formatter = asked.formatter(generation, text)  # type: ignore[arg-type]
-    token = Token(0, 40, "word", "word", None, None, False)
+    token = Token(
+        choice=0, id=40, text="word", delta="word", logprob=None, alternatives=None, special=False
+    )
     for sent in (formatter.events([token]), formatter.failure(EngineDead("gone"))):
         events = [part.removeprefix(b"data:") for part in sent.split(b"\n\n")]
         assert events.pop() == b"" and all(map(json.loads, events))
