@@ -22,7 +22,7 @@ $(BIN)/python:
 
 # torch first: the extension is built against it.
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py) $(SOURCES) | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt $(TORCH) numpy setuptools wheel ninja
+	$(PIP) install --quiet -c constraints.txt $(TORCH) numpy setuptools wheel
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

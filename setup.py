@@ -29,6 +29,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11
+COMMON_SOURCES = Path("engine/csrc/common")  # headers of both extensions
 CPU_SOURCES = Path("engine/csrc/cpu")
 CPU_FLAGS = [
     *(
@@ -165,7 +166,8 @@ class BuildExtensions(build_ext):
 
     def compile(self, sources: Path, jobs: list[Job]) -> list[str]:
         """Object files of the jobs, side by side; anew where a source, a header, the command or the compiler is new."""
-        headers = [*sources.glob("*.h"), *sources.glob("*.cuh"), Path(__file__)]
+        headers = [path for folder in (COMMON_SOURCES, sources) for path in folder.glob("*.*h")]
+        headers.append(Path(__file__))
         newest = max(path.stat().st_mtime for path in headers)
         objects = Path(self.build_temp) / sources.name
         objects.mkdir(parents=True, exist_ok=True)

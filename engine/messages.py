@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+IMAGE_ALIGN = 256  # bytes: where images, their data and placements start
+
 FinishReason = Literal["length", "eos", "cancelled"]
+
+
+def aligned(num_bytes: int) -> int:
+    """`num_bytes` rounded up to IMAGE_ALIGN."""
+    return -(-num_bytes // IMAGE_ALIGN) * IMAGE_ALIGN
 
 
 class SamplingParams(Struct, frozen=True):
@@ -50,8 +57,11 @@ class AdapterImageRef(Struct, frozen=True):
     source: str = ""  # where it was found, for answers
 
 
+RequestKind = Literal["generate", "embed", "classify", "score"]
+
+
 class Request(Struct, frozen=True):
-    """One generation: prompt tokens in, at most `max_new_tokens` out."""
+    """Prompt tokens in; out come at most `max_new_tokens` of them, or what another `kind` asks for."""
 
     id: str
     tokens: list[int]
@@ -61,6 +71,7 @@ class Request(Struct, frozen=True):
     adapter: AdapterImageRef | None = None  # None: the base model
     cache_salt: bytes = b""  # separates the prefix cache of private adapters by tenant
     arrival: float = 0.0  # time.monotonic() when the front accepted it
+    kind: RequestKind = "generate"
 
 
 class Admit(Struct, frozen=True):
@@ -75,14 +86,32 @@ class Admit(Struct, frozen=True):
     sampling: SamplingParams
 
 
+# What is wanted of a chunk, to be combined.
+NOTHING = 0  # its keys and values in the cache are enough
+TOKEN = 1  # it ends at the last known token: sample the next one
+SCORES = 2  # the log-probability of the known token after each position
+POOLED = 4  # one vector for the whole sequence
+
+
 class Chunk(Struct, frozen=True):
     """Part of a row's known tokens to compute: positions start .. start + count."""
 
     row: int
     start: int
     count: int
-    sample: bool  # the chunk ends at the last known token, so the step samples the next one
-    prompt_logprobs: bool = False
+    wants: int = NOTHING  # TOKEN, SCORES and POOLED, combined
+
+    @property
+    def sample(self) -> bool:
+        return bool(self.wants & TOKEN)
+
+    @property
+    def scores(self) -> bool:
+        return bool(self.wants & SCORES)
+
+    @property
+    def pooled(self) -> bool:
+        return bool(self.wants & POOLED)
 
 
 class Placement(Struct, frozen=True):

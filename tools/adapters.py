@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from engine.adapters.sources import open_folder
-from engine.adapters.tiers import HostRegion, whole_units
+from engine.adapters.tiers import HostRegion
 from engine.lora.formats import load_peft
 from engine.lora.image import image_size, write_image
-from engine.messages import AdapterImageRef
+from engine.messages import AdapterImageRef, aligned
 from engine.ops.layout import AdapterLayout
 
 
@@ -58,5 +58,5 @@ def stage(
         weights = load_peft(files.config, files.weights, layout)
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[offset : offset + size.total])
-    end = offset + whole_units(size.total)
+    end = offset + aligned(size.total)
     return AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, folder.name), end

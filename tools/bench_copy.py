@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from engine.adapters.tiers import whole_units
 from engine.engine import Engine
-from engine.messages import AdapterImageRef, Placement, Request, SamplingParams
+from engine.messages import AdapterImageRef, Placement, Request, SamplingParams, aligned
 from tools.profile_step import engine_of
 
 PROMPT, LONGEST = 128, 4096
@@ -39,7 +38,7 @@ class Copies:
         offset = 0
         for slot, image in enumerate(refs, 1):
             self._placements[slot] = Placement(slot, offset, image)
-            offset += whole_units(image.data_bytes)
+            offset += aligned(image.data_bytes)
         self._idle = set(self._placements)
         self.placer.advance = self.advance  # type: ignore[method-assign]
 

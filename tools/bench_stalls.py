@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine.adapters.exchange import Exchange
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import make_sources
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.errors import LoraxError, from_wire
-from engine.exchange import Exchange
 from engine.messages import Request, SamplingParams, Update
 from engine.models import adapter_layout
 from engine.ops.layout import AdapterLayout

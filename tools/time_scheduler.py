@@ -9,9 +9,9 @@ import statistics
 import sys
 import time
 
-from engine.adapters.slots import SlotTable
 from engine.messages import AdapterImageRef, Request, SamplingParams, StepResult, TokenOutput
 from engine.scheduler import BlockPool, Scheduler, SchedulerLimits
+from engine.scheduler.slots import SlotTable
 
 STEPS = 1000
 

@@ -15,12 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-UNIT = 256  # images start at multiples of it
-
-
-def whole_units(num_bytes: int) -> int:
-    """`num_bytes` rounded up to where the next image may start."""
-    return -(-num_bytes // UNIT) * UNIT
+from engine.messages import IMAGE_ALIGN, aligned
 
 
 class HostRegion:
@@ -39,7 +34,7 @@ class HostRegion:
 
         Other processes map it by `fd`, which must be passed to them (`pass_fds`, or over a socket).
         """
-        size = max(size, UNIT) // UNIT * UNIT
+        size = max(size, IMAGE_ALIGN) // IMAGE_ALIGN * IMAGE_ALIGN
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("lorax-adapters", os.MFD_CLOEXEC)
         else:
@@ -87,7 +82,7 @@ class HostTier:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity // UNIT * UNIT
+        self.capacity = capacity // IMAGE_ALIGN * IMAGE_ALIGN
         self.evictions = 0
         self._images: OrderedDict[bytes, HostImage] = OrderedDict()  # least recently used first
         self._doomed: dict[int, HostImage] = {}  # by offset: no longer found, still leased
@@ -126,7 +121,7 @@ class HostTier:
 
         None if leases are in the way: nothing is evicted then. Raises ValueError if it can never fit.
         """
-        size = max(UNIT, whole_units(num_bytes))
+        size = max(IMAGE_ALIGN, aligned(num_bytes))
         if size > self.capacity:
             raise ValueError(f"{num_bytes} bytes do not fit a tier of {self.capacity}")
         if self._first_fit(size, leased_only=True) is None:
@@ -163,13 +158,13 @@ class HostTier:
 
         Raises ValueError if it cannot lie there: outside of the region, or across another.
         """
-        size = max(UNIT, whole_units(num_bytes))
+        size = max(IMAGE_ALIGN, aligned(num_bytes))
         known = self._images.get(digest)
         found = known if known is not None and known.offset == offset else self._doomed.get(offset)
         if found is None:
             taken = self._intervals()
             apart = all(offset + size <= at or at + length <= offset for at, length in taken)
-            if offset % UNIT or offset < 0 or offset + size > self.capacity or not apart:
+            if offset % IMAGE_ALIGN or offset < 0 or offset + size > self.capacity or not apart:
                 raise ValueError(f"no image of {num_bytes} bytes can lie at {offset}")
             found = HostImage(digest, offset, size, doomed=known is not None)
             if known is None:
@@ -205,7 +200,7 @@ class HostTier:
         """Asserts the invariants: intervals are aligned, within the region and apart; leases are counted."""
         end = 0
         for offset, size in self._intervals():
-            assert offset % UNIT == 0 and size % UNIT == 0 and size > 0
+            assert offset % IMAGE_ALIGN == 0 and size % IMAGE_ALIGN == 0 and size > 0
             assert offset >= end, "intervals overlap"
             end = offset + size
         assert end <= self.capacity

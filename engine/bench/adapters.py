@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.adapters.tiers import HostRegion, whole_units
+from engine.adapters.tiers import HostRegion
 from engine.errors import ConfigError
 from engine.lora.image import ImageSize, image_size, write_image, write_records
 from engine.lora.weights import LoraWeights, Pair, Place, TensorMatrix
-from engine.messages import AdapterImageRef
+from engine.messages import AdapterImageRef, aligned
 from engine.ops.layout import ALIGN, AdapterLayout
 
 SCALE = 0.5  # of every adapter; not 1, so that a forgotten scale would show
@@ -116,7 +116,7 @@ class Images:
         }
         ranks = [[mix[index % len(mix)] for index in range(adapters)] for mix in mixes]
         sizes = [templates[rank].size.total for mix in ranks for rank in mix]
-        self.region = HostRegion.create(max(room, sum(map(whole_units, sizes))))
+        self.region = HostRegion.create(max(room, sum(map(aligned, sizes))))
         host = torch.frombuffer(self.region.view, dtype=torch.uint8)
         pool = Pool(layout.dtype, seed)
         self.mixes: list[list[AdapterImageRef]] = []
@@ -132,14 +132,14 @@ class Images:
                 size = template.size
                 ref = AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, name)
                 refs.append(ref)
-                offset = whole_units(end)
+                offset = aligned(end)
                 number += 1
             self.mixes.append(refs)
 
     @property
     def arena_bytes(self) -> int:
         """What all of them take in the arena together."""
-        return sum(whole_units(ref.data_bytes) for mix in self.mixes for ref in mix)
+        return sum(aligned(ref.data_bytes) for mix in self.mixes for ref in mix)
 
 
 def _template(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> _Template:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from engine.adapters.exchange import Exchange
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
 from engine.bench.adapters import Folders
@@ -18,7 +19,6 @@ from engine.bench.timing import wall
 from engine.bench.workload import Workload
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.exchange import Exchange
 from engine.messages import AdapterImageRef, Request
 
 Ask = Callable[[AdapterImageRef], list[Request]]  # one request with an adapter, for one token

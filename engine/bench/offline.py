@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from engine.adapters.tiers import UNIT, HostRegion
+from engine.adapters.tiers import HostRegion
 from engine.bench.adapters import Images, size_of
 from engine.bench.files import load_files
 from engine.bench.limits import (
@@ -37,7 +37,7 @@ from engine.bench.workload import Case, Workload, assign, cases_of
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.messages import AdapterImageRef, Request, SamplingParams
+from engine.messages import IMAGE_ALIGN, AdapterImageRef, Request, SamplingParams
 from engine.models import adapter_layout
 from engine.platform import detect, device_type
 
@@ -98,7 +98,7 @@ class Bench:
         for kind in ("base", "long"):
             if kind in kinds:
                 room = fitting(config, workload, self.spec.max_positions, kind == "long")
-                self.regions.append(HostRegion.create(16 * UNIT))
+                self.regions.append(HostRegion.create(16 * IMAGE_ALIGN))
                 self._start(kind, without_adapters(room), self.regions[-1])
         if not self.engines:
             raise ConfigError("--cases leaves nothing to measure", field="cases")
@@ -120,7 +120,7 @@ class Bench:
             workload.adapters,
             workload.targets,
             workload.seed,
-            room=num_files * (one.total + UNIT),
+            room=num_files * (one.total + IMAGE_ALIGN),
         )
         self.make_seconds = time.perf_counter() - started
         config = fitting(self.config, workload, self.spec.max_positions, long=False)

@@ -1,11 +1,13 @@
 """Linears: a method that multiplies, and the LoRA op split around it.
 
-A method has `allocate`, `load` and `matmul`; it knows nothing of LoRA. A linear is fused from the checkpoint's
+A method names the tensors that it takes from a checkpoint (`parts`), and has `allocate`, `load` and `matmul`; it knows
+nothing of LoRA. A linear is fused from the checkpoint's
 linears, and its group is the list of LoRA targets.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,8 +19,35 @@ from engine.ops.layout import Group
 ops = torch.ops.lorax
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor that a method takes from the checkpoint for each linear that was fused.
+
+    `outputs` is the dimension along the linear's outputs: fused parts are stacked along it, and a column-parallel
+    linear is cut along it. `inputs` is the dimension along its inputs: a row-parallel linear is cut along it. None: the
+    tensor has no such dimension, and every shard takes the whole of it.
+    """
+
+    name: str  # what follows the module's path: "weight"
+    shape: tuple[int, ...]  # in the checkpoint
+    outputs: int | None
+    inputs: int | None
+
+
+def plain_parts(outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
+    """A weight [outputs, inputs], or [inputs, outputs] if it is `transposed`, and a bias."""
+    if transposed:
+        weight = Part("weight", (inputs, outputs), 1, 0)
+    else:
+        weight = Part("weight", (outputs, inputs), 0, 1)
+    return [weight, *([Part("bias", (outputs,), 0, None)] if bias else [])]
+
+
 class LinearMethod(Protocol):
     """How a weight is held and multiplied: plain, or quantised."""
+
+    def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
+        """The tensors of one linear in the checkpoint, of these whole sizes."""
 
     @property
     def size(self) -> int:
@@ -32,7 +61,7 @@ class LinearMethod(Protocol):
         """Makes room for a `[rows, columns]` weight."""
 
     def load(self, part: str, row: int, tensor: Tensor) -> None:
-        """Takes rows `row` .. of the weight (part "weight") or of the bias (part "bias")."""
+        """Takes outputs `row` .. of a part, by its name; outputs are the tensor's first dimension."""
 
     def matmul(self, x: Tensor) -> Tensor:
         """x[T, columns] -> [T, rows]."""
@@ -56,6 +85,9 @@ class Plain:
     @property
     def size(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
+        return plain_parts(outputs, inputs, bias, transposed)
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
         if not hasattr(self, "weight"):
@@ -87,6 +119,7 @@ class Linear:
         self.layer, self.number = place
         self.splits = [target.out_features for target in group.targets]
         self.method = method
+        self.bias = bias
         method.allocate(sum(self.splits), group.in_features, bias)
 
     def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:

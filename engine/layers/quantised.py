@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.layers.linear import LinearMethod, Plain
+from engine.layers.linear import LinearMethod, Part, Plain, plain_parts
 
 ops = torch.ops.lorax
 INT8_MAX = 127
@@ -39,6 +39,10 @@ class _Quantised:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         """`dtype` is that of x, y and the bias."""
         self.dtype, self.device = dtype, device
+
+    def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
+        """Of a checkpoint that is not quantised."""
+        return plain_parts(outputs, inputs, bias, transposed)
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
         self.rows, self.columns = rows, columns

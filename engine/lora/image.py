@@ -1,7 +1,7 @@
 """The flat image of one adapter: byte for byte what lies in the arena, as `engine.ops.layout` describes.
 
     records   int32 [layers + 1, groups, 8], offsets relative to the data
-    zeros     to the next multiple of DATA_ALIGN bytes
+    zeros     to the next multiple of IMAGE_ALIGN bytes
     data      group after group, layer after layer, the ends last: A of all targets, then each target's B, transposed
 
 The digest is the beginning of SHA-256 (the fastest that processors compute themselves) over records and data: adapters
@@ -26,12 +26,12 @@ from engine.ops.layout import (
     RECORD_WORDS,
     AdapterLayout,
     Group,
+    data_start,
     padded,
     row_stride,
 )
 from engine.ops.matrices import ELEMENTS, Piece, write_matrices
 
-DATA_ALIGN = 256  # bytes
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20  # the most that is read, converted or hashed in one piece
 _RECORD = struct.Struct("=IIIHHHHfff")  # a, b, extra, three ranks, flags, three scales
@@ -53,11 +53,6 @@ class ImageSize:
     @property
     def total(self) -> int:
         return self.data_start + self.data_bytes
-
-
-def data_start(record_bytes: int) -> int:
-    """Where the data of an image starts, in bytes."""
-    return (record_bytes + DATA_ALIGN - 1) // DATA_ALIGN * DATA_ALIGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,11 @@ class Decoder:
         return norm(spec.norm.kind, spec.norm.eps, spec.hidden, self.dtype, self.device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits of the wanted tokens, [O, vocab]: of the model's dtype, or float32 if they are scaled or capped."""
+        """Logits of the wanted tokens, [O, vocab]; see `logits`."""
+        return self.logits(self.body(batch), batch)
+
+    def body(self, batch: Batch) -> Tensor:
+        """Hidden states of the wanted tokens behind the last norm, [O, hidden]."""
         scales = self.spec.scales
         x = self.embedding(batch.ids, batch.lora)
         if scales.embedding != 1.0:
@@ -111,8 +115,12 @@ class Decoder:
         assert residual is not None
         if batch.outputs is not None:
             x, residual = (t.index_select(0, batch.outputs) for t in (x, residual))
-        x = self.final_norm(x, residual)
-        logits = self.head(x, batch.lora_outputs)
+        return self.final_norm(x, residual)
+
+    def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[O, hidden] -> [O, vocab]: of the model's dtype, or float32 if they are scaled or capped."""
+        scales = self.spec.scales
+        logits = self.head(hidden, batch.lora_outputs)
         if scales.logits != 1.0:
             logits = logits.float() * scales.logits
         if scales.softcap:

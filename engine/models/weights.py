@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.checkpoint import WHOLE_NAMES, cache_folder
 from engine.errors import AdapterError, ModelError
 from engine.files import DESCRIPTORS, OpenFile, Outside
-from engine.layers.linear import Linear
+from engine.layers.linear import Linear, Part
 from engine.layers.norm import LayerNorm, RmsNorm
 from engine.models.decoder import Decoder
 from engine.models.spec import Learned
@@ -51,19 +51,14 @@ def destinations(model: Decoder) -> dict[str, Destination]:
     def whole(name: str, tensor: Tensor, plus: float = 0.0) -> None:
         found[name] = Destination(tuple(tensor.shape), partial(_copy, tensor, plus))
 
-    def fused(linear: Linear, bias: bool) -> None:
+    def fused(linear: Linear) -> None:
         row = 0
         for target in linear.group.targets:
             module = target.module.format(layer=linear.layer)
-            shape = (target.out_features, linear.group.in_features)
-            found[f"{module}.weight"] = Destination(
-                shape[::-1] if names.transposed else shape,
-                partial(_load, linear, "weight", row, names.transposed),
-                linear,
-            )
-            if bias:
-                found[f"{module}.bias"] = Destination(
-                    shape[:1], partial(_load, linear, "bias", row, False), linear
+            sizes = (target.out_features, linear.group.in_features)
+            for part in linear.method.parts(*sizes, linear.bias, names.transposed):
+                found[f"{module}.{part.name}"] = Destination(
+                    part.shape, partial(_load, linear, part, row), linear
                 )
             row += target.out_features
 
@@ -78,10 +73,10 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         whole(f"{spec.position.name}.weight", model.position_table)
     for number, layer in enumerate(model.layers):
         prefix = names.layer.format(layer=number)
-        fused(layer.attention.qkv, spec.attention.qkv_bias)
-        fused(layer.attention.out, spec.attention.out_bias)
-        fused(layer.mlp.up, spec.mlp.bias)
-        fused(layer.mlp.down, spec.mlp.bias)
+        fused(layer.attention.qkv)
+        fused(layer.attention.out)
+        fused(layer.mlp.up)
+        fused(layer.mlp.down)
         normed(f"{prefix}.{names.attention_norm}", layer.attention_norm)
         normed(f"{prefix}.{names.mlp_norm}", layer.mlp_norm)
         if layer.after_attention is not None:
@@ -98,8 +93,8 @@ def _copy(target: Tensor, plus: float, new: Tensor) -> None:
     target.copy_(new.float() + plus if plus else new)
 
 
-def _load(linear: Linear, part: str, row: int, transposed: bool, new: Tensor) -> None:
-    linear.method.load(part, row, new.T if transposed else new)
+def _load(linear: Linear, part: Part, row: int, new: Tensor) -> None:
+    linear.method.load(part.name, row, new.movedim(part.outputs, 0) if part.outputs else new)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], bool]:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine.messages import aligned
+
 ALIGN = 16  # bytes
 MAX_TARGETS = 3  # per group
 MAX_RANK = 65535  # a rank is a uint16 in the record
@@ -38,6 +40,11 @@ def padded(num_bytes: int) -> int:
 def row_stride(length: int, element_size: int) -> int:
     """Elements from one row of A or B to the next."""
     return padded(length * element_size) // element_size
+
+
+def data_start(record_bytes: int) -> int:
+    """Where the data of an image starts, behind its records, in bytes."""
+    return aligned(record_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from engine.backend import Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError, from_wire
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request
-from engine.process.exchange_client import ExchangeClient, Watch, how
+from engine.process.exchange_client import ExchangeClient, how
 from engine.process.grants import GrantLease
 from engine.process.messages import (
     Failed,
@@ -31,6 +31,7 @@ from engine.process.parts import Parts
 from engine.process.questions import refuse
 from engine.process.spawn import END_S, Child
 from engine.process.streams import Streams
+from engine.process.watch import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ def main(socket_fd: int, region_fd: int) -> int:
     try:
         import torch
 
-        from engine.lora.pinning import populate
+        from engine.runner.pinning import populate
 
         torch.set_num_threads(1)  # the cores are the engine's
         factory = load(setup.parts.exchange)
@@ -75,7 +75,7 @@ def main(socket_fd: int, region_fd: int) -> int:
 def stand_back() -> None:
     """Leaves the cores to the engine, which computes on all of them: this thread, and every thread that it starts.
 
-    Measured on two cores that the engine keeps busy (docs/performance.md, "Cold adapters"): at a niceness of 10
+    Measured on two cores that the engine keeps busy (docs/notebook/cold-adapters.md): at a niceness of 10
     parsing 313 MB takes 11 s and stretches the 99th percentile of the gap between tokens by 1.36, here 23 s and 1.01.
     At ordinary priority the gap grows ninefold; with SCHED_IDLE or a niceness of 19 parsing may starve.
     """

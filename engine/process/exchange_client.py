@@ -14,7 +14,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -50,26 +49,11 @@ from engine.process.messages import (
 from engine.process.questions import Answer, Questions
 from engine.process.spawn import END_S, Child
 from engine.process.suspects import Suspects
+from engine.process.watch import Starting, Watch
 
 FromChild = ExchangeReady | Failed | Pong | Recall | Refused | Answer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """When the exchange counts as silent, and how long others wait for it."""
-
-    tick_s: float = 0.25  # between two heartbeats
-    away_ticks: int = 2  # unanswered: it is not waited for where there is another way
-    dead_ticks: int = 40  # unanswered: it is killed
-    ready_s: float = 90.0  # that a new process gets to start
-    patience_s: float = 60.0  # that a question waits for an exchange that is away
-    max_ends: int = 5  # within `window_s`: the program gives up
-    window_s: float = 60.0
-    max_deaths: int = (
-        2  # of the exchange within `window_s` while it loaded the same adapter: that is refused
-    )
 
 
 class ExchangeClient:
@@ -97,6 +81,10 @@ class ExchangeClient:
         self._away = asyncio.Event()
         self._away_since: float | None = None
         self._pings, self._pongs = 0, 0
+        self._used: float | None = (
+            None  # processor time of a process that starts, and when that last changed
+        )
+        self._used_at = 0.0
         self._questions = Questions(self._send_if_ready)
         self._calls = itertools.count(1)
         self._grants = Grants(self._give_back)
@@ -167,7 +155,7 @@ class ExchangeClient:
 
     async def _until_it_ends(self) -> None:
         """Returns when the process has ended or is to be killed."""
-        watch, started = self._watch, time.monotonic()
+        watch, starting = self._watch, Starting(self._watch)
         self._pings = self._pongs = 0
         while not self._ended.is_set():
             try:
@@ -177,8 +165,7 @@ class ExchangeClient:
                 pass
             self._refuse_the_patient()
             if not self._ready:
-                if self.restarts and time.monotonic() - started > watch.ready_s:
-                    logger.error("the exchange did not start within %.0f s", watch.ready_s)
+                if self.restarts and starting.hangs(self._child.cpu_seconds):
                     return
                 continue
             missed = self._pings - self._pongs

@@ -18,7 +18,7 @@ from engine.messages import AdapterImageRef
 from engine.process.messages import Acquired
 
 MAX_IDLE = 1024  # grants that no request uses
-OUTAGE_S = 60.0  # after its version was last known to be valid, a grant serves on while the exchange is away
+OUTAGE_S = 300.0  # after its version was last known to be valid, a grant serves on while the exchange is away
 
 Key = tuple[AdapterRef, str | None]  # the reference and the caller's token
 

@@ -28,7 +28,9 @@ class Parts:
     """Each is `module:name` of a callable."""
 
     engine: str = "engine.engine:Engine"  # (config, region)
-    exchange: str = "engine.exchange:Exchange"  # (config, layout, region, device=, recall=)
+    exchange: str = (
+        "engine.adapters.exchange:Exchange"  # (config, layout, region, device=, recall=)
+    )
 
 
 def load(factory: str) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ class ExchangeLease(Lease, Protocol):
 
 
 class Exchange(Protocol):
-    """What is asked of `engine.exchange.Exchange`."""
+    """What is asked of `engine.adapters.exchange.Exchange`."""
 
     @property
     def preloaded(self) -> list[AdapterImageRef]: ...

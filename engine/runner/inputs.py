@@ -73,7 +73,7 @@ class Description(NamedTuple):
     def scored(self) -> list[int]:
         """Sequences of whose every token the logits are wanted, behind those of the sampled ones."""
         first = len(self.decode)
-        return [first + i for i, chunk in enumerate(self.chunks) if chunk.prompt_logprobs]
+        return [first + i for i, chunk in enumerate(self.chunks) if chunk.scores]
 
     @property
     def counts(self) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
-from engine.ops.attention import Backend
+from engine.ops.attention import Backend, KVFormat
 from engine.platform import GIB, Platform
 from engine.runner.shapes import chunk_bounds, mixed_shapes
 
@@ -21,6 +21,18 @@ COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
 SCORED_BYTES = 256 << 20  # of logits of prompts whose log-probabilities are wanted, in a step
 LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model and its adapters take, in bytes."""
+
+    itemsize: int  # of one value that the model computes with
+    kv: KVFormat
+    weights: int
+    scratch: int  # that a linear takes while it multiplies, besides its input and output
+    records: int  # of one adapter
+    host_tier: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +106,11 @@ def plan_memory(
     config: EngineConfig,
     platform: Platform,
     spec: ModelSpec,
-    itemsize: int,
-    sizes: tuple[int, int, int, int],
+    footprint: Footprint,
     backend: Backend,
 ) -> MemoryPlan:
-    """Splits the budget; `sizes` are bytes of weights, of what a linear takes while it multiplies, of one slot's
-    records, and of the host tier.
-
-    Raises ConfigError that names the flag to change when something does not fit.
-    """
-    weights, scratch, record, host_tier = sizes
+    """Splits the budget. Raises ConfigError that names the flag to change when something does not fit."""
+    weights, itemsize = footprint.weights, footprint.itemsize
     scheduler, device = config.scheduler, platform.device.type
     block = block_size(scheduler.block_size, backend)
     rows = _positive(scheduler.max_batch_size, DEFAULT_ROWS[device], "max_batch_size")
@@ -117,12 +124,14 @@ def plan_memory(
     fraction = _adapter_fraction(config)
     working = backend.workspace(rows)
     if platform.is_cuda:
-        working += _working(config, spec, (rows, tokens), itemsize) + scratch
+        working += _working(config, spec, (rows, tokens), itemsize) + footprint.scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
-    records = record * (config.adapters.max_active_adapters + 1)
+    records = footprint.records * (config.adapters.max_active_adapters + 1)
     attention = spec.attention
-    kv_block = spec.num_layers * 2 * block * attention.kv_heads * attention.head_dim * itemsize
+    kv_block = footprint.kv.block_bytes(
+        spec.num_layers, block, attention.kv_heads, attention.head_dim
+    )
     room = max(budget - arena - records, 0) // kv_block
     shares = {"weights": weights if platform.is_cuda else 0, "a step": working}
     shares |= {"adapter arena": arena, "adapter records": records}
@@ -130,23 +139,23 @@ def plan_memory(
     blocks = _num_blocks(config, min(room, rows * -(-total // block) + 1), block, total)
     longest = _input_length(config, total)
     return MemoryPlan(
-        platform.budget,
-        flag_of(_budget_field(platform)),
-        budget - arena - records - blocks * kv_block,
-        weights,
-        kv_block,
-        blocks,
-        block,
-        arena,
-        records,
-        working,
-        host_tier,
-        rows,
-        tokens,
-        beside,
-        scored_tokens(spec, itemsize, tokens),
-        total,
-        longest,
+        budget=platform.budget,
+        budget_flag=flag_of(_budget_field(platform)),
+        unused=budget - arena - records - blocks * kv_block,
+        weights=weights,
+        kv_block=kv_block,
+        num_blocks=blocks,
+        block_size=block,
+        arena=arena,
+        records=records,
+        working=working,
+        host_tier=footprint.host_tier,
+        max_rows=rows,
+        max_step_tokens=tokens,
+        chunk_tokens=beside,
+        max_scored_tokens=scored_tokens(spec, itemsize, tokens),
+        max_total_tokens=total,
+        max_input_length=longest,
     )
 
 

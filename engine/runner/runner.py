@@ -15,7 +15,7 @@ from engine.runner.batch import Adapters, BatchBuilder, Model
 from engine.runner.graphs import StepGraphs
 from engine.runner.inputs import Description
 from engine.runner.rows import RowTable
-from engine.runner.sampler import Sampled, SamplePlan
+from engine.runner.sampler import Sampled, SamplePlan, allowed
 from engine.runner.transfer import Mark, read_back
 
 
@@ -49,6 +49,18 @@ class _Launched:
     mark: Mark  # reached when all of it has arrived
 
 
+Outputs = tuple[Tensor, Tensor, Tensor]  # rows, their known tokens, logits; the sampled ones first
+
+
+@dataclass(frozen=True, slots=True)
+class _Forwarded:
+    """A step whose forward pass was started, and whose sampling was not."""
+
+    step: int
+    description: Description
+    outputs: Outputs | None  # None: the step computes nothing
+
+
 class Runner:
     """`launch` starts a step, `collect` waits for its result; on a CPU the first does all the work.
 
@@ -69,23 +81,48 @@ class Runner:
         self.builder = BatchBuilder(rows, cache, adapters, attention)
         self.decode_sampling = SamplePlan([], rows.device)
         self.graphs: StepGraphs | None = None
-        self.way = read_back(rows.device)
+        self.readback = read_back(rows.device)
         self.launched: deque[_Launched] = deque()
+        self._forwarded: _Forwarded | None = None
 
     def capture(self, width: int, max_tokens: int) -> None:
         """Steps are replayed from now on. `width`: the largest stacked rank of an adapter; `max_tokens`: of a step."""
         self.graphs = StepGraphs(self.model, self.builder, width, max_tokens)
         self.graphs.capture()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
+        """Starts a step: its forward pass and, right behind it, its sampling."""
+        self.forward(plan)
+        self.sample()
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> None:
+        """Starts a step up to its logits; `sample` must follow before the next one."""
+        assert self._forwarded is None, "a step is sampled before the next one starts"
         self.rows.words.send()  # what a launch that failed left behind, before the same is written again
         self._apply(plan)
         description = self.builder.describe(plan.chunks)
-        busy = bool(description.slots)
-        sampled, prompt = self._compute(description) if busy else (None, {})
+        outputs = self._forward(description) if description.slots else None
+        if outputs is not None:
+            self.builder.advance(description)
+        self._forwarded = _Forwarded(plan.step, description, outputs)
+
+    @torch.inference_mode()
+    def sample(self, bitmask: Tensor | None = None) -> None:
+        """Starts the sampling of the step whose forward pass was started last, and its copies of adapters.
+
+        `bitmask` [rows that are sampled, vocab / 32 rounded up] int32: bit t of a row allows token t. None: all.
+        """
+        forwarded, self._forwarded = self._forwarded, None
+        assert forwarded is not None, "`forward` comes first"
+        sampled: Sampled | None = None
+        prompt: dict[int, Tensor] = {}
+        if forwarded.outputs is not None:
+            sampled, prompt = self._sample(forwarded.description, forwarded.outputs, bitmask)
+        busy = forwarded.outputs is not None
         resident = self.placer.advance(self.placer.beside_step if busy else self.placer.alone)
-        self.launched.append(_Launched(plan.step, sampled, prompt, resident, self.way.mark()))
+        mark = self.readback.mark()
+        self.launched.append(_Launched(forwarded.step, sampled, prompt, resident, mark))
 
     def collect(self) -> StepResult:
         """The result of the oldest step that was launched and not collected."""
@@ -101,7 +138,8 @@ class Runner:
     def abandon(self) -> None:
         """Drops the steps in flight; returns when the device no longer works on them."""
         self.launched.clear()
-        self.way.mark().synchronize()
+        self._forwarded = None
+        self.readback.mark().synchronize()
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.release:
@@ -121,17 +159,18 @@ class Runner:
             params = [self.rows.params[row] for row in plan.decode]
             self.decode_sampling = SamplePlan(params, self.rows.device)
 
-    def _forward(self, description: Description) -> tuple[Tensor, Tensor, Tensor]:
-        """Starts the step: (rows, their known tokens, logits), the sampled ones first."""
+    def _forward(self, description: Description) -> Outputs:
+        """Starts the step, as a graph if one holds it."""
         graphs = self.graphs
         if graphs is not None and (captured := graphs.find(description)) is not None:
             return graphs.replay(captured, description)
         step = self.builder.build(description)
         return step.rows, step.lengths, self.model(step.batch)
 
-    def _compute(self, description: Description) -> tuple[Sampled | None, dict[int, Tensor]]:
-        rows, lengths, logits = self._forward(description)
-        self.builder.advance(description)
+    def _sample(
+        self, description: Description, outputs: Outputs, bitmask: Tensor | None
+    ) -> tuple[Sampled | None, dict[int, Tensor]]:
+        rows, lengths, logits = outputs
         chunks = description.chunks
         new = [chunk.row for chunk in chunks if chunk.sample]
         count = len(description.decode) + len(new)
@@ -143,8 +182,14 @@ class Runner:
                 sampling = SamplePlan(sampling.params + params, self.rows.device)
             longest = max(self.rows.known[row] for row in (*description.decode, *new))
             part = slice(count)
-            sampled = sampling.sample(logits[part], self.rows, rows[part], lengths[part], longest)
-            out = sampled.fetched(self.way)
+            sampled = sampling.sample(
+                allowed(logits[part], bitmask),
+                self.rows,
+                rows[part],
+                lengths[part],
+                longest=longest,
+            )
+            out = sampled.fetched(self.readback)
         return out, self._prompt_logprobs(chunks, logits[count:])
 
     def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, Tensor]:
@@ -152,7 +197,7 @@ class Runner:
         found: dict[int, Tensor] = {}
         first = 0
         for i, chunk in enumerate(chunks):
-            if chunk.prompt_logprobs:
+            if chunk.scores:
                 known = (
                     chunk.count - chunk.sample
                 )  # the token after the last position is not the prompt's
@@ -160,6 +205,6 @@ class Runner:
                     chunk.row, chunk.start + 1 : chunk.start + 1 + known
                 ].long()
                 rows = logits[first : first + known].float().log_softmax(-1)
-                found[i] = self.way.fetch(rows.gather(1, after[:, None])[:, 0])
+                found[i] = self.readback.fetch(rows.gather(1, after[:, None])[:, 0])
                 first += chunk.count
         return found

@@ -57,6 +57,16 @@ def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return (bits.double() + 0.5) / float(1 << 52)
 
 
+def allowed(logits: Tensor, bitmask: Tensor | None) -> Tensor:
+    """[n, vocab], with -inf where the token's bit in `bitmask` [n, vocab / 32 rounded up] int32 is 0."""
+    if bitmask is None:
+        return logits
+    shifts = torch.arange(32, device=logits.device, dtype=torch.int32)
+    bits = (bitmask[:, :, None] >> shifts) & 1
+    keep = bits.flatten(1)[:, : logits.shape[1]].bool()
+    return logits.masked_fill(~keep, float("-inf"))
+
+
 def penalise(
     logits: Tensor,  # [n, vocab] float32, changed in place
     tokens: Tensor,  # [n, positions] int64: prompt and output of each row
@@ -233,15 +243,15 @@ class Sampled:
     top_ids: Tensor | None = None  # [reported, alternatives] int64
     top_logprobs: Tensor | None = None
 
-    def fetched(self, way: ReadBack) -> Sampled:
+    def fetched(self, readback: ReadBack) -> Sampled:
         """The same on its way to the host."""
 
         def fetch(part: Tensor | None) -> Tensor | None:
-            return part if part is None else way.fetch(part)
+            return part if part is None else readback.fetch(part)
 
         return Sampled(
             self.plan,
-            way.fetch(self.tokens),
+            readback.fetch(self.tokens),
             fetch(self.logprobs),
             fetch(self.top_ids),
             fetch(self.top_logprobs),

@@ -19,7 +19,7 @@ ops = torch.ops.lorax
 
 
 class ReadBack(Protocol):
-    """Where the results of steps are read: `fetch` starts a copy, `mark` ends a step's, `Mark.wait` waits for them."""
+    """Where the results of steps are read: `fetch` starts a copy, `mark` ends a step's; wait for that mark."""
 
     def fetch(self, tensor: Tensor) -> Tensor: ...
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 from engine.messages import Admit
 from engine.scheduler.backlog import Backlog
-from engine.scheduler.draft import Draft
 from engine.scheduler.fairness import Rotation, Slots
+from engine.scheduler.plan_builder import PlanBuilder
 from engine.scheduler.rows import Rows
 from engine.scheduler.sequence import Sequence
 from engine.scheduler.tables import BlockTables
@@ -76,8 +76,8 @@ class Admission:
         """Those that keep blocks while they wait, the youngest first."""
         return sorted((s for s in self.waiting if s.blocks and not s.row), key=_age, reverse=True)
 
-    def admit(self, draft: Draft, now: float) -> None:
-        """Let the draft admit whom it can, and start the placements that the others wait for."""
+    def admit(self, builder: PlanBuilder, now: float) -> None:
+        """Admit what the plan has room for, and start the placements that the others wait for."""
         if not self._awake and now < self._rotation.next_due:
             return
         self._awake = False
@@ -95,7 +95,7 @@ class Admission:
                         may = image.data_bytes < refused or digest in self._rotation.turns
                         placement = self._slots.place(image, now, keep) if may else None
                         if placement is not None:
-                            draft.placements.append(placement)
+                            builder.placements.append(placement)
                             self._rotation.placed(digest)
                         elif stopped:
                             break  # nobody behind can be admitted, and there is no room to prepare
@@ -109,13 +109,13 @@ class Admission:
                 keep.add(digest)
                 slot = found
             if not stopped:
-                stopped = self._try(sequence, slot, draft, now) == "stopped"
-        if draft.admit:
+                stopped = self._try(sequence, slot, builder, now) == "stopped"
+        if builder.admit:
             self.waiting = [sequence for sequence in self.waiting if not sequence.row]
         self._rotation.give_turns(starving, now)
 
     def _try(
-        self, sequence: Sequence, slot: int, draft: Draft, now: float
+        self, sequence: Sequence, slot: int, builder: PlanBuilder, now: float
     ) -> Literal["admitted", "deferred", "stopped"]:
         """Give the sequence a row, blocks for its known tokens and its first chunk, if all can be had."""
         if not self._rows.any_free:
@@ -124,10 +124,10 @@ class Admission:
         if found is None:
             return "deferred"
         start = sequence.computed or len(found) * self._pool.block_size
-        count = draft.chunk_size(sequence, start)
+        count = builder.chunk_size(sequence, start)
         if not count:
             self.wake()  # only this step is full
-            return "deferred" if draft.lacks_scores(sequence) else "stopped"
+            return "deferred" if builder.lacks_scores(sequence) else "stopped"
         self._pool.share(found)
         missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) - len(found)
         if not self._reclaim(missing, sequence):
@@ -136,8 +136,8 @@ class Admission:
         if not sequence.blocks:
             self._tables.start_behind(sequence, found)
         self._tables.append(sequence, found + self._pool.allocate(missing))
-        self._take_row(sequence, slot, draft, now)
-        draft.compute(sequence, count)
+        self._take_row(sequence, slot, builder, now)
+        builder.compute(sequence, count)
         return "admitted"
 
     def _reclaim(self, missing: int, sequence: Sequence) -> bool:
@@ -158,7 +158,7 @@ class Admission:
                 return True
         return False  # they shared blocks with others
 
-    def _take_row(self, sequence: Sequence, slot: int, draft: Draft, now: float) -> None:
+    def _take_row(self, sequence: Sequence, slot: int, builder: PlanBuilder, now: float) -> None:
         self._rows.take(sequence, slot)
         sequence.preempted = False
         if slot:
@@ -170,7 +170,7 @@ class Admission:
             if sequence.prompt_logprobs is None and self._pool.prefix_caching:
                 self.prefix_lookups += sequence.prompt_length
                 self.prefix_hits += sequence.cached_tokens
-        draft.admit.append(
+        builder.admit.append(
             Admit(
                 row=sequence.row,
                 slot=slot,

@@ -18,7 +18,7 @@ from engine.scheduler.sequence import Sequence
 
 
 class Slots(Protocol):
-    """What the scheduler needs of the slot table; `engine.adapters.slots` documents the semantics."""
+    """What the scheduler needs of the slot table; `engine.scheduler.slots` documents the semantics."""
 
     arena_bytes: int
     num_placements: int

@@ -40,30 +40,38 @@ class SchedulerLimits:
             raise InvalidRequest(
                 "the prompt is empty", field="inputs", hint="send at least one token"
             )
-        if request.max_new_tokens < 1:
+        room_for_output = 1 if request.kind == "generate" else 0
+        if request.max_new_tokens < room_for_output:
             raise InvalidRequest(
                 f"max_new_tokens is {request.max_new_tokens}",
                 field="max_new_tokens",
                 hint="ask for at least one token",
             )
+        reserved = " (one token is reserved for output)" if room_for_output else ""
         for most, what, remedy in (
-            (self.max_input_length, "a prompt may have", "raise --max-input-length"),
-            (self.max_total_tokens - 1, "leave room for output", "raise --max-total-tokens"),
+            (self.max_input_length, "the limit for prompts is", "raise --max-input-length"),
+            (
+                self.max_total_tokens - room_for_output,
+                f"the limit{reserved} is",
+                "raise --max-total-tokens",
+            ),
             (
                 kv_positions,
-                "fit into the KV cache",
+                "the KV cache holds",
                 "raise --max-batch-total-tokens or give it memory",
             ),
         ):
             if length > most:
                 raise InvalidRequest(
-                    f"the prompt has {length} tokens, more than the {most} that {what}",
+                    f"the prompt has {length} tokens, {what} {most}",
                     field="inputs",
                     hint=f"shorten the prompt, or {remedy}",
                 )
 
     def last_length(self, request: Request, kv_positions: int) -> int:
-        """Tokens of prompt and output at which the request ends. The last one needs no KV entry."""
+        """Tokens of prompt and output at which the request ends. The last token of an output needs no KV entry."""
+        if request.kind != "generate":
+            return len(request.tokens)
         asked = len(request.tokens) + request.max_new_tokens
         return min(asked, self.max_total_tokens, kv_positions + 1)
 
@@ -71,7 +79,7 @@ class SchedulerLimits:
 def adapter_too_large(image: AdapterImageRef, arena_bytes: int) -> AdapterTooLarge:
     return AdapterTooLarge(
         f"adapter {image.name or image.digest.hex()} needs {image.data_bytes} bytes and a slot; the arena of "
-        f"{arena_bytes} bytes cannot give them beside the preloaded adapters",
+        f"{arena_bytes} bytes has no room for it next to the preloaded adapters",
         field="adapter_id",
         hint="raise --adapter-memory-fraction or --max-active-adapters, or preload fewer adapters",
     )

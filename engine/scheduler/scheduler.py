@@ -30,10 +30,10 @@ from engine.messages import (
 from engine.scheduler.admission import Admission
 from engine.scheduler.blocks import BlockPool, root_key
 from engine.scheduler.budget import StepBudget
-from engine.scheduler.draft import Draft, Flight
 from engine.scheduler.fairness import Rotation, Slots
 from engine.scheduler.limits import SchedulerLimits, adapter_too_large
 from engine.scheduler.outbox import Outbox
+from engine.scheduler.plan_builder import Flight, PlanBuilder
 from engine.scheduler.rows import Rows
 from engine.scheduler.sequence import Sequence
 from engine.scheduler.tables import BlockTables
@@ -175,28 +175,28 @@ class Scheduler:
         now = self._clock()
         budget = self._budget.tokens
         scored = self.limits.scored(budget)
-        draft = Draft(budget, scored, self._rows, self._tables, self._placements)
+        builder = PlanBuilder(budget, scored, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
-        decode = self._plan_decode(draft, held)
+        decode = self._plan_decode(builder, held)
         if decode and (bounds := self.limits.chunk_tokens):
             beside = self._admission.tokens_beside(len(decode), bounds, self._step, now)
-            draft.budget = min(draft.budget, beside)
-        self._plan_chunks(draft, held)
-        self._admission.admit(draft, now)
+            builder.budget = min(builder.budget, beside)
+        self._plan_chunks(builder, held)
+        self._admission.admit(builder, now)
         self._unplace += self.slots.take_unplaced()
-        work = decode or draft.chunks or self._rows.any_released or self._unplace
+        work = decode or builder.chunks or self._rows.any_released or self._unplace
         if not work and not self._placements and (self._flights or not self.slots.num_placing):
             return None  # an empty step is worth its while only to learn of finished copies
         self._step += 1
-        if draft.left_over:
+        if builder.left_over:
             self._admission.backlog.left_over(self._step, now)
         rows = [sequence.row for sequence, _ in decode]
-        flight = draft.launch(self._step, self._unplace, decode, same=rows == self._decode_rows)
+        flight = builder.launch(self._step, self._unplace, decode, same=rows == self._decode_rows)
         self._decode_rows, self._unplace, self._placements = rows, [], []
         self._flights.append(flight)
         return flight.plan
 
-    def _plan_decode(self, draft: Draft, held: set[Sequence]) -> list[tuple[Sequence, int]]:
+    def _plan_decode(self, builder: PlanBuilder, held: set[Sequence]) -> list[tuple[Sequence, int]]:
         """Advance every decoding row by one position, with a further block where the last is full."""
         decode = self._rows.decode()
         needy = [sequence for sequence, _ in decode if sequence.computed == sequence.capacity]
@@ -208,13 +208,13 @@ class Scheduler:
         if held:
             decode = [entry for entry in decode if entry[0] not in held]
         for sequence in needy:
-            draft.grow(sequence)
+            builder.grow(sequence)
         for sequence, _ in decode:
             sequence.inflight += 1
             sequence.computed += 1
             if sequence.computed + 1 == sequence.limit:
                 self._rows.last_planned()
-        draft.budget = max(draft.budget - len(decode), 0)
+        builder.budget = max(builder.budget - len(decode), 0)
         return decode
 
     def _make_room(self, needy: list[Sequence]) -> list[Sequence]:
@@ -235,13 +235,13 @@ class Scheduler:
             needy = [sequence for sequence in needy if sequence is not victim]
         return needy
 
-    def _plan_chunks(self, draft: Draft, held: set[Sequence]) -> None:
+    def _plan_chunks(self, builder: PlanBuilder, held: set[Sequence]) -> None:
         for sequence in list(self._rows.prefilling):
             if sequence in held:
                 continue
-            if count := draft.chunk_size(sequence, sequence.computed):
-                draft.compute(sequence, count)
-            elif not draft.lacks_scores(sequence):
+            if count := builder.chunk_size(sequence, sequence.computed):
+                builder.compute(sequence, count)
+            elif not builder.lacks_scores(sequence):
                 break
 
     def _pause_overdue(self, now: float) -> set[Sequence]:
@@ -314,7 +314,7 @@ class Scheduler:
             sequence.committed += chunk.count
             self._tables.register(sequence)
             self._admission.wake()  # others may have waited for these blocks
-            if chunk.prompt_logprobs and sequence.prompt_logprobs is not None:
+            if chunk.scores and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += result.prompt_logprobs.get(index, [])
                 del sequence.prompt_logprobs[sequence.prompt_length - 1 :]
             if sampled is not None:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.adapters.exchange import Exchange
 from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.sources import AdapterFiles, LocalSource, Progress, Version, open_folder
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import AdapterForbidden, AdapterIncompatible, AdapterLoadFailed
-from engine.exchange import Exchange
 from engine.sandbox import convert, parent
 from tests.adapters.fake_hub import FakeHub
 from tests.lora import tiny

@@ -65,6 +65,10 @@ class BadHub(FakeHub):
         assert len(packed) > 1 << 17
         request.wfile.write(packed)
 
+    def deep(self, request: BaseHTTPRequestHandler) -> None:
+        self.begin(request)
+        request.wfile.write(b"[" * 100_000)
+
     def foreign(self, request: BaseHTTPRequestHandler) -> None:
         self.begin(request)
         request.wfile.write(json.dumps({"siblings": 5, "gated": []}).encode())
@@ -104,7 +108,7 @@ def test_answers_are_bounded(
     ask(bad, tmp_path)
 
 
-@pytest.mark.parametrize("manner", ["bomb", "foreign"])
+@pytest.mark.parametrize("manner", ["bomb", "deep", "foreign"])
 def test_answers_that_are_no_hubs(bad: BadHub, tmp_path: Path, manner: str) -> None:
     bad.manner = getattr(bad, manner)
     with pytest.raises(AdapterError) as caught:

@@ -8,8 +8,9 @@ import random
 import pytest
 
 from engine.adapters.room import Room
-from engine.adapters.tiers import UNIT, HostTier
+from engine.adapters.tiers import HostTier
 from engine.errors import Overloaded
+from engine.messages import IMAGE_ALIGN
 
 UNITS = 10
 
@@ -18,12 +19,12 @@ UNITS = 10
 async def test_who_asks_first_is_served_first(seed: int) -> None:
     """Random sizes, given back at random times: the order of the grants is that of the questions."""
     generator = random.Random(seed)
-    room = Room(HostTier(UNITS * UNIT), 10.0)
+    room = Room(HostTier(UNITS * IMAGE_ALIGN), 10.0)
     granted: list[int] = []
     held: list[int] = []
 
     async def ask(number: int, units: int) -> None:
-        held.append(await room.reserve("x", units * UNIT))
+        held.append(await room.reserve("x", units * IMAGE_ALIGN))
         granted.append(number)
 
     asked = []
@@ -43,15 +44,15 @@ async def test_who_asks_first_is_served_first(seed: int) -> None:
 
 
 async def test_who_gives_up_or_waits_too_long_holds_up_nobody() -> None:
-    room = Room(HostTier(UNITS * UNIT), 0.05)
-    first = await room.reserve("x", (UNITS - 2) * UNIT)
-    gives_up = asyncio.create_task(room.reserve("x", UNITS * UNIT))
+    room = Room(HostTier(UNITS * IMAGE_ALIGN), 0.05)
+    first = await room.reserve("x", (UNITS - 2) * IMAGE_ALIGN)
+    gives_up = asyncio.create_task(room.reserve("x", UNITS * IMAGE_ALIGN))
     await asyncio.sleep(0)
-    behind = asyncio.create_task(room.reserve("x", UNIT))
+    behind = asyncio.create_task(room.reserve("x", IMAGE_ALIGN))
     await asyncio.sleep(0)
     gives_up.cancel()
     room.abandon(await behind)
     with pytest.raises(Overloaded):
-        await room.reserve("x", UNITS * UNIT)
+        await room.reserve("x", UNITS * IMAGE_ALIGN)
     room.abandon(first)
-    assert await room.reserve("x", UNITS * UNIT) == first
+    assert await room.reserve("x", UNITS * IMAGE_ALIGN) == first

@@ -11,9 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.adapters.tiers import UNIT, HostImage, HostRegion, HostTier
+from engine.adapters.tiers import HostImage, HostRegion, HostTier
+from engine.messages import IMAGE_ALIGN
 
-CAPACITY = 16 * UNIT
+CAPACITY = 16 * IMAGE_ALIGN
 
 
 class TierMachine(RuleBasedStateMachine):
@@ -22,7 +23,7 @@ class TierMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.tier = HostTier(CAPACITY + 17)
-        self.bytes: list[object] = [None] * (CAPACITY // UNIT)
+        self.bytes: list[object] = [None] * (CAPACITY // IMAGE_ALIGN)
         self.reserved: dict[int, int] = {}
         self.leases: list[HostImage] = []
         self.committed: dict[bytes, HostImage] = {}
@@ -32,7 +33,7 @@ class TierMachine(RuleBasedStateMachine):
         leased = {id(image) for image in self.leases}
         before = list(self.tier)
         offset = self.tier.reserve(size)
-        units = max(1, -(-size // UNIT))
+        units = max(1, -(-size // IMAGE_ALIGN))
         if offset is None:
             assert list(self.tier) == before, "nothing is evicted in vain"
             return
@@ -40,13 +41,13 @@ class TierMachine(RuleBasedStateMachine):
         assert not any(id(image) in leased for image in gone)
         for image in gone:
             del self.committed[image.digest]
-        for at in range(offset // UNIT, offset // UNIT + units):
+        for at in range(offset // IMAGE_ALIGN, offset // IMAGE_ALIGN + units):
             owner = self.bytes[at]
             assert owner is None or any(owner is image for image in gone)
         for image in gone:
             self._own(image.offset, image.num_bytes, None)
-        self._own(offset, units * UNIT, "reserved")
-        self.reserved[offset] = units * UNIT
+        self._own(offset, units * IMAGE_ALIGN, "reserved")
+        self.reserved[offset] = units * IMAGE_ALIGN
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data(), digest=st.binary(min_size=1, max_size=1), keep=st.booleans())
@@ -90,11 +91,11 @@ class TierMachine(RuleBasedStateMachine):
     @invariant()
     def sound(self) -> None:
         self.tier.check()
-        assert self.tier.used == UNIT * sum(owner is not None for owner in self.bytes)
+        assert self.tier.used == IMAGE_ALIGN * sum(owner is not None for owner in self.bytes)
         assert {image.digest for image in self.tier} == set(self.committed)
 
     def _own(self, offset: int, size: int, owner: object) -> None:
-        for at in range(offset // UNIT, (offset + size) // UNIT):
+        for at in range(offset // IMAGE_ALIGN, (offset + size) // IMAGE_ALIGN):
             self.bytes[at] = owner
 
 
@@ -103,7 +104,7 @@ TestTier.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 
 def test_least_recently_used_goes_first() -> None:
-    tier = HostTier(3 * UNIT)
+    tier = HostTier(3 * IMAGE_ALIGN)
     for digest in (b"a", b"b", b"c"):
         offset = tier.reserve(1)
         assert offset is not None
@@ -111,24 +112,24 @@ def test_least_recently_used_goes_first() -> None:
     image = tier.lease(b"a")
     assert image is not None
     tier.release(image)
-    assert tier.reserve(UNIT) is not None
+    assert tier.reserve(IMAGE_ALIGN) is not None
     assert b"b" not in tier and b"a" in tier and b"c" in tier and tier.evictions == 1
     with pytest.raises(ValueError, match="do not fit"):
-        tier.reserve(4 * UNIT)
+        tier.reserve(4 * IMAGE_ALIGN)
 
 
 def test_fragments_are_not_evicted_in_vain() -> None:
     """Two free ends around a leased image do not hold what needs both."""
-    tier = HostTier(3 * UNIT)
-    offsets = [tier.reserve(UNIT) for _ in range(3)]
+    tier = HostTier(3 * IMAGE_ALIGN)
+    offsets = [tier.reserve(IMAGE_ALIGN) for _ in range(3)]
     for offset, digest in zip(offsets, (b"a", b"b", b"c"), strict=True):
         assert offset is not None
         tier.commit(offset, digest)
     image = tier.lease(b"b")
     assert image is not None
-    assert tier.reserve(2 * UNIT) is None and len(tier) == 3
+    assert tier.reserve(2 * IMAGE_ALIGN) is None and len(tier) == 3
     tier.release(image)
-    assert tier.reserve(2 * UNIT) is not None
+    assert tier.reserve(2 * IMAGE_ALIGN) is not None
 
 
 def test_a_region_is_shared_and_lazy() -> None:

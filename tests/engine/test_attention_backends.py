@@ -15,18 +15,21 @@ from engine.errors import ConfigError
 from engine.messages import Request
 from engine.models import spec_from
 from engine.ops import attention
-from engine.ops.attention import Backend, Gpu, Needs
+from engine.ops.attention import Backend, Gpu, KVFormat, Needs
 from engine.ops.attention.builtin import Builtin
 from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
 from engine.platform import Platform
-from engine.runner.memory import SCORED_BYTES, MemoryPlan, plan_memory
+from engine.runner.memory import SCORED_BYTES, Footprint, MemoryPlan, plan_memory
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tests.ops import fake_attention
 from tests.runner.twins import Twins, make_scene, small_config
 from tests.tiny import CONFIGS, SMALL, VOCAB, make_adapter, make_model
 
 MIB = 1 << 20
+FOOTPRINT = Footprint(
+    itemsize=2, kv=KVFormat(torch.bfloat16), weights=MIB, scratch=0, records=1024, host_tier=MIB
+)
 PACKAGES = {"flashinfer": "flashinfer", "flash-attn": "flash_attn"}
 HOPPER = Gpu((9, 0), 132)
 
@@ -144,7 +147,7 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
 
     def plan(backend: Backend, block_size: int | None = None) -> tuple[int, int, int]:
         given = replace(config, scheduler=replace(config.scheduler, block_size=block_size))
-        made = plan_memory(given, platform, spec, 2, (MIB, 0, 1024, MIB), backend)
+        made = plan_memory(given, platform, spec, FOOTPRINT, backend)
         return made.block_size, made.kv_block, made.working
 
     block, kv_block, working = plan(builtin)
@@ -167,9 +170,7 @@ def test_the_lines_of_the_memory_plan_are_the_budget(
     config, spec = config_of(tmp_path), spec_from(tmp_path)
     scheduler = replace(config.scheduler, max_batch_total_tokens=most, max_batch_size=50_000)
     platform = Platform(torch.device(device), "a device", 4 << 30, 1)
-    plan = plan_memory(
-        replace(config, scheduler=scheduler), platform, spec, 2, (MIB, 0, 1024, MIB), Builtin()
-    )
+    plan = plan_memory(replace(config, scheduler=scheduler), platform, spec, FOOTPRINT, Builtin())
     *parts, (tier, _), (unused, left) = plan.lines
     assert tier.startswith("adapters in host memory") and "4.000" in unused
     beside = plan.weights if device == "cpu" else 0
@@ -186,9 +187,8 @@ def test_the_memory_plan_has_room_for_scored_prompts(vocab: int, tmp_path: Path)
 
     def plan(tokens: int) -> MemoryPlan:
         scheduler = replace(config.scheduler, max_batch_prefill_tokens=tokens)
-        sizes = (MIB, 0, 1024, MIB)
         return plan_memory(
-            replace(config, scheduler=scheduler), platform, spec, 2, sizes, Builtin()
+            replace(config, scheduler=scheduler), platform, spec, FOOTPRINT, Builtin()
         )
 
     each = vocab * (2 + 3 * 4)  # bytes: in 16 bits, in 32, and two more of them

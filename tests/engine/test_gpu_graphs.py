@@ -15,8 +15,8 @@ import msgspec
 import pytest
 import torch
 
-from engine.lora.placement import CudaPlacer, Placer
 from engine.messages import AdapterImageRef, Request, Update
+from engine.runner.placement import CudaPlacer, Placer
 from tests.engine.harness import Harness, config_of, request
 from tests.tiny import TARGETS, VOCAB, make_adapter, make_model
 

@@ -13,8 +13,8 @@ import torch
 
 from engine.config import ModelConfig
 from engine.lora.image import data_start
-from engine.lora.placement import CudaPlacer, relocated
 from engine.messages import AdapterImageRef, Placement, Request
+from engine.runner.placement import CudaPlacer, relocated
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tools.adapters import write_adapter
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine.engine as engine_module
+from engine import build
 from engine.errors import ConfigError, EngineDead, GenerationError, OutOfMemory, from_wire
 from engine.layers.batch import Batch
 from engine.messages import Request
@@ -162,11 +162,11 @@ class Broken:
 def test_a_broken_device_ends_the_engine_at_once(scene: Scene) -> None:
     runner = scene.harness.engine.runner
     stepper = Stepper(scene.harness.engine)
-    way, runner.way = runner.way, Broken()
+    readback, runner.readback = runner.readback, Broken()
     with pytest.raises(EngineDead, match="illegal memory access was encountered$"):
         for _ in range(2):  # with run-ahead, the first step is read back in the second
             stepper.turn([Submit(scene.requests[0])])
-    runner.way = way
+    runner.readback = readback
     scene.harness.engine.fail(GenerationError("the test is over"))
 
 
@@ -220,7 +220,7 @@ def test_what_finds_no_room_at_start_is_named(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine_module, part, full)
+    monkeypatch.setattr(build, part, full)
     with pytest.raises(ConfigError, match=what) as caught:
         Harness(config_of(tmp_path))
     assert flag in (caught.value.hint or "") and caught.value.field == "cuda_memory_fraction"

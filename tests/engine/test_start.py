@@ -21,7 +21,7 @@ def test_info_and_log_name_what_serves_every_op(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model("llama", tmp_path)
-    caplog.set_level(logging.INFO, "engine.engine")
+    caplog.set_level(logging.INFO, "engine.build")
     harness = Harness(config_of(tmp_path))
     device = harness.engine.platform.device.type
     served = {op: backends[device] for op, backends in ops.backends().items()}

@@ -12,11 +12,11 @@ from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
 from engine.lora.image import image_size, read_image, write_image
-from engine.lora.placement import Placer
 from engine.lora.weights import Matrix
 from engine.messages import AdapterImageRef, Placement
 from engine.ops import reference
 from engine.ops.layout import ALIGN, AdapterLayout, Group
+from engine.runner.placement import Placer
 from tests.lora import tiny
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,17 @@ def build(
     )
 
 
+def source_tree(tmp_path: Path) -> Path:
+    """A copy of what a build reads."""
+    tree = tmp_path / "tree"
+    (tree / "engine" / "ops").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "engine" / "csrc", tree / "engine" / "csrc")
+    shutil.copy(ROOT / "engine" / "__init__.py", tree / "engine")
+    return tree
+
+
 def test_installing_without_a_compiler_warns_and_succeeds(tmp_path: Path) -> None:
     earlier = tmp_path / "lib" / "engine" / "ops" / "_lorax_cpu.so"
     earlier.parent.mkdir(parents=True)
@@ -121,12 +133,7 @@ def test_installing_without_a_compiler_warns_and_succeeds(tmp_path: Path) -> Non
 
 
 def test_an_install_in_place_leaves_no_earlier_library(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    (tree / "engine" / "ops").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "engine" / "csrc", tree / "engine" / "csrc")
-    shutil.copy(ROOT / "engine" / "__init__.py", tree / "engine")
+    tree = source_tree(tmp_path)
     earlier = [tree / "engine" / "ops" / f"_lorax_{kind}.so" for kind in ("cpu", "cuda")]
     for library in earlier:
         library.touch()
@@ -163,22 +170,39 @@ touch "$last"
 """
 
 
-def test_objects_are_made_anew_by_another_compiler(tmp_path: Path) -> None:
-    """One at the same path that says another version, as after an upgrade; the same one is not asked twice."""
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[..., int]:
+    """Builds with a compiler of the given version and returns how many files it compiled."""
     compiler, log = tmp_path / "compiler", tmp_path / "log"
 
-    def compiled(version: str) -> int:
+    def run(version: str, root: Path = ROOT) -> int:
         compiler.write_text(COMPILER.format(version=version, log=log))
         compiler.chmod(0o755)
         log.write_text("")
-        result = build(tmp_path, CXX=str(compiler), CUDACXX="no-such-compiler", LORAX_CUDA_ARCHS="")
+        flags = {"CXX": str(compiler), "CUDACXX": "no-such-compiler", "LORAX_CUDA_ARCHS": ""}
+        result = build(tmp_path, root=root, **flags)
         assert result.returncode == 0, result.stderr
         return sum(" -c " in line for line in log.read_text().splitlines())
 
+    return run
+
+
+def test_objects_are_made_anew_by_another_compiler(compiled: Callable[..., int]) -> None:
+    """One at the same path that says another version, as after an upgrade; the same one is not asked twice."""
     whole = compiled("1")
     assert whole > 10
     assert compiled("1") == 0
     assert compiled("2") == whole
+
+
+def test_objects_are_made_anew_after_a_change_of_a_shared_header(
+    tmp_path: Path, compiled: Callable[..., int]
+) -> None:
+    tree = source_tree(tmp_path)
+    whole = compiled("1", tree)
+    assert compiled("1", tree) == 0
+    (tree / "engine" / "csrc" / "common" / "dtype.h").touch()
+    assert compiled("1", tree) == whole
 
 
 @pytest.mark.parametrize(("given", "built"), [("80;90", "80;90a"), ("90a", "90a"), ("100", "100")])

@@ -18,7 +18,7 @@ from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.errors import AdapterLoadFailed, AdapterNotFound, EngineDead
 from engine.process import ProcessBackend
-from engine.process.exchange_client import Watch
+from engine.process.watch import Watch
 from tests.process.fakes import CONFIG, SLOW, leases_of, parts, request, tokens_of, until
 
 WATCH = Watch(tick_s=0.05, away_ticks=4, dead_ticks=20, max_ends=100, max_deaths=100)
@@ -92,6 +92,18 @@ async def test_running_requests_notice_nothing(start: Start, how: signal.Signals
         lease.release()
         lease.release()
     assert (await leases_of(backend))["held"] == 0
+
+
+async def test_one_that_is_stopped_while_it_starts_is_replaced(start: Start) -> None:
+    backend = await start()
+    granted = await backend.acquire(ref("granted"), None)
+    first = send(backend, signal.SIGKILL)
+    await until(lambda: backend.pids["exchange"] not in (first, None))
+    send(backend, signal.SIGSTOP)
+    assert backend.exchange_away
+    await back(backend, 2)
+    assert (await backend.acquire(ref("granted"), None)).image == granted.image
+    (await backend.acquire(ref("new"), None)).release()
 
 
 async def test_what_is_released_while_it_is_away_is_free(start: Start) -> None:

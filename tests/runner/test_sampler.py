@@ -18,7 +18,15 @@ from transformers import (
 
 from engine.messages import Admit, SamplingParams
 from engine.runner.rows import RowTable
-from engine.runner.sampler import SamplePlan, distribution, draw, penalise, philox, philox_uniform
+from engine.runner.sampler import (
+    SamplePlan,
+    allowed,
+    distribution,
+    draw,
+    penalise,
+    philox,
+    philox_uniform,
+)
 
 CPU = torch.device("cpu")
 VOCAB = 3000
@@ -294,3 +302,18 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert output.logprob == float(expected[output.token])
     assert output.alternatives is not None
     assert [token for token, _ in output.alternatives] == expected.topk(4).indices.tolist()
+
+
+@pytest.mark.parametrize("vocab", [31, 32, 70])
+def test_bitmask_is_minus_infinity(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(5, vocab, generator=generator)
+    keep = torch.rand(5, vocab, generator=generator) < 0.5
+    keep[:, vocab - 1] = True
+    words = torch.zeros(5, -(-vocab // 32), dtype=torch.int64)
+    for row, token in keep.nonzero().tolist():
+        words[row, token // 32] |= 1 << (token % 32)
+    bitmask = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    found = allowed(logits, bitmask)
+    assert torch.equal(found, torch.where(keep, logits, float("-inf")))
+    assert allowed(logits, None) is logits

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from engine.messages import Admit, Chunk, SamplingParams
+from engine.messages import NOTHING, SCORES, TOKEN, Admit, Chunk, SamplingParams
 from engine.ops.attention.builtin import Builtin
 from engine.runner.batch import Adapters, BatchBuilder, Reach
 from engine.runner.graphs import EVERYWHERE, IN_LAYERS, NO_LORA
@@ -74,7 +74,8 @@ def random_description(
         budget -= count
         start = generator.randint(0, 50)
         wanted = scored and generator.random() < 0.3
-        planned.append(Chunk(row, start, count, generator.random() < 0.5, wanted))
+        wants = TOKEN if generator.random() < 0.5 else NOTHING
+        planned.append(Chunk(row, start, count, wants | (SCORES if wanted else NOTHING)))
     popular = generator.choice([1, 3, 200])
     slots = sorted(generator.randrange(popular) for _ in decode)
     slots += sorted(generator.randrange(popular) for _ in planned)

@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from engine.adapters.slots import SlotTable
 from engine.errors import OutOfMemory
 from engine.messages import (
     AdapterImageRef,
@@ -27,6 +26,7 @@ from engine.messages import (
     Update,
 )
 from engine.scheduler import BlockPool, Scheduler, SchedulerLimits
+from engine.scheduler.slots import SlotTable
 
 EOS = 0
 VOCABULARY = 50
@@ -141,7 +141,7 @@ class FakeRunner:
         for index, chunk in enumerate(plan.chunks):
             tokens += chunk.count
             self._check_chunk(chunk)
-            if chunk.prompt_logprobs:
+            if chunk.scores:
                 prompt[index] = self._prompt_logprobs(chunk)
             output = self._compute(chunk.row, chunk.count, chunk.sample)
             if chunk.sample:

@@ -263,16 +263,11 @@ def test_prompts_that_are_scored_leave_room_for_others(depth: int, scored_tokens
     exact(house, scored + plain)
     for one in scored:
         assert house.first[one.id].prompt_logprobs == expected_logprobs(one)
-    wanted = [
-        sum(chunk.count for chunk in plan.chunks if chunk.prompt_logprobs) for plan in house.plans
-    ]
+    wanted = [sum(chunk.count for chunk in plan.chunks if chunk.scores) for plan in house.plans]
     assert 0 < max(wanted) <= scored_tokens
     last = max(step for step, tokens in enumerate(wanted) if tokens)
     begun = {
-        chunk.row
-        for plan in house.plans[: last // 2]
-        for chunk in plan.chunks
-        if not chunk.prompt_logprobs
+        chunk.row for plan in house.plans[: last // 2] for chunk in plan.chunks if not chunk.scores
     }
     assert len(begun) == len(plain), "they do not wait behind those that are scored"
 

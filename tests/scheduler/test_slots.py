@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from engine.adapters.slots import SlotTable
 from engine.messages import Placement
+from engine.scheduler.slots import SlotTable
 from tests.scheduler.fake import image
 
 

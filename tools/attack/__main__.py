@@ -40,7 +40,7 @@ FULL = {
     "streams": 64,
     "adapter_streams": 16,
     "max_concurrent_requests": 1024,
-    "spacing_s": 15.0,
+    "spacing_s": 20.0,
     "hold_s": 12.0,
     "limit_s": 2.0,
     "states": ",".join(term.STATES),

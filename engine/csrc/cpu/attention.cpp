@@ -11,7 +11,7 @@
 #include <limits>
 
 #include "reduce.h"
-#include "share.h"
+#include "split_work.h"
 #include "vec.h"
 
 namespace lorax::LORAX_ISA {
@@ -69,8 +69,8 @@ struct Tile {
 };
 
 template <class T>
-LORAX_INLINE const T* place(const AttentionArgs& args, int64_t sequence, int64_t group,
-                            int64_t key) {
+LORAX_INLINE const T* key_at(const AttentionArgs& args, int64_t sequence, int64_t group,
+                             int64_t key) {
   const int64_t block = args.tables[sequence * args.table_stride + key / args.block];
   return static_cast<const T*>(args.kv) + block * args.block_stride +
          key % args.block * args.position_stride + group * args.kv_head_stride;
@@ -82,7 +82,7 @@ Tile in_place(const AttentionArgs& args, int64_t sequence, int64_t group, int64_
               const Span& span) {
   const auto run_of = [&](int64_t at) {
     const int64_t seen = std::clamp(at, span.first_key, span.last_key - 1);
-    return place<float>(args, sequence, group, seen / kRun * kRun);
+    return key_at<float>(args, sequence, group, seen / kRun * kRun);
   };
   const int64_t first = std::max<int64_t>(span.first_key - key, 0);
   Tile tile{first, std::min(last - key, kTile), args.position_stride, args.value_stride, {}, {}};
@@ -107,8 +107,8 @@ Tile unpacked(const Plan& plan, int64_t sequence, int64_t group, int64_t key, in
   for (int64_t j = tile.first; j < tile.last; ++j) {
     const int64_t at = key + j, next = std::min(at + kTile, span.last_key - 1);
     const bool turn = j == tile.first || at % args.block == 0;
-    from = turn ? place<T>(args, sequence, group, at) : from + args.position_stride;
-    ahead = turn || next % args.block == 0 ? place<T>(args, sequence, group, next)
+    from = turn ? key_at<T>(args, sequence, group, at) : from + args.position_stride;
+    ahead = turn || next % args.block == 0 ? key_at<T>(args, sequence, group, next)
                                            : ahead + args.position_stride;
     float* keys = out + j * plan.padded;
     float* values = keys + tile.to_value;
@@ -434,7 +434,7 @@ void run(const AttentionArgs& args) {
     }
   }
 
-  share(
+  split_work(
       pieces, num_pieces, kLeastWork * kBlock, [&](const Piece&) { return args.groups; },
       [&](const Piece& piece) {
         const Span span(args, piece.sequence, piece.first, piece.queries);

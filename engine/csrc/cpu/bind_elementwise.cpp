@@ -1,4 +1,6 @@
 // lorax::add_rms_norm and lorax::act_and_mul on the CPU.
+#include "../common/bind_elementwise.h"
+
 #include "bind.h"
 #include "elementwise.h"
 
@@ -6,56 +8,17 @@ namespace lorax {
 namespace {
 
 Tensor bind_add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps) {
-  const char* op = "add_rms_norm";
-  check_layout(op, "x", x, 2);
-  check_layout(op, "weight", weight, 1);
-  LORAX_CHECK(weight.size(0) == x.size(1), op, ": weight ", shape_of(weight), " does not fit x ",
-              shape_of(x));
-  AddRmsNormArgs args{};
-  args.dtype = dtype_of(op, "x", x);
-  args.weight_dtype = dtype_of(op, "weight", weight);
-  if (residual) {
-    check_layout(op, "residual", *residual, 2);
-    LORAX_CHECK(residual->size(0) == x.size(0) && residual->size(1) == x.size(1), op, ": residual ",
-                shape_of(*residual), " does not fit x ", shape_of(x));
-    LORAX_CHECK(residual->scalar_type() == x.scalar_type(), op,
-                ": residual and x must have one dtype");
-    args.residual = residual->mutable_data_ptr();
-    args.residual_stride = residual->stride(0);
-  }
-  Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type());
-  args.x = x.const_data_ptr();
-  args.weight = weight.const_data_ptr();
+  AddRmsNormArgs args = add_rms_norm_args(x, residual, weight, eps);
+  Tensor out = empty(x, {args.rows, args.width}, x.scalar_type());
   args.out = out.mutable_data_ptr();
-  args.rows = x.size(0);
-  args.width = x.size(1);
-  args.x_stride = x.stride(0);
-  args.eps = float(eps);
   add_rms_norm(args);
   return out;
 }
 
-Activation activation(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  fail("act_and_mul: unknown activation '", name, "'; one of silu, gelu, gelu_tanh");
-}
-
-Tensor bind_act_and_mul(Tensor x, std::string act) {
-  const char* op = "act_and_mul";
-  check_layout(op, "x", x, 2);
-  LORAX_CHECK(x.size(1) % 2 == 0, op, ": the width of x must be even, its shape is ", shape_of(x));
-  const int64_t width = x.size(1) / 2;
-  Tensor out = empty({x.size(0), width}, x.scalar_type());
-  ActAndMulArgs args{};
-  args.x = x.const_data_ptr();
+Tensor bind_act_and_mul(Tensor x, std::string activation) {
+  ActAndMulArgs args = act_and_mul_args(x, activation);
+  Tensor out = empty(x, {args.rows, args.width}, x.scalar_type());
   args.out = out.mutable_data_ptr();
-  args.rows = x.size(0);
-  args.width = width;
-  args.x_stride = x.stride(0);
-  args.act = activation(act);
-  args.dtype = dtype_of(op, "x", x);
   act_and_mul(args);
   return out;
 }

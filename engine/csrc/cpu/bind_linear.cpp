@@ -22,7 +22,7 @@ Tensor bind_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     LORAX_CHECK(bias->scalar_type() == x.scalar_type(), op, ": bias and x must have one dtype");
     args.bias = bias->const_data_ptr();
   }
-  Tensor out = empty({x.size(0), weight.size(0)}, x.scalar_type());
+  Tensor out = empty(x, {x.size(0), weight.size(0)}, x.scalar_type());
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();
   args.out = out.mutable_data_ptr();

@@ -3,36 +3,26 @@
 // The bindings read the records (engine/ops/layout.py), check that what they point at lies in the
 // arena, and hand the kernels one piece per segment (shrink, gather) or per segment and target
 // (expand). Base segments yield none.
+#include "../common/bind_lora.h"
+
 #include "bind.h"
 #include "lora.h"
 
 namespace lorax {
 namespace {
 
-constexpr int64_t kAlign = 16;  // bytes; the unit of a record's offsets
-constexpr int64_t kTargets = 3;
-constexpr int64_t kRecordWords = 8;
-
 struct Record {
   uint32_t a, b, extra;
   uint16_t ranks[4];  // of three targets; then flags
-  float scales[kTargets];
+  float scales[kLoraTargets];
 
   int64_t rank() const { return int64_t(ranks[0]) + ranks[1] + ranks[2]; }
 };
 static_assert(sizeof(Record) == kRecordWords * 4);
 
-DType float_type(const char* op, ScalarType dtype) {
-  LORAX_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-      ": dtype must be float32, bfloat16 or float16");
-  if (dtype == ScalarType::Float) return DType::float32;
-  return dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
-
 int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-int64_t padded(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+int64_t padded(int64_t bytes) { return (bytes + kLoraAlign - 1) / kLoraAlign * kLoraAlign; }
 
 // The checked view of arena, records, slots and starts that the three ops share.
 class Segments {
@@ -40,31 +30,11 @@ class Segments {
   Segments(const char* op, const Tensor& arena, const Tensor& records, const Tensor& slots,
            const Tensor& starts, int64_t layer, int64_t group, int64_t tokens)
       : op_(op) {
-    LORAX_CHECK(arena.is_cpu() && arena.dim() == 1 && arena.scalar_type() == ScalarType::Byte &&
-                    arena.is_contiguous(),
-                op, ": arena must be contiguous bytes on the CPU");
-    LORAX_CHECK(records.is_cpu() && records.dim() == 4 && records.size(3) == kRecordWords &&
-                    records.scalar_type() == ScalarType::Int && records.is_contiguous(),
-                op,
-                ": records must be contiguous int32 [slots, layers + 1, groups, 8], its shape is ",
-                shape_of(records));
+    check_segments(op, arena, records, slots, starts, layer, group);
     const int64_t layers = records.size(1), groups = records.size(2);
-    LORAX_CHECK(layer >= 0 && layer < layers, op, ": layer ", layer, " is not in the records of ",
-                layers, " layers");
-    LORAX_CHECK(group >= 0 && group < groups, op, ": group ", group, " is not in the records of ",
-                groups, " groups");
-    LORAX_CHECK(slots.is_cpu() && slots.dim() == 1 && slots.scalar_type() == ScalarType::Int &&
-                    slots.is_contiguous(),
-                op, ": slots must be contiguous int32 [S], its shape is ", shape_of(slots));
     count_ = slots.size(0);
-    LORAX_CHECK(starts.is_cpu() && starts.dim() == 1 && starts.scalar_type() == ScalarType::Int &&
-                    starts.is_contiguous() && starts.size(0) == count_ + 1,
-                op, ": starts must be contiguous int32 [S + 1] beside slots [S], the shapes are ",
-                shape_of(starts), " and ", shape_of(slots));
     arena_ = static_cast<const char*>(arena.const_data_ptr());
     arena_bytes_ = arena.size(0);
-    LORAX_CHECK(reinterpret_cast<uintptr_t>(arena_) % kAlign == 0, op,
-                ": arena must be aligned to 16 bytes");
     num_slots_ = records.size(0);
     stride_ = layers * groups;
     records_ = static_cast<const Record*>(records.const_data_ptr()) + layer * groups + group;
@@ -84,7 +54,7 @@ class Segments {
   // Calls f(slot, record, first token, tokens) for every segment that has tokens and an adapter of
   // this group.
   template <class F>
-  void each(int64_t width, const F& f) const {
+  void for_each(int64_t width, const F& f) const {
     for (int64_t s = 0; s < count_; ++s) {
       const int64_t slot = slots_[s], first = starts_[s], tokens = starts_[s + 1] - first;
       LORAX_CHECK(slot >= 0 && slot < num_slots_, op_, ": slot ", slot,
@@ -98,7 +68,7 @@ class Segments {
   }
 
   // What lies `offset` bytes into the arena, `bytes` of it.
-  const char* at(int64_t slot, int64_t offset, int64_t bytes) const {
+  const char* arena_at(int64_t slot, int64_t offset, int64_t bytes) const {
     LORAX_CHECK(offset + bytes <= arena_bytes_, op_, ": the adapter in slot ", slot, " (bytes ",
                 offset, " to ", offset + bytes, ") reaches past the end of the arena of ",
                 arena_bytes_, " bytes");
@@ -126,7 +96,7 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   args.dtype = dtype_of(op, "x", x);
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
   const Segments segments(op, arena, records, slots, starts, layer, group, x.size(0));
-  Tensor t = empty({1, x.size(0), width}, ScalarType::Float);
+  Tensor t = empty(x, {1, x.size(0), width}, ScalarType::Float);
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.k = x.size(1);
@@ -135,8 +105,8 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   args.t = static_cast<float*>(t.mutable_data_ptr());
   args.t_stride = width;
   args.pieces = outer_scratch<ShrinkPiece>(segments.count());
-  segments.each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
-    const char* a = segments.at(slot, record.a * kAlign, record.rank() * row_bytes);
+  segments.for_each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+    const char* a = segments.arena_at(slot, record.a * kLoraAlign, record.rank() * row_bytes);
     args.pieces[args.num_pieces++] = {a, first, tokens, record.rank(), 0, 0};
   });
   if (args.num_pieces) lora_shrink(args);
@@ -146,19 +116,17 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
 Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
                         int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
   const char* op = "lora_gather";
-  LORAX_CHECK(ids.is_cpu() && ids.dim() == 1 && ids.scalar_type() == ScalarType::Long &&
-                  ids.is_contiguous(),
-              op, ": ids must be contiguous int64 [T], its shape is ", shape_of(ids));
+  check_contiguous(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
   const Segments segments(op, arena, records, slots, starts, layer, group, ids.size(0));
   GatherArgs args{};
-  args.dtype = float_type(op, dtype);
-  Tensor t = empty({1, ids.size(0), width}, ScalarType::Float);
+  args.dtype = dtype_of(op, "dtype", dtype);
+  Tensor t = empty(ids, {1, ids.size(0), width}, ScalarType::Float);
   args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   args.t = static_cast<float*>(t.mutable_data_ptr());
   args.t_stride = width;
   args.pieces = outer_scratch<ShrinkPiece>(segments.count());
-  segments.each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+  segments.for_each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
     const int64_t rank = record.ranks[0], row_bytes = padded(rank * size_of(args.dtype));
     int64_t largest = 0;
     for (int64_t i = first; i < first + tokens; ++i) {
@@ -166,7 +134,7 @@ Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, 
                   " is no token id");
       largest = args.ids[i] > largest ? args.ids[i] : largest;
     }
-    const char* a = segments.at(slot, record.a * kAlign, (largest + 1) * row_bytes);
+    const char* a = segments.arena_at(slot, record.a * kLoraAlign, (largest + 1) * row_bytes);
     args.pieces[args.num_pieces++] = {a, first, tokens, rank, 0, 0};
   });
   if (args.num_pieces) lora_gather(args);
@@ -198,10 +166,11 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   const int64_t num_splits = int64_t(splits.size());
   int64_t columns = 0;
   for (int64_t n : splits) columns = n < 0 || columns < 0 ? -1 : columns + n;
-  LORAX_CHECK(num_splits <= kTargets && columns == y.size(1), op,
+  LORAX_CHECK(num_splits <= kLoraTargets && columns == y.size(1), op,
               ": splits must be the widths of at most 3 targets that fill y ", shape_of(y));
   const Segments segments(op, arena, records, slots, starts, layer, group, y.size(0));
-  const int64_t pieces_bytes = padded(segments.count() * kTargets * int64_t(sizeof(ExpandPiece)));
+  const int64_t pieces_bytes =
+      padded(segments.count() * kLoraTargets * int64_t(sizeof(ExpandPiece)));
   const int64_t sums_bytes = t.size(0) == 1 ? 0 : t.size(1) * t.size(2) * int64_t(sizeof(float));
   char* memory = outer_scratch<char>(pieces_bytes + sums_bytes);
   args.pieces = reinterpret_cast<ExpandPiece*>(memory);
@@ -209,15 +178,16 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   args.y_stride = y.stride(0);
   args.t_stride = t.size(2);
   const int64_t size = size_of(args.dtype);
-  segments.each(t.size(2), [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
-    int64_t offset = record.b * kAlign, row = 0, column = 0;
-    for (int64_t target = 0; target < kTargets; ++target) {
+  segments.for_each(t.size(2), [&](int64_t slot, const Record& record, int64_t first,
+                                   int64_t tokens) {
+    int64_t offset = record.b * kLoraAlign, row = 0, column = 0;
+    for (int64_t target = 0; target < kLoraTargets; ++target) {
       const int64_t rank = record.ranks[target], n = target < num_splits ? splits[target] : 0;
       LORAX_CHECK(rank == 0 || target < num_splits, op, ": slot ", slot, " has rank ", rank,
                   " for target ", target, ", but splits names ", num_splits, " targets");
       const int64_t row_bytes = padded(n * size);
       if (rank > 0 && n > 0) {
-        const char* b = segments.at(slot, offset, rank * row_bytes);
+        const char* b = segments.arena_at(slot, offset, rank * row_bytes);
         args.pieces[args.num_pieces++] = {
             b, row_bytes / size, record.scales[target], first, tokens, rank, row, column, n, 0, 0};
       }

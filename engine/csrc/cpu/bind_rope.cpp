@@ -1,67 +1,28 @@
 // lorax::rope_store_kv_ on the CPU.
+#include "../common/bind_rope.h"
+
 #include "bind.h"
 #include "rope.h"
 
 namespace lorax {
 namespace {
 
-constexpr const char* kOp = "rope_store_kv_";
-
-Heads heads_of(const char* name, const Tensor& t, const Tensor& q) {
-  check_layout(kOp, name, t, 3);
-  LORAX_CHECK(t.size(0) == q.size(0) && t.size(2) == q.size(2), kOp, ": ", name, " ", shape_of(t),
-              " does not fit q ", shape_of(q));
-  LORAX_CHECK(t.scalar_type() == q.scalar_type(), kOp, ": q, k and v must have one dtype");
-  return {t.mutable_data_ptr(), t.size(1), t.stride(0), t.stride(1)};
-}
-
-// The values of int64 `t`[tokens], all in [0, limit).
-const int64_t* indices_of(const char* name, const Tensor& t, int64_t tokens, int64_t limit) {
-  check_layout(kOp, name, t, 1);
-  LORAX_CHECK(t.scalar_type() == ScalarType::Long, kOp, ": ", name, " must be int64");
-  LORAX_CHECK(t.size(0) == tokens, kOp, ": ", name, " ", shape_of(t), " does not fit ", tokens,
-              " tokens");
-  const int64_t* values = static_cast<const int64_t*>(t.const_data_ptr());
-  for (int64_t i = 0; i < tokens; ++i) {
-    LORAX_CHECK(values[i] >= 0 && values[i] < limit, kOp, ": ", name, "[", i, "] is ", values[i],
+// Refuses values outside [0, limit).
+void check_values(const char* op, const char* name, const int64_t* values, int64_t count,
+                  int64_t limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    LORAX_CHECK(values[i] >= 0 && values[i] < limit, op, ": ", name, "[", i, "] is ", values[i],
                 ", the limit is ", limit);
   }
-  return values;
 }
 
 void bind_rope_store_kv(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor kv,
                         Tensor places, int64_t layer, bool interleaved) {
-  RopeStoreKvArgs args{};
-  args.dtype = dtype_of(kOp, "q", q);
-  args.kv_dtype = dtype_of(kOp, "kv", kv);
-  args.q = heads_of("q", q, q);
-  args.k = heads_of("k", k, q);
-  args.v = heads_of("v", v, q);
-  args.tokens = q.size(0);
-  args.head_dim = q.size(2);
-  check_layout(kOp, "kv", kv, 6);
-  LORAX_CHECK(kv.size(2) == 2 && kv.size(4) == args.k.count && args.v.count == args.k.count &&
-                  kv.size(5) == args.head_dim,
-              kOp, ": kv ", shape_of(kv), " does not fit k ", shape_of(k), " and v ", shape_of(v));
-  LORAX_CHECK(layer >= 0 && layer < kv.size(1), kOp, ": layer ", layer, " of ", kv.size(1));
-  check_layout(kOp, "cos_sin", cos_sin, 2);
-  LORAX_CHECK(cos_sin.scalar_type() == ScalarType::Float, kOp, ": cos_sin must be float32");
-  LORAX_CHECK(cos_sin.size(1) % 2 == 0 && cos_sin.size(1) <= args.head_dim, kOp, ": cos_sin ",
-              shape_of(cos_sin), " does not fit heads of ", args.head_dim);
-  args.half = cos_sin.size(1) / 2;
-  args.cos_sin = static_cast<const float*>(cos_sin.const_data_ptr());
-  args.cos_sin_stride = cos_sin.stride(0);
-  args.block_size = kv.size(3);
-  args.positions =
-      args.half ? indices_of("positions", positions, args.tokens, cos_sin.size(0)) : nullptr;
-  args.places = indices_of("places", places, args.tokens, kv.size(0) * kv.size(3));
-  args.kv =
-      static_cast<char*>(kv.mutable_data_ptr()) + layer * kv.stride(1) * int64_t(kv.element_size());
-  args.kv_block_stride = kv.stride(0);
-  args.kv_half_stride = kv.stride(2);
-  args.kv_offset_stride = kv.stride(3);
-  args.kv_head_stride = kv.stride(4);
-  args.interleaved = interleaved;
+  const char* op = "rope_store_kv_";
+  const RopeStoreKvArgs args =
+      rope_store_kv_args(op, q, k, v, cos_sin, positions, kv, places, layer, interleaved);
+  if (args.half) check_values(op, "positions", args.positions, args.tokens, cos_sin.size(0));
+  check_values(op, "places", args.places, args.tokens, kv.size(0) * kv.size(3));
   rope_store_kv(args);
 }
 

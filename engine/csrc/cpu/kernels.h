@@ -11,6 +11,7 @@
 //      `lorax::foo(args)` (which picks the instruction set) and registers the function with
 //      `STABLE_TORCH_LIBRARY_IMPL(lorax, CPU, m)`. `bind_*.cpp` and `dispatch.cpp` are compiled
 //      once, for the baseline.
+// What the CUDA extension needs as well (FooArgs, checks of the binding) goes to `../common/`.
 // setup.py finds all of them by name. Rebuild: `python setup.py build_ext --inplace`.
 //
 // A result must not depend on the other rows of the batch or on the number of threads: split the
@@ -20,9 +21,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace lorax {
+#include "../common/dtype.h"
 
-enum class DType : int32_t { float32, bfloat16, float16 };
+namespace lorax {
 
 struct BFloat16 {
   uint16_t bits;

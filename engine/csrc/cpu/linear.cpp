@@ -40,19 +40,19 @@ LORAX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Weights that the next panels will read, fetched into L2 in the order of memory while this one is
 // computed: rows are too short for the hardware's prefetcher, which starts anew at each.
-struct Ahead {
+struct Prefetch {
   const char* at = nullptr;
   const char* end = nullptr;
   int lines = 0;  // cache lines for each step of K
 };
-constexpr int64_t kAheadPanels = 2;
+constexpr int64_t kPrefetchPanels = 2;
 constexpr int64_t kLine = 64;
 
 // sums[c, r] (+)= x[r, :depth] . w[c, :depth] for `rows` <= 4 rows of x and `columns` rows of
 // weight.
 template <int rows, int columns, class W>
 void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t depth,
-                   bool first, float* sums, Ahead& ahead) {
+                   bool first, float* sums, Prefetch& prefetch) {
   Vec acc[kRows][columns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -71,14 +71,14 @@ void multiply_tile(const float* x, int64_t x_stride, const W* w, int64_t w_strid
     }
   };
   const int64_t whole = depth / kLanes * kLanes, rest = depth - whole;
-  const char* at = ahead.at;
-  const int lines = at < ahead.end ? ahead.lines : 0;
+  const char* at = prefetch.at;
+  const int lines = at < prefetch.end ? prefetch.lines : 0;
   for (int64_t k = 0; k < whole; k += kLanes) {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(at + i * kLine, 0, 2);
     at += lines * kLine;
     step(k, [](const auto* p) LORAX_LAMBDA { return load(p); });
   }
-  ahead.at = at;
+  prefetch.at = at;
   if (rest) step(whole, [&](const auto* p) LORAX_LAMBDA { return load_partial(p, rest); });
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
@@ -93,15 +93,15 @@ template <int rows, int columns>
 __attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int64_t x_stride,
                                                          const BFloat16* w, int64_t w_stride,
                                                          int64_t depth, bool first, float* sums,
-                                                         Ahead& ahead) {
+                                                         Prefetch& prefetch) {
   Vec acc[kRows][columns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) acc[r][c] = splat(0.0f);
   }
-  const char* at = ahead.at;
-  const int lines = at < ahead.end ? ahead.lines : 0;
+  const char* at = prefetch.at;
+  const int lines = at < prefetch.end ? prefetch.lines : 0;
   constexpr int step = kStep<BFloat16>;
   int64_t k = 0;
   for (; k + step <= depth; k += step) {
@@ -130,7 +130,7 @@ __attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int6
       }
     }
   }
-  ahead.at = at;
+  prefetch.at = at;
 #pragma GCC unroll 8
   for (int c = 0; c < columns; ++c) {
     reduce_add4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], first ? nullptr : sums + c * kRows,
@@ -142,23 +142,26 @@ __attribute__((target("avx512bf16"))) void multiply_tile(const BFloat16* x, int6
 // One panel over one block of K: the tiles of `tokens` rows of x.
 template <int columns, class X, class W>
 void multiply_panel(const X* x, int64_t x_stride, int64_t tokens, const W* w, int64_t w_stride,
-                    int64_t depth, bool first, float* sums, Ahead& ahead) {
+                    int64_t depth, bool first, float* sums, Prefetch& prefetch) {
   for (; tokens >= kRows; tokens -= kRows, x += kRows * x_stride, sums += kRows * kColumns) {
-    multiply_tile<kRows, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
+    multiply_tile<kRows, columns>(x, x_stride, w, w_stride, depth, first, sums, prefetch);
   }
-  if (tokens == 3) multiply_tile<3, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
-  if (tokens == 2) multiply_tile<2, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
-  if (tokens == 1) multiply_tile<1, columns>(x, x_stride, w, w_stride, depth, first, sums, ahead);
+  if (tokens == 3)
+    multiply_tile<3, columns>(x, x_stride, w, w_stride, depth, first, sums, prefetch);
+  if (tokens == 2)
+    multiply_tile<2, columns>(x, x_stride, w, w_stride, depth, first, sums, prefetch);
+  if (tokens == 1)
+    multiply_tile<1, columns>(x, x_stride, w, w_stride, depth, first, sums, prefetch);
 }
 
 template <class X, class W, int columns = kColumns>
 void multiply_panel(int width, const X* x, int64_t x_stride, int64_t tokens, const W* w,
-                    int64_t w_stride, int64_t depth, bool first, float* sums, Ahead& ahead) {
+                    int64_t w_stride, int64_t depth, bool first, float* sums, Prefetch& prefetch) {
   if (width == columns)
-    return multiply_panel<columns>(x, x_stride, tokens, w, w_stride, depth, first, sums, ahead);
+    return multiply_panel<columns>(x, x_stride, tokens, w, w_stride, depth, first, sums, prefetch);
   if constexpr (columns > 1) {
     multiply_panel<X, W, columns - 1>(width, x, x_stride, tokens, w, w_stride, depth, first, sums,
-                                      ahead);
+                                      prefetch);
   }
 }
 
@@ -184,17 +187,17 @@ void multiply_block(const LinearArgs& args, const X* x, int64_t x_stride, int64_
       const int64_t n = panel * kColumns;
       const int width = int(args.outputs - n < kColumns ? args.outputs - n : kColumns);
       float* sums = all_sums + (one_span ? 0 : (panel - first) * sums_size);
-      Ahead ahead;
-      if (one_span && args.weight_stride == args.inputs && panel + kAheadPanels < last) {
-        ahead.at =
-            reinterpret_cast<const char*>(weight + (n + kAheadPanels * kColumns) * args.inputs);
-        ahead.end = ahead.at + kColumns * args.inputs * int64_t(sizeof(T));
-        ahead.lines = int(ceil_div(kColumns * kStep<X> * int64_t(sizeof(T)), kLine * tiles));
+      Prefetch prefetch;
+      if (one_span && args.weight_stride == args.inputs && panel + kPrefetchPanels < last) {
+        prefetch.at =
+            reinterpret_cast<const char*>(weight + (n + kPrefetchPanels * kColumns) * args.inputs);
+        prefetch.end = prefetch.at + kColumns * args.inputs * int64_t(sizeof(T));
+        prefetch.lines = int(ceil_div(kColumns * kStep<X> * int64_t(sizeof(T)), kLine * tiles));
       }
       for (int64_t k = span; k < span_end; k += depth) {
         const int64_t steps = k + depth < span_end ? depth : span_end - k;
         multiply_panel<X, T>(width, x + k, x_stride, tokens, weight + n * args.weight_stride + k,
-                             args.weight_stride, steps, k == 0, sums, ahead);
+                             args.weight_stride, steps, k == 0, sums, prefetch);
       }
       if (span_end < args.inputs) continue;
       for (int64_t t = 0; t < tokens; ++t) {

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "reduce.h"
-#include "share.h"
+#include "split_work.h"
 #include "vec.h"
 
 namespace lorax::LORAX_ISA {
@@ -29,9 +29,9 @@ static_assert(kVectors * kLanes <= kColumns);
 // parallel. A piece has units(piece) units per chunk, of weights(piece) weights each. Walks pieces,
 // then chunks, then units.
 template <class Piece, class Units, class Weights, class F>
-void share_chunks(Piece* pieces, int64_t num_pieces, int64_t chunk, const Units& units,
+void split_chunks(Piece* pieces, int64_t num_pieces, int64_t chunk, const Units& units,
                   const Weights& weights, const F& f) {
-  share(
+  split_work(
       pieces, num_pieces, kLeastWeights * (kReadCost + 1),
       [&](const Piece& piece) { return units(piece) * ceil_div(piece.tokens, chunk); },
       [&](const Piece& piece) {
@@ -227,7 +227,7 @@ void lora_shrink(const ShrinkArgs& args) {
   const int64_t chunk = std::clamp<int64_t>(65536 / std::max<int64_t>(args.k, 1), 8, 64);
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    share_chunks(
+    split_chunks(
         args.pieces, args.num_pieces, chunk,
         [](const ShrinkPiece& piece) { return ceil_div(piece.rank, kRanks); },
         [&](const ShrinkPiece&) { return kRanks * std::max<int64_t>(args.k, 1); },
@@ -256,7 +256,7 @@ void lora_gather(const GatherArgs& args) {
 void lora_expand(const ExpandArgs& args) {
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    share_chunks(
+    split_chunks(
         args.pieces, args.num_pieces, 64,
         [](const ExpandPiece& piece) { return ceil_div(piece.columns, kColumns); },
         [](const ExpandPiece& piece) { return kColumns * piece.rank; },

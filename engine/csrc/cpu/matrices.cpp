@@ -1,7 +1,9 @@
-// Matrices of an adapter's file into its image: rounded, checked, transposed where the image wants columns as rows.
+// Writes the matrices of an adapter's file into its image: rounded, checked, and transposed where
+// the image stores columns as rows.
 //
-// A block of rows at a time, small enough for the cache: rounded (not at all where the types agree), looked through for
-// values that are not finite, then copied. Transposing walks tiles of 8 x 8 elements, down the rows of the block.
+// Takes a block of rows at a time, small enough for the cache: rounds it (unless the types agree),
+// looks for values that are not finite, then copies it. Transposing walks tiles of 8 x 8 elements,
+// down the rows of the block.
 #include "matrices.h"
 
 #include <algorithm>
@@ -64,8 +66,7 @@ LORAX_INLINE void transpose_tile(const BFloat16* in, int64_t columns, BFloat16* 
   transpose_tile_16(in, columns, out, stride);
 }
 template <>
-LORAX_INLINE void transpose_tile(const Float16* in, int64_t columns, Float16* out,
-                                 int64_t stride) {
+LORAX_INLINE void transpose_tile(const Float16* in, int64_t columns, Float16* out, int64_t stride) {
   transpose_tile_16(in, columns, out, stride);
 }
 #endif

@@ -20,7 +20,7 @@ struct WriteMatricesArgs {
   uint8_t* image;
   const MatrixPiece* pieces;
   int64_t num_pieces;
-  DType dtype;  // of the image
+  DType dtype;   // of the image
   int64_t* bad;  // becomes the first piece with a value that is not finite in `dtype`; -1: none
 };
 

@@ -55,7 +55,7 @@ template <class T, class Cache>
 void store_heads(const RopeStoreKvArgs& args, const Heads& heads, int64_t token, int64_t which) {
   const int64_t place = args.places[token];
   Cache* to = static_cast<Cache*>(args.kv) + place / args.block_size * args.kv_block_stride +
-              which * args.kv_half_stride + place % args.block_size * args.kv_offset_stride;
+              which * args.kv_value_stride + place % args.block_size * args.kv_offset_stride;
   const int64_t whole = args.head_dim / kLanes * kLanes, rest = args.head_dim - whole;
   for (int64_t h = 0; h < heads.count; ++h, to += args.kv_head_stride) {
     const T* x =

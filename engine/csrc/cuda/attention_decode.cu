@@ -1,5 +1,6 @@
-// Decode: one query token per sequence, its keys cut into parts. The cut depends on the length of
-// the sequence alone, so a result does not depend on the batch; only who computes a part does.
+// Decode: one query token per sequence, its keys split into parts. The split depends on the length
+// of the sequence alone, so a result does not depend on the batch; only which CTA computes a part
+// does.
 #include <algorithm>
 #include <type_traits>
 
@@ -12,22 +13,22 @@ namespace {
 constexpr int kKeys = kDecodeKeys, kStages = kDecodeStages;
 constexpr int kCombineHeads = 8;  // heads that a CTA puts together
 
-// What a token sees, low .. high - 1, and its cut into `count` parts of `share` positions.
-struct Cut {
+// The positions that a token sees, low .. high - 1, in `count` parts of `share` positions.
+struct Split {
   int low, high, begin, share, count;
 };
 
-__device__ inline Cut cut_of(const AttentionArgs& args, int sequence, int token) {
-  Cut cut;
-  cut.high = args.lengths[sequence] - (args.starts[sequence + 1] - token) + 1;
-  cut.low = args.window > 0 ? max(cut.high - args.window, 0) : 0;
-  cut.begin = cut.low / kKeys * kKeys;
-  const int range = cut.high - cut.begin, wide = decode_warps(args.size) * kKeys;
+__device__ inline Split split_of(const AttentionArgs& args, int sequence, int token) {
+  Split split;
+  split.high = args.lengths[sequence] - (args.starts[sequence + 1] - token) + 1;
+  split.low = args.window > 0 ? max(split.high - args.window, 0) : 0;
+  split.begin = split.low / kKeys * kKeys;
+  const int range = split.high - split.begin, wide = decode_warps(args.size) * kKeys;
   const int most = min((range + kAttentionPartSize - 1) / kAttentionPartSize, kAttentionMaxParts);
   const int share = (range + most - 1) / most;
-  cut.share = (share + wide - 1) / wide * wide;
-  cut.count = (range + cut.share - 1) / cut.share;
-  return cut;
+  split.share = (share + wide - 1) / wide * wide;
+  split.count = (range + split.share - 1) / split.share;
+  return split;
 }
 
 // An item of work: one part of what a token sees, for one of its `pairs`, a tile of heads that
@@ -48,35 +49,35 @@ __device__ inline Item find_extra(const AttentionArgs& args, int pairs, int extr
       const int token = token0 + j * 32 + lane;
       const int sequence =
           token < args.decodes ? sequence_of(args.starts, args.sequences, token) : -1;
-      counts[j] = sequence < 0 ? 0 : (cut_of(args, sequence, token).count - 1) * pairs;
+      counts[j] = sequence < 0 ? 0 : (split_of(args, sequence, token).count - 1) * pairs;
     }
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       int end = counts[j];  // of the token's items
 #pragma unroll
       for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(kFull, end, d);
+        const int other = __shfl_up_sync(kFullMask, end, d);
         if (lane >= d) end += other;
       }
-      const unsigned behind = __ballot_sync(kFull, extra < end);
+      const unsigned behind = __ballot_sync(kFullMask, extra < end);
       if (behind) {
         const int owner = __ffs(behind) - 1;
-        const int local = extra - __shfl_sync(kFull, end - counts[j], owner);
+        const int local = extra - __shfl_sync(kFullMask, end - counts[j], owner);
         return {token0 + j * 32 + owner, local % pairs, 1 + local / pairs};
       }
-      extra -= __shfl_sync(kFull, end, 31);
+      extra -= __shfl_sync(kFullMask, end, 31);
     }
   }
   return {-1, 0, 0};
 }
 
-// Heads in a warp, kTiles times 8, as the columns of products whose rows are 16 keys or 16 places
-// of the head size: a lane has two heads of each tile, lane % 4 * 2 and the next.
+// Heads in a warp, kTiles times 8, as the columns of products whose rows are 16 keys or 16 elements
+// of the head: a lane has two heads of each tile, lane % 4 * 2 and the next.
 template <class T, int kSize, int kTiles>
 struct Heads {
   static constexpr bool kKeepQ = keeps_queries(kSize);  // else they are read again for every chunk
   static constexpr int kStride = kSize + 8;
-  float o[kTiles][kSize / 16][4];    // weighted values, places lane / 4 and lane / 4 + 8 of each 16
+  float o[kTiles][kSize / 16][4];  // weighted values, elements lane / 4 and lane / 4 + 8 of each 16
   float m[kTiles][2], l[kTiles][2];  // maximum (times log2 e); the lane's share of the weights' sum
   uint32_t q[kTiles][kKeepQ ? kSize / 16 : 1][2];
 
@@ -92,7 +93,7 @@ struct Heads {
     }
   }
 
-  // Places 16 k .. 16 k + 15 of the queries of a tile; queries: [8 kTiles][kSize + 8].
+  // Elements 16 k .. 16 k + 15 of the queries of a tile; queries: [8 kTiles][kSize + 8].
   static __device__ void load_query(uint32_t (&b)[2], const T* queries, int t, int k, int lane) {
     const T* from = queries + (t * 8 + lane / 4) * kStride + k * 16 + lane % 4 * 2;
     b[0] = *reinterpret_cast<const uint32_t*>(from);
@@ -158,7 +159,7 @@ struct Heads {
     for (int h = 0; h < 2; ++h) {
       float top = fmaxf(s[h], s[h + 2]);
 #pragma unroll
-      for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(kFull, top, d));
+      for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
       top = fmaxf(top, m[t][h]);
       const float base = top == -INFINITY ? 0.f : top;
       const float shrink = exp2f(m[t][h] - base);
@@ -183,7 +184,7 @@ struct Heads {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int d = 4; d < 32; d *= 2) l[t][h] += __shfl_xor_sync(kFull, l[t][h], d);
+        for (int d = 4; d < 32; d *= 2) l[t][h] += __shfl_xor_sync(kFullMask, l[t][h], d);
   }
 };
 
@@ -196,7 +197,7 @@ struct Chunks {
   int low, end;
 
   // Where the first key of a chunk lies, in elements from kv.
-  __device__ long long place(int at) const {
+  __device__ long long offset_of(int at) const {
     if (at >= end) return 0;
     const int block = at / args.block;
     return (long long)table[block] * args.block_stride +
@@ -205,14 +206,14 @@ struct Chunks {
 
   // keys, values: [16][kSize + 8]; the pad of 16 bytes keeps ldmatrix free of bank conflicts.
   template <bool kWhole>
-  __device__ void copy(T* keys, T* values, int at, long long place, int lane) const {
+  __device__ void copy(T* keys, T* values, int at, long long offset, int lane) const {
     constexpr int kPieces = kSize / 8;  // of 16 bytes
     static_assert(kKeys * kPieces % 32 == 0);
 #pragma unroll
     for (int i = 0; i < kKeys * kPieces / 32; ++i) {  // over positions, then the head size
       const int r = (i * 32 + lane) / kPieces, d = (i * 32 + lane) % kPieces * 8;
       const bool valid = (kWhole || (at + r >= low && at + r < end)) && d < args.size;
-      const T* from = valid ? kv + place + r * args.position_stride + d : kv;
+      const T* from = valid ? kv + offset + r * args.position_stride + d : kv;
       copy_async(keys + r * (kSize + 8) + d, from, valid);
       copy_async(values + r * (kSize + 8) + d, valid ? from + args.value_stride : kv, valid);
     }
@@ -220,12 +221,12 @@ struct Chunks {
 
   __device__ bool whole(int at) const { return at >= low && at + kKeys <= end; }
 
-  __device__ void fetch(T* keys, T* values, int at, long long place, int lane) const {
+  __device__ void fetch(T* keys, T* values, int at, long long offset, int lane) const {
     if (at >= end) return;
     if (whole(at))
-      copy<true>(keys, values, at, place, lane);
+      copy<true>(keys, values, at, offset, lane);
     else
-      copy<false>(keys, values, at, place, lane);
+      copy<false>(keys, values, at, offset, lane);
   }
 };
 
@@ -267,29 +268,31 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
       for (int i = threadIdx.x; i < rows * args.size; i += blockDim.x) out[i] = T(0.f);
       break;
     }
-    const Cut cut = cut_of(args, sequence, item.token);
-    const int begin = cut.begin + item.part * cut.share + warp * kKeys;
+    const Split split = split_of(args, sequence, item.token);
+    const int begin = split.begin + item.part * split.share + warp * kKeys;
     const Chunks<T, kSize> chunks{args, args.tables + sequence * args.table_stride,
                                   static_cast<const T*>(args.kv) + group * args.kv_head_stride,
-                                  cut.low, min(cut.high, cut.begin + (item.part + 1) * cut.share)};
+                                  split.low,
+                                  min(split.high, split.begin + (item.part + 1) * split.share)};
     state.clear();
-    long long place = chunks.place(begin);
+    long long offset = chunks.offset_of(begin);
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
       const int at = begin + stage * kStep;
       T* keys = mine + stage * 2 * kTile;
-      // Only the last position is written by the kernel in front; all before it are there, since a
-      // step has one token of each sequence here, or no kernel in front that writes the cache.
-      if (at + kKeys >= cut.high) wait_for_previous();
-      chunks.fetch(keys, keys + kTile, at, place, lane);
+      // Only the last position is written by the previous kernel. All before it are complete: a
+      // step has one token of each sequence here, or no earlier kernel that writes the cache.
+      if (at + kKeys >= split.high) wait_for_previous();
+      chunks.fetch(keys, keys + kTile, at, offset, lane);
       commit_async();
-      place = chunks.place(at + kStep);
+      offset = chunks.offset_of(at + kStep);
     }
     wait_for_previous();
-    // while the first copies are on their way
+    // while the first copies are in flight
     const T* q =
         static_cast<const T*>(args.q) + item.token * args.q_stride + head * args.q_head_stride;
-    for (int i = threadIdx.x; i < kHeads * kSize; i += blockDim.x) {  // over heads, then places
+    for (int i = threadIdx.x; i < kHeads * kSize;
+         i += blockDim.x) {  // over heads, then the head size
       const int r = i / kSize, d = i % kSize;
       queries[r * kStride + d] = r < rows && d < args.size ? q[r * args.q_head_stride + d] : T(0.f);
     }
@@ -307,9 +310,9 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
         state.template attend<false>(queries, keys, keys + kTile, at, chunks.low, chunks.end,
                                      args.scale, args.softcap, lane);
       __syncwarp();
-      chunks.fetch(keys, keys + kTile, at + kStages * kStep, place, lane);
+      chunks.fetch(keys, keys + kTile, at + kStages * kStep, offset, lane);
       commit_async();
-      place = chunks.place(at + (kStages + 1) * kStep);
+      offset = chunks.offset_of(at + (kStages + 1) * kStep);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     wait_async<0>();
@@ -336,7 +339,8 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
           merged[(warp * kHeads + r) * kMerged + j * 16 + lane / 4 + i / 2 * 8] = state.o[t][j][i];
       }
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * args.size; i += blockDim.x) {  // over heads, then places
+    for (int i = threadIdx.x; i < rows * args.size;
+         i += blockDim.x) {  // over heads, then the head size
       const int r = i / args.size, d = i % args.size;
       float top = tops[0][r];
       for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w][r]);
@@ -347,7 +351,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_kernel(const AttentionArgs
         sum += weight * sums[w][r];
         value += weight * merged[(w * kHeads + r) * kMerged + d];
       }
-      if (cut.count == 1) {
+      if (split.count == 1) {
         out[i] = T(value / sum);
       } else {
         float* part = args.workspace + ((first_row + r) * args.parts + item.part) * (args.size + 2);
@@ -372,7 +376,7 @@ __global__ void __launch_bounds__(kCombineHeads * 32) combine_kernel(const Atten
   const int lane = threadIdx.x % 32, token = blockIdx.x;
   const int head = blockIdx.y * kCombineHeads + threadIdx.x / 32;
   const int sequence = sequence_of(args.starts, args.sequences, token);
-  const int count = sequence < 0 ? 0 : cut_of(args, sequence, token).count;
+  const int count = sequence < 0 ? 0 : split_of(args, sequence, token).count;
   if (count > 1 || (blockIdx.x == 0 && blockIdx.y == 0)) wait_for_previous();
   if (count <= 1 || head >= args.heads) return;
   const int64_t row = (int64_t)token * args.heads + head, width = args.size + 2;
@@ -381,17 +385,17 @@ __global__ void __launch_bounds__(kCombineHeads * 32) combine_kernel(const Atten
   float top = lane < count ? own[0] : -INFINITY;
   const float share = lane < count ? own[1] : 0.f, mine = top;
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFull, top, d));
+  for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
   const float weight = top == -INFINITY ? 0.f : exp2f(mine - top);
   float sum = weight * share;
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kFull, sum, d);
+  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kFullMask, sum, d);
   for (int d0 = 0; d0 < args.size; d0 += 32) {  // over the head size
     const int d = d0 + lane;
     float value = 0.f;
 #pragma unroll 8
     for (int p = 0; p < count; ++p) {
-      const float of_part = __shfl_sync(kFull, weight, p);
+      const float of_part = __shfl_sync(kFullMask, weight, p);
       if (d < args.size) value += of_part * parts[p * width + d];
     }
     if (d < args.size) static_cast<T*>(args.out)[row * args.size + d] = T(value / sum);
@@ -415,7 +419,7 @@ void launch_decode(const AttentionArgs& args, cudaStream_t stream) {
 }  // namespace
 
 void attention_decode(const AttentionArgs& args, cudaStream_t stream) {
-  for_kernel(args, [&](auto zero, auto size) {
+  with_kernel_shape(args, [&](auto zero, auto size) {
     using T = decltype(zero);
     constexpr int kSize = decltype(size)::value;
     if (args.heads / args.groups <= 8)

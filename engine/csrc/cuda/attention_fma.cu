@@ -28,7 +28,7 @@ __device__ inline void store(void* p, DType dtype, int64_t i, float value) {
 }
 
 // Grid (tokens, heads). Warp w walks the chunks of 4 positions w, w + 4, ...; lane i has the
-// places i, i + 32, ... of the head, kEach of them. Chunks begin at multiples of 4.
+// elements i, i + 32, ... of the head, kEach of them. Chunks begin at multiples of 4.
 template <class KV, int kEach>
 __global__ void __launch_bounds__(kWarps * 32) fma_kernel(const AttentionArgs args) {
   allow_next();
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarps * 32) fma_kernel(const AttentionArgs ar
     float s[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      row[b] = row_of(args, table, group, at + b, low, high);
+      row[b] = key_offset(args, table, group, at + b, low, high);
       s[b] = 0.f;
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kWarps * 32) fma_kernel(const AttentionArgs ar
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) s[b] += __shfl_xor_sync(kFull, s[b], step);
+      for (int step = 16; step > 0; step /= 2) s[b] += __shfl_xor_sync(kFullMask, s[b], step);
       s[b] *= args.scale;
       if (args.softcap > 0.f) s[b] = args.softcap * tanhf(s[b] / args.softcap);
       if (row[b] < 0) s[b] = -INFINITY;
@@ -128,7 +128,7 @@ void launch(const AttentionArgs& args, cudaStream_t stream) {
 }
 
 // The tensor core kernels copy 16 bytes at a time, of positions of one block.
-bool takes_tensor_cores(const AttentionArgs& args) {
+bool can_use_tensor_cores(const AttentionArgs& args) {
   return args.dtype != DType::float32 && args.dtype == args.kv_dtype && args.size % 8 == 0 &&
          args.block % kDecodeKeys == 0 && reinterpret_cast<uintptr_t>(args.kv) % 16 == 0 &&
          args.block_stride % 8 == 0 && args.value_stride % 8 == 0 &&
@@ -147,13 +147,13 @@ void attention_fma(const AttentionArgs& args, cudaStream_t stream) {
 }
 
 int64_t attention_workspace(const AttentionArgs& args) {
-  if (!takes_tensor_cores(args) || args.parts == 1) return 0;
+  if (!can_use_tensor_cores(args) || args.parts == 1) return 0;
   return int64_t(args.decodes) * args.heads * args.parts * (args.size + 2);
 }
 
 void paged_attention(const AttentionArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return;
-  if (!takes_tensor_cores(args)) return attention_fma(args, stream);
+  if (!can_use_tensor_cores(args)) return attention_fma(args, stream);
   // Prompts first: decodes fetch old positions meanwhile.
   if (args.tokens > args.decodes && args.sequences > args.decodes) attention_prefill(args, stream);
   if (args.decodes > 0) attention_decode(args, stream);

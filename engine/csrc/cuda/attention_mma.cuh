@@ -1,5 +1,5 @@
-// What the attention kernels share: who has a token, where a position lies in the cache, copies and
-// fragments, and the choice of a kernel by dtype and head size.
+// What the attention kernels share: the sequence of a token, the offset of a position in the cache,
+// copies and fragments, and the choice of a kernel by dtype and head size.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 namespace lorax::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr unsigned kFull = 0xffffffffu;
+constexpr unsigned kFullMask = 0xffffffffu;
 
 // The sequence that has token t: the last one that starts at or before it. -1 for padding.
 __device__ inline int sequence_of(const int32_t* starts, int sequences, int t) {
@@ -54,8 +54,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p)
 
 // Where the key of a position lies, in elements from args.kv; -1 outside low .. high - 1, whose
 // block may be gone.
-__device__ inline long long row_of(const AttentionArgs& args, const int32_t* table, int group,
-                                   int position, int low, int high) {
+__device__ inline long long key_offset(const AttentionArgs& args, const int32_t* table, int group,
+                                       int position, int low, int high) {
   if (position < low || position >= high) return -1;
   const int index = position / args.block;
   return (long long)table[index] * args.block_stride +
@@ -63,9 +63,9 @@ __device__ inline long long row_of(const AttentionArgs& args, const int32_t* tab
          (long long)group * args.kv_head_stride;
 }
 
-// Calls f.template operator()<T, padded head size>() for the dtype and the size of the call.
+// Calls f(T(0), padded head size as an integral_constant) for the dtype and head size of the call.
 template <class F>
-void for_kernel(const AttentionArgs& args, F&& f) {
+void with_kernel_shape(const AttentionArgs& args, F&& f) {
   auto sized = [&](auto zero) {
     using T = decltype(zero);
     if (args.size <= 32) return f(zero, std::integral_constant<int, 32>());

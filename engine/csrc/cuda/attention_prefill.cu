@@ -10,7 +10,7 @@ namespace {
 constexpr int kWarps = kPrefillWarps, kRows = kPrefillRows;
 static_assert(kRows == kWarps * 16 && kPrefillStages == 2);
 
-// Of the sequence behind the decodes.
+// Index of the first tile of the first sequence after the decodes.
 __host__ __device__ inline int first_tile(const AttentionArgs& args) {
   return prefill_tile(args.decodes, args.decodes, args.heads / args.groups);
 }
@@ -56,12 +56,12 @@ __device__ __forceinline__ RowEnd& row_end(T* stages, int r) {
   return *reinterpret_cast<RowEnd*>(stages + r * (kSize + 8) + kSize);
 }
 
-// The least and the greatest `high` of the rows of a warp; zeros: it has no rows.
-struct Sight {
+// The least and the greatest `high` of the rows of a warp; both are 0 if it has no rows.
+struct VisibleRange {
   int first, last;
 
-  __device__ explicit Sight(int high)
-      : first(__reduce_min_sync(kFull, high)), last(__reduce_max_sync(kFull, high)) {}
+  __device__ explicit VisibleRange(int high)
+      : first(__reduce_min_sync(kFullMask, high)), last(__reduce_max_sync(kFullMask, high)) {}
   // Whether a row sees one of the positions at .. at + keys - 1; every row each of them.
   __device__ bool any(int at, int keys, int window) const {
     return at < last && (window == 0 || at + keys > first - window);
@@ -122,14 +122,14 @@ __device__ __forceinline__ void weigh_scores(Rows<T, kSize>& state, float (&s)[k
     float top = state.m[i];
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-    top = fmaxf(top, __shfl_xor_sync(kFull, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(kFull, top, 2));
+    top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
     base[i] = top == -INFINITY ? 0.f : top;
     shrink[i] = exp2_fast(__fsub_rn(state.m[i], base[i]));
     state.m[i] = top;
   }
   // a factor of 1 changes no bit
-  if (__any_sync(kFull, shrink[0] != 1.f || shrink[1] != 1.f)) {
+  if (__any_sync(kFullMask, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) state.l[i] = __fmul_rn(state.l[i], shrink[i]);
 #pragma unroll
@@ -156,7 +156,7 @@ __device__ __forceinline__ void copy_queries(const AttentionArgs& args, T* to, l
     return copy_tile<T, kSize, 16>(q, to, row, args.size, lane);
 #pragma unroll 1
   for (int r = 0; r < 16; ++r) {
-    const long long at = __shfl_sync(kFull, row, r);
+    const long long at = __shfl_sync(kFullMask, row, r);
     for (int d = lane; d < kSize; d += 32)  // over the head size
       to[r * (kSize + 8) + d] = at >= 0 && d < args.size ? q[at + d] : T(0.f);
   }
@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
     return;
   }
   auto find_row = [&](int at, int low) {
-    return row_of(args, args.tables + tile.sequence * args.table_stride, group,
-                  at + warp * kShare + lane, low, tile.high);
+    return key_offset(args, args.tables + tile.sequence * args.table_stride, group,
+                      at + warp * kShare + lane, low, tile.high);
   };
   const int begin = tile.low / kKeys * kKeys;
   const long long first_row = find_row(begin, tile.low);
@@ -226,12 +226,13 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
 
   // Lane i has row i % 16 of the warp. Rows behind the last one see what that sees.
   const int r = warp * 16 + lane % 16, row = tile.first_row + min(r, tile.rows - 1);
-  const int token = unsigned(row) / unsigned(repeats), place = tile.first_token + token;
+  const int token = unsigned(row) / unsigned(repeats), batch_token = tile.first_token + token;
   const int head = group * repeats + row - token * repeats;
   const int high = tile.before + token + 1;
-  const long long query = r < tile.rows ? place * args.q_stride + head * args.q_head_stride : -1;
-  row_end<kSize>(stages, r) = {high, r < tile.rows ? place * args.heads + head : -1};
-  const Sight sight(warp * 16 < tile.rows ? high : 0);
+  const long long query =
+      r < tile.rows ? batch_token * args.q_stride + head * args.q_head_stride : -1;
+  row_end<kSize>(stages, r) = {high, r < tile.rows ? batch_token * args.heads + head : -1};
+  const VisibleRange visible(warp * 16 < tile.rows ? high : 0);
 
   wait_for_previous();
   const T* kv = static_cast<const T*>(args.kv);
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
     }
     commit_async();
     const T* keys = stages + stage * 2 * kHalf;
-    const bool seen = sight.any(at, kKeys, args.window);
+    const bool seen = visible.any(at, kKeys, args.window);
     float s[kKeys / 8][4];
     if (seen) state.template multiply<kKeys>(s, mine, keys, lane);
     if (at == begin) {  // the first values come behind the keys
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
     }
     if (seen) {
       scale_scores<kKeys>(s, args.scale, args.softcap);
-      if (!sight.all(at, kKeys, args.window)) {
+      if (!visible.all(at, kKeys, args.window)) {
         const int own = warp * 16 + lane / 4;
         const int highs[2] = {row_end<kSize>(stages, own).high,
                               row_end<kSize>(stages, own + 8).high};
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
     }
     stage ^= 1;
   }
-  if (sight.last == 0) return;
+  if (visible.last == 0) return;
   state.finish();
   // The stage that the last tile did not have is free.
   T* staged = kKeepQ ? stages + stage * 2 * kHalf + warp * 16 * kStride : mine;
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kWarps * 32, prefill_blocks(kSize))
 void attention_prefill(const AttentionArgs& args, cudaStream_t stream) {
   const int64_t rows = int64_t(args.tokens) * (args.heads / args.groups);
   const dim3 grid(unsigned(rows / kRows + args.sequences - first_tile(args)), args.groups);
-  for_kernel(args, [&](auto zero, auto size) {
+  with_kernel_shape(args, [&](auto zero, auto size) {
     using T = decltype(zero);
     constexpr int kSize = decltype(size)::value, kShared = prefill_shared(kSize);
     cudaFuncSetAttribute(prefill_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,

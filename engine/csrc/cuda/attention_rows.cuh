@@ -17,7 +17,7 @@ __device__ inline void copy_rows(const AttentionArgs& args, T* keys, T* values, 
 #pragma unroll 4
   for (int i = 0; i < kRows * kChunks / 32; ++i) {  // over rows, then chunks of the head size
     const int r = (i * 32 + lane) / kChunks, d = (i * 32 + lane) % kChunks * 8;
-    const long long at = __shfl_sync(kFull, row, r);
+    const long long at = __shfl_sync(kFullMask, row, r);
     const bool valid = at >= 0 && d < args.size;
     const T* from = valid ? kv + at + d : kv;
     copy_async(keys + r * (kSize + 8) + d, from, valid);
@@ -34,7 +34,7 @@ __device__ inline void copy_tile(const T* tensor, T* to, long long row, int size
 #pragma unroll 4
   for (int i = 0; i < kRows * kChunks / 32; ++i) {  // over rows, then chunks of the head size
     const int r = (i * 32 + lane) / kChunks, d = (i * 32 + lane) % kChunks * 8;
-    const long long at = __shfl_sync(kFull, row, r);
+    const long long at = __shfl_sync(kFullMask, row, r);
     const bool valid = at >= 0 && d < size;
     copy_async(to + r * (kSize + 8) + d, valid ? tensor + at + d : tensor, valid);
   }
@@ -120,8 +120,8 @@ struct Rows {
   __device__ void finish() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      l[i] += __shfl_xor_sync(kFull, l[i], 1);
-      l[i] += __shfl_xor_sync(kFull, l[i], 2);
+      l[i] += __shfl_xor_sync(kFullMask, l[i], 1);
+      l[i] += __shfl_xor_sync(kFullMask, l[i], 2);
     }
   }
 };

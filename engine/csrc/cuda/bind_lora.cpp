@@ -1,6 +1,8 @@
 // lorax::lora_shrink, lorax::lora_gather and lorax::lora_expand_ on the GPU.
 //
 // Only shapes are checked: what slots, starts and records hold is read by the kernels.
+#include "../common/bind_lora.h"
+
 #include "bind.h"
 #include "lora.h"
 
@@ -9,47 +11,25 @@ namespace {
 
 constexpr int64_t kMaxSegments = 65535;  // of a grid
 
-// A contiguous tensor on the GPU of one type and `dims` dimensions.
-void check(const char* op, const char* name, const Tensor& t, int64_t dims, ScalarType dtype,
-           const char* wanted) {
-  LORAX_CHECK(t.is_cuda() && t.dim() == dims && t.scalar_type() == dtype && t.is_contiguous(), op,
-              ": ", name, " must be contiguous ", wanted, " on the GPU, its shape is ",
-              shape_of(t));
-}
-
 LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& records,
                          const Tensor& slots, const Tensor& starts, int64_t layer, int64_t group,
                          int64_t tokens) {
-  check(op, "arena", arena, 1, ScalarType::Byte, "bytes");
-  check(op, "records", records, 4, ScalarType::Int, "int32 [slots, layers + 1, groups, 8]");
-  check(op, "slots", slots, 1, ScalarType::Int, "int32 [S]");
-  check(op, "starts", starts, 1, ScalarType::Int, "int32 [S + 1]");
+  check_segments(op, arena, records, slots, starts, layer, group);
   const int64_t layers = records.size(1), groups = records.size(2);
-  LORAX_CHECK(records.size(3) == kRecordWords, op, ": records must have 8 words, their shape is ",
-              shape_of(records));
-  LORAX_CHECK(layer >= 0 && layer < layers, op, ": layer ", layer, " is not in the records of ",
-              layers, " layers");
-  LORAX_CHECK(group >= 0 && group < groups, op, ": group ", group, " is not in the records of ",
-              groups, " groups");
-  LORAX_CHECK(starts.size(0) == slots.size(0) + 1, op,
-              ": starts must be [S + 1] beside slots [S], the shapes are ", shape_of(starts),
-              " and ", shape_of(slots));
   LORAX_CHECK(slots.size(0) <= kMaxSegments, op, ": ", slots.size(0), " segments, at most ",
               kMaxSegments, " fit into a launch");
-  LORAX_CHECK(reinterpret_cast<uintptr_t>(arena.const_data_ptr()) % kLoraAlign == 0, op,
-              ": arena must be aligned to 16 bytes");
-  LoraSegments all{};
-  all.arena = arena.const_data_ptr();
-  all.arena_bytes = arena.size(0);
-  all.record_stride = layers * groups * kRecordWords;
-  all.records = static_cast<const int32_t*>(records.const_data_ptr()) +
-                (layer * groups + group) * kRecordWords;
-  all.num_slots = records.size(0);
-  all.slots = static_cast<const int32_t*>(slots.const_data_ptr());
-  all.starts = static_cast<const int32_t*>(starts.const_data_ptr());
-  all.count = slots.size(0);
-  all.tokens = tokens;
-  return all;
+  LoraSegments segments{};
+  segments.arena = arena.const_data_ptr();
+  segments.arena_bytes = arena.size(0);
+  segments.record_stride = layers * groups * kRecordWords;
+  segments.records = static_cast<const int32_t*>(records.const_data_ptr()) +
+                     (layer * groups + group) * kRecordWords;
+  segments.num_slots = records.size(0);
+  segments.slots = static_cast<const int32_t*>(slots.const_data_ptr());
+  segments.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  segments.count = slots.size(0);
+  segments.tokens = tokens;
+  return segments;
 }
 
 Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
@@ -75,15 +55,10 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
 Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
                         int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
   const char* op = "lora_gather";
-  check(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
+  check_contiguous(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
-  LORAX_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-      ": dtype must be float32, bfloat16 or float16");
   GatherArgs args{};
-  args.dtype = dtype == ScalarType::Float  ? DType::float32
-               : dtype == ScalarType::Half ? DType::float16
-                                           : DType::bfloat16;
+  args.dtype = dtype_of(op, "dtype", dtype);
   args.segments = segments_of(op, arena, records, slots, starts, layer, group, ids.size(0));
   args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   args.width = width;
@@ -98,7 +73,7 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
                       int64_t layer, int64_t group, std::vector<int64_t> splits) {
   const char* op = "lora_expand_";
   check_layout(op, "y", y, 2);
-  check(op, "t", t, 3, ScalarType::Float, "float32 [P, T, width]");
+  check_contiguous(op, "t", t, 3, ScalarType::Float, "float32 [P, T, width]");
   LORAX_CHECK(t.size(1) == y.size(0), op, ": t ", shape_of(t), " does not fit y ", shape_of(y));
   ExpandArgs args{};
   int64_t columns = 0;

@@ -13,7 +13,7 @@ void check_int32(const char* op, const char* name, const Tensor& t, int64_t dims
 }
 
 // The address by which the GPU reads `patch`: on the GPU, or pinned on the host.
-const int32_t* readable(const char* op, const Tensor& patch) {
+const int32_t* device_pointer(const char* op, const Tensor& patch) {
   cudaPointerAttributes attributes{};
   const cudaError_t error = cudaPointerGetAttributes(&attributes, patch.const_data_ptr());
   LORAX_CHECK(error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered &&
@@ -34,7 +34,7 @@ void bind_write_runs(Tensor words, Tensor patch, int64_t runs) {
   WriteRunsArgs args{};
   args.words = static_cast<int32_t*>(words.mutable_data_ptr());
   args.num_words = words.size(0);
-  args.patch = readable(op, patch);
+  args.patch = device_pointer(op, patch);
   args.patch_words = patch.size(0);
   args.runs = int(runs);
   write_runs(args, current_stream(words));

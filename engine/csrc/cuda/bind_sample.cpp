@@ -6,14 +6,14 @@ namespace lorax::cuda {
 namespace {
 
 // Whether the `count` indices are int64; they must be int32 otherwise.
-bool is_wide(const char* op, const char* name, const Tensor& t, int64_t count) {
+bool is_int64(const char* op, const char* name, const Tensor& t, int64_t count) {
   check_layout(op, name, t, 1);
   LORAX_CHECK(t.size(0) == count, op, ": ", name, " ", shape_of(t), " does not fit ", count,
               " rows of logits");
-  const bool wide = t.scalar_type() == ScalarType::Long;
-  LORAX_CHECK(wide || t.scalar_type() == ScalarType::Int, op, ": ", name,
+  const bool is_64 = t.scalar_type() == ScalarType::Long;
+  LORAX_CHECK(is_64 || t.scalar_type() == ScalarType::Int, op, ": ", name,
               " must be int32 or int64");
-  return wide;
+  return is_64;
 }
 
 Tensor bind_pick_greedy(Tensor logits, Tensor rows, Tensor lengths, Tensor tokens) {
@@ -31,8 +31,8 @@ Tensor bind_pick_greedy(Tensor logits, Tensor rows, Tensor lengths, Tensor token
   args.logits_stride = logits.stride(0);
   args.vocab = vocab;
   args.count = int(count);
-  args.rows_wide = is_wide(op, "rows", rows, count);
-  args.lengths_wide = is_wide(op, "lengths", lengths, count);
+  args.rows_int64 = is_int64(op, "rows", rows, count);
+  args.lengths_int64 = is_int64(op, "lengths", lengths, count);
   args.rows = rows.const_data_ptr();
   args.lengths = lengths.const_data_ptr();
   args.tokens = static_cast<int32_t*>(tokens.mutable_data_ptr());

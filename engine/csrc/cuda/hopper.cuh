@@ -18,7 +18,7 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ void publish_barriers() {
+__device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -26,13 +26,13 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t bytes) {
+__device__ __forceinline__ void arrive_expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
 // Once the phase of that parity is complete: what this CTA and its bulk copies wrote is there.
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
     asm volatile(
@@ -45,8 +45,8 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   } while (!done);
 }
 
-// And so is what other CTAs of the cluster sent.
-__device__ __forceinline__ void wait_for_cluster(uint32_t barrier, uint32_t parity) {
+// The same, and also what other CTAs of the cluster stored is there.
+__device__ __forceinline__ void wait_barrier_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
     asm volatile(
@@ -85,8 +85,9 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   return remote;
 }
 
-// 16 bytes into another CTA, counted by its barrier when they are there.
-__device__ __forceinline__ void send(uint32_t address, const float* v, uint32_t barrier) {
+// Stores 16 bytes to another CTA, whose barrier counts them when they arrive.
+__device__ __forceinline__ void store_async_remote(uint32_t address, const float* v,
+                                                   uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(address),
@@ -105,7 +106,7 @@ __device__ __forceinline__ void load_shared(float (&v)[4], uint32_t address) {
 
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // as createpolicy.fractional makes it
 
-__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, int x, int y,
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, int x, int y,
                                           uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -114,9 +115,9 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, i
       : "memory");
 }
 
-// For what is read once: it leaves L2 first.
-__device__ __forceinline__ void stream_tile(uint32_t to, const CUtensorMap* map, int x, int y,
-                                            uint32_t barrier) {
+// For data that is read once: L2 evicts it first.
+__device__ __forceinline__ void load_tile_evict_first(uint32_t to, const CUtensorMap* map, int x,
+                                                      int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
@@ -124,7 +125,7 @@ __device__ __forceinline__ void stream_tile(uint32_t to, const CUtensorMap* map,
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
@@ -136,22 +137,22 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
          uint64_t(1) << 62;
 }
 
-__device__ __forceinline__ void products_begin() {
+__device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void products_commit() {
+__device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int kPending>
-__device__ __forceinline__ void products_wait() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // d[64, N] += a[64, 16] @ b[N, 16].T; d as the fragments of PTX's wgmma.m64nNk16.
 template <class T, int N>
-struct Product;
+struct Wgmma;
 
-// Registers of d by eights: their places in the instruction, and what they are bound to.
+// Registers of d by eights: their operand numbers in the instruction, and their bindings.
 #define LORAX_P0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LORAX_P1 "%8, %9, %10, %11, %12, %13, %14, %15"
 #define LORAX_P2 "%16, %17, %18, %19, %20, %21, %22, %23"
@@ -178,34 +179,35 @@ struct Product;
 #define LORAX_D32(i) LORAX_D16(i), LORAX_D16(i + 16)
 #define LORAX_D64(i) LORAX_D32(i), LORAX_D32(i + 32)
 
-// A and B: the places of a and b, behind the N / 2 of d.
-#define LORAX_PRODUCT_OF(T, NAME, N, PLACES, A, B, ...)                                        \
-  template <>                                                                                  \
-  struct Product<T, N> {                                                                       \
-    __device__ __forceinline__ static void add(float (&d)[N / 2], uint64_t a, uint64_t b) {    \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" PLACES \
-                   "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                                       \
-                   : __VA_ARGS__                                                               \
-                   : "l"(a), "l"(b));                                                          \
-    }                                                                                          \
+// A and B: the operand numbers of a and b, after the N / 2 of d.
+#define LORAX_WGMMA_OF(T, NAME, N, REGISTERS, A, B, ...)                                          \
+  template <>                                                                                     \
+  struct Wgmma<T, N> {                                                                            \
+    __device__ __forceinline__ static void multiply_add(float (&d)[N / 2], uint64_t a,            \
+                                                        uint64_t b) {                             \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS \
+                   "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                                          \
+                   : __VA_ARGS__                                                                  \
+                   : "l"(a), "l"(b));                                                             \
+    }                                                                                             \
   };
-#define LORAX_PRODUCT(...)                             \
-  LORAX_PRODUCT_OF(__nv_bfloat16, "bf16", __VA_ARGS__) \
-  LORAX_PRODUCT_OF(__half, "f16", __VA_ARGS__)
-LORAX_PRODUCT(8, "%0, %1, %2, %3", 4, 5, LORAX_D4(0))
-LORAX_PRODUCT(16, LORAX_P0, 8, 9, LORAX_D8(0))
-LORAX_PRODUCT(32, LORAX_P0 ", " LORAX_P1, 16, 17, LORAX_D16(0))
-LORAX_PRODUCT(64, LORAX_P0_3, 32, 33, LORAX_D32(0))
-LORAX_PRODUCT(80, LORAX_P0_3 ", " LORAX_P4, 40, 41, LORAX_D32(0), LORAX_D8(32))
-LORAX_PRODUCT(96, LORAX_P0_3 ", " LORAX_P4 ", " LORAX_P5, 48, 49, LORAX_D32(0), LORAX_D16(32))
-LORAX_PRODUCT(128, LORAX_P0_7, 64, 65, LORAX_D64(0))
-LORAX_PRODUCT(160, LORAX_P0_7 ", " LORAX_P8 ", " LORAX_P9, 80, 81, LORAX_D64(0), LORAX_D16(64))
-LORAX_PRODUCT(192, LORAX_P0_11, 96, 97, LORAX_D64(0), LORAX_D32(64))
-LORAX_PRODUCT(224, LORAX_P0_11 ", " LORAX_P12 ", " LORAX_P13, 112, 113, LORAX_D64(0), LORAX_D32(64),
-              LORAX_D16(96))
-LORAX_PRODUCT(256, LORAX_P0_15, 128, 129, LORAX_D64(0), LORAX_D64(64))
-#undef LORAX_PRODUCT
-#undef LORAX_PRODUCT_OF
+#define LORAX_WGMMA(...)                             \
+  LORAX_WGMMA_OF(__nv_bfloat16, "bf16", __VA_ARGS__) \
+  LORAX_WGMMA_OF(__half, "f16", __VA_ARGS__)
+LORAX_WGMMA(8, "%0, %1, %2, %3", 4, 5, LORAX_D4(0))
+LORAX_WGMMA(16, LORAX_P0, 8, 9, LORAX_D8(0))
+LORAX_WGMMA(32, LORAX_P0 ", " LORAX_P1, 16, 17, LORAX_D16(0))
+LORAX_WGMMA(64, LORAX_P0_3, 32, 33, LORAX_D32(0))
+LORAX_WGMMA(80, LORAX_P0_3 ", " LORAX_P4, 40, 41, LORAX_D32(0), LORAX_D8(32))
+LORAX_WGMMA(96, LORAX_P0_3 ", " LORAX_P4 ", " LORAX_P5, 48, 49, LORAX_D32(0), LORAX_D16(32))
+LORAX_WGMMA(128, LORAX_P0_7, 64, 65, LORAX_D64(0))
+LORAX_WGMMA(160, LORAX_P0_7 ", " LORAX_P8 ", " LORAX_P9, 80, 81, LORAX_D64(0), LORAX_D16(64))
+LORAX_WGMMA(192, LORAX_P0_11, 96, 97, LORAX_D64(0), LORAX_D32(64))
+LORAX_WGMMA(224, LORAX_P0_11 ", " LORAX_P12 ", " LORAX_P13, 112, 113, LORAX_D64(0), LORAX_D32(64),
+            LORAX_D16(96))
+LORAX_WGMMA(256, LORAX_P0_15, 128, 129, LORAX_D64(0), LORAX_D64(64))
+#undef LORAX_WGMMA
+#undef LORAX_WGMMA_OF
 #undef LORAX_D64
 #undef LORAX_D32
 #undef LORAX_D16

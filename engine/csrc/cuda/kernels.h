@@ -3,6 +3,7 @@
 // How to add a kernel `foo`: `foo.h` has a plain struct `FooArgs` (pointers, sizes, strides in
 // elements) and `void foo(const FooArgs&, cudaStream_t)`; `foo.cu` defines it; `bind_foo.cpp`
 // checks the tensors and registers the op with `STABLE_TORCH_LIBRARY_IMPL(lorax, CUDA, m)`.
+// What the CPU extension needs as well (FooArgs, checks of the binding) goes to `../common/`.
 // setup.py finds all of them by name.
 //
 // A launch may be captured in a CUDA graph and replayed with other contents: a grid depends on
@@ -11,10 +12,4 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-namespace lorax::cuda {
-
-enum class DType : int32_t { float32, bfloat16, float16 };
-
-}  // namespace lorax::cuda
+#include "../common/dtype.h"

@@ -1,11 +1,11 @@
 // y[T, N] = x[T, K] @ weight[N, K].T for T <= 256 on Hopper: the weights stream past few tokens.
 //
 // A cluster of 1, 2 or 3 CTAs owns a tile of 128 rows of the weight, each CTA a part of K and an SM
-// (but for small kernels around). One thread keeps tiles of the weight and of x coming (bulk tensor
-// copies), two warpgroups multiply them with 64 rows of the weight each; then the parts are added
-// in the order of K, each CTA adding the rows that the others send it. How K is cut depends on N
-// alone, so an element is one sum in one order, whatever the tokens beside it. Weights are asked
-// for before the kernel in front has ended.
+// (shared with small kernels only). One thread issues the loads of tiles of the weight and of x
+// (bulk tensor copies), two warpgroups multiply them with 64 rows of the weight each; then the
+// parts are added in the order of K, each CTA adding the rows that the others send it. How K is cut
+// depends on N alone, so an element is one sum in one order, whatever the other tokens. Loads of
+// weights start before the previous kernel has ended.
 #include "chain.cuh"
 #include "hopper.cuh"
 #include "linear.h"
@@ -20,7 +20,7 @@ constexpr int kSlabs = kRows / 16;
 constexpr int kStep = 64;        // of K: 128 bytes, the width of a swizzled tile
 constexpr int kConsumers = 256;  // threads that multiply: two warpgroups, a warp for every 16 rows
 constexpr int kThreads = kConsumers + 32;
-constexpr int kSharedGoal = 200 * 1024;  // of an SM's 227 KiB
+constexpr int kSharedLimit = 200 * 1024;  // of an SM's 227 KiB
 
 // What a CTA keeps in shared memory. What others send comes to where the tiles were.
 template <int kTokens, int kSplit>
@@ -29,11 +29,11 @@ struct Shape {
   static constexpr int kSlabBytes = 16 * kTokens * 4;
   static constexpr int kWeightBytes = kRows * kStep * 2;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kStep * 2;
-  static constexpr int kFit = (kSharedGoal - 256) / kStageBytes;
+  static constexpr int kFit = (kSharedLimit - 256) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kBarriers = kStages * kStageBytes;
   static constexpr int kShared = kBarriers + kStages * 16 + 16;
-  static_assert(kStages >= 2 && kShared <= kSharedGoal);
+  static_assert(kStages >= 2 && kShared <= kSharedLimit);
   static_assert((kSplit - 1) * kOwnSlabs * kSlabBytes <= kBarriers);
 };
 
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == kConsumers) {  // the producer
-    prefetch_map(&weight_map);
-    prefetch_map(&x_map);
+    prefetch_tensor_map(&weight_map);
+    prefetch_tensor_map(&x_map);
     for (int stage = 0; stage < S::kStages; ++stage) {
       init_barrier(full(stage), 1);
       init_barrier(empty(stage), kConsumers / 32);
@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(kThreads)
       init_barrier(arrived, 1);
       const int left = kSlabs - rank * S::kOwnSlabs;
       const int slabs = left < S::kOwnSlabs ? left : S::kOwnSlabs;
-      arrive_and_expect(arrived, (kSplit - 1) * slabs * S::kSlabBytes);
+      arrive_expect_bytes(arrived, (kSplit - 1) * slabs * S::kSlabBytes);
     }
-    publish_barriers();
+    fence_barrier_init();
   }
   if constexpr (kSplit > 1) {
     __syncwarp();
@@ -85,13 +85,13 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) {
       const auto load_weight = [&](int i) {
         const int stage = i % S::kStages;
-        arrive_and_expect(full(stage), S::kStageBytes);
-        stream_tile(base + stage * S::kStageBytes, &weight_map, (first + i) * kStep, row0,
-                    full(stage));
+        arrive_expect_bytes(full(stage), S::kStageBytes);
+        load_tile_evict_first(base + stage * S::kStageBytes, &weight_map, (first + i) * kStep, row0,
+                              full(stage));
       };
       const auto load_x = [&](int i) {
         const int stage = i % S::kStages;
-        copy_tile(base + stage * S::kStageBytes + S::kWeightBytes, &x_map, (first + i) * kStep, 0,
+        load_tile(base + stage * S::kStageBytes + S::kWeightBytes, &x_map, (first + i) * kStep, 0,
                   full(stage));
       };
       const int ahead = count < S::kStages ? count : S::kStages;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
       allow_next();  // after the wait: x is complete for whatever starts next
       for (int i = 0; i < ahead; ++i) load_x(i);
       for (int i = ahead; i < count; ++i) {
-        wait(empty(i % S::kStages), (i / S::kStages - 1) & 1);
+        wait_barrier(empty(i % S::kStages), (i / S::kStages - 1) & 1);
         load_weight(i);
         load_x(i);
       }
@@ -119,19 +119,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < count; ++i) {  // over this CTA's part of K
       const int stage = i % S::kStages;
       const uint32_t weight = base + stage * S::kStageBytes, x = weight + S::kWeightBytes;
-      wait(full(stage), (i / S::kStages) & 1);
-      products_begin();
+      wait_barrier(full(stage), (i / S::kStages) & 1);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStep; k += 16)  // 32 bytes into the swizzled rows
-        Product<T, kTokens>::add(sums, tile_descriptor(weight + half + k * 2),
-                                 tile_descriptor(x + k * 2));
-      products_commit();
-      products_wait<0>();
+        Wgmma<T, kTokens>::multiply_add(sums, tile_descriptor(weight + half + k * 2),
+                                        tile_descriptor(x + k * 2));
+      wgmma_commit();
+      wgmma_wait<0>();
       if (lane == 0) arrive(empty(stage));
     }
     // Warp s has the sums of slab s, rows 16 s .. of the tile, and CTA s / kOwnSlabs adds them up.
     const int owner = warp / S::kOwnSlabs;
-    const auto place = [&](int sender) {  // of the fragments of this warp's slab, in its owner
+    const auto slab_address = [&](int sender) {  // of this warp's slab in its owner
       return base + (sender * S::kOwnSlabs + warp % S::kOwnSlabs) * S::kSlabBytes + lane * 16;
     };
     if constexpr (kSplit > 1) {
@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kThreads)
       cluster_arrive();  // all have read the tiles
       cluster_wait();
       if (owner != rank) {
-        const uint32_t to = remote_address(place(rank < owner ? rank : rank - 1), owner);
+        const uint32_t to = remote_address(slab_address(rank < owner ? rank : rank - 1), owner);
         const uint32_t there = remote_address(arrived, owner);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) send(to + j * 512, &sums[j * 4], there);
+        for (int j = 0; j < kTiles; ++j) store_async_remote(to + j * 512, &sums[j * 4], there);
       }
     }
     if (owner == rank) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
           if (row + lane / 4 + i * 8 < args.rows)
             bias[i] = widen(static_cast<const T*>(args.bias)[row + lane / 4 + i * 8]);
       }
-      if (kSplit > 1) wait_for_cluster(arrived, 0);
+      if (kSplit > 1) wait_barrier_cluster(arrived, 0);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float whole[4];
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int i = 0; i < 4; ++i) v[i] = sums[j * 4 + i];
           } else {
-            load_shared(v, place(from < rank ? from : from - 1) + j * 512);
+            load_shared(v, slab_address(from < rank ? from : from - 1) + j * 512);
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) whole[i] = from == 0 ? v[i] : whole[i] + v[i];
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous();
   if constexpr (kSplit > 1) {
     __syncwarp();
-    cluster_arrive_relaxed();  // nobody leaves while others may write to its memory
+    cluster_arrive_relaxed();  // no CTA exits while others may write to its memory
     cluster_wait();
   }
 #else
@@ -200,7 +200,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             CUtensorMapFloatOOBfill);
 
 // The driver's function, looked up so that nothing links against the driver.
-Encode encoder() {
+Encode tensor_map_encoder() {
   static const Encode found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -211,13 +211,13 @@ Encode encoder() {
   return found;
 }
 
-// Tiles of `tall` rows by 64 columns of a matrix of 16-bit elements.
-bool encode(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride,
-            int tall, bool bfloat16) {
+// Tiles of `tile_rows` rows by 64 columns of a matrix of 16-bit elements.
+bool encode_tensor_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
+                       int64_t stride, int tile_rows, bool bfloat16) {
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
   const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
-  const cuuint32_t box[2] = {kStep, cuuint32_t(tall)}, ones[2] = {1, 1};
-  return encoder()(
+  const cuuint32_t box[2] = {kStep, cuuint32_t(tile_rows)}, ones[2] = {1, 1};
+  return tensor_map_encoder()(
              map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
              const_cast<void*>(data), sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -229,22 +229,23 @@ void launch(const LinearArgs& args, cudaStream_t stream) {
   using S = Shape<kTokens, kSplit>;
   const bool bfloat16 = args.dtype == DType::bfloat16;
   CUtensorMap weight, x;
-  if (!encode(&weight, args.weight, args.rows, args.columns, args.weight_stride, kRows, bfloat16) ||
-      !encode(&x, args.x, args.tokens, args.columns, args.x_stride, kTokens, bfloat16))
-    return;  // linear_takes refuses what cannot be encoded
+  if (!encode_tensor_map(&weight, args.weight, args.rows, args.columns, args.weight_stride, kRows,
+                         bfloat16) ||
+      !encode_tensor_map(&x, args.x, args.tokens, args.columns, args.x_stride, kTokens, bfloat16))
+    return;  // linear_supports refuses what cannot be encoded
   const auto kernel = linear_kernel<T, kTokens, kSplit>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
   const dim3 grid(unsigned(ceil_div(args.rows, kRows) * kSplit));
   launch_clusters(kSplit, kernel, grid, kThreads, S::kShared, stream, weight, x, args);
 }
 
-// As many parts of K as let all CTAs run at once: few of them wait, and reading is shared by all
-// until the end. Of clusters of 4 fewer than 32 would fit.
+// Splits K into as many parts as let all CTAs run at once, so that all SMs read weights until the
+// end. At most 3: fewer than 32 clusters of 4 would fit.
 template <class T, int kTokens>
 void launch_split(const LinearArgs& args, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(args.rows, kRows), room = multiprocessors();
-  if (tiles * 3 <= room) return launch<T, kTokens, 3>(args, stream);
-  if (tiles * 2 <= room) return launch<T, kTokens, 2>(args, stream);
+  const int64_t tiles = ceil_div(args.rows, kRows), num_sms = multiprocessors();
+  if (tiles * 3 <= num_sms) return launch<T, kTokens, 3>(args, stream);
+  if (tiles * 2 <= num_sms) return launch<T, kTokens, 2>(args, stream);
   launch<T, kTokens, 1>(args, stream);
 }
 
@@ -265,18 +266,18 @@ void launch_tokens(const LinearArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-bool linear_takes(const LinearArgs& args) {
-  const auto copies = [](const void* data, int64_t stride) {
+bool linear_supports(const LinearArgs& args) {
+  const auto is_aligned = [](const void* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
   };
   constexpr int64_t kMaxStride = int64_t(1) << 38;  // elements; a map's is below 2^40 bytes
   return args.dtype != DType::float32 && args.tokens > 0 && args.tokens <= kLinearFewTokens &&
          args.rows > 0 && args.rows % 8 == 0 && args.rows < (int64_t(1) << 31) &&
          args.columns >= kStep && args.columns < (int64_t(1) << 31) &&
-         copies(args.x, args.x_stride) && copies(args.weight, args.weight_stride) &&
+         is_aligned(args.x, args.x_stride) && is_aligned(args.weight, args.weight_stride) &&
          args.x_stride >= args.columns && args.x_stride < kMaxStride &&
          args.weight_stride >= args.columns && args.weight_stride < kMaxStride &&
-         compute_capability() == 90 && encoder();
+         compute_capability() == 90 && tensor_map_encoder();
 }
 
 void linear(const LinearArgs& args, cudaStream_t stream) {

@@ -17,8 +17,8 @@ struct LinearArgs {
 };
 
 // Whether the kernel serves this call: a Hopper GPU, 16-bit elements, few tokens, rows that the
-// bulk copies can address. Others are a library's.
-bool linear_takes(const LinearArgs& args);
+// bulk copies can address. A library serves the others.
+bool linear_supports(const LinearArgs& args);
 
 void linear(const LinearArgs& args, cudaStream_t stream);
 

@@ -4,6 +4,7 @@
 // on shapes alone, so a launch can be captured in a CUDA graph.
 #pragma once
 
+#include "../common/lora_record.h"
 #include "kernels.h"
 
 namespace lorax::cuda {
@@ -12,9 +13,6 @@ namespace lorax::cuda {
 // are small, so that few of them fill the GPU; beyond it they are large, for throughput.
 constexpr int64_t kLoraFewTokens = 256;
 constexpr int kLoraChunk = 4096;  // of K: one part of t
-constexpr int kLoraTargets = 3;
-constexpr int kLoraAlign = 16;  // bytes; the unit of a record's offsets
-constexpr int kRecordWords = 8;
 
 // Where the adapters lie and which tokens are whose; see engine/ops/layout.py.
 struct LoraSegments {

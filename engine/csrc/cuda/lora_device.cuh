@@ -18,12 +18,13 @@ struct Segment {
 };
 
 // The segment number s; false if there is nothing to do for it.
-__device__ __forceinline__ bool find_segment(const LoraSegments& all, int s, Segment& segment) {
-  const int slot = all.slots[s];
-  const int first = all.starts[s], end = all.starts[s + 1];
-  const int last = end < all.tokens ? end : int(all.tokens);
-  if (slot <= 0 || slot >= all.num_slots || first < 0 || last <= first) return false;
-  const int32_t* words = all.records + slot * all.record_stride;
+__device__ __forceinline__ bool find_segment(const LoraSegments& segments, int s,
+                                             Segment& segment) {
+  const int slot = segments.slots[s];
+  const int first = segments.starts[s], end = segments.starts[s + 1];
+  const int last = end < segments.tokens ? end : int(segments.tokens);
+  if (slot <= 0 || slot >= segments.num_slots || first < 0 || last <= first) return false;
+  const int32_t* words = segments.records + slot * segments.record_stride;
   const uint4 low = *reinterpret_cast<const uint4*>(words);
   const uint4 high = *reinterpret_cast<const uint4*>(words + 4);
   segment.first = first;
@@ -54,12 +55,13 @@ struct WorkList {
 // Every thread gets the number of items; `items_of(segment)` counts those of one. Reads only what
 // no kernel of a step writes. Takes at least kPage threads.
 template <class ItemsOf>
-__device__ __forceinline__ int count_work(const LoraSegments& all, WorkList& list,
+__device__ __forceinline__ int count_work(const LoraSegments& segments, WorkList& list,
                                           const ItemsOf& items_of) {
   const int thread = threadIdx.x, lane = thread % 32, page = blockIdx.y * kPage;
   int items = 0, before = 0;
   if (thread < kPage) {
-    if (page + thread < all.count && find_segment(all, page + thread, list.segments[thread]))
+    if (page + thread < segments.count &&
+        find_segment(segments, page + thread, list.segments[thread]))
       items = items_of(list.segments[thread]);
     before = items;
 #pragma unroll
@@ -93,19 +95,21 @@ __device__ __forceinline__ int find_work(const WorkList& list, int item) {
 
 // Passes of at most kTokens tokens over a segment's tokens, and over those of all segments.
 template <int kTokens>
-__device__ __forceinline__ int passes(const Segment& segment) {
+__device__ __forceinline__ int num_passes(const Segment& segment) {
   return (segment.count + kTokens - 1) / kTokens;
 }
 
-inline int64_t most_passes(const LoraSegments& all, int64_t tokens) {
-  return all.count + all.tokens / tokens;
+inline int64_t max_passes(const LoraSegments& segments, int64_t tokens) {
+  return segments.count + segments.tokens / tokens;
 }
 
-inline int64_t pages(const LoraSegments& all) { return (all.count + kPage - 1) / kPage; }
+inline int64_t num_pages(const LoraSegments& segments) {
+  return (segments.count + kPage - 1) / kPage;
+}
 
 // The grid of a launch of at most `most` items, of which `room` CTAs run at a time.
-inline dim3 work_grid(const LoraSegments& all, int64_t most, int64_t room) {
-  return dim3(uint32_t(most < room ? most : room), uint32_t(pages(all)));
+inline dim3 work_grid(const LoraSegments& segments, int64_t max_items, int64_t max_ctas) {
+  return dim3(uint32_t(max_items < max_ctas ? max_items : max_ctas), uint32_t(num_pages(segments)));
 }
 
 // Bytes from one row of A or B to the next.
@@ -113,8 +117,8 @@ __host__ __device__ __forceinline__ int64_t row_bytes(int64_t length, int size) 
   return (length * size + kLoraAlign - 1) / kLoraAlign * kLoraAlign;
 }
 
-__device__ __forceinline__ const char* arena_at(const LoraSegments& all, uint32_t offset) {
-  return static_cast<const char*>(all.arena) + int64_t(offset) * kLoraAlign;
+__device__ __forceinline__ const char* arena_at(const LoraSegments& segments, uint32_t offset) {
+  return static_cast<const char*>(segments.arena) + int64_t(offset) * kLoraAlign;
 }
 
 }  // namespace lorax::cuda

@@ -43,7 +43,7 @@ void launch_expand(const ExpandArgs& args, cudaStream_t stream) {
     packs = packs && n % kMmaColumns == 0;
   }
   if (tiles == 0) return;
-  const dim3 grid = work_grid(args.segments, tiles * most_passes(args.segments, kFmaTokens),
+  const dim3 grid = work_grid(args.segments, tiles * max_passes(args.segments, kFmaTokens),
                               4 * multiprocessors());
   if constexpr (sizeof(T) == 2)
     if (packs && args.segments.tokens > kLoraFewTokens)

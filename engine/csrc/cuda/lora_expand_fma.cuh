@@ -110,7 +110,7 @@ struct FmaItems {
   static constexpr int kAlone = kLoraAlign / int(sizeof(T));  // columns of a thread, of one token
 
   static __device__ __forceinline__ int count(const ExpandArgs& args, const Segment& segment) {
-    return passes<kFmaTokens>(segment) *
+    return num_passes<kFmaTokens>(segment) *
            count_tiles(args, segment, kExpandThreads * (segment.count == 1 ? kAlone : 4));
   }
 
@@ -121,7 +121,7 @@ struct FmaItems {
           piece_of<T>(args, segment, item, kExpandThreads * kAlone, threadIdx.x * kAlone);
       return expand_tokens<T, kAlone, 1, kUnroll>(args, piece, segment.first, 1, sums);
     }
-    const int tokens = passes<kFmaTokens>(segment), token = item % tokens * kFmaTokens;
+    const int tokens = num_passes<kFmaTokens>(segment), token = item % tokens * kFmaTokens;
     const Piece piece =
         piece_of<T>(args, segment, item / tokens, kExpandThreads * 4, threadIdx.x * 4);
     expand_tokens<T, 4, kFmaTokens, kUnroll>(args, piece, segment.first + token,

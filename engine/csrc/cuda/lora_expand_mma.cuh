@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 }
 
 // The value in two: x = high + low but for 2^-22 of it.
-__device__ __forceinline__ uint2 halves_of(float x) {
+__device__ __forceinline__ uint2 split_tf32(float x) {
   const uint32_t high = to_tf32(x);
   return {high, to_tf32(x - __uint_as_float(high))};
 }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_t(const ExpandArgs& args, const Piece& piec
 #pragma unroll 4
       for (int64_t p = 0; p < args.parts; ++p) sum += __ldcg(t + p * part);  // over parts
     }
-    halves[r][token] = halves_of(piece.scale * sum);
+    halves[r][token] = split_tf32(piece.scale * sum);
   }
 }
 
@@ -155,12 +155,12 @@ __device__ __forceinline__ void expand_item(const ExpandArgs& args, const Piece&
 template <class T>
 struct MmaItems {
   static __device__ __forceinline__ int count(const ExpandArgs& args, const Segment& segment) {
-    return passes<kMmaTokens>(segment) * count_tiles(args, segment, kMmaTile);
+    return num_passes<kMmaTokens>(segment) * count_tiles(args, segment, kMmaTile);
   }
 
   static __device__ __forceinline__ void add(const ExpandArgs& args, const Segment& segment,
                                              int item, Halves& halves) {
-    const int tokens = passes<kMmaTokens>(segment), token = item % tokens * kMmaTokens;
+    const int tokens = num_passes<kMmaTokens>(segment), token = item % tokens * kMmaTokens;
     const int offset = threadIdx.x / 32 * 64 + threadIdx.x % 32 / 4 * kMmaColumns;
     const Piece piece = piece_of<T>(args, segment, item / tokens, kMmaTile, offset);
     expand_item<T>(args, piece, segment.first + token, min(segment.count - token, kMmaTokens),

@@ -17,12 +17,12 @@ constexpr int kStepK = 32;                   // 16 bytes for each of 4 threads
 constexpr int kRankTile = 16;                // M of the mma
 constexpr int kTokenTile = 8;                // N of the mma
 
-__device__ __forceinline__ uint4 load_again(const void* p) {
+__device__ __forceinline__ uint4 load_cached(const void* p) {
   return __ldg(static_cast<const uint4*>(p));
 }
 
 // For an A that the CTA reads once: keep it out of L1.
-__device__ __forceinline__ uint4 load_once(const void* p) {
+__device__ __forceinline__ uint4 load_no_allocate(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -31,7 +31,7 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
 }
 
 // The first `count` of eight 16-bit elements, zero in place of the others.
-__device__ __forceinline__ uint4 keep(uint4 v, int count) {
+__device__ __forceinline__ uint4 zero_tail(uint4 v, int count) {
   if (count >= 8) return v;
   uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
   __shared__ WorkList list;
   allow_next();
   const int items = count_work(args.segments, list, [&](const Segment& segment) {
-    return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts * passes<kTokens>(segment);
+    return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts *
+           num_passes<kTokens>(segment);
   });
   bool waited = args.beside;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int index = find_work(list, item), local = item - list.first[index];
     const Segment& segment = list.segments[index];
-    const int tokens = passes<kTokens>(segment), token0 = local % tokens * kTokens;
+    const int tokens = num_passes<kTokens>(segment), token0 = local % tokens * kTokens;
     const int part = local / tokens % parts, rank0 = local / tokens / parts * kRankTile;
     const int rank = rank_of(args, segment);
     const int64_t k0 = int64_t(part) * kLoraChunk + warp * kWarpK + quad * 8;
@@ -107,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
         for (int half = 0; half < 2; ++half) {
           as[step][half] = {0, 0, 0, 0};
           if (rank0 + row + half * 8 < rank && k < have)
-            as[step][half] = tokens > 1 ? load_again(a + half * 8 * stride + k * 2)
-                                        : load_once(a + half * 8 * stride + k * 2);
+            as[step][half] = tokens > 1 ? load_cached(a + half * 8 * stride + k * 2)
+                                        : load_no_allocate(a + half * 8 * stride + k * 2);
         }
       }
       if (!waited) wait_for_previous();
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
           for (int step = 0; step < 4; ++step) {  // over k: 32 at a time
             const int left = have - batch * kBatchK - (step0 + step) * kStepK;
             uint4 p = as[step0 + step][0], q = as[step0 + step][1];
-            if (!kVectorX) p = keep(p, left), q = keep(q, left);
+            if (!kVectorX) p = zero_tail(p, left), q = zero_tail(q, left);
             const uint4 v = xs[step];
             Half2<T>::mma(even[group], {p.x, q.x, p.y, q.y}, v.x, v.y);
             Half2<T>::mma(odd[group], {p.z, q.z, p.w, q.w}, v.z, v.w);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
   allow_next();
   const int items = count_work(args.segments, list, [&](const Segment& segment) {
     return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts *
-           passes<kTokenTile>(segment);
+           num_passes<kTokenTile>(segment);
   });
   wait_for_previous();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int index = find_work(list, item), local = item - list.first[index];
     const Segment& segment = list.segments[index];
-    const int tokens = passes<kTokenTile>(segment), token0 = local % tokens * kTokenTile;
+    const int tokens = num_passes<kTokenTile>(segment), token0 = local % tokens * kTokenTile;
     const int part = local / tokens % parts, rank0 = local / tokens / parts * kRankTile;
     const int rank = min(rank_of(args, segment), rank0 + kRankTile);
     const int count = min(segment.count - token0, kTokenTile);
@@ -239,7 +240,7 @@ void lora_shrink(const ShrinkArgs& args, cudaStream_t stream) {
   if (args.segments.count == 0 || args.segments.tokens == 0 || args.width == 0) return;
   const int parts = int(shrink_parts(args.k));
   const int64_t tiles = (args.width + kRankTile - 1) / kRankTile;
-  const dim3 grid = work_grid(args.segments, most_passes(args.segments, kTokenTile) * tiles * parts,
+  const dim3 grid = work_grid(args.segments, max_passes(args.segments, kTokenTile) * tiles * parts,
                               2 * multiprocessors());
   const int size = args.dtype == DType::float32 ? 4 : 2;
   const bool vector_x = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&

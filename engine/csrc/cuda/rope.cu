@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t at = task % tasks.packs * N;
   const T* head =
       static_cast<const T*>(args.v.data) + token * args.v.token_stride + index * args.v.head_stride;
-  store_kv<KV, N>(cached + args.kv_half_stride + index * args.kv_head_stride + at,
+  store_kv<KV, N>(cached + args.kv_value_stride + index * args.kv_head_stride + at,
                   load_pack<N>(head + at));
 }
 
@@ -137,7 +137,7 @@ bool heads_fit(const Heads& heads, int n) {
 bool all_fit(const RopeStoreKvArgs& args, int n) {
   const bool cos_sin = args.half == 0 || fits_packs(args.cos_sin, args.cos_sin_stride, 4);
   return cos_sin && heads_fit(args.q, n) && heads_fit(args.k, n) && heads_fit(args.v, n) &&
-         fits_packs(args.kv, args.kv_block_stride, n) && args.kv_half_stride % n == 0 &&
+         fits_packs(args.kv, args.kv_block_stride, n) && args.kv_value_stride % n == 0 &&
          args.kv_offset_stride % n == 0 && args.kv_head_stride % n == 0 && args.head_dim % n == 0 &&
          (args.interleaved ? 2 * args.half : args.half) % n == 0;
 }

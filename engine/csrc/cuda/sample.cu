@@ -7,10 +7,10 @@ namespace lorax::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kFull = 0xffffffffu;
+constexpr unsigned kFullMask = 0xffffffffu;
 
 // Bits that rise with the value; NaN above all, as torch.argmax has it, and -0 equal to 0.
-__device__ __forceinline__ uint32_t rising(float x) {
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
   if (x != x) return 0xffffffffu;
   const uint32_t bits = __float_as_uint(x == 0.f ? 0.f : x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t rising(float x) {
 
 // A logit and its column as one number: the larger logit wins, of equals the lower column.
 __device__ __forceinline__ uint64_t candidate(float x, uint32_t column) {
-  return uint64_t(rising(x)) << 32 | ~column;
+  return uint64_t(ordered_bits(x)) << 32 | ~column;
 }
 
 // The largest of all threads, in thread 0.
@@ -27,7 +27,7 @@ __device__ __forceinline__ uint64_t largest(uint64_t best) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    const uint64_t other = __shfl_xor_sync(kFull, best, step);
+    const uint64_t other = __shfl_xor_sync(kFullMask, best, step);
     best = other > best ? other : best;
   }
   if (lane == 0) of_warps[warp] = best;
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kThreads) candidates_kernel(const PickGreedyAr
   if (threadIdx.x == 0) args.candidates[int64_t(blockIdx.y) * gridDim.x + blockIdx.x] = best;
 }
 
-__device__ __forceinline__ int64_t index_at(const void* data, bool wide, int i) {
-  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+__device__ __forceinline__ int64_t index_at(const void* data, bool is_64, int i) {
+  return is_64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
 }
 
 // Grid (rows). The threads walk the candidates of a row.
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) pick_kernel(const PickGreedyArgs arg
   if (threadIdx.x != 0) return;
   const uint32_t column = ~uint32_t(best);
   args.chosen[row] = column;
-  args.tokens[index_at(args.rows, args.rows_wide, row) * args.tokens_stride +
-              index_at(args.lengths, args.lengths_wide, row)] = int32_t(column);
+  args.tokens[index_at(args.rows, args.rows_int64, row) * args.tokens_stride +
+              index_at(args.lengths, args.lengths_int64, row)] = int32_t(column);
 }
 
 constexpr int kFloorThreads = 1024;

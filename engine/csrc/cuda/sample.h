@@ -13,9 +13,9 @@ struct PickGreedyArgs {
   int64_t logits_stride;
   int64_t vocab;
   int count;         // rows
-  const void* rows;  // [count] int32, or int64 if rows_wide
+  const void* rows;  // [count] int32, or int64 if rows_int64
   const void* lengths;
-  bool rows_wide, lengths_wide;
+  bool rows_int64, lengths_int64;
   int32_t* tokens;  // [table rows, positions]: the chosen go to (rows[i], lengths[i])
   int64_t tokens_stride;
   int64_t* chosen;       // [count]

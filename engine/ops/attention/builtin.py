@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import schemas as schemas  # defines the op
-from engine.ops.attention.seam import Attend, Captured, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, StepLengths, View
 
 ops = torch.ops.lorax
 
@@ -43,6 +43,9 @@ class Builtin:
     @staticmethod
     def refusal(needs: Needs) -> None:
         """It refuses nothing."""
+
+    def kv_format(self, dtype: torch.dtype) -> KVFormat:
+        return KVFormat(dtype)
 
     def workspace(self, rows: int) -> int:
         return 0

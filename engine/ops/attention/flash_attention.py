@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.ops.attention.packages import imported, refusal_of_gpu_and_dtype
-from engine.ops.attention.seam import Attend, Captured, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, StepLengths, View
 
 MAX_HEAD = 256
 HEAD_UNIT = 8
@@ -112,6 +112,9 @@ class FlashAttention:
                 f"serves heads of up to {MAX_HEAD} in steps of {HEAD_UNIT}, not of {needs.head_dim}"
             )
         return refusal_of_gpu_and_dtype(needs)
+
+    def kv_format(self, dtype: torch.dtype) -> KVFormat:
+        return KVFormat(dtype)
 
     def workspace(self, rows: int) -> int:
         """It takes what it needs from torch, as activations do."""

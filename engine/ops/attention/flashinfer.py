@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.ops.attention.packages import imported, refusal_of_gpu_and_dtype
 from engine.ops.attention.pages import Pages
-from engine.ops.attention.seam import Attend, Captured, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, StepLengths, View
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,9 @@ class FlashInfer:
             sizes = ", ".join(map(str, HEAD_SIZES))
             return f"serves heads of {sizes}, not of {needs.head_dim}"
         return refusal_of_gpu_and_dtype(needs)
+
+    def kv_format(self, dtype: torch.dtype) -> KVFormat:
+        return KVFormat(dtype)
 
     def workspace(self, rows: int) -> int:
         plans = len(self.needs.windows) * (PLAN_BYTES + 2 * OWN_BYTES)

@@ -56,6 +56,21 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How keys and values lie in the cache: a type of their own, and scales inside the bytes of each block."""
+
+    dtype: torch.dtype
+    scale_bytes: int = (
+        0  # of each block of each layer, behind its keys and values; 0: there are none
+    )
+
+    def block_bytes(self, layers: int, positions: int, kv_heads: int, head_dim: int) -> int:
+        """Bytes of one block over all layers."""
+        values = 2 * positions * kv_heads * head_dim * self.dtype.itemsize
+        return layers * (values + self.scale_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class StepLengths:
     """A step as the host knows it, one entry a sequence: decode tokens first, then chunks."""
 
@@ -117,6 +132,10 @@ class Backend(Protocol):
     block_size: int  # positions of a block, unless the user says otherwise
     block_unit: int  # a block is a multiple of so many positions
     captures_chunks: bool  # else steps with chunks are launched kernel by kernel
+
+    def kv_format(self, dtype: torch.dtype) -> KVFormat:
+        """How it stores keys and values that a model computes as `dtype`."""
+        ...
 
     @property
     def serves(self) -> Mapping[str, str]:

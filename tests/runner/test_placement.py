@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from engine.lora.image import image_size, write_image
-from engine.lora.placement import Placer, relocated
 from engine.messages import AdapterImageRef, Placement
 from engine.ops.layout import WORD_A, WORD_EXTRA, WORD_RANKS
+from engine.runner.placement import Placer, relocated
 from tests.lora import tiny
 from tests.lora.test_equality import Buffer
 

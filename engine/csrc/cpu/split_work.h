@@ -1,4 +1,4 @@
-// Cuts the work of a call evenly over threads, wherever the cut falls.
+// Splits the work of a call evenly over threads, at any unit.
 //
 // A call has pieces of different sizes; a piece has equal units. Pieces carry `work` (where they
 // begin in the work of the call) and `unit_work` (that of one unit), which are filled in here.
@@ -16,8 +16,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Calls f(piece, first unit, units), in parallel; no thread gets less than `least` work. Walks
 // pieces, then units.
 template <class Piece, class Units, class UnitWork, class F>
-void share(Piece* pieces, int64_t num_pieces, int64_t least, const Units& units,
-           const UnitWork& unit_work, const F& f) {
+void split_work(Piece* pieces, int64_t num_pieces, int64_t least, const Units& units,
+                const UnitWork& unit_work, const F& f) {
   int64_t total = 0;
   for (int64_t i = 0; i < num_pieces; ++i) {
     pieces[i].work = total;

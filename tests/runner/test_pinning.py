@@ -10,7 +10,7 @@ import torch
 
 from engine.adapters.tiers import HostRegion
 from engine.errors import ConfigError
-from engine.lora.pinning import Pinning, populate
+from engine.runner.pinning import Pinning, populate
 
 
 def resident() -> int:

@@ -13,8 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.lora.image import data_start
-from engine.lora.pinning import Pinning
 from engine.messages import Placement
 from engine.ops.layout import (
     ALIGN,
@@ -24,7 +22,9 @@ from engine.ops.layout import (
     WORD_EXTRA,
     WORD_RANK2,
     WORD_RANKS,
+    data_start,
 )
+from engine.runner.pinning import Pinning
 
 COPY_BYTES = 4 << 20  # the most that is copied in one piece
 

@@ -18,9 +18,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from engine.messages import AdapterImageRef, Placement
-
-ALIGN = 256  # bytes
+from engine.messages import IMAGE_ALIGN, AdapterImageRef, Placement, aligned
 
 
 @dataclass(slots=True, eq=False)
@@ -292,7 +290,7 @@ class SlotTable:
         for taken_start, taken_end in intervals:
             if taken_start - start >= size:
                 return start
-            start = max(start, -(-taken_end // ALIGN) * ALIGN)
+            start = max(start, aligned(taken_end))
         return start if self.arena_bytes - start >= size else None
 
     def check(self) -> None:
@@ -302,7 +300,7 @@ class SlotTable:
         assert self._num_placing == sum(not entry.resident for entry in entries)
         for digest, entry in self._entries.items():
             assert entry.image.digest == digest and self._by_slot[entry.slot] is entry
-            assert entry.start % ALIGN == 0 and entry.start >= 0
+            assert entry.start % IMAGE_ALIGN == 0 and entry.start >= 0
             assert entry.end <= self.arena_bytes, "an adapter lies outside the arena"
             assert entry.pins >= 0 and (entry.resident or not entry.pins)
         assert self._intervals == sorted((entry.start, entry.end) for entry in entries)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from engine.adapters.ref import SourceName
+from engine.adapters.refusals import Refusals
 from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
@@ -23,7 +24,6 @@ from engine.adapters.workers import Job, Workers
 from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
 from engine.errors import AdapterLoadFailed
-from engine.exchange.refusals import Refusals
 from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.messages import Admit, Chunk, Placement, StepPlan
+from engine.messages import NOTHING, SCORES, TOKEN, Admit, Chunk, Placement, StepPlan
 from engine.scheduler.rows import Rows
 from engine.scheduler.sequence import Sequence
 from engine.scheduler.tables import BlockTables
@@ -33,7 +33,7 @@ class Flight:
 
 
 @dataclass(slots=True)
-class Draft:
+class PlanBuilder:
     """`budget` is what the step can still take, in tokens; of those whose logits are all wanted, `scored`."""
 
     budget: int
@@ -81,10 +81,11 @@ class Draft:
         if sample:
             sequence.inflight += 1
             self.rows.start_decoding(sequence)
-        wanted = sequence.prompt_logprobs is not None
-        self.chunks.append((sequence, Chunk(sequence.row, start, count, sample, wanted)))
+        scores = sequence.prompt_logprobs is not None
+        wants = (TOKEN if sample else NOTHING) | (SCORES if scores else NOTHING)
+        self.chunks.append((sequence, Chunk(sequence.row, start, count, wants)))
         self.budget -= count
-        self.scored -= count if wanted else 0
+        self.scored -= count if scores else 0
 
     def launch(
         self, step: int, unplace: list[int], decode: list[tuple[Sequence, int]], same: bool

@@ -1,7 +1,7 @@
 """The exchange: from an adapter's name to its image in host memory, and nobody waits for somebody else's adapter.
 
 One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in threads with a deadline
-(`engine.exchange.loader`). Each version of an adapter is loaded once however many requests want it (*flight*). A
+(`engine.adapters.loader`). Each version of an adapter is loaded once however many requests want it (*flight*). A
 failure reaches all who wait for it and is then forgotten, so the next request tries again; but a version that cannot
 be served is refused again without a look at its files. An image stays where it is while somebody holds a *lease* on it.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.adapters.lease import Lease
+from engine.adapters.loader import AdapterState, Loader
 from engine.adapters.ref import AdapterRef, SourceName
 from engine.adapters.registry import Registry, make_sources
 from engine.adapters.room import Room
@@ -31,15 +32,11 @@ from engine.errors import (
     LoraxError,
     from_wire,
 )
-from engine.exchange.loader import AdapterState, Loader
 from engine.lora.image import ImageSize
-from engine.lora.report import AdapterReport, inspect
 from engine.messages import AdapterImageRef, AdapterStatus
 from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
 from engine.ops.layout import AdapterLayout
-
-__all__ = ["AdapterReport", "Exchange", "Lease", "inspect"]
 
 Key = tuple[str, ...]  # source, id, revision and cache of a version; or ADOPTED, name and digest
 

@@ -1,8 +1,6 @@
-"""The GPU's norm, activation and rotary kernels against the reference."""
+"""The norm, activation and rotary kernels of the CPU and the GPU against the reference."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,23 +8,14 @@ from torch import Tensor
 
 from engine.ops import reference
 
-pytestmark = pytest.mark.gpu
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {
     torch.float32: 4e-6,
     torch.bfloat16: 1.6e-2,
     torch.float16: 2e-3,
 }  # relative and absolute
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 ops = torch.ops.lorax
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu() -> Iterator[None]:
-    """Tensors are made on the GPU unless the test says otherwise."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        yield
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -52,7 +41,7 @@ def inside(values: Tensor, margin: int) -> Tensor:
 )
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_add_rms_norm(
-    dtype: torch.dtype, margin: int, rows: int, width: int, with_residual: bool
+    device: str, dtype: torch.dtype, margin: int, rows: int, width: int, with_residual: bool
 ) -> None:
     x, weight = inside(torch.randn(rows, width).to(dtype), margin), torch.randn(width).to(dtype)
     residual = inside(torch.randn(rows, width).to(dtype), margin) if with_residual else None
@@ -65,17 +54,18 @@ def test_add_rms_norm(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("width", [40, 640])
 def test_a_norm_weight_may_have_another_dtype(
-    dtype: torch.dtype, weight_dtype: torch.dtype
+    device: str, dtype: torch.dtype, weight_dtype: torch.dtype, width: int
 ) -> None:
-    x, weight = torch.randn(3, 640).to(dtype), torch.randn(640).to(weight_dtype)
+    x, weight = torch.randn(3, width).to(dtype), torch.randn(width).to(weight_dtype)
     assert_close(
         ops.add_rms_norm(x, None, weight, 1e-6), reference.add_rms_norm(x, None, weight, 1e-6)
     )
 
 
 @pytest.mark.parametrize("width", [33, 576, 4096, 8192])
-def test_a_norm_does_not_depend_on_the_batch(width: int) -> None:
+def test_a_norm_does_not_depend_on_the_batch(device: str, width: int) -> None:
     x, weight = torch.randn(300, width).bfloat16(), torch.randn(width).bfloat16()
     together = ops.add_rms_norm(x, None, weight, 1e-5)
     for row in (0, 1, 299):
@@ -84,15 +74,17 @@ def test_a_norm_does_not_depend_on_the_batch(width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("margin", [0, 3, 16])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 16), (5, 33), (40, 1536), (2, 14336)])
-def test_act_and_mul(dtype: torch.dtype, act: str, margin: int, rows: int, width: int) -> None:
+def test_act_and_mul(
+    device: str, dtype: torch.dtype, act: str, margin: int, rows: int, width: int
+) -> None:
     x = inside(torch.randn(rows, 2 * width).mul(4).to(dtype), margin)
     assert_close(ops.act_and_mul(x, act), reference.act_and_mul(x, act))
 
 
-def test_more_rows_than_a_grid_is_high() -> None:
+def test_more_rows_than_a_grid_is_high(device: str) -> None:
     x = torch.randn(70000, 16).bfloat16()
     assert_close(ops.act_and_mul(x, "silu"), reference.act_and_mul(x, "silu"))
     weight = torch.ones(16).bfloat16()
@@ -101,22 +93,18 @@ def test_more_rows_than_a_grid_is_high() -> None:
     )
 
 
-def test_no_rows() -> None:
+def test_no_rows(device: str) -> None:
     assert ops.act_and_mul(torch.randn(0, 32), "silu").shape == (0, 16)
     assert ops.add_rms_norm(torch.randn(0, 32), None, torch.ones(32), 1e-5).shape == (0, 32)
 
 
-def test_activations_of_extreme_values() -> None:
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_of_extreme_values(device: str, act: str) -> None:
     gate = torch.tensor([[0.0, -0.0, 90.0, -90.0, 1e30, -1e30, 1e-30, float("nan")]])
     x = torch.cat([gate, torch.ones_like(gate)], dim=1)
-    for act in ("silu", "gelu", "gelu_tanh"):
-        torch.testing.assert_close(
-            ops.act_and_mul(x, act),
-            reference.act_and_mul(x, act),
-            rtol=1e-6,
-            atol=1e-6,
-            equal_nan=True,
-        )
+    torch.testing.assert_close(
+        ops.act_and_mul(x, act), reference.act_and_mul(x, act), rtol=1e-6, atol=1e-6, equal_nan=True
+    )
 
 
 def fused_qkv(
@@ -140,6 +128,7 @@ def fused_qkv(
         (1, 9, 3, 64, 64),
         (17, 4, 1, 48, 24),
         (5, 2, 2, 10, 6),
+        (90, 9, 3, 64, 64),
         (90, 32, 8, 128, 128),
         (7, 4, 2, 128, 32),
         (4, 2, 1, 16, 0),
@@ -147,6 +136,7 @@ def fused_qkv(
     ],
 )
 def test_rope_store_kv(
+    device: str,
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None,
     interleaved: bool,
@@ -170,13 +160,15 @@ def test_rope_store_kv(
         assert_close(actual.nan_to_num(), wanted.nan_to_num())
 
 
+@pytest.mark.gpu
 def test_a_graph_replays_with_other_contents() -> None:
-    q, k, v = fused_qkv(6, 4, 2, 64, torch.bfloat16)
-    angles = torch.randn(50, 32)
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    positions, places = torch.zeros(6, dtype=torch.int64), torch.arange(6)
-    kv = torch.zeros(8, 2, 2, 4, 2, 64, dtype=torch.bfloat16)
-    x, weight = torch.randn(6, 512).bfloat16(), torch.randn(512).bfloat16()
+    with torch.device("cuda"):
+        q, k, v = fused_qkv(6, 4, 2, 64, torch.bfloat16)
+        angles = torch.randn(50, 32)
+        cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+        positions, places = torch.zeros(6, dtype=torch.int64), torch.arange(6)
+        kv = torch.zeros(8, 2, 2, 4, 2, 64, dtype=torch.bfloat16)
+        x, weight = torch.randn(6, 512).bfloat16(), torch.randn(512).bfloat16()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -224,15 +216,35 @@ def rope_arguments() -> dict[str, object]:
         ("kv", (4, 2, 2, 4, 2, 8), torch.float32, "kv .* does not fit k"),
     ],
 )
-def test_rope_refuses_what_does_not_fit(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, message: str
+def test_rope_refuses_tensors_that_do_not_fit(
+    device: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, message: str
 ) -> None:
     value = torch.zeros(shape, dtype=dtype)
     with pytest.raises(RuntimeError, match=message):
         ops.rope_store_kv_(**(rope_arguments() | {name: value}))
 
 
-def test_norm_and_activation_refuse_what_does_not_fit() -> None:
+def test_rope_refuses_a_layer_that_is_not_there(device: str) -> None:
+    with pytest.raises(RuntimeError, match="layer 2 of 2"):
+        ops.rope_store_kv_(**(rope_arguments() | {"layer": 2}))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("positions", [0, 1, 10], r"positions\[2\] is 10, the limit is 10"),
+        ("places", [0, -1, 2], r"places\[1\] is -1"),
+        ("places", [0, 16, 2], r"places\[1\] is 16, the limit is 16"),
+    ],
+)
+def test_rope_on_the_cpu_refuses_indices_out_of_range(
+    isa: str, name: str, values: list[int], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.rope_store_kv_(**(rope_arguments() | {name: torch.tensor(values)}))
+
+
+def test_norm_and_activation_refuse_what_does_not_fit(device: str) -> None:
     x = torch.zeros(2, 6)
     for call, message in (
         (lambda: ops.add_rms_norm(x, None, torch.zeros(5), 1e-5), r"weight \[5\] does not fit x"),
@@ -241,13 +253,15 @@ def test_norm_and_activation_refuse_what_does_not_fit() -> None:
             "residual .* does not fit",
         ),
         (lambda: ops.add_rms_norm(x, x.half(), torch.zeros(6), 1e-5), "one dtype"),
-        (
-            lambda: ops.add_rms_norm(x, None, torch.zeros(6, device="cpu"), 1e-5),
-            "weight must be on the GPU",
-        ),
         (lambda: ops.act_and_mul(torch.zeros(2, 5), "silu"), "must be even"),
         (lambda: ops.act_and_mul(x, "relu"), "unknown activation 'relu'"),
         (lambda: ops.act_and_mul(x.int(), "silu"), "must be float32, bfloat16 or float16"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@pytest.mark.gpu
+def test_a_weight_in_host_memory_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="weight must be on the GPU"):
+        ops.add_rms_norm(torch.zeros(2, 6).cuda(), None, torch.zeros(6), 1e-5)

@@ -1,0 +1,256 @@
+"""From a configuration to the parts of an engine: a runner for one shard, and a scheduler.
+
+Every shard of a group builds a runner from (config, plan, shard); shard 0 alone builds a scheduler from (plan). Memory
+is taken here and nowhere later, and each part that finds no room is named with the flags that change it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine import models, ops
+from engine.adapters.tiers import HostRegion
+from engine.checkpoint import cache_folder, folder_of
+from engine.config import EngineConfig
+from engine.layers import quantised
+from engine.messages import EngineInfo
+from engine.models import weights
+from engine.models.decoder import Decoder
+from engine.models.spec import ModelSpec
+from engine.ops.attention import Backend, Gpu, KVFormat, Needs, Room, choose
+from engine.ops.layout import RECORD_WORDS, AdapterLayout
+from engine.platform import Platform, detect
+from engine.runner.batch import Adapters
+from engine.runner.faults import fitting
+from engine.runner.memory import Footprint, MemoryPlan, compared, plan_memory
+from engine.runner.pinning import Pinning
+from engine.runner.placement import CudaPlacer, Placer, pin
+from engine.runner.rows import RowTable
+from engine.runner.runner import Runner
+from engine.runner.shapes import decode_words, mixed_words
+from engine.scheduler.blocks import BlockPool
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.slots import SlotTable
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_REMEDY = "quantise them with --quantize, serve a smaller model, or free what other processes hold on the device"
+TABLES_REMEDY = "lower --cuda-memory-fraction (--cpu-memory-gb on a CPU), --adapter-memory-fraction or --max-batch-size"
+GRAPHS_REMEDY = (
+    "lower --cuda-memory-fraction, --max-batch-size or --max-adapter-rank, or set --eager"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of the model a process holds: number `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its weights, and what follows from it."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    dtype: torch.dtype  # of what it computes in
+    attention: Backend
+
+    @property
+    def kv(self) -> KVFormat:
+        """How keys and values are stored."""
+        return self.attention.kv_format(self.dtype)
+
+    @property
+    def layout(self) -> AdapterLayout:
+        return self.decoder.layout
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltShard:
+    """Everything of one shard: the machine, the model, the plan of its memory, and the runner that holds it."""
+
+    platform: Platform
+    model: LoadedModel
+    plan: MemoryPlan
+    runner: Runner
+
+
+def build_shard(config: EngineConfig, region: HostRegion, shard: Shard | None = None) -> BuiltShard:
+    """One shard's part of an engine. Raises ModelError or ConfigError."""
+    assert (shard or Shard()) == Shard(), "a model is in one piece"
+    platform = detect(config)
+    if platform.is_cuda and not config.memory.slow_reference:
+        ops.require_cuda()
+    pinning = pin(region, platform.device) if platform.is_cuda else None
+    try:
+        model = load_model(config, platform)
+        plan = plan_memory(config, platform, model.spec, footprint(model, region), model.attention)
+        with fitting("KV cache, adapter arena and tables", TABLES_REMEDY):
+            runner = make_runner(config, plan, model, platform, region, pinning)
+        if platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
+            with fitting("the CUDA graphs", GRAPHS_REMEDY):
+                targets = max(len(group.targets) for _, _, group in model.layout.places())
+                runner.capture(targets * config.adapters.max_adapter_rank, plan.max_step_tokens)
+    except BaseException:
+        if pinning is not None:
+            pinning.release()
+        raise
+    return BuiltShard(platform, model, plan, runner)
+
+
+def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
+    """The model of --model-id with its weights on the device."""
+    method = quantised.method_of(config.model.quantize)
+    folder = folder_of(config.model, weights=config.model.load_format != "dummy")
+    spec = models.spec_from(folder)
+    dtype = models.dtype_of(config.model, spec.config, platform.device)
+    attention = choose_attention(config, spec, dtype, platform.device)
+    with fitting("the weights", WEIGHTS_REMEDY):
+        decoder = Decoder(spec, dtype, platform.device, method)
+        if config.model.load_format == "dummy":
+            weights.make_up(decoder)
+        else:
+            weights.load(decoder, folder, cache_folder(config.model.huggingface_hub_cache))
+    return LoadedModel(spec, decoder, dtype, attention)
+
+
+def choose_attention(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> Backend:
+    """The backend of --attention-backend; before anything large is loaded."""
+    attention = spec.attention
+    needs = Needs(
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        windows=frozenset(attention.window(layer) for layer in range(spec.num_layers)),
+        dtype=dtype,
+        device=device,
+        gpu=Gpu.of(device),
+    )
+    chosen = choose(config.memory.attention_backend, needs)
+    logger.info("attention backend: %s", chosen.name)
+    return chosen
+
+
+def footprint(model: LoadedModel, region: HostRegion) -> Footprint:
+    """What the model and its adapters take."""
+    return Footprint(
+        itemsize=model.dtype.itemsize,
+        kv=model.kv,
+        weights=weights.size(model.decoder),
+        scratch=weights.scratch(model.decoder),
+        records=model.layout.record_bytes,
+        host_tier=region.size,
+    )
+
+
+def make_runner(
+    config: EngineConfig,
+    plan: MemoryPlan,
+    model: LoadedModel,
+    platform: Platform,
+    region: HostRegion,
+    pinning: Pinning | None,
+) -> Runner:
+    """KV cache, arena, records and rows: all memory that the engine will ever hold, touched now."""
+    spec, device = model.spec, platform.device
+    heads = (spec.attention.kv_heads, spec.attention.head_dim)
+    shape = (plan.num_blocks, spec.num_layers, 2, plan.block_size, *heads)
+    assert not model.kv.scale_bytes, "a block holds keys and values alone"
+    cache = torch.empty(shape, dtype=model.kv.dtype, device=device).zero_()
+    arena = torch.empty(plan.arena, dtype=torch.uint8, device=device).zero_()
+    slots = config.adapters.max_active_adapters + 1
+    records = torch.empty(
+        (slots, spec.num_layers + 1, model.layout.num_groups, RECORD_WORDS),
+        dtype=torch.int32,
+        device=device,
+    ).zero_()
+    blocks = -(-plan.max_total_tokens // plan.block_size)
+    rows = RowTable(
+        num_rows=plan.max_rows + 1,
+        max_tokens=plan.max_total_tokens,
+        max_blocks=blocks,
+        device=device,
+        spare=decode_words(plan.max_rows) + mixed_words(plan.max_rows, plan.max_step_tokens),
+    )
+    model.attention.start(Room(plan.max_rows, blocks, plan.block_size))
+    host = (arena, records, region)
+    placer = Placer(*host) if pinning is None else CudaPlacer(*host, pinning)
+    return Runner(
+        model=model.decoder,
+        rows=rows,
+        cache=cache,
+        adapters=Adapters(arena, records),
+        placer=placer,
+        attention=model.attention,
+    )
+
+
+def make_scheduler(
+    config: EngineConfig, plan: MemoryPlan, clock: Callable[[], float] = time.monotonic
+) -> Scheduler:
+    """What decides each step, from the plan alone."""
+    limits = SchedulerLimits(
+        max_rows=plan.max_rows,
+        max_step_tokens=plan.max_step_tokens,
+        max_input_length=plan.max_input_length,
+        max_total_tokens=plan.max_total_tokens,
+        adapter_cycle_time=config.adapters.adapter_cycle_time_s,
+        chunk_tokens=plan.chunk_tokens,
+        max_scored_tokens=plan.max_scored_tokens,
+    )
+    blocks = BlockPool(plan.num_blocks, plan.block_size, config.scheduler.prefix_caching)
+    slots = SlotTable(config.adapters.max_active_adapters + 1, plan.arena)
+    return Scheduler(limits, blocks, slots, clock)
+
+
+def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
+    """What the front needs to know."""
+    plan, layout, model = built.plan, built.model.layout, built.model
+    device = built.platform.device.type
+    targets = {target.name for _, _, group in layout.places() for target in group.targets}
+    return EngineInfo(
+        model_id=config.model.model_id,
+        model_type=model.spec.model_type,
+        revision=config.model.revision,
+        dtype=layout.dtype,
+        device=device,
+        device_name=built.platform.name,
+        vocab_size=model.spec.vocab,
+        max_input_length=plan.max_input_length,
+        max_total_tokens=plan.max_total_tokens,
+        max_batch_total_tokens=(plan.num_blocks - 1) * plan.block_size,
+        max_batch_size=plan.max_rows,
+        max_step_tokens=plan.max_step_tokens,
+        block_size=plan.block_size,
+        adapter_bytes=plan.arena,
+        host_bytes=plan.host_tier,
+        backends={op: served[device] for op, served in ops.backends().items()}
+        | dict(model.attention.serves),
+        memory_plan=plan.lines,
+        targets=sorted(targets),
+        quantize=config.model.quantize,
+    )
+
+
+def log_start(built: BuiltShard, info: EngineInfo, seconds: float) -> None:
+    """What was built, in a few lines."""
+    device = built.platform.device
+    served = ", ".join(f"{op}: {backend}" for op, backend in info.backends.items())
+    logger.info("ops on %s: %s", device.type, served)
+    if built.platform.is_cuda:
+        free, _ = torch.cuda.mem_get_info(device)
+        logger.info("%s", compared(built.plan, torch.cuda.memory_stats(device), free))
+    linears = info.quantize or info.dtype
+    logger.info("engine ready in %.1f s on %s, linears %s", seconds, built.platform.name, linears)
