@@ -36,7 +36,7 @@ from engine.process.messages import (
     Unload,
     Unloaded,
 )
-from engine.process.parts import Exchange, Lease, load
+from engine.process.parts import Exchange, ExchangeLease, load
 from engine.process.pipe import Pipe
 
 Call = Acquire | ListAdapters | Unload
@@ -115,7 +115,7 @@ class Service:
         self._ended = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self._calls: dict[int, asyncio.Task[None]] = {}
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[int, ExchangeLease] = {}
         self._released: set[int] = set()  # before what was held is adopted
         self._answered = False  # a call, since free memory was returned
         self._exit_code = 0
