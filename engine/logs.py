@@ -1,4 +1,4 @@
-"""Logging of every process on stderr: one line for each record, or one JSON object."""
+"""Logging of every process to stderr: each record is one line of text or one JSON object."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import msgspec
 
 from engine.config import ServerConfig
 
-LIBRARIES = ("aiohttp", "asyncio")  # whose warnings and errors are logged as ours
+LIBRARIES = ("aiohttp", "asyncio")  # their warnings and errors are logged, too
 
 
 class JsonFormatter(logging.Formatter):
-    """{"timestamp", "level", "process", "target", "message"}, and "exception" where there is one."""
+    """{"timestamp", "level", "process", "target", "message"}, and "exception" if there is one."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
@@ -26,20 +26,20 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "process": f"{self.role}[{record.process}]",
             "target": record.name,
-            "message": _printable(record.getMessage()),
+            "message": printable(record.getMessage()),
         }
         if record.exc_info:
-            line["exception"] = _printable(self.formatException(record.exc_info))
+            line["exception"] = printable(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()
 
 
-def _printable(text: str) -> str:
-    """Without what UTF-8 cannot carry: names that strangers chose."""
+def printable(text: str) -> str:
+    """`text` with escapes for what UTF-8 cannot encode (surrogates in names that clients sent)."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def configure_logging(config: ServerConfig, role: str = "front") -> None:
-    """Sets up the loggers of this program and of its libraries on stderr; `role` is what this process is."""
+    """Sends the records of this program and its libraries to stderr. `role` names this process in each record."""
     output = logging.StreamHandler(sys.stderr)
     plain = f"%(asctime)s %(levelname)s {role}[%(process)d] %(name)s: %(message)s"
     output.setFormatter(JsonFormatter(role) if config.json_output else logging.Formatter(plain))

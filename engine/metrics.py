@@ -1,7 +1,7 @@
-"""Prometheus metrics: LoRAX's names, and what they leave out.
+"""Prometheus metrics: those of LoRAX under the same names, and more.
 
-Counted by the HTTP front (one call for each thing that happened) and read from the engine's own counters when they are
-scraped, never in between. Each `Metrics` has its own registry; nothing is global.
+The HTTP front counts its own events. The engine's counters are read only when metrics are scraped. Each `Metrics` has
+its own registry; nothing is global.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from engine.messages import AdapterStatus, EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_ADAPTER_LABELS = 200  # adapters with a label of their own; the others are counted as `other`
+MAX_ADAPTER_LABELS = 200  # adapters with their own label; further ones share the label `other`
 
 DURATIONS = [0.00015 * 1.5**index for index in range(35)]  # seconds, as LoRAX
 WAITS = [0.001 * 1.6**index for index in range(25)]  # seconds: 1 ms to 80 s
 
-# LoRAX's counters have no `_total` at the end, which prometheus_client always adds.
+# LoRAX's counters do not end in `_total`, which prometheus_client always adds.
 _PLAIN_COUNTERS = (
     "lorax_request_count",
     "lorax_request_success",
@@ -31,7 +31,7 @@ _PLAIN_COUNTERS = (
 )
 _TOTAL = re.compile(rf"\b({'|'.join(_PLAIN_COUNTERS)})_total\b")
 
-# The type of an error -> the `err` label of lorax_request_failure, where LoRAX has another word.
+# Error type -> `err` label of lorax_request_failure, where LoRAX has another word.
 _FAILURES = {
     "malformed_request": "bad_request",
     "request_too_large": "bad_request",
@@ -52,7 +52,7 @@ class _Collector(Protocol):
 
 
 class Metrics:
-    """Everything that this server counts. `max_total_tokens` sets the buckets of lengths."""
+    """All metrics of this server. `max_total_tokens` sets the buckets of lengths."""
 
     def __init__(self, max_total_tokens: int = 4096) -> None:
         self.registry = CollectorRegistry()
@@ -69,11 +69,11 @@ class Metrics:
         def histogram(name: str, help: str, buckets: list[float], *labels: str) -> Histogram:
             return Histogram(name, help, labels, buckets=buckets, registry=self.registry)
 
-        self._count = counter("lorax_request_count", "Requests that came in.")
+        self._count = counter("lorax_request_count", "Requests received.")
         self._success = counter("lorax_request_success", "Requests answered in full.")
         self._failure = counter("lorax_request_failure", "Requests that failed, by cause.", "err")
         self._by_adapter = counter(
-            "lorax_adapter_requests", "Requests by adapter; `base` has none.", "adapter"
+            "lorax_adapter_requests", "Requests by adapter; `base` is the base model.", "adapter"
         )
         duration = "lorax_request_duration"
         self._duration = histogram(duration, "Seconds from request to last byte.", DURATIONS)
@@ -81,17 +81,17 @@ class Metrics:
             phase: histogram(f"lorax_request_{phase}_duration", help, DURATIONS)
             for phase, help in (
                 ("validation", "Seconds to parse, check and tokenize."),
-                ("queue", "Seconds to wait for adapter and admission."),
+                ("queue", "Seconds of waiting for the adapter and for admission."),
                 ("inference", "Seconds from admission to the last token."),
-                ("mean_time_per_token", "Seconds per token, mean of a request."),
+                ("mean_time_per_token", "Mean seconds per token of a request."),
             )
         }
         self._lengths = {
             what: histogram(f"lorax_request_{what}", help, lengths)
             for what, help in (
                 ("input_length", "Tokens of the prompt."),
-                ("generated_tokens", "Tokens of the answer."),
-                ("max_new_tokens", "Tokens that were allowed."),
+                ("generated_tokens", "Generated tokens."),
+                ("max_new_tokens", "The request's max_new_tokens."),
             )
         }
         self._first = histogram(
@@ -117,7 +117,7 @@ class Metrics:
         self._failure.labels(_FAILURES.get(error_type, error_type)).inc()
 
     def adapter(self, name: str) -> None:
-        """A request for `name`. The label is the adapter's own for the first few hundred adapters only."""
+        """A request for adapter `name`. Only the first MAX_ADAPTER_LABELS adapters have their own label."""
         if name not in self._adapters and len(self._adapters) >= MAX_ADAPTER_LABELS:
             name = "other"
         else:
@@ -128,7 +128,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def tokens(self, count: int, seconds: float) -> None:
-        """`count` tokens that arrived `seconds` after the one before."""
+        """`count` tokens that arrived `seconds` after the previous one."""
         gap = seconds / count
         for _ in range(count):
             self._gap.observe(gap)
@@ -148,7 +148,7 @@ class Metrics:
         block_size: int,
         exchange_restarts: int = 0,
     ) -> bytes:
-        """The Prometheus text format (0.0.4)."""
+        """All metrics in the Prometheus text format (0.0.4)."""
         self._read(stats, adapters, block_size, exchange_restarts)
         lines = generate_latest(self.registry).decode().splitlines(keepends=True)
         text = "".join(line for line in lines if "_created" not in line.split("{")[0])
@@ -161,7 +161,7 @@ class Metrics:
         block_size: int,
         exchange_restarts: int = 0,
     ) -> dict[str, Any]:
-        """The same as an object: metric -> type, help and samples."""
+        """All metrics as an object: metric -> type, help and samples."""
         self._read(stats, adapters, block_size, exchange_restarts)
         return {
             family.name: {
@@ -205,7 +205,7 @@ class Metrics:
 
 
 class _EngineCollector(_Collector):
-    """The engine's counters and levels, as of the newest stats."""
+    """The engine's counters and gauges, from the newest stats."""
 
     def __init__(self) -> None:
         self.stats = EngineStats()
@@ -214,56 +214,67 @@ class _EngineCollector(_Collector):
         self.exchange_restarts = 0
 
     def collect(self) -> Iterator[Metric]:
-        stats = self.stats
-        used = stats.total_blocks - stats.free_blocks
-        ready = [status for status in self.adapters if status.state == "ready"]
-        levels = (
-            ("lorax_queue_length", "Requests that wait.", stats.waiting),
-            ("lorax_batch_current_size", "Sequences in the batch.", stats.running),
-            (
-                "lorax_batch_current_max_tokens",
-                "Tokens that the blocks in use can hold.",
-                used * self.block_size,
-            ),
-            ("lorax_kv_blocks_used", "KV blocks in use.", used),
-            ("lorax_kv_blocks", "KV blocks.", stats.total_blocks),
-            ("lorax_kv_blocks_cached", "KV blocks kept for reuse.", stats.cached_blocks),
-            ("lorax_adapters_resident", "Adapters on the device.", len(stats.resident)),
-            ("lorax_adapter_arena_bytes", "Bytes for adapters on the device.", stats.arena_bytes),
-            (
-                "lorax_adapter_arena_used_bytes",
-                "Bytes of the adapters on the device.",
-                stats.arena_used,
-            ),
-            ("lorax_adapters_host", "Adapters ready in host memory.", len(ready)),
-            (
-                "lorax_adapter_host_bytes",
-                "Bytes of the adapters in host memory.",
-                sum(status.data_bytes for status in ready),
-            ),
-        )
-        for name, help, level in levels:
-            yield GaugeMetricFamily(name, help, value=level)
-        counters = (
-            ("lorax_preemptions", "Sequences that lost their blocks.", stats.preemptions),
-            ("lorax_prefix_cache_hit_tokens", "Prompt tokens found.", stats.prefix_hits),
-            (
-                "lorax_prefix_cache_lookup_tokens",
-                "Prompt tokens looked up.",
-                stats.prefix_lookups,
-            ),
-            ("lorax_step_tokens", "Tokens computed.", stats.step_tokens),
-            ("lorax_adapter_placements", "Adapters put on the device.", stats.placements),
-            ("lorax_adapter_evictions", "Adapters taken off the device.", stats.evictions),
-            (
-                "lorax_exchange_restarts",
-                "Times that the adapter exchange was started again.",
-                self.exchange_restarts,
-            ),
-        )
-        for name, help, count in counters:
-            yield CounterMetricFamily(name, help, value=count)
+        for name, help, value in self._gauges():
+            yield GaugeMetricFamily(name, help, value=value)
+        for name, help, value in self._counters():
+            yield CounterMetricFamily(name, help, value=value)
         for name in ("lorax_batch_inference_count", "lorax_batch_inference_success"):
             steps = CounterMetricFamily(name, "Steps of the engine.", labels=["method"])
-            steps.add_metric(["step"], stats.steps)
+            steps.add_metric(["step"], self.stats.steps)
             yield steps
+
+    def _gauges(self) -> Iterator[tuple[str, str, float]]:
+        stats = self.stats
+        used = stats.total_blocks - stats.free_blocks
+        capacity = used * self.block_size
+        ready = [status for status in self.adapters if status.state == "ready"]
+        host_bytes = sum(status.data_bytes for status in ready)
+        yield "lorax_queue_length", "Requests waiting for admission.", stats.waiting
+        yield "lorax_batch_current_size", "Sequences in the batch.", stats.running
+        yield (
+            "lorax_batch_current_max_tokens",
+            "Token capacity of the KV blocks in use.",
+            capacity,
+        )
+        yield "lorax_kv_blocks_used", "KV blocks in use.", used
+        yield "lorax_kv_blocks", "All KV blocks.", stats.total_blocks
+        yield (
+            "lorax_kv_blocks_cached",
+            "Unused KV blocks kept for the prefix cache.",
+            stats.cached_blocks,
+        )
+        yield "lorax_adapters_resident", "Adapters on the device.", len(stats.resident)
+        yield (
+            "lorax_adapter_arena_bytes",
+            "Bytes reserved for adapters on the device.",
+            stats.arena_bytes,
+        )
+        yield (
+            "lorax_adapter_arena_used_bytes",
+            "Bytes of adapters on the device.",
+            stats.arena_used,
+        )
+        yield "lorax_adapters_host", "Adapters ready in host memory.", len(ready)
+        yield "lorax_adapter_host_bytes", "Bytes of adapters in host memory.", host_bytes
+
+    def _counters(self) -> Iterator[tuple[str, str, float]]:
+        stats = self.stats
+        yield "lorax_preemptions", "Preemptions of sequences.", stats.preemptions
+        yield (
+            "lorax_prefix_cache_hit_tokens",
+            "Prompt tokens found in the prefix cache.",
+            stats.prefix_hits,
+        )
+        yield (
+            "lorax_prefix_cache_lookup_tokens",
+            "Prompt tokens looked up in the prefix cache.",
+            stats.prefix_lookups,
+        )
+        yield "lorax_step_tokens", "Tokens computed by steps.", stats.step_tokens
+        yield "lorax_adapter_placements", "Adapters copied to the device.", stats.placements
+        yield "lorax_adapter_evictions", "Adapters evicted from the device.", stats.evictions
+        yield (
+            "lorax_exchange_restarts",
+            "Restarts of the adapter exchange.",
+            self.exchange_restarts,
+        )

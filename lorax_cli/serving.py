@@ -24,8 +24,8 @@ from lorax_cli.client import Client
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from engine.backend import Backend
     from engine.messages import EngineInfo
-    from engine.server.backend import Backend
 
 CLOSE_S = 10.0  # seconds until processes that do not end are killed
 MIN_CLOSE_S = 0.5

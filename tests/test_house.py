@@ -37,7 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.models",),
     ("engine.scheduler", "engine.runner", "engine.lora"),
     ("engine.adapters",),
-    ("engine.build",),
+    ("engine.build", "engine.backend"),
     ("engine.engine",),
     ("engine.server", "engine.process", "engine.bench"),
     ("lorax_cli",),
@@ -47,6 +47,7 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 
 TORCH_FREE = (
     "lorax_cli.app",
+    "engine.backend",
     "engine.bench_options",
     "engine.checkpoint",
     "engine.config",
@@ -127,6 +128,7 @@ def test_import_rule(path: Path) -> None:
         ("engine.ops.schemas", "from engine import layers"),
         ("engine.engine", "def f():\n    import engine.process"),
         ("engine.server.app", "from engine.process import start"),
+        ("engine.backend", "from engine.server.front import Front"),
         ("engine.runner.rows", "from lorax_cli import app"),
     ],
 )

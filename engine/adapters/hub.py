@@ -56,7 +56,7 @@ API_TIMEOUT_S = 10.0
 TENANT_FOLDER = "lorax-tenants"
 API_SECONDS = 30.0  # that one answer about a repository may take in all
 CONFIG_BYTES = 8 << 20
-API_BYTES = 16 << 20  # and its size; a repository of 20,000 files takes 5 MB
+API_BYTES = 8 << 20  # and its size; a repository of 20,000 files takes 5 MB
 _NETWORK = (hub_client.TRANSPORT_ERROR, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
 
 logger = logging.getLogger(__name__)

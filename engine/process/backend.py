@@ -1,4 +1,4 @@
-"""The engine and the exchange in processes of their own, seen from the front: `engine.server.backend.Backend`.
+"""The engine and the exchange in processes of their own, seen from the front: `engine.backend.Backend`.
 
 The front is an asyncio loop and never waits for a write. When the shard's pipe ends, everything that waits fails with
 EngineDead, `alive` turns False and `closed` is set: the program then calls `close` and exits. An exchange that ends is
@@ -12,6 +12,7 @@ import logging
 
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
+from engine.backend import Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError, from_wire
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request
@@ -29,7 +30,7 @@ from engine.process.messages import (
 from engine.process.parts import Parts
 from engine.process.questions import refuse
 from engine.process.spawn import END_S, Child
-from engine.process.streams import Reader, Streams
+from engine.process.streams import Streams
 from engine.process.watch import Watch
 
 logger = logging.getLogger(__name__)

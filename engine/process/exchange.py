@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import socket
@@ -35,7 +36,7 @@ from engine.process.messages import (
     Unload,
     Unloaded,
 )
-from engine.process.parts import Exchange, Lease, load
+from engine.process.parts import Exchange, ExchangeLease, load
 from engine.process.pipe import Pipe
 
 Call = Acquire | ListAdapters | Unload
@@ -43,6 +44,8 @@ Call = Acquire | ListAdapters | Unload
 MAX_STUCK = 64  # threads that a hung file system may hold before a new process takes over
 LOOK_S = 1.0  # between two looks at them
 STUCK_EXIT = 24
+M_ARENA_MAX = -8  # mallopt(3)
+ARENAS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ def main(socket_fd: int, region_fd: int) -> int:
         from engine.runner.pinning import populate
 
         torch.set_num_threads(1)  # the cores are the engine's
+        use_few_heaps()
         factory = load(setup.parts.exchange)
     except Exception as error:
         return child.refuse(end, "exchange", error)
@@ -70,6 +74,18 @@ def main(socket_fd: int, region_fd: int) -> int:
 
     # Not asyncio.run: it would wait for threads that read adapters which nobody wants any more.
     return asyncio.new_event_loop().run_until_complete(Service(build).run(end))
+
+
+def use_few_heaps() -> None:
+    """Every load runs in threads of its own, and glibc would keep what they freed in heaps of their own."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+
+
+def return_free_memory() -> None:
+    """What was freed goes back to the system, which glibc does for the end of a heap only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stand_back() -> None:
@@ -99,8 +115,9 @@ class Service:
         self._ended = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self._calls: dict[int, asyncio.Task[None]] = {}
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[int, ExchangeLease] = {}
         self._released: set[int] = set()  # before what was held is adopted
+        self._answered = False  # a call, since free memory was returned
         self._exit_code = 0
 
     async def run(self, end: socket.socket) -> int:
@@ -123,6 +140,9 @@ class Service:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._ended.wait()
+            if self._answered:
+                self._answered = False
+                await asyncio.to_thread(return_free_memory)
             stuck = self._exchange.abandoned if self._exchange is not None else 0
             if stuck > MAX_STUCK:
                 logger.critical("%d loads are stuck; a new process takes over", stuck)
@@ -173,6 +193,7 @@ class Service:
             self._released.add(call)
 
     async def _answer(self, call: Call) -> None:
+        self._answered = True
         try:
             self._pipe.send(await self._ask(call))
         except Exception as error:

@@ -46,7 +46,7 @@ class Grant:
 
 
 class GrantLease:
-    """One request's use of a grant: `engine.server.backend.Lease`."""
+    """One request's use of a grant: `engine.backend.Lease`."""
 
     def __init__(self, grants: Grants, grant: Grant) -> None:
         self._grants: Grants | None = grants

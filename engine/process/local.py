@@ -1,4 +1,4 @@
-"""The engine and the exchange in this process: `engine.server.backend.Backend` without pipes.
+"""The engine and the exchange in this process: `engine.backend.Backend` without pipes.
 
 Every call of the engine comes from one worker thread, a turn at a time; the exchange lives on the loop.
 """
@@ -12,13 +12,14 @@ from contextlib import suppress
 
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
+from engine.backend import Lease, Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
 from engine.process.messages import Cancel, Submit
-from engine.process.parts import Exchange, Lease, Parts, load
+from engine.process.parts import Exchange, Parts, load
 from engine.process.stepper import Stepper, set_threads
-from engine.process.streams import Reader, Streams
+from engine.process.streams import Streams
 
 logger = logging.getLogger(__name__)
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from engine.errors import EngineDead, InvalidRequest, LoraxError
+from engine.backend import Reader
+from engine.errors import EngineDead, InvalidRequest
 from engine.messages import Request, Update
 from engine.process.messages import Cancel, Submit
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-class Reader(Protocol):
-    """As `engine.server.backend.Reader`, which is not imported here: front and processes do not know each other."""
-
-    def take(self, update: Update) -> None: ...
-    def lose(self, error: LoraxError) -> None: ...
 
 
 class Streams:

@@ -1,1 +1,1 @@
-"""The HTTP front: LoRAX's and OpenAI's routes on one backend."""
+"""The HTTP front: the APIs of LoRAX and OpenAI on one backend."""

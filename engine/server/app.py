@@ -10,40 +10,42 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
-from engine.server import native, openai
-from engine.server.backend import Backend
 from engine.server.bodies import BUDGET_BYTES, MAX_BODY_BYTES, Bodies
 from engine.server.connections import Site, most_connections
+from engine.server.formats import Format
 from engine.server.front import FRONT, Front
 from engine.server.protocol import REFUSED, Deadlines, Runner
-from engine.server.refusals import HTTP_ERRORS, SERVER, error_response, of_http
+from engine.server.refusals import HTTP_ERRORS, routing_error
+from engine.server.responses import SERVER
+from engine.server.routes import FORMATS, error_body, routes
 from engine.server.text import Text
 
 __all__ = ["HTTP_ERRORS", "build_app", "run", "runner_of"]
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_S = 15.0  # silence after which a stream gets a comment
-STALL_S = 30.0  # that a client may leave unread what was sent to it; then the connection is closed
-# The end, after the drain time: END_S in all, of which requests get CANCEL_S and the engine LET_GO_S to end what nobody
-# waits for any more. The rest is the processes', which are killed then.
+KEEP_ALIVE_S = 15.0  # without events: then a stream gets a comment
+STALL_S = 30.0  # a client may leave sent bytes unread; then its connection is closed
+# Shutdown after the drain time takes at most END_S: cancelled requests get CANCEL_S, the engine LET_GO_S to drop their
+# sequences, and the processes the rest; then they are killed.
 END_S = 4.0
 CANCEL_S = 0.25
 LET_GO_S = 1.0
-HURRY_S = 2.0  # for the processes after a second signal
-DEAD_S = 2.0  # that open requests get when the engine is gone
-WATCH_S = 0.25  # between two looks at whether the engine is alive
-CLIENT_GONE = 499  # nobody reads this status; it is for the log
+HURRY_S = 2.0  # the processes may take after a second signal
+DEAD_S = 2.0  # open requests may take when the engine is gone
+WATCH_S = 0.25  # between two checks that the engine is alive
+CLIENT_GONE = 499  # only logged: the client has disconnected
 HEADER_NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z, -]*")
 
 
@@ -56,14 +58,26 @@ def build_app(
     stall_s: float = STALL_S,
     max_body_bytes: int = MAX_BODY_BYTES,
     body_budget: int = BUDGET_BYTES,
+    formats: Mapping[str, Format] = FORMATS,
 ) -> web.Application:
-    """The application on `backend`; whoever made backend and text also closes them."""
+    """The application on `backend`, with the response formats in `formats` (path -> format).
+
+    The caller closes backend and text.
+    """
     middlewares = [_log_access, _preflight, _errors]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     metrics = Metrics(backend.info.max_total_tokens)
     bodies = Bodies(config.server.client_body_timeout_s, max_body_bytes, body_budget)
-    app[FRONT] = Front(backend, text, config, metrics, bodies, keep_alive_s)
-    app.add_routes([*native.routes(), *openai.routes()])
+    app[FRONT] = Front(
+        backend=backend,
+        text=text,
+        config=config,
+        metrics=metrics,
+        bodies=bodies,
+        keep_alive_s=keep_alive_s,
+        error_body=functools.partial(error_body, formats),
+    )
+    app.add_routes(routes(formats))
     app.on_response_prepare.append(_sign)
     app.on_response_prepare.append(functools.partial(_bound_stall, round(stall_s * 1000)))
     app.on_cleanup.append(_let_go)
@@ -75,7 +89,7 @@ def build_app(
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error as an answer of the route's family. A task boundary: what we did not foresee is a 500."""
+    """Answers every error in the format of the path. A task boundary: an unexpected error is a 500."""
     try:
         if REFUSED in request:
             raise request[REFUSED]
@@ -85,7 +99,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        answer = _answer(request, of_http(request, error))
+        answer = _answer(request, routing_error(request, error))
         if "Allow" in error.headers:
             answer.headers["Allow"] = error.headers["Allow"]
         return answer
@@ -100,7 +114,7 @@ def _answer(request: web.Request, error: LoraxError) -> web.Response:
     if not isinstance(error, InvalidRequest):
         path = request.rel_url.raw_path
         log.debug("%s %s: %d %s", request.method, path, error.status, error)
-    return error_response(request.path, error)
+    return request.app[FRONT].error_response(request.path, error)
 
 
 @web.middleware
@@ -122,7 +136,7 @@ async def _log_access(request: web.Request, handler: Handler) -> web.StreamRespo
 
 @web.middleware
 async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers a browser's question whether it may send a request from another origin."""
+    """Answers a browser that asks whether it may send a request from another origin."""
     if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
         return await handler(request)
     asked = request.headers.get("Access-Control-Request-Headers", "")
@@ -137,7 +151,7 @@ async def _preflight(request: web.Request, handler: Handler) -> web.StreamRespon
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer says who made it, and who may read it: any origin, or those of --cors-allow-origin."""
+    """Headers of every answer: the server's name, and the origins that may read it (--cors-allow-origin)."""
     response.headers["Server"] = SERVER
     origin = request.headers.get("Origin")
     if origin is None:
@@ -157,8 +171,8 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
 async def _bound_stall(
     milliseconds: int, request: web.Request, response: web.StreamResponse
 ) -> None:
-    """A client that stops reading keeps its place among the open requests, and the server from ending: the kernel
-    counts how long it does not take what was sent (tcp(7), TCP_USER_TIMEOUT)."""
+    """Closes the connection of a client that stops reading, which would keep its request open and delay shutdown. The
+    kernel measures how long sent bytes stay unacknowledged (tcp(7), TCP_USER_TIMEOUT)."""
     transport = request.transport
     connection = transport.get_extra_info("socket") if transport is not None else None
     if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
@@ -168,30 +182,30 @@ async def _bound_stall(
 
 
 async def _let_go(app: web.Application) -> None:
-    """Waits until the engine has let go of what was answered last, or of what was cancelled."""
+    """Waits at most LET_GO_S until the engine has dropped all sequences."""
     with suppress(TimeoutError):
         async with asyncio.timeout(LET_GO_S):
             await app[FRONT].generator.idle.wait()
 
 
 def runner_of(app: web.Application, **options: Any) -> Runner:
-    """What runs the application on sites."""
+    """A runner of the application; listening is up to the caller."""
     server = app[FRONT].config.server
     connections = most_connections(server.max_concurrent_requests)
     deadlines = Deadlines(server.client_header_timeout_s)
     options = {"shutdown_timeout": CANCEL_S, "handler_cancellation": True} | options
-    return Runner(app, connections, deadlines, **options)
+    return Runner(app, connections, deadlines, app[FRONT].error_response, **options)
 
 
 async def run(app: web.Application, started: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, then lets open requests finish for a while; a second signal ends them.
+    """Serves until SIGTERM or SIGINT, then waits for open requests up to drain_timeout_s. A second signal cancels them.
 
-    `started` is called with the address once connections are accepted. Raises EngineDead when the engine dies.
+    Calls `started` with the address once the server accepts connections. Raises EngineDead when the engine dies.
     """
     front, runner = app[FRONT], runner_of(app)
     await runner.setup()
     loop, stopped, main = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
-    assert main is not None, "a coroutine runs in a task"
+    assert main is not None, "this coroutine runs in a task"
     drain_s = front.config.server.drain_timeout_s
     hurried = False
 
@@ -217,9 +231,9 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
                 with suppress(TimeoutError):
                     async with asyncio.timeout(WATCH_S):
                         await stopped.wait()
-            log.info("stopping: %d requests are open", front.num_open)
+            log.info("shutting down: waiting for %d open requests", front.num_open)
             if not await runner.drain(drain_s if front.backend.alive else min(drain_s, DEAD_S)):
-                log.info("cancelling what is still open: %d requests", front.num_open)
+                log.info("shutting down: cancelling %d open requests", front.num_open)
         finally:
             await runner.cleanup()
     except asyncio.CancelledError:
@@ -227,12 +241,12 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
             raise
         while main.uncancel():
             pass
-        log.info("stopping at once: %d requests are open", front.num_open)
+        log.info("shutting down at once: %d requests were open", front.num_open)
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
     if not front.backend.alive:
-        raise EngineDead("the engine died", hint="see its last lines in the log")
+        raise EngineDead("the engine died", hint="the log has its last lines")
 
 
 def _address(runner: web.AppRunner) -> str:

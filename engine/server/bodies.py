@@ -1,10 +1,10 @@
-"""Bodies of requests while they are read: a budget of bytes for all of them, a limit and a deadline for each.
+"""Reads request bodies: one memory budget for all of them, a size limit and a deadline for each.
 
-The budget counts what is held in memory, decompressed, until the body is parsed. When it is used up, reading pauses and
-the sockets fill. The first bytes of each body are never paused, so that large bodies cannot keep ordinary requests
-waiting. Of those that are larger, the oldest always goes on: `limit` keeps room for it, so the budget holds and every
-body comes to its turn or to its deadline. While others wait, one that hardly grows is given up: its client holds memory
-that they need.
+The budget counts decompressed bytes from their arrival until the body is parsed. When it is used up, reading pauses and
+the sockets fill. The first 64 KiB of each body are never paused, so large bodies cannot delay ordinary requests. Among
+larger bodies the oldest is never paused: `limit` keeps room for it. So the budget holds, and every body either
+completes or reaches its deadline. While other bodies are paused, a body that grows too slowly fails, because it holds
+memory that they need.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from engine.server.refusals import refused
 
 MAX_BODY_BYTES = 32 << 20
 BUDGET_BYTES = 256 << 20
-OWN_SHARE = 4096  # part of the budget that each body may hold whatever the others do: 64 KiB
-STEP = 1 << 16  # bytes that a body must grow by in SLOW_S while others wait
+OWN_SHARE = 4096  # each body may always hold this fraction of the budget (1/4096): 64 KiB
+STEP = 1 << 16  # bytes that a body must grow by in SLOW_S while others are paused
 SLOW_S = 5.0
 LOOK_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
 class _Body:
-    """One body that is read."""
+    """One body while it is read."""
 
     content: StreamReader
     connection: Connection | None
     deadline: asyncio.Timeout
-    since: float  # when it last had grown by STEP, or went on after a pause
+    since: float  # when it had last grown by STEP, or was resumed
     counted: int = 0  # bytes in the budget
     marked: int = 0  # bytes at `since`
     held: bool = False
@@ -45,7 +45,7 @@ class _Body:
 
 
 class Bodies:
-    """All bodies that are being read. `read` is the only way to a body."""
+    """All bodies while they are read. Routes read bodies only through `read`."""
 
     def __init__(
         self,
@@ -58,13 +58,12 @@ class Bodies:
         self.most = most
         self.budget = budget
         self.slow_s = slow_s
-        self.limit = max(0, budget - most)  # that others than the oldest may fill
+        self.limit = max(0, budget - most)  # bytes at which all but the oldest are paused
         self.own = budget // OWN_SHARE
-        self.num_bytes = 0  # held by all
+        self.num_bytes = 0  # of all bodies
         self._open: set[_Body] = set()
-        self._large: OrderedDict[_Body, None] = (
-            OrderedDict()
-        )  # of more than `own` bytes; oldest first
+        # Bodies of more than `own` bytes, oldest first.
+        self._large: OrderedDict[_Body, None] = OrderedDict()
         self._full = False
         self._num_held = 0
         self._look: asyncio.TimerHandle | None = None
@@ -75,12 +74,12 @@ class Bodies:
 
     @property
     def num_held(self) -> int:
-        """Bodies whose reading is paused."""
+        """Paused bodies."""
         return self._num_held
 
     @asynccontextmanager
     async def read(self, request: web.Request) -> AsyncIterator[bytearray]:
-        """The whole body; it counts until the block is left, which should not wait for anything.
+        """The whole body. Its bytes count until the block is left, so the block must not wait.
 
         Raises MalformedRequest, or an error of status 408 or 413.
         """
@@ -111,7 +110,7 @@ class Bodies:
         data, content = bytearray(), body.content
         if request.get(CONTINUES) and not content.is_eof():
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # the answer has not begun
+            request.writer.output_size = 0  # no byte of the answer is sent yet
         while not content.at_eof():
             if body.held and not content.is_eof():
                 await body.turn.wait()
@@ -120,21 +119,25 @@ class Bodies:
             if len(data) > self.most:
                 raise self._too_large()
             if not content.at_eof():
-                await asyncio.sleep(0)  # a small body may unpack to much
+                await asyncio.sleep(0)  # let others run: a small body may decompress to a large one
         return data
 
     def _too_large(self) -> LoraxError:
-        return refused(413, f"the body is larger than {self.most} bytes", "send less")
+        return refused(
+            413,
+            f"the body is larger than {self.most} bytes, which is the limit",
+            "send a smaller body",
+        )
 
     def _too_slow(self, body: _Body | None) -> LoraxError:
         if body is not None and body.given_up:
             return refused(
                 408,
                 f"the body grew by less than {STEP} bytes in {self.slow_s:g} s while others waited for memory",
-                "send it faster",
+                "send the body faster",
             )
         return refused(
-            408, f"the body was not complete after {self.timeout_s:g} s", "send it faster"
+            408, f"the body was not complete after {self.timeout_s:g} s", "send the body faster"
         )
 
     # -- the budget
@@ -157,7 +160,7 @@ class Bodies:
             self._settle_all()
 
     def _grew(self, body: _Body) -> None:
-        """Counts what has arrived for `body`."""
+        """Counts the bytes of `body` that have arrived."""
         grown = body.content.total_bytes - body.counted
         if grown:
             body.counted += grown
@@ -177,7 +180,7 @@ class Bodies:
             self._settle(body)
 
     def _settle(self, body: _Body) -> None:
-        """Pauses or goes on with `body`, as the budget says."""
+        """Pauses or resumes `body`, depending on the budget."""
         hold = self._full and body in self._large and next(iter(self._large)) is not body
         if hold == body.held:
             return
@@ -201,7 +204,7 @@ class Bodies:
             self._look = asyncio.get_running_loop().call_later(wait, self._give_up_slow)
 
     def _give_up_slow(self) -> None:
-        """Ends the bodies that hold memory and hardly grow, while others wait for it."""
+        """Fails bodies that hold memory and grow too slowly, while others are paused."""
         self._look = None
         if not self._num_held:
             return
@@ -210,9 +213,9 @@ class Bodies:
         for body in self._large:
             if not body.held and not body.given_up and body.since <= latest:
                 body.given_up = True
-                body.deadline.reschedule(latest)  # now
+                body.deadline.reschedule(latest)  # in the past: it expires now
 
 
 def _said(error: web.RequestPayloadError) -> str:
-    """The last line of aiohttp's message, which says what is wrong."""
-    return str(error).strip().rpartition("\n")[2].strip() or "its end is not known"
+    """The last line of aiohttp's message, which has the cause."""
+    return str(error).strip().rpartition("\n")[2].strip() or "the connection ended early"

@@ -1,8 +1,8 @@
-"""Connections of the whole server: how many there may be, which is closed to make room, and how they are accepted.
+"""All connections of the server: accepts them, limits their number, and closes some to make room.
 
-A connection *waits* while it has no complete request: it sends a header or a body, or it is kept alive and idle. When
-the server holds as many connections as it may, the one that has waited longest is closed for each new one. Connections
-whose request is being answered are never closed for that.
+A connection *waits* while it has no complete request: it still sends headers or a body, or it is idle. At the limit,
+each new connection closes the one that has waited longest. A connection whose request is being answered is never closed
+to make room.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from aiohttp import web
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-MOST_DESCRIPTORS = 65536  # children inherit the limit, and some programs walk through all of it
-RESERVE = 128  # descriptors that connections leave to everything else
-HEADROOM = 32  # connections above the limit, where none can be closed: for /health
-AT_ONCE = 32  # connections accepted before it is the turn of others
+MOST_DESCRIPTORS = 65536  # children inherit the limit, and some programs loop over all of it
+RESERVE = 128  # descriptors that connections leave for everything else
+HEADROOM = 32  # connections above the limit when none can be closed, so that /health still answers
+AT_ONCE = 32  # connections accepted before other tasks run
 LOOK_S = 0.02
-BACK_OFF_S = (0.1, 1.0)  # without descriptors or memory: first and longest wait before the next try
-LINE_S = 60.0  # between two log lines about the same trouble
+BACK_OFF_S = (0.1, 1.0)  # first and longest pause of accepting without descriptors or memory
+LINE_S = 60.0  # between two log lines about the same problem
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Closable(Protocol):
     def abort(self) -> None:
-        """Closes the connection now; what was not sent is lost."""
+        """Closes the connection now. Unsent bytes are lost."""
         ...
 
 
-class Seldom:
-    """Warnings about one trouble: a line now, then at most one a minute, with how often it happened."""
+class ThrottledWarning:
+    """Warnings about one problem: the first at once, then at most one a minute, with a count."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -50,12 +50,12 @@ class Seldom:
         self._count += 1
         now = time.monotonic()
         if now >= self._next:
-            log.warning("%s (%d times since the last such line)", message, self._count)
+            log.warning("%s (%d times since the last such warning)", message, self._count)
             self._count, self._next = 0, now + LINE_S
 
 
 class Connections:
-    """All connections of one server; `most` may be open before one must make room."""
+    """All connections of one server. With `most` open, a new one closes one that waits."""
 
     def __init__(self, most: int, headroom: int = HEADROOM) -> None:
         self.most = most
@@ -63,7 +63,7 @@ class Connections:
         self.closing = False  # new connections are closed at once
         self._open: set[Closable] = set()
         self._waiting: OrderedDict[Closable, None] = OrderedDict()  # longest first
-        self._full = Seldom()
+        self._full = ThrottledWarning()
 
     @property
     def num_open(self) -> int:
@@ -82,38 +82,38 @@ class Connections:
         self._waiting.pop(connection, None)
 
     def wait(self, connection: Closable) -> None:
-        """`connection` begins to wait for a complete request; at the end none comes, and its answer is sent first."""
+        """`connection` begins to wait for a complete request. While the server stops, its last answer is sent first."""
         if connection in self._open and not self.closing:
             self._waiting[connection] = None
             self._waiting.move_to_end(connection)
 
     def answer(self, connection: Closable) -> None:
-        """`connection` has a complete request."""
+        """`connection` has a complete request and no longer waits."""
         self._waiting.pop(connection, None)
 
     def has_room(self, arriving: int) -> bool:
-        """Whether one more may be accepted, while `arriving` others are."""
+        """Whether one more may be accepted; `arriving` are accepted and not yet open."""
         return bool(self._waiting) or self.num_open + arriving < self.most + self.headroom
 
     def make_room(self, arriving: int) -> None:
-        """One more was accepted: closes a waiting one if there are too many."""
+        """After accepting one more: closes a waiting connection at the limit."""
         if self.num_open + arriving >= self.most:
             self._full.warn(
-                f"{self.most} connections are open: the one that waited longest makes room for a new one"
+                f"{self.most} connections are open, which is the limit: closing the one that waited longest"
             )
             self.close_longest()
 
     def close_longest(self) -> bool:
-        """Closes the connection that has waited longest, if one waits."""
+        """Closes the connection that has waited longest; False if none waits."""
         if not self._waiting:
             return False
         connection, _ = self._waiting.popitem(last=False)
-        self._open.discard(connection)  # its descriptor is free in the loop's next turn
+        self._open.discard(connection)  # its descriptor is free in the next iteration of the loop
         connection.abort()
         return True
 
     def close_waiting(self) -> None:
-        """The server ends: nothing that waits is read any more."""
+        """The server stops: closes connections that wait, and new ones."""
         self.closing = True
         while self.close_longest():
             pass
@@ -135,18 +135,18 @@ class Connections:
 
 
 def raise_descriptor_limit() -> None:
-    """Lets this process, and those that it starts, open as many files and connections as the machine allows."""
+    """Raises the limit of open files for this process and its children, up to the hard limit or 65,536."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        log.debug("the limit of open files is raised from %d to %d", soft, wanted)
+        log.debug("raised the limit of open files from %d to %d", soft, wanted)
 
 
 def most_connections(max_concurrent_requests: int) -> Connections:
-    """As many connections as the limit of open files leaves room for; warns if these are fewer than requests."""
+    """As many connections as the limit of open files allows. Warns if max_concurrent_requests is larger."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         soft = MOST_DESCRIPTORS
@@ -155,7 +155,7 @@ def most_connections(max_concurrent_requests: int) -> Connections:
     most = free - reserve
     if most < max_concurrent_requests:
         log.warning(
-            "max_concurrent_requests is %d, but the limit of open files (%d) leaves room for %d connections: raise it"
+            "max_concurrent_requests is %d, but the limit of open files (%d) allows only %d connections: raise it"
             " (ulimit -n) or lower --max-concurrent-requests",
             max_concurrent_requests,
             soft,
@@ -172,7 +172,7 @@ def _num_descriptors() -> int:
 
 
 class Site(web.BaseSite):
-    """Listens on an address. asyncio's own accept loop writes a log line for every try without a descriptor."""
+    """Listens on an address. Replaces asyncio's accept loop, which logs every failed attempt without descriptors."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Site(web.BaseSite):
         self._arriving: set[asyncio.Task[None]] = set()
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
         self._delay = BACK_OFF_S[0]
-        self._exhausted = Seldom()
+        self._exhausted = ThrottledWarning()
 
     @property
     def name(self) -> str:
@@ -196,11 +196,11 @@ class Site(web.BaseSite):
         return f"http://{host}:{port}"
 
     async def start(self) -> None:
-        """Raises OSError if the address cannot be listened on."""
+        """Raises OSError if the server cannot listen on the address."""
         await super().start()
         loop, server = asyncio.get_running_loop(), self._runner.server
-        assert server is not None, "set up before a site is made"
-        # Binds, and is what `runner.addresses` and `stop` look at; it accepts nothing.
+        assert server is not None, "the runner is set up"
+        # Binds only; `runner.addresses` and `stop` use it. `_accept` accepts.
         bound = await loop.create_server(server, *self._address, start_serving=False)
         self._server = bound
         for one in bound.sockets:
@@ -235,7 +235,7 @@ class Site(web.BaseSite):
                     self._connections.close_longest()
                     self._pause(listening)
                     return
-                log.warning("a connection was not accepted: %s", error.strerror)
+                log.warning("cannot accept a connection: %s", error.strerror)
                 return
             self._delay = BACK_OFF_S[0]
             self._connections.make_room(len(self._arriving))
@@ -251,12 +251,12 @@ class Site(web.BaseSite):
         accepted.setblocking(False)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(server, accepted)
-        except OSError as error:  # it was closed before it was served
+        except OSError as error:  # the client closed it first
             accepted.close()
-            log.debug("a connection was not served: %s", error.strerror)
+            log.debug("cannot serve a connection: %s", error.strerror)
 
     def _pause(self, listening: socket.socket) -> None:
-        """Accepts nothing for a while; new connections wait in the kernel."""
+        """Stops accepting for a while. New connections wait in the kernel."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(listening)
         self._paused[listening] = loop.call_later(self._delay, self._resume, listening)

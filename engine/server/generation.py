@@ -1,13 +1,13 @@
-"""From checked parameters to a stream of events: the one pipeline behind every route, and the command line in-process.
+"""From parameters to a stream of events: the pipeline of every response format.
 
     async with generator.open([prompt], parameters) as generation:
         while (events := await generation.next()) is not None:
             ...
 
 A generation is one request of a client: its prompts, each continued `best_of` times, all with one adapter. The engine's
-updates become events when they arrive; whoever reads gets all that have arrived at once. Leaving the block cancels what
-still runs. The adapter's lease ends with the last sequence, whatever becomes of the reader; a sequence that ends at a
-stop sequence is answered while the engine still lets go of it.
+updates become events when they arrive, and `next` returns all that have arrived. Leaving the block cancels sequences
+that still run. The adapter's lease is released when the engine has dropped the last sequence, whether or not the events
+were read. The end of a choice at a stop sequence is an event before the engine has dropped the sequence.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from engine.backend import Backend, Lease, Reader
 from engine.config import EngineConfig
 from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
-from engine.server.backend import Backend, Lease, Reader
+from engine.server.choice import Choice
+from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
-from engine.server.sequence import Event, Finish, Sequence
 from engine.server.stops import StopMatcher
 from engine.server.text import Text, characters
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
 
-NORMALISED = 4  # characters of a text that a tokenizer may make one of, at most
+NORMALISED = 4  # a tokenizer normalises at most this many characters to one
 
 Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
 
 
 @dataclass(slots=True)
 class Timings:
-    """When things happened, by time.monotonic()."""
+    """Times by time.monotonic()."""
 
     received: float
     validated: float = 0.0
@@ -52,13 +53,13 @@ class Timings:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A sequence that the engine works on, and the reader of its updates."""
+    """A choice that the engine works on, and the reader of its updates."""
 
     generation: Generation
-    sequence: Sequence
+    choice: Choice
     last: float = 0.0  # when the newest token came
-    over: bool = False  # finished, failed or cancelled: what still comes of it is nobody's
-    cancelled: bool = False  # the engine was told
+    over: bool = False  # finished, failed or cancelled: later updates are ignored
+    cancelled: bool = False  # the engine was asked to drop it
 
     def take(self, update: Update) -> None:
         """See `Reader`."""
@@ -70,7 +71,7 @@ class _Running:
 
 
 class Generation:
-    """An open request. Made by `Generator.open`."""
+    """An open request. `Generator.open` makes it."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Generation:
     ) -> None:
         self.id = id
         self.parameters = parameters
-        self.prompts = prompts  # the tokens that go in, of every prompt
+        self.prompts = prompts  # tokens of every prompt
         self.timings = timings
         self.adapter_source = lease.image.source if lease is not None else ""
         self.finished: dict[int, Finish] = {}
@@ -92,7 +93,7 @@ class Generation:
         self._events: list[Event] = []
         self._error: LoraxError | None = None
         self._waiter = Waiter()
-        self._open: set[_Running] = set()  # that the engine has not let go of
+        self._open: set[_Running] = set()  # the engine has not dropped these
 
     @property
     def num_choices(self) -> int:
@@ -119,9 +120,9 @@ class Generation:
         return sum(finish.usage.generated_tokens for finish in self.finished.values())
 
     async def next(self, timeout: float | None = None) -> list[Event] | None:
-        """Everything that arrived since the last call; [] after `timeout` seconds without news, None at the end.
+        """All events since the last call; [] after `timeout` seconds without any, None at the end.
 
-        Raises the error of the first sequence that failed, after all events before it.
+        Raises the error of the first choice that failed, after all earlier events.
         """
         while not self._events and self._error is None and not self._complete:
             if not await self._waiter.wait(timeout):
@@ -133,29 +134,44 @@ class Generation:
             raise self._error
         return None
 
-    # -- the sequences
+    async def collect(self) -> list[FinishedChoice]:
+        """Waits for the end; every choice, in order. Raises as `next`."""
+        tokens: list[list[Token]] = [[] for _ in range(self.num_choices)]
+        logprobs: dict[int, list[float]] = {}
+        while (events := await self.next()) is not None:
+            for event in events:
+                if isinstance(event, Token):
+                    tokens[event.choice].append(event)
+                elif isinstance(event, PromptLogprobs):
+                    logprobs[event.choice] = event.logprobs
+        return [
+            FinishedChoice(self.finished[index], tokens[index], logprobs.get(index))
+            for index in range(self.num_choices)
+        ]
 
-    def start(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            running = _Running(self, sequence)
-            self._owner.submit(sequence.request, running)
+    # -- the choices
+
+    def start(self, choices: Iterable[Choice]) -> None:
+        for choice in choices:
+            running = _Running(self, choice)
+            self._owner.submit(choice.request, running)
             self._open.add(running)
 
     async def close(self) -> None:
-        """Cancels what still runs, and waits for it. Idempotent."""
+        """Cancels what still runs and waits until the engine has dropped it. Idempotent."""
         for running in list(self._open):
             self._cancel(running)
-        while any(running.sequence.choice not in self.finished for running in self._open):
+        while any(running.choice.index not in self.finished for running in self._open):
             await self._waiter.wait(None)
         self._waiter.close()
         self._release()
 
     def take(self, running: _Running, update: Update) -> None:
-        """News from the engine. Whatever fails here, fails this request only."""
+        """Reads an update. An error here fails only this request."""
         if not running.over:
             try:
                 self._observe(running, update)
-                finish = running.sequence.read(update, self._events)
+                finish = running.choice.read(update, self._events)
                 if finish is not None:
                     running.over = True
                     self.finished[finish.choice] = finish
@@ -164,7 +180,7 @@ class Generation:
             except LoraxError as error:
                 self._fail(running, error)
             except Exception:
-                log.exception("request %s failed", running.sequence.request.id)
+                log.exception("request %s failed", running.choice.request.id)
                 self._fail(running, LoraxError("internal error", hint="see the server's log"))
             self._waiter.wake()
         if update.is_last:
@@ -173,13 +189,13 @@ class Generation:
             self._cancel(running)
 
     def lose(self, running: _Running, error: LoraxError) -> None:
-        """The engine is gone."""
+        """The engine is gone; no more updates come."""
         if not running.over:
             self._fail(running, error)
         self._ended(running)
 
     def _observe(self, running: _Running, update: Update) -> None:
-        """Notes when things happened."""
+        """Records times."""
         timings = self.timings
         if update.admitted is not None and timings.admitted is None:
             timings.admitted = update.admitted
@@ -199,7 +215,7 @@ class Generation:
     def _cancel(self, running: _Running) -> None:
         if not running.cancelled:
             running.over = running.cancelled = True
-            self._owner.backend.cancel(running.sequence.request.id)
+            self._owner.backend.cancel(running.choice.request.id)
 
     def _ended(self, running: _Running) -> None:
         self._open.remove(running)
@@ -208,7 +224,7 @@ class Generation:
         self._waiter.wake()
 
     def _release(self) -> None:
-        """Gives the adapter back once the engine has let go of every sequence."""
+        """Releases the adapter once the engine has dropped every sequence."""
         if self._lease is not None and not self._open:
             self._lease.release()
             self._lease = None
@@ -224,8 +240,8 @@ class Generator:
     metrics: Metrics
     limits: Limits = field(init=False)
     max_characters: int = field(init=False)  # of a prompt
-    idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine works on nothing
-    num_open: int = 0  # sequences that the engine has not let go of
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
+    num_open: int = 0  # sequences that the engine has not dropped
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
@@ -245,9 +261,9 @@ class Generator:
 
     @asynccontextmanager
     async def open(
-        self, prompts: list[Prompt], parameters: Parameters, id: str | None = None
+        self, prompts: Sequence[Prompt], parameters: Parameters, id: str | None = None
     ) -> AsyncIterator[Generation]:
-        """Checks, tokenizes, gets the adapter and starts; the generation is closed on the way out.
+        """Checks, tokenizes, acquires the adapter and starts. Leaving the block closes the generation.
 
         Raises InvalidRequest, AdapterError and EngineDead.
         """
@@ -257,8 +273,8 @@ class Generator:
             raise invalid(
                 parameters.name("inputs"),
                 f"makes {len(prompts) * parameters.best_of} sequences, "
-                f"at most {self.limits.max_sequences} are allowed",
-                "send several requests",
+                f"the limit is {self.limits.max_sequences} (--max-concurrent-requests)",
+                "split it into several requests",
             )
         tokens = [await self._tokenize(prompt, parameters) for prompt in prompts]
         timings.validated = time.monotonic()
@@ -266,16 +282,23 @@ class Generator:
         if parameters.adapter is not None:
             lease = await self.backend.acquire(parameters.adapter, parameters.api_token)
         self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
-        generation = Generation(id or uuid.uuid4().hex, parameters, tokens, lease, timings, self)
+        generation = Generation(
+            id=id or uuid.uuid4().hex,
+            parameters=parameters,
+            prompts=tokens,
+            lease=lease,
+            timings=timings,
+            owner=self,
+        )
         try:
-            generation.start(self._sequences(generation, lease))
+            generation.start(self._choices(generation, lease))
             yield generation
         finally:
             await generation.close()
 
-    def _sequences(self, generation: Generation, lease: Lease | None) -> list[Sequence]:
+    def _choices(self, generation: Generation, lease: Lease | None) -> list[Choice]:
         parameters = generation.parameters
-        made: list[Sequence] = []
+        made: list[Choice] = []
         for tokens in generation.prompts:
             room = self.limits.max_total_tokens - len(tokens)
             for seed in parameters.seeds():
@@ -290,8 +313,8 @@ class Generator:
                     arrival=generation.timings.received,
                 )
                 made.append(
-                    Sequence(
-                        choice=len(made),
+                    Choice(
+                        index=len(made),
                         request=request,
                         seed=None if parameters.greedy else seed,
                         text=self.text,
@@ -302,18 +325,18 @@ class Generator:
         return made
 
     def _check_length(self, characters: int, parameters: Parameters) -> None:
-        """Raises InvalidRequest for what is too long whatever its tokens are: to find them takes time and memory."""
+        """Raises InvalidRequest for a text that is too long whatever its tokens are; tokenizing it would take long."""
         if characters > self.max_characters:
             raise invalid(
                 parameters.name("inputs"),
-                f"has {characters} characters, more than the {self.limits.max_input_length} tokens that are allowed",
+                f"has {characters} characters, the limit is {self.limits.max_input_length} tokens",
                 "shorten it",
             )
 
     async def _tokenize(self, prompt: Prompt, parameters: Parameters) -> list[int]:
-        """The tokens of one prompt that go in; raises InvalidRequest if they do not fit."""
+        """The tokens of one prompt; raises InvalidRequest if they do not fit."""
         if isinstance(prompt, str):
-            if parameters.truncate:  # what a token at the cut becomes is cut off too
+            if parameters.truncate:  # a token at this cut is cut off again below
                 prompt = prompt[-self.max_characters :]
             self._check_length(len(prompt), parameters)
             tokens = await self.text.encode(prompt, special=parameters.special)
@@ -322,7 +345,7 @@ class Generator:
             tokens = await self.text.encode_chat(prompt)
         else:
             tokens = cast(list[int], prompt)
-        await asyncio.sleep(0)  # between the prompts of one request it is the others' turn
+        await asyncio.sleep(0)  # other requests run between two prompts of this one
         if parameters.truncate:
             tokens = tokens[-parameters.truncate :]
         check_prompt(tokens, parameters, self.limits)

@@ -1,7 +1,7 @@
-"""What a client asked for, whichever route it came by, and every limit on it.
+"""The parameters of a generation, independent of the response format, and their limits.
 
-Routes turn their own names into `Parameters`; `names` turns them back, so that an error
-speaks of what the client wrote.
+Formats map their own field names to `Parameters`. `names` maps them back, so that an error has the name that the client
+used.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from engine.errors import InvalidRequest
 from engine.messages import EngineInfo, SamplingParams
 
 BASE_NAMES = ("base", "__base_model__")  # adapter names that mean: no adapter
-GREEDY_BELOW = 1e-5  # temperatures under it are greedy: dividing by them would overflow
+GREEDY_BELOW = 1e-5  # lower temperatures mean greedy: dividing by them would overflow
 MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this server allows."""
+    """The limits of this server."""
 
     max_input_length: int
     max_total_tokens: int
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """One request's parameters. None: the client did not say."""
+    """One request's parameters. None: not given."""
 
     adapter: AdapterRef | None = None  # None: the base model
     api_token: str | None = None
@@ -64,15 +64,17 @@ class Parameters:
     seed: int | None = None
     max_new_tokens: int | None = None  # None: as many as fit
     stop: Sequence[str] = ()
-    keep_stop: bool = False  # the stop sequence is part of the text
+    keep_stop: bool = False  # the text includes the stop sequence
     ignore_eos: bool = False
-    truncate: int | None = None  # keep so many of the prompt's last tokens
-    best_of: int = 1  # sequences to generate for each prompt
+    truncate: int | None = None  # keep this many of the prompt's last tokens
+    best_of: int = 1  # choices to generate for each prompt
     logprobs: bool = False
     num_alternatives: int | None = None
     prompt_logprobs: bool = False
-    special: bool = True  # a prompt given as text begins with the model's own beginning (BOS)
-    names: Mapping[str, str] = field(default_factory=dict)  # field -> what the client calls it
+    special: bool = True  # add special tokens (BOS) to a prompt that is a text
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # field -> its name in the client's format
 
     def name(self, what: str) -> str:
         return self.names.get(what, what)
@@ -82,7 +84,7 @@ class Parameters:
         return not self.sample or (self.temperature is not None and self.temperature < GREEDY_BELOW)
 
     def sampling(self, seed: int, limits: Limits) -> SamplingParams:
-        """For the engine. `seed` is this sequence's own."""
+        """For the engine, with the `seed` of one choice."""
         off = self.greedy
         return SamplingParams(
             temperature=0.0 if off else _or(self.temperature, 1.0),
@@ -100,7 +102,7 @@ class Parameters:
         )
 
     def seeds(self) -> list[int]:
-        """One for each of `best_of` sequences: the client's own, or a drawn one, and numbers derived from it."""
+        """One for each of `best_of` choices: the client's seed or a random one, then seeds derived from it."""
         first = random.getrandbits(63) if self.seed is None else self.seed & MAX_SEED
         return [first, *(_mix(first, index) for index in range(1, self.best_of))]
 
@@ -120,20 +122,20 @@ def _mix(seed: int, index: int) -> int:
 _Check = tuple[str, Callable[[Any], bool], str, str | None]
 _CHECKS: tuple[_Check, ...] = (
     ("temperature", lambda v: v >= 0, "must be 0 or more", "0 is greedy"),
-    ("top_k", lambda v: v > 0, "must be 1 or more", "leave it out to turn it off"),
-    ("top_p", lambda v: 0 < v <= 1, "must be more than 0 and at most 1", None),
-    ("typical_p", lambda v: 0 < v < 1, "must be between 0 and 1", "leave it out to turn it off"),
-    ("min_p", lambda v: 0 <= v <= 1, "must be between 0 and 1", "0 turns it off"),
-    ("repetition_penalty", lambda v: v > 0, "must be more than 0", "1 is none"),
-    ("frequency_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 is none"),
-    ("presence_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 is none"),
+    ("top_k", lambda v: v > 0, "must be 1 or more", "leave it out to disable it"),
+    ("top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1", None),
+    ("typical_p", lambda v: 0 < v < 1, "must be between 0 and 1", "leave it out to disable it"),
+    ("min_p", lambda v: 0 <= v <= 1, "must be between 0 and 1", "0 disables it"),
+    ("repetition_penalty", lambda v: v > 0, "must be above 0", "1 disables it"),
+    ("frequency_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 disables it"),
+    ("presence_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 disables it"),
     ("max_new_tokens", lambda v: v > 0, "must be 1 or more", "leave it out for as many as fit"),
     ("best_of", lambda v: v > 0, "must be 1 or more", None),
 )
 
 
 def check(parameters: Parameters, limits: Limits) -> None:
-    """Every limit that needs no prompt; raises InvalidRequest that names the parameter and the remedy."""
+    """Checks all limits that do not depend on a prompt; raises InvalidRequest."""
     for what, allowed, rule, hint in _CHECKS:
         value = getattr(parameters, what)
         if value is not None and not allowed(value):
@@ -150,11 +152,11 @@ def check(parameters: Parameters, limits: Limits) -> None:
     if len(parameters.stop) > limits.max_stop_sequences:
         raise invalid(
             parameters.name("stop"),
-            f"has {len(parameters.stop)} sequences, at most {limits.max_stop_sequences} are allowed",
+            f"has {len(parameters.stop)} sequences, the limit is {limits.max_stop_sequences}",
             "send fewer, or start the server with a larger --max-stop-sequences",
         )
     if not all(parameters.stop):
-        raise invalid(parameters.name("stop"), "has an empty sequence", "leave it out")
+        raise invalid(parameters.name("stop"), "has an empty sequence", "remove it")
     if parameters.truncate is not None and not 1 <= parameters.truncate <= limits.max_input_length:
         raise invalid(
             parameters.name("truncate"),
@@ -165,7 +167,7 @@ def check(parameters: Parameters, limits: Limits) -> None:
         raise invalid(
             parameters.name("max_new_tokens"),
             f"must be at most {most}, not {parameters.max_new_tokens}",
-            f"prompt and output together may have {limits.max_total_tokens} tokens",
+            f"prompt and output together can have at most {limits.max_total_tokens} tokens",
         )
 
 
@@ -175,12 +177,12 @@ def _check_most(parameters: Parameters, what: str, most: int, flag: str) -> None
         raise invalid(
             parameters.name(what),
             f"must be at most {most}, not {value}",
-            f"ask for less, or start the server with a larger {flag}",
+            f"send a smaller value, or start the server with a larger {flag}",
         )
 
 
 def check_prompt(tokens: Sequence[int], parameters: Parameters, limits: Limits) -> None:
-    """Raises InvalidRequest if a prompt and what is to follow it do not fit."""
+    """Raises InvalidRequest if a prompt and its output do not fit."""
     name, count = parameters.name("inputs"), len(tokens)
     if not tokens:
         raise invalid(name, "is empty", "send at least one token")
@@ -188,29 +190,31 @@ def check_prompt(tokens: Sequence[int], parameters: Parameters, limits: Limits) 
         remedy = "" if "inputs" in parameters.names else ", or set `truncate` to keep its end"
         raise invalid(
             name,
-            f"has {count} tokens, at most {limits.max_input_length} are allowed",
+            f"has {count} tokens, the limit is {limits.max_input_length}",
             f"shorten it{remedy}",
         )
     if not 0 <= min(tokens) <= max(tokens) < limits.vocab_size:
-        raise invalid(name, f"has a token outside of 0 .. {limits.vocab_size - 1}")
+        raise invalid(name, f"has a token outside of 0 to {limits.vocab_size - 1}")
     room = limits.max_total_tokens - count
     wanted = parameters.max_new_tokens or 1
     if wanted > room:
         raise invalid(
             parameters.name("max_new_tokens"),
-            f"and the prompt's {count} tokens make {count + wanted}, "
-            f"at most {limits.max_total_tokens} are allowed",
-            f"ask for at most {room}, or shorten the prompt" if room > 0 else "shorten the prompt",
+            f"and the prompt's {count} tokens are {count + wanted} together, "
+            f"the limit is {limits.max_total_tokens}",
+            f"set it to at most {room}, or shorten the prompt"
+            if room > 0
+            else "shorten the prompt",
         )
 
 
 def invalid(name: str, problem: str, hint: str | None = None) -> InvalidRequest:
-    """`name` must be ..., for the client."""
+    """An error about the field `name`; `problem` continues a sentence that begins with it."""
     return InvalidRequest(f"`{name}` {problem}", field=name, hint=hint)
 
 
 def refuse(**given: Any) -> None:
-    """Raises InvalidRequest for the first parameter that was given and that this server does not have."""
+    """Raises InvalidRequest for the first of these unsupported parameters that was given."""
     for name, value in given.items():
         if value:
             raise invalid(name, "is not supported by this server", "leave it out")
@@ -222,14 +226,14 @@ def refuse_format(response_format: Mapping[str, Any] | None) -> None:
         raise invalid(
             "response_format",
             f"{response_format.get('type')!r} is not supported by this server",
-            "leave it out, or use type text",
+            "leave it out, or use type `text`",
         )
 
 
 def resolve_adapter(
     name: str | None, source: str | None, base_id: str, config: EngineConfig
 ) -> AdapterRef | None:
-    """The adapter that a request means; None for the base model. No name means the server's --adapter-id, if any."""
+    """The adapter of a request; None for the base model. Without a name it is the server's --adapter-id, if set."""
     if not name:
         default = config.adapters.adapter_id
         return AdapterRef.parse(default) if default else None

@@ -1,8 +1,8 @@
-"""HTTP on one connection: aiohttp's protocol with our deadlines, our errors, and nothing held for those who send late.
+"""HTTP on one connection: aiohttp's protocol with our deadlines, our errors and bounded memory.
 
-A connection waits for headers (`head`) and for a body (`body`), is answered (`answer`), and may be read a little longer
-after an answer that came before the end of its request (`over`): closing at once could lose the answer on its way. What
-is read then is dropped; so is everything after a request that is not valid HTTP.
+A connection waits for headers (`head`), then for a body (`body`), then for its answer (`answer`). If the answer came
+before the end of the request, the connection is read a little longer (`over`), because closing at once could lose the
+answer on its way. Bytes read then are dropped. So are all bytes after a request that is not valid HTTP.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from engine.server.refusals import (
     MAX_HEADERS,
     MAX_LINE,
     VERSIONS,
-    error_response,
-    of_headers,
-    of_parser,
+    headers_error,
+    parser_error,
     path_of,
     refused,
 )
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 75.0  # that a connection may stay open between two requests
-LINGER_S = 5.0  # that a connection is read after an early answer
+IDLE_S = 75.0  # a connection may be idle between two requests
+LINGER_S = 5.0  # a connection is still read after an early answer
 MAX_HEAD = 1 << 16  # bytes of a request line and all headers
-RECEIVED = 1 << 14  # bytes that are read from a socket at one time
-BUFFER = 1 << 14  # bytes of a body that may wait for its reader; twice as many stop reading
+RECEIVED = 1 << 14  # bytes of one read from a socket
+BUFFER = 1 << 14  # unread bytes of a body; at twice as many, reading pauses
 _RECEIVE_SIZE = "max_size"  # asyncio's name for RECEIVED on its transports
-REFUSED = web.RequestKey("refused", LoraxError)  # what is wrong with the headers
-CONTINUES = web.RequestKey("continues", bool)  # the body is sent after `100 Continue` only
+REFUSED = web.RequestKey("refused", LoraxError)  # the error of its headers
+CONTINUES = web.RequestKey("continues", bool)  # the client sends the body after `100 Continue`
 
 State = Literal["head", "body", "answer", "over"]
 HttpRequest = web.BaseRequest
+ErrorResponse = Callable[[str, LoraxError], web.Response]  # of the path and the error
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Deadlines:
 
 
 class Connection(web.RequestHandler):
-    """One client. Private names of aiohttp's class are used where it has no other seam; constraints.txt pins it."""
+    """One client. Uses private names of aiohttp's class where it has no public ones; constraints.txt pins aiohttp."""
 
     __slots__ = (
         "_connections",
@@ -68,6 +68,7 @@ class Connection(web.RequestHandler):
         "_late",
         "_over",
         "_payload",
+        "_respond",
         "_state",
         "_wire",
         "growing",
@@ -87,22 +88,22 @@ class Connection(web.RequestHandler):
             logger=log,
             **options,
         )
-        # While one request is answered, little is read beyond the next one.
+        # While one request is answered, at most the next one is read.
         self._max_msg_queue_size, self._msg_queue_resume_size = 2, 0
         self._connections = server.open_connections
         self._deadlines = server.deadlines
+        self._respond = server.error_response
         self._state: State = "head"
         self._late: asyncio.TimerHandle | None = None  # when headers must be complete
         self._head = b""  # the beginning of incomplete headers
         self._head_bytes = 0
-        self._failed = False  # what came is not HTTP
+        self._failed = False  # the client sent invalid HTTP
         self._payload: StreamReader = EMPTY_PAYLOAD  # of the request in progress
         self._over: asyncio.Future[None] | None = None
-        self._wire: asyncio.WriteTransport | None = (
-            None  # aiohttp forgets its own before all is sent
-        )
+        # aiohttp clears its own reference before all bytes are sent.
+        self._wire: asyncio.WriteTransport | None = None
         self.held = False  # reading waits for `go_on`
-        self.growing: Callable[[], None] | None = None  # called when a body has grown
+        self.growing: Callable[[], None] | None = None  # called when bytes of the body have arrived
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -146,25 +147,29 @@ class Connection(web.RequestHandler):
 
     def _part_of_head(self, data: bytes) -> None:
         if self._state == "head" and self._late is None:
-            self._connections.wait(self)  # anew: it is a new request
+            self._connections.wait(self)  # from now on: it is a new request
             self._arm()
         self._head += data[: MAX_LINE + 2 - len(self._head)]
         self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD:
             self._refuse(
-                refused(431, f"the headers are larger than {MAX_HEAD} bytes", "send fewer")
+                refused(
+                    431,
+                    f"the headers are larger than {MAX_HEAD} bytes, which is the limit",
+                    "send fewer headers",
+                )
             )
 
     def _fail(self, data: bytes) -> None:
-        """Nothing more can be read: a body in progress fails, else the error is answered in its turn."""
+        """Stops reading. A body in progress fails; otherwise the error is answered after earlier requests."""
         self._failed = True
         self._head += data[: MAX_LINE + 2]
         if self._state == "body":
             self._messages.pop()
-            self._payload.set_exception(web.RequestPayloadError("it is not valid HTTP"))
+            self._payload.set_exception(web.RequestPayloadError("the chunks are not valid HTTP"))
 
     def _refuse(self, error: LoraxError) -> None:
-        """Answers headers that never become complete."""
+        """Answers headers that are too large or too late with `error`."""
         self._disarm()
         self._failed = True
         self._messages.append((_ErrInfo(error.status, error, ""), EMPTY_PAYLOAD))
@@ -187,18 +192,20 @@ class Connection(web.RequestHandler):
             self.force_close()
             return
         seconds = f"{self._deadlines.header_s:g} s"
-        self._refuse(refused(408, f"the headers were not complete after {seconds}", "send again"))
+        self._refuse(
+            refused(408, f"the headers were not complete after {seconds}", "send them faster")
+        )
 
     def _process_keepalive(self) -> None:
         if self._late is None:
             super()._process_keepalive()
-        else:  # a request has begun; the deadline of its headers counts
+        else:  # the next request has begun: only the deadline of its headers counts
             self._keepalive_handle = None
 
     # -- flow
 
     def hold(self) -> None:
-        """Reads nothing more until `go_on`."""
+        """Pauses reading until `go_on`."""
         self.held = True
         self._pause_transport_reading()
 
@@ -208,7 +215,7 @@ class Connection(web.RequestHandler):
             self.resume_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        if not self.held:  # else what has arrived is not unpacked either
+        if not self.held:  # else aiohttp would decompress what has arrived
             super().resume_reading(resume_parser)
 
     def _resume_transport_reading(self) -> None:
@@ -218,14 +225,14 @@ class Connection(web.RequestHandler):
     # -- one request
 
     def begin(self, payload: StreamReader) -> None:
-        """A request has its headers; `payload` is its body."""
+        """The headers of a request are complete; `payload` is its body."""
         self._payload = payload
         self._state = "body"
         if payload.is_eof():
             self.complete()
 
     def complete(self) -> None:
-        """A request has its body, too."""
+        """The body is complete, too."""
         self._state = "answer"
         self._connections.answer(self)
 
@@ -245,7 +252,7 @@ class Connection(web.RequestHandler):
         return answer, reset
 
     async def _linger(self) -> None:
-        """Reads and drops what the client still sends, for a while; then closes."""
+        """Reads and drops the rest of the request for at most `linger_s`, then closes."""
         self._state, self._parser = "over", None
         self._connections.wait(self)
         transport = self.transport
@@ -271,31 +278,32 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what is not HTTP, and to what failed outside of all routes."""
+        """The answer to invalid HTTP, and to errors outside of routes."""
         if request.writer.output_size > 0:
-            raise ConnectionError("an answer has begun")
+            raise ConnectionError("the answer was already started")
         path = request.path
         if isinstance(exc, LoraxError):
             path, error = path_of(self._head), exc
         elif isinstance(exc, http_exceptions.HttpProcessingError):
-            path, error = path_of(self._head), of_parser(exc, self._head)
+            path, error = path_of(self._head), parser_error(exc, self._head)
         else:
             error = LoraxError("internal error", hint="see the server's log")
-            log.error("a request failed", exc_info=exc)
-        response = error_response(path, error)
+            log.error("a request failed outside of its route", exc_info=exc)
+        response = self._respond(path, error)
         response.force_close()
         log.debug("%s: %d %s", request.remote, error.status, error)
         return response
 
 
 class Server(web.Server):
-    """Makes a `Connection` for each client, and requests whose header Expect is ours to answer."""
+    """Makes a `Connection` for each client, and answers the header Expect itself."""
 
     def __init__(
         self,
         made: web.Server,
         connections: Connections,
         deadlines: Deadlines,
+        error_response: ErrorResponse,
         options: dict[str, Any],
     ) -> None:
         super().__init__(
@@ -308,6 +316,7 @@ class Server(web.Server):
         self._make = made.request_factory
         self.open_connections = connections
         self.deadlines = deadlines
+        self.error_response = error_response
 
     def __call__(self) -> Connection:
         return Connection(self, self._loop, **self._options)
@@ -320,15 +329,15 @@ class Server(web.Server):
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> HttpRequest:
-        assert isinstance(protocol, Connection), "made by this server"
+        assert isinstance(protocol, Connection), "this server made it"
         protocol.begin(payload)
-        if message.method == "UNKNOWN":  # aiohttp's stand-in for what was no request
+        if message.method == "UNKNOWN":  # aiohttp's stand-in for an invalid request
             return self._make(
                 message._replace(version=HttpVersion11), payload, protocol, writer, task
             )
-        error = of_headers(message)
+        error = headers_error(message)
         expected = message.headers.get(hdrs.EXPECT)
-        if expected is not None:  # aiohttp answers it before our errors have a shape
+        if expected is not None:  # aiohttp would answer it, not in our format
             headers = CIMultiDict(message.headers)
             headers.popall(hdrs.EXPECT)
             message = message._replace(headers=CIMultiDictProxy(headers))
@@ -345,29 +354,35 @@ class Runner(web.AppRunner):
     """Runs an application on a `Server`."""
 
     def __init__(
-        self, app: web.Application, connections: Connections, deadlines: Deadlines, **options: Any
+        self,
+        app: web.Application,
+        connections: Connections,
+        deadlines: Deadlines,
+        error_response: ErrorResponse,
+        **options: Any,
     ) -> None:
         super().__init__(app, access_log=None, **options)
         self.connections = connections
         self._deadlines = deadlines
+        self._error_response = error_response
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         options: dict[str, Any] = {"access_log": None}
-        return Server(made, self.connections, self._deadlines, options)
+        return Server(made, self.connections, self._deadlines, self._error_response, options)
 
     async def drain(self, timeout: float) -> bool:
-        """Stops listening, closes what has no complete request, and waits for the answers; False if some are open."""
+        """Stops listening, closes connections without a complete request, waits for the rest; False after `timeout`."""
         for site in self.sites:
             await site.stop()
-        await asyncio.sleep(0)  # what has arrived completely is begun
+        await asyncio.sleep(0)  # requests that have arrived completely start
         if self.server is not None:
             self.server.pre_shutdown()
         self.connections.close_waiting()
         return await self.connections.gone(timeout)
 
     async def cleanup(self) -> None:
-        """Ends what is open, at once."""
+        """Closes all connections at once."""
         for site in self.sites:
             await site.stop()
         self.connections.abort()

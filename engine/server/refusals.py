@@ -1,28 +1,25 @@
-"""Errors as answers: the shape of each family of routes, and what is wrong with requests that are not valid HTTP.
+"""Errors of HTTP itself: invalid requests, and those that no route takes.
 
-Names and values of headers, paths of unread requests and bodies never go into a message: messages are logged.
+Messages are logged, so they never contain names or values of headers, paths of invalid requests, or bodies.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from typing import cast
 
-import msgspec
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, http_exceptions, web
 from aiohttp.http import RawRequestMessage
 
-import engine
-from engine.errors import AdapterError, AdapterNotFound, LoraxError, MalformedRequest
+from engine.errors import LoraxError, MalformedRequest
+from engine.logs import printable
 
-SERVER = f"lorax/{engine.__version__}"
-RETRY_AFTER_S = 1
 MAX_LINE = 8190  # bytes of a request line, and of one header
 MAX_HEADERS = 128
 VERSIONS = (HttpVersion10, HttpVersion11)
 ENCODINGS = ("gzip", "deflate", "identity", "")
 
-# Refused before any route is asked: status -> our type of error.
+# Status -> type of the errors that come before any route.
 HTTP_ERRORS = {
     404: "not_found",
     405: "method_not_allowed",
@@ -35,11 +32,10 @@ HTTP_ERRORS = {
     501: "unknown_method",
     505: "unsupported_version",
 }
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 REQUEST_LINE = re.compile(rb"([!-~]+) ([!-\xff]+)(?: HTTP/(\d+)\.\d+)?\r?\n?")
 TLS_HELLO = b"\x16\x03"
-# What the parser says of a request begins with its own words; what it quotes follows a colon and a line's end.
+# The parser's messages begin with its own words; quoted bytes follow a colon and a line break.
 OWN_WORDS = re.compile(r"[A-Za-z0-9 .,`'_-]{1,100}")
 
 
@@ -52,90 +48,42 @@ _KINDS = {status: _kind(status, error_type) for status, error_type in HTTP_ERROR
 
 
 def refused(status: int, message: str, hint: str | None = None) -> LoraxError:
-    """An error of HTTP itself, which the tree of `engine.errors` does not have."""
+    """An error of HTTP itself; `engine.errors` has no classes for these."""
     return (_KINDS.get(status) or _kind(status, "http"))(message, hint=hint)
-
-
-# -- answers
-
-
-def json_response(
-    body: Any, status: int = 200, headers: dict[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(body),
-        status=status,
-        headers=headers,
-        content_type="application/json",
-    )
-
-
-def printable(text: str) -> str:
-    """`text` without what UTF-8 cannot carry."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def native_body(error: LoraxError) -> dict[str, Any]:
-    """LoRAX's shape of an error, and the field if there is one."""
-    body: dict[str, Any] = {"error": printable(str(error)), "error_type": error.error_type}
-    return body | ({"field": error.field} if error.field else {})
-
-
-def openai_body(error: LoraxError) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
-    status = error.status
-    adapter = isinstance(error, AdapterError) or error.field == "adapter_id"
-    return {
-        "error": {
-            "message": printable(str(error)),
-            "type": OPENAI_TYPES.get(
-                status, "invalid_request_error" if status < 500 else "server_error"
-            ),
-            "param": "model" if adapter else error.field,
-            "code": "model_not_found" if isinstance(error, AdapterNotFound) else error.error_type,
-        }
-    }
-
-
-def error_response(path: str, error: LoraxError) -> web.Response:
-    """The answer to a request of `path`."""
-    headers = {"Server": SERVER}
-    if error.status == 429:
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    body = openai_body(error) if path.startswith("/v1/") else native_body(error)
-    return json_response(body, error.status, headers)
 
 
 # -- requests that are not valid HTTP
 
 
 def path_of(head: bytes) -> str:
-    """The path of a request whose first bytes are `head`; / if there is none."""
+    """The path of a request whose first bytes are `head`; / if it has none."""
     line = REQUEST_LINE.match(head)
     target = line[2] if line else b"/"
     return target.partition(b"?")[0].decode("ascii", "backslashreplace")
 
 
-def of_parser(problem: BaseException | None, head: bytes) -> LoraxError:
-    """What to answer to a request that the parser refused; `head` is its beginning."""
+def parser_error(problem: BaseException | None, head: bytes) -> LoraxError:
+    """The error of a request that the parser refused; `head` is its beginning."""
     first, newline, _ = head.partition(b"\n")
     line = REQUEST_LINE.fullmatch(first.rstrip(b"\r"))
     if isinstance(problem, http_exceptions.LineTooLong):
         if len(first) > MAX_LINE or not newline:
-            return refused(414, f"the URL is longer than {MAX_LINE} bytes", "shorten it")
-        return refused(431, f"a header is longer than {MAX_LINE} bytes", "shorten it")
+            return refused(
+                414, f"the URL is longer than {MAX_LINE} bytes, which is the limit", "shorten it"
+            )
+        return refused(
+            431, f"a header is longer than {MAX_LINE} bytes, which is the limit", "shorten it"
+        )
     if isinstance(problem, http_exceptions.ContentEncodingError):
         return unsupported_encoding()
     if head.startswith(TLS_HELLO):
-        return MalformedRequest(
-            "this port speaks HTTP, not HTTPS", hint="use http:// in the address"
-        )
+        return MalformedRequest("this port takes HTTP, not HTTPS", hint="use http:// in the URL")
     if line and line[3] and int(line[3]) > 1:
-        return refused(505, "this HTTP version is not supported", "use HTTP/1.1")
+        return refused(505, "this version of HTTP is not supported", "use HTTP/1.1")
     if isinstance(problem, http_exceptions.BadHttpMethod) and line and line[3]:
         if line[1].decode() in hdrs.METH_ALL:
-            return MalformedRequest("what follows the request is not HTTP")
-        return refused(501, "this HTTP method is not known", "use GET or POST")
+            return MalformedRequest("the bytes after the request are not HTTP")
+        return refused(501, "this HTTP method is unknown", "use GET or POST")
     if isinstance(problem, http_exceptions.BadHttpMethod | http_exceptions.BadStatusLine):
         return MalformedRequest("the first line is not an HTTP request line")
     if isinstance(problem, http_exceptions.InvalidURLError):
@@ -144,22 +92,30 @@ def of_parser(problem: BaseException | None, head: bytes) -> LoraxError:
         return MalformedRequest("a header is not valid")
     said = str(getattr(problem, "message", "")).partition(":\n")[0]
     if said == "Too many headers received":
-        return refused(431, f"the request has more than {MAX_HEADERS} headers", "send fewer")
+        return refused(
+            431,
+            f"the request has more than {MAX_HEADERS} headers, which is the limit",
+            "send fewer",
+        )
     if not OWN_WORDS.fullmatch(said):
-        said = "cannot be parsed"
+        said = "it cannot be parsed"
     return MalformedRequest(f"the request is not valid HTTP: {said}")
 
 
-def of_headers(message: RawRequestMessage) -> LoraxError | None:
-    """What is wrong with the headers of a request that was parsed."""
+def headers_error(message: RawRequestMessage) -> LoraxError | None:
+    """The error of a valid request whose headers ask for what is not supported."""
     if message.version not in VERSIONS:
-        return refused(505, "this HTTP version is not supported", "use HTTP/1.1")
+        return refused(505, "this version of HTTP is not supported", "use HTTP/1.1")
     if message.method == hdrs.METH_CONNECT:
-        return refused(501, "this server is no proxy: it does not take CONNECT", "use GET or POST")
+        return refused(
+            501, "CONNECT is not supported: this server is not a proxy", "use GET or POST"
+        )
     headers = message.headers
     expected = headers.get(hdrs.EXPECT, "")
     if expected and message.version == HttpVersion11 and expected.lower() != "100-continue":
-        return refused(417, "Expect has an unknown value", "use 100-continue, or leave it out")
+        return refused(
+            417, "the value of Expect is not supported", "use 100-continue, or leave it out"
+        )
     if headers.get(hdrs.CONTENT_ENCODING, "").lower() not in ENCODINGS:
         return unsupported_encoding()
     return None
@@ -171,8 +127,8 @@ def unsupported_encoding() -> LoraxError:
     )
 
 
-def of_http(request: web.Request, error: web.HTTPException) -> LoraxError:
-    """What aiohttp refuses by itself, in our words."""
+def routing_error(request: web.Request, error: web.HTTPException) -> LoraxError:
+    """An error of aiohttp's router, in our words."""
     path = printable(request.rel_url.raw_path)
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))

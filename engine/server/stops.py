@@ -1,7 +1,7 @@
-"""Stop sequences, matched on text as it arrives, wherever tokens begin and end.
+"""Stop sequences, matched on text as it arrives, independent of token boundaries.
 
-The match is the one that ends first (of several, the longest), so it does not depend on how the text was cut into
-pieces: what was streamed is what would have been found in the whole.
+The match is the stop sequence that ends first; of several, the longest. So the result does not depend on how the text
+was cut into pieces: a stream stops where the whole text would.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 class StopMatcher:
     """Passes text through up to a stop sequence.
 
-    With `keep` the stop sequence is the end of the text (LoRAX), else it is removed (OpenAI), and text that may be the
-    beginning of one is held back until the next piece decides.
+    With `keep` the text ends with the stop sequence (LoRAX). Otherwise the stop sequence is removed (OpenAI), and text
+    that may begin one is held back until the next piece decides.
     """
 
     __slots__ = ("_buffer", "_keep", "_num_out", "matched", "stops")
@@ -21,12 +21,12 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
         self.stops = tuple(stops)
         self._keep = keep
-        self._buffer = ""  # the longest end of the text so far that begins a stop sequence
-        self._num_out = 0  # characters of the buffer that were given out
+        self._buffer = ""  # the longest suffix of the text so far that begins a stop sequence
+        self._num_out = 0  # characters of the buffer that were passed through
         self.matched: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that is certain after `piece`; sets `matched` when it ends there."""
+        """The text that is certain after `piece`; sets `matched` if a stop sequence ends it."""
         if not self.stops:
             return piece
         text = self._buffer + piece
@@ -44,13 +44,13 @@ class StopMatcher:
         return out
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """The text that was held back, at the end of the text."""
         out = self._buffer[self._num_out :]
         self._buffer, self._num_out = "", 0
         return out
 
     def _overlap(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop sequence."""
+        """Length of the longest suffix of `text` that begins a stop sequence."""
         longest = 0
         for stop in self.stops:
             at = text.find(stop[0], max(0, len(text) - len(stop) + 1))

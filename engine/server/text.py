@@ -1,7 +1,7 @@
-"""Text to tokens and back: the tokenizer, the chat template, and text that arrives token by token.
+"""Text to tokens and back: the tokenizer, the chat template, and detokenizing token by token.
 
-The only module that imports transformers. Encoding and decoding go straight to the Rust tokenizer; transformers finds
-and converts it, and renders chat templates. Special tokens are never part of the text of an answer.
+The only module that imports transformers, which finds and converts the tokenizer and renders chat templates. Encoding
+and decoding call the Rust tokenizer directly. The text of an answer never contains special tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tokenizers.decoders import DecodeStream
 
 from engine.errors import ConfigError, InvalidRequest, ModelError
 
-LONG_TEXT = 4096  # characters from which encoding leaves the event loop: about 1 ms of work
-TURN_TEXT = 16  # characters that a message of a conversation counts beside its own: of its role and of the template
+LONG_TEXT = 4096  # longer texts are encoded in a thread: this many characters take about 1 ms
+TURN_TEXT = 16  # characters that the role and the template add to a message, for LONG_TEXT
 NUM_THREADS = 2
-NUM_CONTEXT = 6  # tokens of the prompt that decide how the answer begins (a leading space or none)
-MAX_PENDING = 8  # tokens without a whole character, after which the bytes are taken as invalid
-MAX_STRADDLING = 64  # tokens after which even a split character is given up
+NUM_CONTEXT = 6  # last tokens of the prompt, which decide whether the answer begins with a space
+MAX_PENDING = 8  # tokens without a whole character; after more, the bytes are treated as invalid
+MAX_STRADDLING = 64  # tokens after which a split character is given up, too
 REPLACEMENT = "\ufffd"
 
 T = TypeVar("T")
 
 
 class Span(Struct, frozen=True):
-    """A token and the characters `start .. stop` of the text that it came from; empty for added tokens."""
+    """A token and its characters `start` to `stop` (exclusive) of the text; none for added tokens."""
 
     id: int
     text: str
@@ -52,10 +52,10 @@ _BYTES = _byte_alphabet()
 
 
 class TextStream:
-    """The text of tokens as they arrive. The pieces and `flush()`, joined, are the text; no piece splits a character.
+    """The text of tokens as they arrive. All pieces and `flush()` joined are the text; no piece splits a character.
 
-    `DecodeStream` waits until the bytes make characters; what it cannot read (invalid UTF-8, which a model may well
-    produce) is given out here with replacement characters, so that nothing waits for ever and nothing raises.
+    `DecodeStream` waits until bytes make whole characters. Models also produce invalid UTF-8, for which it would wait
+    for ever or raise; here it becomes replacement characters.
     """
 
     __slots__ = ("_pending", "_stream", "_tokenizer")
@@ -66,13 +66,11 @@ class TextStream:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; often its own, sometimes none."""
+        """The text that `token` completes; may be empty."""
         self._pending.append(token)
         try:
             piece = self._stream.step(self._tokenizer, token)
-        except (
-            Exception
-        ):  # tokenizers raises nothing narrower; the text so far turned out to be invalid
+        except Exception:  # tokenizers raises no narrower class when the text proves invalid
             return self._restart(len(self._pending), [token])
         if piece is not None:
             self._pending.clear()
@@ -82,7 +80,7 @@ class TextStream:
         return ""
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character becomes a replacement character."""
+        """The rest, at the end. An incomplete character becomes a replacement character."""
         text = self._decode(self._pending)
         self._pending.clear()
         return text
@@ -91,7 +89,7 @@ class TextStream:
         return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
 
     def _settle(self) -> str:
-        """Gives out pending tokens that no later token can change: all but the last few, split between characters."""
+        """The text of pending tokens that later tokens cannot change: all but a few, split between characters."""
         whole = self._decode(self._pending)
         for keep in range(4, MAX_PENDING):
             head, tail = self._pending[:-keep], self._pending[-keep:]
@@ -102,7 +100,7 @@ class TextStream:
         return ""
 
     def _restart(self, num_out: int, context: list[int]) -> str:
-        """Gives out the first `num_out` pending tokens and reads on from the others with a new stream."""
+        """The text of the first `num_out` pending tokens; the others go to a new stream."""
         text = self._decode(self._pending[:num_out])
         rest = self._pending[num_out:]
         self._stream = DecodeStream(context, True) if context else DecodeStream(None, True)
@@ -113,8 +111,8 @@ class TextStream:
 class Text:
     """One tokenizer with its chat template.
 
-    `source` is a folder or a hub id; `chat_template` a tokenizer_config.json or a Jinja file whose template replaces
-    the model's own. Raises ModelError or ConfigError.
+    `source` is a folder or a hub id. `chat_template` is a tokenizer_config.json or a Jinja file whose template replaces
+    the model's. Raises ModelError or ConfigError.
     """
 
     def __init__(
@@ -136,7 +134,7 @@ class Text:
         if not getattr(loaded, "is_fast", False):
             raise ModelError(
                 f"the tokenizer of {source} has no fast version",
-                hint="convert it and save it as tokenizer.json",
+                hint="convert it to a fast tokenizer and save it as tokenizer.json",
             )
         self._loaded = loaded
         self._tokenizer: Tokenizer = loaded.backend_tokenizer
@@ -156,32 +154,32 @@ class Text:
     # -- to tokens
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of `text`, with the model's own beginning (BOS) if `special`."""
+        """The tokens of `text`, with the special tokens that the tokenizer adds (BOS) if `special`."""
         if len(text) < LONG_TEXT:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         return await self._in_thread(lambda: self._encode_batch(text, special))
 
     def _encode_batch(self, text: str, special: bool) -> list[int]:
-        # encode_batch releases the interpreter while it works, encode does not: measured 50 ms against 2 s
+        # encode_batch releases the GIL, encode does not: measured 50 ms against 2 s
         (found,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
         return list(found.ids)
 
     async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation that the model is to answer; raises InvalidRequest if it cannot be rendered."""
+        """The tokens of a conversation; raises InvalidRequest if the chat template refuses it."""
         if characters(messages) + TURN_TEXT * len(messages) < LONG_TEXT:
             return await self.encode(self.render_chat(messages), special=False)
         prompt = await self._in_thread(lambda: self.render_chat(messages))
         return await self.encode(prompt, special=False)
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The conversation as the chat template writes it, up to where the answer begins."""
+        """The conversation as the chat template writes it, up to the beginning of the answer."""
         import jinja2
 
         if not self._loaded.chat_template:
             raise InvalidRequest(
                 "the model has no chat template",
                 field="messages",
-                hint="use /v1/completions or /generate, or start with --tokenizer-config-path",
+                hint="use /v1/completions or /generate, or start the server with --tokenizer-config-path",
             )
         try:
             return str(
@@ -193,18 +191,18 @@ class Text:
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}",
                 field="messages",
-                hint="check the roles, their order, and that every message has text content",
+                hint="check the roles and their order, and that every message has text",
             ) from None
 
     async def tokenize(self, text: str, *, special: bool = True) -> list[Span]:
-        """Every token with its place in `text`, counted in characters."""
+        """Every token with its range of characters in `text`."""
 
         def spans() -> list[Span]:
             (found,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
-            places = zip(found.ids, found.tokens, found.offsets, strict=True)
+            entries = zip(found.ids, found.tokens, found.offsets, strict=True)
             return [
                 Span(id, text[start:stop] if stop > start else token, start, stop)
-                for id, token, (start, stop) in places
+                for id, token, (start, stop) in entries
             ]
 
         return spans() if len(text) < LONG_TEXT else await self._in_thread(spans)
@@ -230,14 +228,14 @@ class Text:
         if context and self._tokenizer.decode(context, skip_special_tokens=True).endswith(
             REPLACEMENT
         ):
-            return []  # the prompt ends inside a character: there is no clean place to go on from
+            return []  # the prompt ends inside a character
         return context
 
     def token_text(self, token: int) -> str:
-        """One token on its own, special ones by name. Parts of characters are replacement characters."""
+        """The text of one token; of a special token, its name. Parts of characters become replacement characters."""
         text = self._token_texts.get(token)
         if text is None:
-            # Some decoders drop the space of a first word, so the token is read as the second of two.
+            # Some decoders drop the space of a first word, so the token is decoded as the second of two.
             text = str(self._tokenizer.decode([token, token], skip_special_tokens=False))
             alone = str(self._tokenizer.decode([token], skip_special_tokens=False))
             text = text[len(alone) :] if text.startswith(alone) else alone
@@ -245,7 +243,7 @@ class Text:
         return text
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, also where they are only a part of a character."""
+        """The bytes of one token, even if they are only a part of a character."""
         text = self.token_text(token)
         if REPLACEMENT not in text:
             return text.encode()
@@ -256,7 +254,7 @@ class Text:
             return bytes(_BYTES[char] for char in piece)
         return text.encode()
 
-    # -- what the model's files say
+    # -- facts from the model's files
 
     @property
     def longest_token(self) -> int:
@@ -269,7 +267,7 @@ class Text:
 
     @property
     def first_token(self) -> int:
-        """A token that may stand at the beginning of any prompt."""
+        """A token that any prompt may begin with."""
         bos = self._loaded.bos_token_id
         return int(bos) if bos is not None else (self.eos_token_ids or [0])[0]
 
@@ -278,7 +276,7 @@ class Text:
         return bool(self._loaded.chat_template)
 
     def _find_eos(self, source: str, where: dict[str, Any]) -> list[int]:
-        """Every token that ends a sequence: the generation config's, else the config's, and the tokenizer's."""
+        """Every token that ends a sequence: those of the generation config, else of the config, and the tokenizer's."""
         from transformers.utils import cached_file
 
         def ids_in(name: str) -> list[int]:
@@ -302,12 +300,12 @@ class Text:
 
 
 def characters(messages: list[dict[str, Any]]) -> int:
-    """Of what a conversation says, without what the template adds."""
+    """Characters of a conversation, without those that the template adds."""
     return sum(len(str(message.get("content") or "")) for message in messages)
 
 
 def read_chat_template(path: Path) -> str:
-    """The template in a tokenizer_config.json, or a Jinja file; raises ConfigError."""
+    """The chat template in a tokenizer_config.json or a Jinja file; raises ConfigError."""
     try:
         text = path.read_text()
         if path.suffix != ".json":
@@ -317,7 +315,7 @@ def read_chat_template(path: Path) -> str:
         raise ConfigError(
             f"cannot read the chat template in {path}: {error}", field="tokenizer_config_path"
         ) from None
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several templates with names
         named = {entry.get("name"): entry.get("template") for entry in found}
         found = named.get("default")
     if not isinstance(found, str):

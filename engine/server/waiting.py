@@ -1,4 +1,4 @@
-"""Waiting for news, or for silence."""
+"""Waiting for an event, with a cheap timeout."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import asyncio
 class Waiter:
     """The waits of one reader, one at a time.
 
-    One timer serves all of them: tokens come every few milliseconds, and a timer for each would be a quarter of what a
-    streamed token costs.
+    All waits share one timer. Tokens come every few milliseconds, and a timer for each would be a quarter of the cost
+    of a streamed token.
     """
 
     def __init__(self) -> None:
-        self._news: asyncio.Future[bool] | None = None  # False: nothing came
-        self._timer: asyncio.TimerHandle | None = None  # when to look for silence
+        self._news: asyncio.Future[bool] | None = None  # False: the timeout
+        self._timer: asyncio.TimerHandle | None = None  # calls `_look`
         self._silent_at = 0.0
 
     async def wait(self, timeout: float | None) -> bool:
-        """Until the next `wake`: True; False after `timeout` seconds without one."""
+        """Waits for the next `wake`; False if none comes within `timeout` seconds."""
         loop = asyncio.get_running_loop()
         self._news = loop.create_future()
         if timeout is None:
@@ -38,13 +38,13 @@ class Waiter:
             self._news.set_result(True)
 
     def close(self) -> None:
-        """No timer is left behind. Idempotent."""
+        """Cancels the timer. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _look(self) -> None:
-        """Silence, or else a later look."""
+        """Ends the wait if its timeout has passed, else looks again later."""
         self._timer = None
         if self._news is None or self._news.done():
             return

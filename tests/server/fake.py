@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from engine.adapters.ref import AdapterRef
+from engine.backend import Reader
 from engine.errors import AdapterNotFound, EngineDead, LoraxError
 from engine.messages import (
     AdapterImageRef,
@@ -27,7 +28,6 @@ from engine.messages import (
     Update,
     Usage,
 )
-from engine.server.backend import Reader
 from engine.server.text import Text
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -275,7 +275,14 @@ class FakeBackend:
             raise self.adapter_errors[ref.id]
         if ref.id == "missing":
             raise AdapterNotFound(f"no adapter {ref.id!r}", field="adapter_id")
-        image = AdapterImageRef(ref.id.encode(), 0, 64, 8, ref.name, ref.source or self.found_in)
+        image = AdapterImageRef(
+            digest=ref.id.encode(),
+            offset=0,
+            data_bytes=64,
+            max_rank=8,
+            name=ref.name,
+            source=ref.source or self.found_in,
+        )
         lease = FakeLease(image, self, b"salt")
         self.leases.append(lease)
         return lease
@@ -284,7 +291,16 @@ class FakeBackend:
         names = dict.fromkeys(lease.image.name for lease in self.leases)
         return [
             AdapterStatus(
-                name, "hub", b"d", "ready", 64, 8, ["q_proj"], None, 0, {"fetch": 0.5, "parse": 0.1}
+                name=name,
+                source="hub",
+                digest=b"d",
+                state="ready",
+                data_bytes=64,
+                max_rank=8,
+                targets=["q_proj"],
+                base_model=None,
+                leases=0,
+                seconds={"fetch": 0.5, "parse": 0.1},
             )
             for name in names
         ]

@@ -10,21 +10,23 @@ import pytest
 
 from engine.errors import ConfigError, ModelError, error_classes
 from engine.metrics import Metrics
-from engine.server import native, openai, schemas
 from engine.server.app import HTTP_ERRORS
+from engine.server.native import schemas as native
+from engine.server.openai import schemas as openai
+from engine.server.routes import routes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 UNNAMED = {"apply_chat_template", "user"}  # accepted and ignored
 
 STRUCTS = [
-    schemas.GenerateParameters,
-    schemas.GenerateBody,
-    schemas.TokenizeBody,
-    schemas.ChatBody,
-    schemas.CompletionBody,
-    schemas.Details,
-    schemas.OutputToken,
-    schemas.StreamAnswer,
+    native.GenerateParameters,
+    native.GenerateBody,
+    native.TokenizeBody,
+    openai.ChatBody,
+    openai.CompletionBody,
+    native.Details,
+    native.OutputToken,
+    native.StreamAnswer,
 ]
 
 
@@ -44,7 +46,7 @@ def test_errors(cls: type) -> None:
 
 
 def test_routes() -> None:
-    for route in [*native.routes(), *openai.routes()]:
+    for route in routes():
         path = route.path.replace(":.+", "")
         assert f"`{route.method} {path}`" in PAGE
 

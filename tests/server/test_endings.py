@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.adapters.ref import AdapterRef
+from engine.backend import Reader
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import EngineDead, GenerationError, LoraxError
 from engine.messages import EngineInfo, Request, TokenOutput, Update, Usage
 from engine.metrics import Metrics
-from engine.server.backend import Reader
+from engine.server.events import Finish, Token
 from engine.server.generation import Generation, Generator
 from engine.server.parameters import Parameters
-from engine.server.sequence import Finish, Token
 from engine.server.text import Text
 from tests.server.fake import INFO, FakeBackend, FakeLease
 

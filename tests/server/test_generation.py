@@ -11,9 +11,9 @@ from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import AdapterNotFound, EngineDead, GenerationError, InvalidRequest
 from engine.metrics import Metrics
+from engine.server.events import Event, Finish, PromptLogprobs, Token
 from engine.server.generation import Generator
 from engine.server.parameters import Parameters
-from engine.server.sequence import Event, Finish, PromptLogprobs, Token
 from engine.server.text import Text
 from tests.server.fake import EOS, FakeBackend
 

@@ -215,7 +215,7 @@ async def test_logs(capsys: pytest.CaptureFixture[str], start: Start) -> None:
         assert found["process"] == f"front[{os.getpid()}]"
         body = {"inputs": "x", "wrong": 1, "parameters": {"temprature": 1, "top_k": 3}}
         await client.post("/generate", json=body)
-        assert "not known: wrong, temprature" in capsys.readouterr().err
+        assert "ignored unknown fields: wrong, temprature" in capsys.readouterr().err
         configure_logging(ServerConfig(log_level="info"))
         await client.get("/health")
         loggers[0].info("hello")

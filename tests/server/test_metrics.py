@@ -123,7 +123,18 @@ def test_adapter_labels_are_bounded() -> None:
 def test_a_second_load_counts_again() -> None:
     metrics = Metrics()
     for seconds in (0.5, 0.5, 0.7):
-        status = AdapterStatus("a", "hub", None, "ready", 1, 8, [], None, 0, {"fetch": seconds})
+        status = AdapterStatus(
+            name="a",
+            source="hub",
+            digest=None,
+            state="ready",
+            data_bytes=1,
+            max_rank=8,
+            targets=[],
+            base_model=None,
+            leases=0,
+            seconds={"fetch": seconds},
+        )
         text = metrics.render(EngineStats(), [status], 16).decode()
     assert 'lorax_adapter_load_seconds_count{stage="fetch"} 2.0' in text
 

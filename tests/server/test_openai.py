@@ -12,7 +12,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 from openai import AsyncOpenAI
 
-from engine.server.logprobs import prompt_offsets
+from engine.server.openai.logprobs import prompt_offsets
 from engine.server.text import Text
 from tests.server.fake import FakeBackend, Json, events_of
 

@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import ServerConfig
 from engine.logs import LIBRARIES, configure_logging
-from engine.server.refusals import SERVER
+from engine.server.responses import SERVER
 from engine.server.text import Text
 from tests.server.fake import FakeBackend
 from tests.server.wire import HEAD, HELLO, Served, announce, get, post, served

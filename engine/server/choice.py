@@ -1,62 +1,21 @@
-"""One sequence of a generation: what the engine says of it becomes events, token by token."""
+"""One choice of a generation: turns the engine's updates into events, token by token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from msgspec import Struct
 
 from engine.errors import GenerationError, from_wire
 from engine.messages import Request, TokenOutput, Update, Usage
+from engine.server.events import Event, Finish, FinishedBy, PromptLogprobs, Token
 from engine.server.stops import StopMatcher
 from engine.server.text import Text, TextStream
 
-FinishedBy = Literal["length", "eos_token", "stop_sequence"]
-
-
-class Token(Struct):
-    """One generated token. `text` is its own, a special token's name included.
-
-    `delta` is what the answer grows by: none for special tokens, and none while a stop sequence may be beginning.
-    """
-
-    choice: int
-    id: int
-    text: str
-    delta: str
-    logprob: float | None
-    alternatives: list[tuple[int, float]] | None
-    special: bool
-
-
-class PromptLogprobs(Struct):
-    """The log-probabilities of every prompt token but the first; comes before a choice's first token."""
-
-    choice: int
-    logprobs: list[float]
-
-
-class Finish(Struct):
-    """The end of one choice. `delta` is text that no token brought; `text` the whole answer."""
-
-    choice: int
-    reason: FinishedBy
-    delta: str
-    text: str
-    usage: Usage
-    mean_logprob: float
-    seed: int | None  # None: greedy
-
-
-Event = Token | PromptLogprobs | Finish
-
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """The answer of one choice as it grows."""
+class Choice:
+    """One continuation of one prompt, while it grows."""
 
-    choice: int
+    index: int  # in its generation
     request: Request
     seed: int | None  # None: greedy
     text: Text
@@ -68,15 +27,15 @@ class Sequence:
     logprobs: float = 0.0
 
     def read(self, update: Update, events: list[Event]) -> Finish | None:
-        """Appends what `update` brought; the end, if that was the last or a stop sequence was found.
+        """Appends the events of `update`; returns the end if this was the last update or completed a stop sequence.
 
-        Raises the error that ended the sequence.
+        Raises the error with which the engine ended the choice.
         """
         if update.error is not None:
             raise from_wire(update.error)
         self.cached_tokens += update.cached_tokens
         if update.prompt_logprobs is not None:
-            events.append(PromptLogprobs(self.choice, update.prompt_logprobs))
+            events.append(PromptLogprobs(self.index, update.prompt_logprobs))
         ends = update.finish == "eos"
         token: Token | None = None
         for index, output in enumerate(update.tokens, 1):
@@ -109,10 +68,18 @@ class Sequence:
         if special and own in self.stops.stops:  # a stop sequence may name a special token
             delta = self._end()
             self.stops.matched = own
-        return Token(self.choice, id, own, delta, output.logprob, output.alternatives, special)
+        return Token(
+            choice=self.index,
+            id=id,
+            text=own,
+            delta=delta,
+            logprob=output.logprob,
+            alternatives=output.alternatives,
+            special=special,
+        )
 
     def _end(self) -> str:
-        """The text that was held back, now that no more tokens come."""
+        """The text that was held back, once no more tokens come."""
         tail = self.stops.push(self.stream.flush())
         if self.stops.matched is None:
             tail += self.stops.flush()
@@ -122,7 +89,7 @@ class Sequence:
     def _finish(self, reason: FinishedBy, usage: Usage | None, delta: str = "") -> Finish:
         num_tokens = self.num_tokens
         return Finish(
-            choice=self.choice,
+            choice=self.index,
             reason=reason,
             delta=delta,
             text="".join(self.parts),

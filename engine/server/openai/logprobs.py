@@ -1,32 +1,37 @@
-"""Log-probabilities in OpenAI's two shapes, for exactly the tokens whose text was given out."""
+"""Log-probabilities in the shapes of both OpenAI formats, for exactly the tokens whose text was sent."""
 
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 
-from engine.server.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from engine.server.sequence import Finish, Token
+from engine.server.events import Finish, Token
+from engine.server.openai.schemas import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 from engine.server.text import Text
 
 LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
 
-Placed = tuple[int, Token]  # where in the answer its text begins, and the token
+LoggedToken = tuple[int, Token]  # offset in the answer where its text begins, and the token
 
 
 class TokenLog:
-    """The tokens of one answer, in step with its text.
+    """The tokens of one choice, given out together with their text.
 
-    Text that may begin a stop sequence is held back, and so are its tokens; those of the stop sequence itself, and the
-    token that ended the sequence, are never given out.
+    Text that may begin a stop sequence is held back, and its tokens with it. The tokens of the stop sequence and the
+    end-of-sequence token are never given out.
     """
 
     __slots__ = ("_length", "_num_out", "_waiting")
 
     def __init__(self) -> None:
-        self._waiting: list[Placed] = []
+        self._waiting: list[LoggedToken] = []
         self._length = 0  # characters of all tokens
-        self._num_out = 0  # characters of the answer so far
+        self._num_out = 0  # characters of the text that was sent
 
     def push(self, token: Token) -> None:
         self._waiting.append((self._length, token))
@@ -40,16 +45,16 @@ class TokenLog:
             self._waiting = [entry for entry in self._waiting if entry[0] < self._num_out]
         elif finish.reason == "eos_token" and self._waiting and self._waiting[-1][1].special:
             self._waiting.pop()
-        self._num_out = self._length + 1  # whatever is left belongs to the answer
+        self._num_out = self._length + 1  # all that is left is part of the answer
 
-    def take(self) -> list[Placed]:
-        """The tokens whose text began to come out since the last call."""
+    def take(self) -> list[LoggedToken]:
+        """The tokens whose text began to be sent since the last call."""
         ready = [entry for entry in self._waiting if entry[0] < self._num_out]
         self._waiting = self._waiting[len(ready) :]
         return ready
 
 
-def chat(text: Text, tokens: Sequence[Placed]) -> ChatLogprobs:
+def chat(text: Text, tokens: Sequence[LoggedToken]) -> ChatLogprobs:
     """For /v1/chat/completions."""
     return ChatLogprobs(
         [
@@ -69,11 +74,11 @@ def chat(text: Text, tokens: Sequence[Placed]) -> ChatLogprobs:
 
 def completion(
     text: Text,
-    tokens: Sequence[Placed],
+    tokens: Sequence[LoggedToken],
     echoed: str,
     prompt: Sequence[tuple[int, float | None]] = (),
 ) -> CompletionLogprobs:
-    """For /v1/completions; the answer begins behind `echoed`, the text of an echoed `prompt`."""
+    """For /v1/completions. The answer follows `echoed`, the text of an echoed `prompt`."""
     made = CompletionLogprobs([], [], [], prompt_offsets(text, [id for id, _ in prompt], echoed))
     for id, logprob in prompt:
         name = text.token_text(id)
@@ -91,10 +96,10 @@ def completion(
 
 
 def prompt_offsets(text: Text, ids: Sequence[int], shown: str) -> list[int]:
-    """Where in the prompt's text, as it is shown, each of its tokens begins.
+    """The offset in the prompt's text `shown` at which each of its tokens begins.
 
-    A character of several tokens is behind all of them but the first. Tokens that are not shown take no room: special
-    ones that the tokenizer adds, or a first word's space.
+    Where several tokens make one character, all but the first begin after it. Tokens that are not shown have length 0:
+    special tokens that the tokenizer adds, or the space of a first word.
     """
     found, at = [], 0
     decoder = getincrementaldecoder("utf-8")("replace")

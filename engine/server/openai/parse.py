@@ -1,29 +1,59 @@
-"""What OpenAI's routes accept, as `Parameters` and prompts; refuses by name what this server does not do."""
+"""OpenAI's bodies, parsed; refuses by name what this server does not support."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from engine.server.front import Front
+from engine.server.decoding import decode
+from engine.server.formats import Context, GenerationRequest
 from engine.server.generation import Prompt
+from engine.server.openai.format import ChatFormatter, CompletionFormatter
+from engine.server.openai.schemas import ChatBody, CompletionBody, Message, OpenAIBody
 from engine.server.parameters import Parameters, invalid, refuse, refuse_format
-from engine.server.schemas import ChatBody, CompletionBody, Message, OpenAIBody
+
+
+def parse_chat(raw: bytes | bytearray, context: Context, /) -> GenerationRequest:
+    """Of /v1/chat/completions. See `Parser`."""
+    body = decode(raw, ChatBody)
+    return GenerationRequest(
+        parameters=_chat_parameters(body, context),
+        prompts=[_conversation(body.messages)],
+        formatter=partial(ChatFormatter, body, body.model or context.model_id),
+        stream=bool(body.stream),
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+    )
+
+
+def parse_completion(raw: bytes | bytearray, context: Context, /) -> GenerationRequest:
+    """Of /v1/completions. See `Parser`."""
+    body = decode(raw, CompletionBody)
+    parameters, prompts = _completion_parameters(body, context), _prompts(body.prompt)
+    model = body.model or context.model_id
+    return GenerationRequest(
+        parameters=parameters,
+        prompts=prompts,
+        formatter=partial(CompletionFormatter, body, model, prompts),
+        stream=bool(body.stream),
+        id=f"cmpl-{uuid.uuid4().hex}",
+    )
 
 
 def _parameters(
-    body: OpenAIBody, front: Front, api_token: str | None, names: dict[str, str], **own: Any
+    body: OpenAIBody, context: Context, api_token: str | None, names: dict[str, str], **own: Any
 ) -> Parameters:
-    """What both routes share; `own` is the route's. Without a temperature OpenAI samples at 1."""
+    """The parameters of both formats, and `own` of one. Without a temperature OpenAI samples at 1."""
     refuse(logit_bias=body.logit_bias)
     refuse_format(body.response_format)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "needs `stream`", "leave it out, or set `stream`")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     shared: dict[str, Any] = {
-        "adapter": front.adapter(body.model, body.adapter_source),
+        "adapter": context.adapter(body.model, body.adapter_source),
         "api_token": api_token,
         "sample": True,
         "temperature": body.temperature,
@@ -43,8 +73,8 @@ def _parameters(
     return Parameters(**shared | own)
 
 
-def chat_parameters(body: ChatBody, front: Front, api_token: str | None) -> Parameters:
-    """Of /v1/chat/completions; raises InvalidRequest."""
+def _chat_parameters(body: ChatBody, context: Context) -> Parameters:
+    api_token = context.token(body.api_token)
     refuse(tools=body.tools, functions=body.functions)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "needs `logprobs`", "set `logprobs` to true")
@@ -53,21 +83,21 @@ def chat_parameters(body: ChatBody, front: Front, api_token: str | None) -> Para
     names["max_new_tokens"] = "max_completion_tokens" if newer else "max_tokens"
     return _parameters(
         body,
-        front,
+        context,
         api_token,
         names,
-        max_new_tokens=first(body.max_completion_tokens, body.max_tokens),
-        best_of=first(body.n, 1),
+        max_new_tokens=_first(body.max_completion_tokens, body.max_tokens),
+        best_of=_first(body.n, 1),
         logprobs=bool(body.logprobs),
         num_alternatives=body.top_logprobs,
     )
 
 
-def completion_parameters(body: CompletionBody, front: Front, api_token: str | None) -> Parameters:
-    """Of /v1/completions; raises InvalidRequest."""
+def _completion_parameters(body: CompletionBody, context: Context) -> Parameters:
+    api_token = context.token(body.api_token)
     refuse(suffix=body.suffix)
-    n = first(body.n, 1)
-    best_of = first(body.best_of, n)
+    n = _first(body.n, 1)
+    best_of = _first(body.best_of, n)
     if best_of < n:
         raise invalid("best_of", f"must be at least `n`, which is {n}, not {best_of}")
     if best_of > n and body.stream:
@@ -76,7 +106,7 @@ def completion_parameters(body: CompletionBody, front: Front, api_token: str | N
     names["best_of"] = "n" if body.best_of is None else "best_of"
     return _parameters(
         body,
-        front,
+        context,
         api_token,
         names,
         best_of=best_of,
@@ -86,12 +116,12 @@ def completion_parameters(body: CompletionBody, front: Front, api_token: str | N
     )
 
 
-def first(value: int | None, default: Any) -> Any:
+def _first(value: int | None, default: Any) -> Any:
     return default if value is None else value
 
 
-def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """For the chat template: parts of type text are joined, what is not given is left out."""
+def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages for the chat template, with parts of type text joined and without fields that were not given."""
     if not messages:
         raise invalid("messages", "is empty", "send at least one message")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -116,8 +146,8 @@ def _message(message: Message, where: str) -> dict[str, Any]:
     return made if content is None else made | {"content": content}
 
 
-def prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
-    """One prompt or several, each text or tokens."""
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+    """One prompt or several; each is a text or a list of tokens."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -126,4 +156,4 @@ def prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
         return [[item for item in prompt if isinstance(item, int)]]
     if all(isinstance(item, str) for item in prompt) or all(isinstance(i, list) for i in prompt):
         return [item for item in prompt if not isinstance(item, int)]
-    raise invalid("prompt", "mixes texts and tokens", "send texts only, or lists of tokens only")
+    raise invalid("prompt", "mixes texts and tokens", "send only texts, or only lists of tokens")

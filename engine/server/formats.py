@@ -1,0 +1,103 @@
+"""The seam of a response format: how a body becomes a generation, and how that becomes an answer.
+
+A *parser* turns the bytes of a body into a `GenerationRequest`: prompts, parameters, adapter. A *formatter* turns
+events into the bytes of a stream, or the finished choices into one answer. Neither knows HTTP.
+`engine.server.inference` does the rest for every format: it reads, admits, generates, writes and counts. The table in
+`engine.server.routes` says at which paths a format is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engine.adapters.ref import AdapterRef
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest, LoraxError
+from engine.server.events import Event, FinishedChoice
+from engine.server.generation import Generation, Prompt
+from engine.server.parameters import Parameters, resolve_adapter
+from engine.server.text import Text
+
+NO_TOKENS = ("", "EMPTY", "NONE")  # OpenAI clients send these where they need a key and have none
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a parser may use besides the body."""
+
+    authorization: str  # the header; empty if there is none
+    model_id: str  # the base model
+    config: EngineConfig
+
+    def adapter(self, name: str | None, source: str | None) -> AdapterRef | None:
+        """The adapter of that name; None for the base model. Raises InvalidRequest."""
+        return resolve_adapter(name, source, self.model_id, self.config)
+
+    def token(self, in_body: str | None) -> str | None:
+        """The client's API token: from the body, else from the header. Raises InvalidRequest for other characters
+        than printable ASCII."""
+        scheme, _, token = self.authorization.partition(" ")
+        given = in_body or (token.strip() if scheme.lower() == "bearer" else "")
+        if not (given.isascii() and given.isprintable()):
+            raise InvalidRequest(
+                "the API token has characters other than printable ASCII",
+                field="api_token" if in_body else "Authorization",
+                hint="send the token exactly as you received it, or leave it out",
+            )
+        return None if given.upper() in NO_TOKENS else given
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer that is not streamed."""
+
+    body: Any  # encoded as JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Formatter(Protocol):
+    """Formats the answer to one request: either a stream (`events`, then `end` or `failure`) or one `answer`."""
+
+    def events(self, events: list[Event]) -> bytes:
+        """The bytes that `events` add to the stream. May be empty."""
+        ...
+
+    def end(self) -> bytes:
+        """The last bytes of a stream, once the generation has finished."""
+        ...
+
+    def failure(self, error: LoraxError) -> bytes:
+        """The last bytes of a stream whose generation failed after its first bytes were sent."""
+        ...
+
+    def answer(self, choices: Sequence[FinishedChoice]) -> Answer:
+        """The answer, with all choices in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What a client asked for, parsed. The generation checks prompts and parameters against the server's limits."""
+
+    prompts: Sequence[Prompt]
+    parameters: Parameters  # the adapter included
+    formatter: Callable[[Generation, Text], Formatter]  # called when the generation has started
+    stream: bool
+    id: str | None = None  # of the generation; drawn if None
+    headers: Mapping[str, str] = field(default_factory=dict)  # added to the answer's
+
+
+class Parser(Protocol):
+    def __call__(self, body: bytes | bytearray, context: Context, /) -> GenerationRequest:
+        """Parses a whole body, without waiting. Raises MalformedRequest and InvalidRequest."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One response format."""
+
+    parse: Parser
+    error_body: Callable[[LoraxError], Any]  # of an error without a stream; encoded as JSON

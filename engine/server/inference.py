@@ -1,0 +1,173 @@
+"""Serves any response format: reads the body, admits, parses, generates, streams or answers at once, and counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from engine.errors import LoraxError, Overloaded
+from engine.server.formats import Context, Format, Formatter, GenerationRequest
+from engine.server.front import FRONT, Front
+from engine.server.generation import Generation
+from engine.server.responses import json_response
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+KEEP_ALIVE = b": keep-alive\n\n"
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+def handler_of(format: Format) -> Handler:
+    """The route of a format. A request is admitted or refused once its body has arrived; it is counted and timed."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        front = request.app[FRONT]
+        admission = _Admission(front)
+        front.metrics.request()
+        try:
+            asked = await _parse(request, format, admission)
+            response, error = await _respond(request, asked)
+            admission.failed = None if error is None else error.error_type
+            return response
+        except LoraxError as error:
+            admission.failed = error.error_type
+            raise
+        except web.HTTPException as error:
+            admission.failed = "bad_request" if error.status < 500 else "internal"
+            raise
+        except ConnectionResetError:
+            raise
+        except Exception:
+            admission.failed = "internal"
+            raise
+        finally:
+            admission.end()
+
+    return handle
+
+
+@dataclass(slots=True)
+class _Admission:
+    """One of max_concurrent_requests, from the end of the body to the end of the answer."""
+
+    front: Front
+    failed: str | None = "dropped"  # type of the error; None: answered in full
+    admitted: bool = False
+    start: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """Raises Overloaded."""
+        most = self.front.config.server.max_concurrent_requests
+        if self.front.num_open >= most:
+            raise Overloaded(
+                f"{most} requests are open, which is the limit",
+                hint="try again, or start the server with a larger --max-concurrent-requests",
+            )
+        self.front.num_open += 1
+        self.admitted = True
+        self.start = time.monotonic()
+
+    def end(self) -> None:
+        self.front.num_open -= self.admitted
+        if self.failed is None:
+            self.front.metrics.success(time.monotonic() - self.start)
+        else:
+            self.front.metrics.failure(self.failed)
+
+
+async def _parse(request: web.Request, format: Format, admission: _Admission) -> GenerationRequest:
+    """Reads the body. It is freed on return, before the generation."""
+    front = request.app[FRONT]
+    context = Context(
+        authorization=request.headers.get("Authorization", ""),
+        model_id=front.backend.info.model_id,
+        config=front.config,
+    )
+    async with front.bodies.read(request) as body:
+        admission.begin()
+        return format.parse(body, context)
+
+
+async def _respond(
+    request: web.Request, asked: GenerationRequest
+) -> tuple[web.StreamResponse, LoraxError | None]:
+    """Generates and answers. The error is of a stream that failed after its status was sent."""
+    front = request.app[FRONT]
+    async with front.generator.open(asked.prompts, asked.parameters, asked.id) as generation:
+        formatter = asked.formatter(generation, front.text)
+        headers = {**_headers(front, generation), **asked.headers}
+        if asked.stream:
+            return await _stream(request, generation, formatter, headers)
+        answer = formatter.answer(await generation.collect())
+        _observe(front, generation)
+    return json_response(answer.body, headers={**headers, **answer.headers}), None
+
+
+async def _stream(
+    request: web.Request, generation: Generation, formatter: Formatter, headers: dict[str, str]
+) -> tuple[web.StreamResponse, LoraxError | None]:
+    """Server-sent events: one write for all that has arrived, and a comment after a silence.
+
+    The status is sent with the first events or the first comment. An error before that is raised and has a status of
+    its own; an error after it becomes the formatter's last bytes.
+    """
+    front, failed = request.app[FRONT], None
+    events = await generation.next(front.keep_alive_s)
+    response = web.StreamResponse(headers=STREAM_HEADERS | headers)
+    await response.prepare(request)
+    try:
+        while events is not None:
+            if data := formatter.events(events) if events else KEEP_ALIVE:
+                await response.write(data)
+            events = await generation.next(front.keep_alive_s)
+        last = formatter.end()
+        _observe(front, generation)
+    except LoraxError as error:
+        failed, last = error, formatter.failure(error)
+    if last:
+        await response.write(last)
+    await response.write_eof()
+    return response, failed
+
+
+def _headers(front: Front, generation: Generation) -> dict[str, str]:
+    """The machine, the model and the adapter that answer."""
+    info = front.backend.info
+    headers = {
+        "x-compute-type": "cpu" if info.device == "cpu" else "gpu+optimized",
+        "x-model-id": _ascii(info.model_id),
+        "x-request-id": generation.id,
+    }
+    adapter = generation.parameters.adapter
+    if adapter is not None:
+        headers["x-adapter-id"] = _ascii(adapter.name)
+        headers["x-adapter-source"] = generation.adapter_source
+    return headers
+
+
+def _ascii(value: str) -> str:
+    """`value` with escapes for characters that a header cannot have."""
+    return value.encode("ascii", "backslashreplace").decode()
+
+
+def _observe(front: Front, generation: Generation) -> None:
+    """Records an answered generation: times of its phases, and lengths."""
+    timings, metrics = generation.timings, front.metrics
+    admitted = timings.admitted or timings.validated
+    finished = timings.finished or time.monotonic()
+    metrics.phase("validation", timings.validated - timings.received)
+    metrics.phase("queue", admitted - timings.validated)
+    metrics.phase("inference", finished - admitted)
+    count = generation.generated_tokens
+    metrics.phase("mean_time_per_token", (finished - admitted) / max(1, count))
+    metrics.length("input_length", generation.prompt_tokens)
+    metrics.length("generated_tokens", count)
+    if generation.parameters.max_new_tokens is not None:
+        metrics.length("max_new_tokens", generation.parameters.max_new_tokens)

@@ -1,0 +1,92 @@
+"""LoRAX's generation bodies, parsed; refuses by name what this server does not support."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from engine.server.decoding import decode
+from engine.server.formats import Context, GenerationRequest
+from engine.server.native.format import NativeFormatter
+from engine.server.native.schemas import GenerateBody, GenerateParameters
+from engine.server.parameters import Parameters, invalid, refuse, refuse_format
+
+NAMES = {"num_alternatives": "return_k_alternatives"}
+
+
+def parse(raw: bytes | bytearray, context: Context, /, *, stream: bool | None) -> GenerationRequest:
+    """See `Parser`. With `stream` None the body says whether to stream, and an answer is a list of one."""
+    body = decode(raw, GenerateBody, {"parameters": GenerateParameters})
+    given = body.parameters or GenerateParameters()
+    streamed = bool(body.stream) if stream is None else stream
+    return GenerationRequest(
+        prompts=[body.inputs],
+        parameters=_parameters(body, given, context, stream=streamed),
+        formatter=partial(
+            NativeFormatter,
+            given,
+            before=body.inputs if given.return_full_text else "",
+            in_list=stream is None,
+        ),
+        stream=streamed,
+        headers={"x-compute-characters": str(len(body.inputs))},
+    )
+
+
+def _parameters(
+    body: GenerateBody, given: GenerateParameters, context: Context, *, stream: bool
+) -> Parameters:
+    api_token = context.token(given.api_token)
+    if not body.inputs:
+        raise invalid("inputs", "is empty", "send some text")
+    refuse(watermark=given.watermark, merged_adapters=given.merged_adapters)
+    refuse_format(given.response_format)
+    filters = (given.top_k, given.top_p, given.typical_p, given.min_p)
+    sample = (
+        bool(given.do_sample)
+        or given.temperature not in (None, 0, 1)
+        or any(value is not None for value in filters)
+    )
+    best_of = 1 if given.best_of is None else given.best_of
+    _check(given, best_of, sample=sample, stream=stream)
+    details = bool(given.details or given.decoder_input_details)
+    return Parameters(
+        adapter=context.adapter(given.adapter_id, given.adapter_source),
+        api_token=api_token,
+        sample=sample,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        typical_p=given.typical_p,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
+        frequency_penalty=given.frequency_penalty,
+        presence_penalty=given.presence_penalty,
+        seed=given.seed,
+        max_new_tokens=given.max_new_tokens,
+        stop=given.stop or (),
+        keep_stop=True,
+        ignore_eos=bool(given.ignore_eos_token),
+        truncate=given.truncate,
+        best_of=best_of,
+        logprobs=stream or details or best_of > 1,
+        num_alternatives=given.return_k_alternatives,
+        prompt_logprobs=bool(given.decoder_input_details),
+        names=NAMES,
+    )
+
+
+def _check(given: GenerateParameters, best_of: int, *, sample: bool, stream: bool) -> None:
+    """Limits of LoRAX's own; raises InvalidRequest."""
+    if given.return_k_alternatives is not None and given.return_k_alternatives < 1:
+        raise invalid("return_k_alternatives", "must be 1 or more", "leave it out for none")
+    if given.seed is not None and given.seed < 0:
+        raise invalid("seed", "must be 0 or more")
+    if best_of > 1:
+        if not sample:
+            raise invalid("best_of", "above 1 needs sampling", "set `do_sample`")
+        if given.seed is not None:
+            raise invalid("best_of", "above 1 cannot be combined with `seed`", "leave one out")
+        if stream:
+            raise invalid("best_of", "above 1 cannot be streamed", "leave it out, or do not stream")
+    if given.decoder_input_details and stream:
+        raise invalid("decoder_input_details", "cannot be streamed", "leave it out")

@@ -1,0 +1,106 @@
+"""The JSON of LoRAX's own routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class GenerateParameters(Struct, frozen=True):
+    adapter_id: str | None = None
+    adapter_source: str | None = None
+    merged_adapters: dict[str, Any] | None = None
+    api_token: str | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    do_sample: bool | None = None
+    max_new_tokens: int | None = None
+    ignore_eos_token: bool | None = None
+    return_full_text: bool | None = None
+    stop: list[str] | None = None
+    truncate: int | None = None
+    watermark: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    return_k_alternatives: int | None = None
+    apply_chat_template: bool | None = None  # ignored, as by LoRAX
+    seed: int | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class GenerateBody(Struct, frozen=True):
+    inputs: str
+    parameters: GenerateParameters | None = None
+    stream: bool | None = None
+
+
+class TokenizeBody(Struct, frozen=True):
+    inputs: str
+    add_special_tokens: bool | None = None
+
+
+class AlternativeToken(Struct):
+    id: int
+    text: str
+    logprob: float | None
+
+
+class OutputToken(Struct):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+    skipped: bool = False
+    alternative_tokens: list[AlternativeToken] | UnsetType = UNSET
+
+
+class PrefillToken(Struct):
+    id: int
+    text: str
+    logprob: float | None
+
+
+class BestOfSequence(Struct):
+    generated_text: str
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[OutputToken]
+
+
+class Details(Struct):
+    finish_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    skipped_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[OutputToken]
+    best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
+
+
+class GenerateAnswer(Struct):
+    generated_text: str
+    details: Details | UnsetType = UNSET
+
+
+class StreamDetails(Struct):
+    finish_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    seed: int | None
+
+
+class StreamAnswer(Struct):
+    token: OutputToken
+    generated_text: str | None = None
+    details: StreamDetails | None = None

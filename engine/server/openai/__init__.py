@@ -1,0 +1,15 @@
+"""OpenAI's API: the response formats of chat completions and completions; the list of models in `routes`.
+
+`model` names the base model or an adapter.
+"""
+
+from __future__ import annotations
+
+from engine.server.formats import Format
+from engine.server.openai.format import error_body
+from engine.server.openai.parse import parse_chat, parse_completion
+
+__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "error_body"]
+
+CHAT_COMPLETIONS = Format(parse_chat, error_body)
+COMPLETIONS = Format(parse_completion, error_body)

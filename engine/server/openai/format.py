@@ -1,0 +1,281 @@
+"""Answers, streams and errors in OpenAI's formats."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+import engine
+from engine.errors import AdapterError, AdapterNotFound, LoraxError
+from engine.logs import printable
+from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
+from engine.server.formats import Answer
+from engine.server.generation import Generation, Prompt
+from engine.server.openai import logprobs
+from engine.server.openai.schemas import (
+    AnswerMessage,
+    CachedTokens,
+    ChatBody,
+    ChatChoice,
+    ChatChunkChoice,
+    CompletionBody,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    OpenAIAnswer,
+    OpenAIBody,
+    OpenAIUsage,
+)
+from engine.server.text import Text
+
+FINGERPRINT = f"lorax-{engine.__version__}"
+REASONS = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+B = TypeVar("B", bound=OpenAIBody)
+
+
+def error_body(error: LoraxError) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`."""
+    status = error.status
+    adapter = isinstance(error, AdapterError) or error.field == "adapter_id"
+    return {
+        "error": {
+            "message": printable(str(error)),
+            "type": ERROR_TYPES.get(
+                status, "invalid_request_error" if status < 500 else "server_error"
+            ),
+            "param": "model" if adapter else error.field,
+            "code": "model_not_found" if isinstance(error, AdapterNotFound) else error.error_type,
+        }
+    }
+
+
+@dataclass(slots=True)
+class GrowingChoice:
+    """One choice as its events arrive."""
+
+    index: int
+    log: logprobs.TokenLog | None  # None: the client wants no log-probabilities
+    prompt_logprobs: Sequence[float] = ()
+    finish: Finish | None = None
+    begun: bool = False  # a chunk was sent
+
+    def add(self, event: Event) -> str:
+        """The text that `event` brought."""
+        if isinstance(event, Token):
+            if self.log is not None:
+                self.log.push(event)
+            return event.delta
+        if isinstance(event, PromptLogprobs):
+            self.prompt_logprobs = event.logprobs
+            return ""
+        self.finish = event
+        if self.log is not None:
+            self.log.end(event)
+        return event.delta
+
+    def ready(self) -> list[logprobs.LoggedToken]:
+        """Tokens whose text has come out since the last call."""
+        return self.log.take() if self.log is not None else []
+
+
+class OpenAIFormatter(ABC, Generic[B]):
+    """See `Formatter`. What chat completions and completions have in common."""
+
+    object: str  # of a whole answer
+    chunk_object: str  # of a chunk of a stream
+
+    def __init__(self, body: B, model: str, generation: Generation, text: Text) -> None:
+        self._body = body
+        self._model = model
+        self._generation = generation
+        self._text = text
+        self._created = int(time.time())
+        options = body.stream_options
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._encode = msgspec.json.Encoder().encode
+        self._choices = [self._begin(index) for index in range(generation.num_choices)]
+
+    @property
+    @abstractmethod
+    def _with_logprobs(self) -> bool: ...
+
+    @abstractmethod
+    def _chunks(self, choice: GrowingChoice, delta: str) -> list[Any]:
+        """The chunks that an event of `choice` makes; it brought `delta`."""
+
+    @abstractmethod
+    def _whole(self, choices: Sequence[FinishedChoice]) -> list[Any]:
+        """The choices of an answer."""
+
+    # -- a stream
+
+    def events(self, events: list[Event]) -> bytes:
+        usage = None if self._include_usage else msgspec.UNSET
+        lines: list[bytes] = []
+        for event in events:
+            choice = self._choices[event.choice]
+            for chunk in self._chunks(choice, choice.add(event)):
+                answer = self._answer(self.chunk_object, [chunk], usage)
+                lines += b"data: ", self._encode(answer), b"\n\n"
+        return b"".join(lines)
+
+    def end(self) -> bytes:
+        last = b""
+        if self._include_usage:
+            answer = self._answer(self.chunk_object, [], self._usage())
+            last = b"data: " + self._encode(answer) + b"\n\n"
+        return last + b"data: [DONE]\n\n"
+
+    def failure(self, error: LoraxError) -> bytes:
+        return b"data: " + self._encode(error_body(error)) + b"\n\n"
+
+    # -- one answer
+
+    def answer(self, choices: Sequence[FinishedChoice]) -> Answer:
+        return Answer(self._answer(self.object, self._whole(choices), self._usage()))
+
+    # -- parts
+
+    def _begin(self, index: int) -> GrowingChoice:
+        return GrowingChoice(index, logprobs.TokenLog() if self._with_logprobs else None)
+
+    def _grown(self, finished: FinishedChoice) -> GrowingChoice:
+        """The choice with all its events."""
+        choice = self._begin(finished.finish.choice)
+        if choice.log is not None:
+            for token in finished.tokens:
+                choice.log.push(token)
+            choice.log.end(finished.finish)
+        choice.prompt_logprobs = finished.prompt_logprobs or ()
+        return choice
+
+    def _answer(self, object: str, choices: list[Any], usage: Any) -> OpenAIAnswer:
+        return OpenAIAnswer(
+            id=self._generation.id,
+            object=object,
+            created=self._created,
+            model=self._model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _usage(self) -> OpenAIUsage:
+        prompt, answer = self._generation.prompt_tokens, self._generation.generated_tokens
+        cached = CachedTokens(self._generation.cached_tokens)
+        return OpenAIUsage(prompt, answer, prompt + answer, cached)
+
+
+class ChatFormatter(OpenAIFormatter[ChatBody]):
+    """Of /v1/chat/completions."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    @property
+    def _with_logprobs(self) -> bool:
+        return bool(self._body.logprobs)
+
+    def _chunks(self, choice: GrowingChoice, delta: str) -> list[Any]:
+        made: list[Any] = []
+        if not choice.begun:
+            choice.begun = True
+            made.append(ChatChunkChoice(choice.index, Delta("assistant", "")))
+        ready = choice.ready()
+        if delta or ready:
+            found = logprobs.chat(self._text, ready) if choice.log is not None else None
+            made.append(ChatChunkChoice(choice.index, Delta(content=delta), found))
+        if choice.finish is not None:
+            reason = REASONS[choice.finish.reason]
+            made.append(ChatChunkChoice(choice.index, Delta(), None, reason))
+        return made
+
+    def _whole(self, choices: Sequence[FinishedChoice]) -> list[Any]:
+        made: list[ChatChoice] = []
+        for index, finished in enumerate(choices):
+            choice, finish = self._grown(finished), finished.finish
+            found = logprobs.chat(self._text, choice.ready()) if choice.log is not None else None
+            message = AnswerMessage("assistant", finish.text)
+            made.append(ChatChoice(index, message, found, REASONS[finish.reason]))
+        return made
+
+
+class CompletionFormatter(OpenAIFormatter[CompletionBody]):
+    """Of /v1/completions. `n` choices of each prompt are answered with."""
+
+    object = chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        body: CompletionBody,
+        model: str,
+        prompts: Sequence[Prompt],
+        generation: Generation,
+        text: Text,
+    ) -> None:
+        super().__init__(body, model, generation, text)
+        self._prompts = prompts
+        self._n = 1 if body.n is None else body.n
+
+    @property
+    def _with_logprobs(self) -> bool:
+        return self._body.logprobs is not None
+
+    def _chunks(self, choice: GrowingChoice, delta: str) -> list[Any]:
+        finish = choice.finish
+        if not choice.begun and self._body.echo and (delta or finish):
+            delta = self._echo(choice.index) + delta
+        if not delta and finish is None:
+            return []
+        begins, choice.begun = not choice.begun, True
+        reason = REASONS[finish.reason] if finish else None
+        found = self._logprobs(choice, begins=begins)
+        return [CompletionChoice(choice.index, delta, found, reason)]
+
+    def _whole(self, choices: Sequence[FinishedChoice]) -> list[Any]:
+        made: list[CompletionChoice] = []
+        for finished in _best(choices, self._generation.parameters.best_of, self._n):
+            choice, finish = self._grown(finished), finished.finish
+            found = self._logprobs(choice, begins=True)
+            text = self._echo(choice.index) + finish.text
+            made.append(CompletionChoice(len(made), text, found, REASONS[finish.reason]))
+        return made
+
+    def _echo(self, index: int) -> str:
+        """The text of the choice's prompt, with `echo`."""
+        if not self._body.echo:
+            return ""
+        prompt = self._prompts[index // self._generation.parameters.best_of]
+        if isinstance(prompt, str):
+            return prompt
+        return self._text.decode(self._generation.prompt_of(index))
+
+    def _logprobs(self, choice: GrowingChoice, *, begins: bool) -> CompletionLogprobs | None:
+        """Of the tokens that are ready, and of an echoed prompt if the choice's text `begins` here."""
+        if choice.log is None:
+            return None
+        prompt = self._generation.prompt_of(choice.index) if begins and self._body.echo else []
+        return logprobs.completion(
+            self._text,
+            choice.ready(),
+            self._echo(choice.index),
+            list(zip(prompt, [None, *choice.prompt_logprobs], strict=False)),
+        )
+
+
+def _best(choices: Sequence[FinishedChoice], best_of: int, n: int) -> list[FinishedChoice]:
+    """For each prompt, the `n` of its `best_of` choices with the highest mean log-probability."""
+    kept: list[FinishedChoice] = []
+    for start in range(0, len(choices), best_of):
+        group = choices[start : start + best_of]
+        if best_of > n:
+            group = sorted(group, key=lambda one: one.finish.mean_logprob, reverse=True)[:n]
+        kept += group
+    return kept

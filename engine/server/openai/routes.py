@@ -1,0 +1,47 @@
+"""OpenAI's routes that do not generate: the list of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from engine.errors import AdapterNotFound
+from engine.server.front import FRONT, Front
+from engine.server.parameters import BASE_NAMES
+from engine.server.responses import json_response
+
+
+async def _models(front: Front) -> list[dict[str, Any]]:
+    base = front.backend.info.model_id
+    adapters = await front.backend.adapters()
+    names = dict.fromkeys(status.name for status in adapters if status.state != "failed")
+    shared = {"object": "model", "created": int(front.started), "owned_by": "lorax", "root": base}
+    listed = [{"id": base, **shared, "parent": None}]
+    return listed + [{"id": name, **shared, "parent": base} for name in names]
+
+
+async def list_models(request: web.Request) -> web.StreamResponse:
+    """GET /v1/models: the base model, then every adapter that the exchange lists."""
+    return json_response({"object": "list", "data": await _models(request.app[FRONT])})
+
+
+async def get_model(request: web.Request) -> web.StreamResponse:
+    """GET /v1/models/{id}."""
+    models = await _models(request.app[FRONT])
+    wanted = request.match_info["id"]
+    if wanted in BASE_NAMES:
+        return json_response(models[0])
+    for model in models:
+        if model["id"] == wanted:
+            return json_response(model)
+    raise AdapterNotFound(
+        f"no model {wanted!r} is loaded", field="model", hint="GET /v1/models lists them"
+    )
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.get("/v1/models", list_models),
+        web.get("/v1/models/{id:.+}", get_model),
+    ]

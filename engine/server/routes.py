@@ -1,0 +1,38 @@
+"""Every route. `FORMATS` is the table of response formats; a format entered there is served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from engine.errors import LoraxError
+from engine.server import native, openai
+from engine.server.formats import Format
+from engine.server.inference import handler_of
+from engine.server.native import routes as native_routes
+from engine.server.openai import routes as openai_routes
+
+# Path -> format of POST requests.
+FORMATS: Mapping[str, Format] = {
+    "/": native.INVOCATIONS,
+    "/invocations": native.INVOCATIONS,
+    "/generate": native.GENERATE,
+    "/generate_stream": native.GENERATE_STREAM,
+    "/v1/chat/completions": openai.CHAT_COMPLETIONS,
+    "/v1/completions": openai.COMPLETIONS,
+}
+
+
+def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
+    """The routes of `formats`, and those that do not generate."""
+    posts = [web.post(path, handler_of(format)) for path, format in formats.items()]
+    return [*posts, *native_routes.routes(), *openai_routes.routes()]
+
+
+def error_body(formats: Mapping[str, Format], path: str, error: LoraxError) -> Any:
+    """The body of an error at `path`: in the format of that path, else in OpenAI's below /v1/, else in LoRAX's."""
+    if (format := formats.get(path)) is not None:
+        return format.error_body(error)
+    return openai.error_body(error) if path.startswith("/v1/") else native.error_body(error)
