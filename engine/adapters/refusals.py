@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from engine.adapters.versions import Lru
 from engine.errors import AdapterIncompatible, from_wire
@@ -21,7 +22,8 @@ class Refusals:
     """Refusals by the digest of a configuration and of the header of the weights. For any number of threads."""
 
     def __init__(self) -> None:
-        self._known: Lru[bytes, AdapterIncompatible] = Lru(MAX_REFUSED)
+        # As they cross processes: an exception would keep the frames that raised it, and all that they read.
+        self._known: Lru[bytes, dict[str, Any]] = Lru(MAX_REFUSED)
         self._lock = threading.Lock()
 
     @contextmanager
@@ -31,12 +33,12 @@ class Refusals:
         with self._lock:
             known = self._known.get(digest)
         if known is not None:
-            raise from_wire(known.to_wire())
+            raise from_wire(known)
         try:
             yield
         except AdapterIncompatible as error:
             with self._lock:
-                self._known.put(digest, error)
+                self._known.put(digest, error.to_wire())
             raise
 
 

@@ -63,8 +63,10 @@ class Job(Generic[T]):
             self._result.cancel()
 
     def _work(self) -> None:
+        value: Any = None
+        error: BaseException | None = None
         try:
-            value, error = self._call(), None
+            value = self._call()
         except (
             BaseException
         ) as caught:  # a thread's boundary: it is raised where the job is awaited

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import socket
@@ -83,7 +84,11 @@ def use_few_heaps() -> None:
 
 
 def return_free_memory() -> None:
-    """What was freed goes back to the system, which glibc does for the end of a heap only."""
+    """What was freed goes back to the system, which glibc does for the end of a heap only.
+
+    What refers to itself is found first: an adapter's files may be tens of MB, and few objects.
+    """
+    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

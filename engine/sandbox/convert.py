@@ -55,7 +55,7 @@ class Converter:
         self._max_bytes = max_bytes
         self._folder = cache / FOLDER
         self._private: Path | None = None
-        self._refused: dict[bytes, AdapterIncompatible] = {}
+        self._refused: dict[bytes, str] = {}  # why
         self._busy: set[bytes] = set()
         self._changed = threading.Condition()
 
@@ -78,7 +78,7 @@ class Converter:
             digest = file.sha256(pause)
             with self._alone(digest, pause):
                 if (refused := self._refused.get(digest)) is not None:
-                    raise AdapterIncompatible(refused.message, hint=refused.hint)
+                    raise AdapterIncompatible(f"{file.name} {refused}", hint=RESAVE)
                 return self._found(digest) or self._made(file, digest, pause)
         except Changed as error:
             raise AdapterLoadFailed(f"{file.name} {error.strerror}", hint=RENAME) from None
@@ -163,7 +163,7 @@ class Converter:
         """The error, remembered."""
         error = AdapterIncompatible(f"{file.name} {why}", hint=RESAVE)
         with self._changed:
-            self._refused[digest] = error
+            self._refused[digest] = why
             if len(self._refused) > MAX_REFUSED:
                 del self._refused[next(iter(self._refused))]
         return error

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ from engine.errors import (
     Overloaded,
 )
 from engine.files import OpenFile
-from engine.lora.image import data_start, read_image
+from engine.lora.image import read_image
+from engine.lora.tensors import TensorInfo
 from engine.messages import AdapterImageRef
+from engine.ops.layout import data_start
 from tests.adapters.conftest import NAMES, contents
 from tests.adapters.fake_hub import FakeHub
 from tests.lora import tiny
@@ -608,6 +611,19 @@ async def test_what_cannot_be_served_is_not_read_again(make: Make, saved: Path) 
             await exchange.acquire(ref("large"))
         messages.add(str(caught.value))
     assert source.fetched["large"] == 1 and len(messages) == 1
+
+
+async def test_a_refusal_keeps_nothing_of_what_was_read(make: Make, saved: Path) -> None:
+    """Only its text: an exception would keep the frames that raised it, and the files' contents with them."""
+    exchange = make(max_adapter_rank=4)
+    with suppress(AdapterIncompatible):  # pytest.raises would keep the exception
+        await exchange.acquire(ref("large"))
+        raise AssertionError("it was served")
+    for _ in range(5):  # what is about to be called
+        await asyncio.sleep(0)
+    gc.collect()
+    kept = [one for one in gc.get_objects() if type(one) in (TensorInfo, OpenFile)]
+    assert kept == []
 
 
 async def test_a_full_tier_recalls_leases_that_nobody_uses(make: Make) -> None:
