@@ -18,7 +18,7 @@ from engine.errors import AdapterIncompatible
 from engine.files import OpenFile
 from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
-from engine.lora.weights import LoraWeights, Pair, Place
+from engine.lora.weights import LoraWeights, Pair, TargetIndex
 from engine.names import shown, shown_shape
 from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
 
@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 class _Spot:
     """Where in the layout a module lies."""
 
-    place: Place
+    place: TargetIndex
     group: Group
     target: Target
 
@@ -146,7 +146,7 @@ class _Reader:
     problems: _Problems
     notes: list[str] = field(default_factory=list)
 
-    def pairs(self) -> dict[Place, Pair]:
+    def pairs(self) -> dict[TargetIndex, Pair]:
         """The pairs that are right; everything else becomes a problem."""
         halves: dict[str, dict[str, str]] = {}  # module -> half -> tensor's name
         others = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import AdapterIncompatible, AdapterTooLarge
-from engine.lora.weights import LoraWeights, Matrix, Pair, Place
+from engine.lora.weights import LoraWeights, Matrix, Pair, TargetIndex
 from engine.ops.layout import (
     ALIGN,
     MAX_TARGETS,
@@ -253,7 +253,7 @@ def _digest(out: memoryview, size: ImageSize, pause: Callable[[], None]) -> byte
 
 def read_image(
     image: memoryview, layout: AdapterLayout
-) -> dict[Place, tuple[Tensor, Tensor, float]]:
+) -> dict[TargetIndex, tuple[Tensor, Tensor, float]]:
     """The inverse of `write_image`: place -> A `[r, K]`, B `[N, r]`, scale, as PEFT stores them."""
     dtype, found = _dtype(layout), {}
     start = data_start(layout.record_bytes)

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-Place = tuple[int, int, int]  # layer, group number, number of the target in its group
+TargetIndex = tuple[int, int, int]  # layer, group number, number of the target in its group
 
 
 class Matrix(Protocol):
@@ -65,7 +65,7 @@ class Pair:
 class LoraWeights:
     """An adapter that fits its base model. A context manager: closing it closes its weight file."""
 
-    pairs: Mapping[Place, Pair]
+    pairs: Mapping[TargetIndex, Pair]
     base_model: str | None = None  # as the adapter names it
     notes: list[str] = field(
         default_factory=list

@@ -17,8 +17,10 @@ from engine.adapters.tiers import HostRegion
 from engine.errors import AdapterLoadFailed, LoraxError
 from engine.ops.layout import AdapterLayout
 from engine.process import child
-from engine.process.collector import keep_alive
-from engine.process.messages import (
+from engine.process.collector import freeze_gc
+from engine.process.parts import Exchange, Lease, load
+from engine.process.pipe import Pipe
+from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,
@@ -35,8 +37,6 @@ from engine.process.messages import (
     Unload,
     Unloaded,
 )
-from engine.process.parts import Exchange, Lease, load
-from engine.process.pipe import Pipe
 
 Call = Acquire | ListAdapters | Unload
 
@@ -72,7 +72,7 @@ def main(socket_fd: int, region_fd: int) -> int:
     return asyncio.new_event_loop().run_until_complete(Service(build).run(end))
 
 
-def stand_back() -> None:
+def lower_priority() -> None:
     """Leaves the cores to the engine, which computes on all of them: this thread, and every thread that it starts.
 
     Measured on two cores that the engine keeps busy (docs/performance.md, "Cold adapters"): at a niceness of 10
@@ -146,12 +146,12 @@ class Service:
     async def _begin(self, message: Begin) -> None:
         try:
             if message.device == "cpu":
-                stand_back()
+                lower_priority()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
             self._exchange = self._build(
                 layout, message.device, lambda num_bytes: self._pipe.send(Recall(num_bytes))
             )
-            keep_alive()
+            freeze_gc()
             if message.restarted:
                 self._leases |= self._exchange.adopt(message.preloaded, message.held)
                 for call in self._released:

@@ -15,8 +15,8 @@ from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
-from engine.process.messages import Cancel, Submit
 from engine.process.parts import Exchange, Lease, Parts, load
+from engine.process.pipe_messages import Cancel, Submit
 from engine.process.stepper import Stepper, set_threads
 from engine.process.streams import Reader, Streams
 

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.messages import Request, Update
-from engine.process.messages import Cancel, Submit
+from engine.process.pipe_messages import Cancel, Submit
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ class Reader(Protocol):
     """As `engine.server.backend.Reader`, which is not imported here: front and processes do not know each other."""
 
     def take(self, update: Update) -> None: ...
-    def lose(self, error: LoraxError) -> None: ...
+    def on_engine_lost(self, error: LoraxError) -> None: ...
 
 
 class Streams:
@@ -60,7 +60,7 @@ class Streams:
         self._dead = self._dead or error
         readers, self._open = self._open, {}
         for reader in readers.values():
-            _tell(reader.lose, _again(error))
+            _tell(reader.on_engine_lost, _again(error))
 
 
 def _tell(hears: Callable[[T], None], news: T) -> None:

@@ -36,7 +36,7 @@ class Reader(Protocol):
         """News, in order. The last has `finish` or `error`: then the engine has let go of the request."""
         ...
 
-    def lose(self, error: LoraxError) -> None:
+    def on_engine_lost(self, error: LoraxError) -> None:
         """The engine is gone, instead of a last update."""
         ...
 
