@@ -64,7 +64,7 @@ class Streams:
 
 
 def _tell(hears: Callable[[T], None], news: T) -> None:
-    """A boundary: a reader that fails is no matter of the others."""
+    """A task boundary: a reader that fails must not affect the others."""
     try:
         hears(news)
     except Exception:
