@@ -36,7 +36,7 @@ class Reader(Protocol):
         """Updates, in order. The last has `finish` or `error`; the engine has then dropped the request."""
         ...
 
-    def lose(self, error: LoraxError) -> None:
+    def on_engine_lost(self, error: LoraxError) -> None:
         """The engine is gone: called instead of the last update."""
         ...
 

@@ -90,7 +90,7 @@ async def serve(config: EngineConfig, started: Started) -> None:
     Raises the errors of the start, and EngineDead.
     """
     from engine.logs import configure_logging
-    from engine.process.collector import keep_alive
+    from engine.process.collector import freeze_gc
     from engine.server.app import run
     from engine.server.connections import raise_descriptor_limit
     from engine.server.front import FRONT
@@ -100,7 +100,7 @@ async def serve(config: EngineConfig, started: Started) -> None:
     with _listening(config):
         await _try_address(config)
     async with opened(config, local=False) as app:
-        keep_alive()
+        freeze_gc()
         with _listening(config):
             await run(app, lambda address: started(app[FRONT].backend.info, address))
 

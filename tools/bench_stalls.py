@@ -80,7 +80,7 @@ class Stream:
         elif update.finish is not None:
             self._end.set_result(None)
 
-    def lose(self, error: LoraxError) -> None:
+    def on_engine_lost(self, error: LoraxError) -> None:
         self._end.set_exception(error)
 
 

@@ -28,7 +28,7 @@ from engine.backend import Reader
 from engine.bench.shapes import write_model
 from engine.config import EngineConfig, ServerConfig
 from engine.messages import EngineInfo, EngineStats, Request, TokenOutput, Update, Usage
-from engine.process.messages import Cancel, Submit, Updates
+from engine.process.pipe_messages import Cancel, Submit, Updates
 from engine.process.streams import Streams
 from engine.server.app import build_app
 from engine.server.text import Text

@@ -1,9 +1,9 @@
-"""The exchange: from an adapter's name to its image in host memory, and nobody waits for somebody else's adapter.
+"""The exchange: from an adapter's name to its image in host memory. No request waits for another request's adapter.
 
-One event loop owns it; whatever blocks (the hub, the disk, parsing, hashing) runs in threads with a deadline
-(`engine.adapters.loader`). Each version of an adapter is loaded once however many requests want it (*flight*). A
-failure reaches all who wait for it and is then forgotten, so the next request tries again; but a version that cannot
-be served is refused again without a look at its files. An image stays where it is while somebody holds a *lease* on it.
+One event loop owns it. Blocking work (the hub, the disk, parsing, hashing) runs in threads with a deadline
+(`engine.adapters.loader`). Requests for the same version share one load. All of them get its failure, and the next
+request tries again; but an incompatible version is refused again without reading its files. An image stays in place
+while a *lease* on it is held.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from engine.adapters.lease import Lease
 from engine.adapters.loader import AdapterState, Loader
-from engine.adapters.ref import AdapterRef, SourceName
+from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import Registry, make_sources
 from engine.adapters.room import Room
-from engine.adapters.sources import DemoSource, Source, Version
+from engine.adapters.sources import Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
 from engine.config import EngineConfig
@@ -41,17 +41,17 @@ from engine.ops.layout import AdapterLayout
 Key = tuple[str, ...]  # source, id, revision and cache of a version; or ADOPTED, name and digest
 
 ADOPTED = "adopted"
-MAX_EVICTED = 1024  # adapters that are no longer in host memory and still remembered
-MAX_FAILED = 256  # adapters whose last load failed
-ROOM_PATIENCE_S = 30.0  # for leases to end, when they fill the host tier
-FILE_FACTOR = 8  # a file may be so many times the host tier: float64, and a copy of the embedding
+MAX_EVICTED = 1024  # evicted adapters that are remembered
+MAX_FAILED = 256  # failed adapters that are remembered
+ROOM_PATIENCE_S = 30.0  # longest wait for leases to end when they fill the host tier
+FILE_FACTOR = 8  # limit of a file, in sizes of the host tier: float64, and a copy of the embedding
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Flight:
-    """One load under way. It holds a lease until everybody who waited has taken a lease of their own."""
+class _SharedLoad:
+    """One load in progress. It holds a lease until every waiting request has taken its own."""
 
     task: asyncio.Task[HostImage]
     waiters: int = 0
@@ -59,7 +59,7 @@ class _Flight:
 
 
 class Exchange:
-    """See the module. `start` loads what is preloaded; `close` ends it."""
+    """See the module. `start` loads the preloaded adapters; `close` ends all work."""
 
     def __init__(
         self,
@@ -68,11 +68,12 @@ class Exchange:
         region: HostRegion,
         *,
         device: str = "cpu",
-        sources: dict[SourceName, Source] | None = None,
+        sources: Mapping[str, Source] | None = None,
         room_patience_s: float = ROOM_PATIENCE_S,
         recall: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """`device`: where the engine computes. `recall` asks whoever holds leases for those that nobody uses."""
+        """`device`: the engine's. `sources`: by name; None makes those of the configuration. `recall` asks the front to
+        return unused leases that hold this many bytes."""
         self._config = config
         self._layout = layout
         self.tier = HostTier(region.size)
@@ -84,23 +85,31 @@ class Exchange:
             sources, adapters.default_adapter_source or adapters.adapter_source
         )
         self._room = Room(self.tier, room_patience_s, recall)
-        self._loader = Loader(config, layout, region, sources, self._room, device, max_file_bytes)
+        self._loader = Loader(
+            config,
+            layout,
+            region,
+            sources=sources,
+            room=self._room,
+            device=device,
+            max_file_bytes=max_file_bytes,
+        )
         self._versions = Versions(self._registry, self._resolve)
         self._adapters: OrderedDict[Key, AdapterState] = OrderedDict()
         self._failed: Lru[Key, AdapterState] = Lru(MAX_FAILED)
-        self._flights: dict[Key, _Flight] = {}
+        self._loads: dict[Key, _SharedLoad] = {}
         self._preloaded: list[Lease] = []
-        demo = self._registry.sources.get("demo")
-        self._shipped = demo.names() if isinstance(demo, DemoSource) else []
+        self._listed = [
+            (name, source.name) for source in sources.values() for name in source.names()
+        ]
         if cpu_function("lorax_cpu_write_matrices") is None:
             reason = load_library().reason or "the compiled CPU library is out of date"
-            logger.warning("adapters load several times slower than they could: %s", reason)
+            logger.warning("adapters load several times slower without compiled code: %s", reason)
 
     async def start(self) -> None:
         """Loads the adapters of --preloaded-adapter-ids and --adapter-id and keeps them in host memory.
 
-        They are looked for where a request's are, but for the last place, which --adapter-source says. Raises
-        AdapterError.
+        They are looked up like a request's adapter, but --adapter-source is the default source. Raises AdapterError.
         """
         config = self._config.adapters
         names = dict.fromkeys((*config.preloaded_adapter_ids, *filter(None, (config.adapter_id,))))
@@ -109,42 +118,40 @@ class Exchange:
         async def load(name: str) -> Lease:
             ref = AdapterRef.parse(name)
             version = await registry.resolve(ref, lambda one: self._resolve(one, None))
-            ref = ref.at(version.source)
-            lease = await self.acquire(ref, None)
-            self._registry.register(ref)
-            return lease
+            self._registry.register(ref, version.source)
+            return await self.acquire(ref, None)
 
         self._preloaded += await asyncio.gather(*map(load, names))
 
     @property
     def preloaded(self) -> list[AdapterImageRef]:
-        """What `start` loaded: the engine is to keep them on the device."""
+        """The adapters that `start` loaded; the engine keeps them on the device."""
         return list({lease.image.digest: lease.image for lease in self._preloaded}.values())
 
     async def acquire(self, ref: AdapterRef, token: str | None = None) -> Lease:
-        """The adapter's image in host memory, held there. `token`: the tenant's own, for private adapters.
+        """A lease on the adapter's image in host memory. `token`: the tenant's, for private adapters.
 
-        Raises InvalidRequest, AdapterError or, if leased images fill the host tier for too long, Overloaded.
+        Raises InvalidRequest, AdapterError, or Overloaded if leased images fill the host tier for too long.
         """
         version, fresh_s = await self._versions.get(ref, token)
         try:
-            adapter, image = await self._leased(ref, version, token)
+            adapter, image = await self._lease(ref, version, token)
         except (AdapterLoadFailed, AdapterNotFound):
-            # What was known of it may have been out of date: a file replaced, a commit gone.
+            # The known version may be out of date: a file was replaced, a commit deleted.
             newest, fresh_s = await self._versions.get(ref, token, fresh=True)
             if newest == version:
                 raise
             version = newest
-            adapter, image = await self._leased(ref, version, token)
+            adapter, image = await self._lease(ref, version, token)
         assert adapter.size is not None
         return Lease(
             AdapterImageRef(
-                image.digest,
-                image.offset,
-                adapter.size.data_bytes,
-                adapter.size.max_rank,
-                ref.name,
-                version.source,
+                digest=image.digest,
+                offset=image.offset,
+                data_bytes=adapter.size.data_bytes,
+                max_rank=adapter.size.max_rank,
+                name=ref.name,
+                source=version.source,
             ),
             version.salt,
             lambda: self._room.release(image),
@@ -154,9 +161,9 @@ class Exchange:
     def adopt(
         self, preloaded: Iterable[AdapterImageRef], held: Mapping[int, AdapterImageRef]
     ) -> dict[int, Lease]:
-        """Keeps in place what an exchange before this one left in the region; call -> lease.
+        """Leases images that the previous exchange left in the region; returns a lease per call.
 
-        An image is found by its digest only: whoever asks for its adapter has the files read again.
+        An adopted image is found by its digest only: a request for its adapter reads the files again.
         """
 
         def lease(ref: AdapterImageRef) -> Lease:
@@ -168,8 +175,7 @@ class Exchange:
 
         for ref in preloaded:
             self._preloaded.append(lease(ref))
-            source = next(name for name in self._registry.sources if name == ref.source)
-            self._registry.register(AdapterRef.parse(ref.name).at(source))
+            self._registry.register(AdapterRef.parse(ref.name), ref.source)
         return {call: lease(ref) for call, ref in held.items()}
 
     @property
@@ -177,10 +183,10 @@ class Exchange:
         """Threads that are stuck in a file system or a source."""
         return self._loader.abandoned
 
-    async def _leased(
+    async def _lease(
         self, ref: AdapterRef, version: Version, token: str | None
     ) -> tuple[AdapterState, HostImage]:
-        """The adapter and its image, leased; from the tier, or loaded first."""
+        """The adapter and its image, leased. If it is not in the tier, starts a load or waits for one in progress."""
         key = (version.source, version.id, version.revision, version.cache)
         adapter = self._adapters.get(key)
         if adapter is not None and adapter.digest is not None:
@@ -188,7 +194,22 @@ class Exchange:
             if image is not None:
                 self._adapters.move_to_end(key)
                 return adapter, image
-        return await self._loaded(key, ref, version, token)
+        load = self._loads.get(key)
+        if load is None:
+            self._refuse_again(key)
+            adapter = AdapterState(ref.name, version.source)
+            self._remember(key, adapter)
+            task = asyncio.create_task(self._load(key, adapter, version, token))
+            load = self._loads[key] = _SharedLoad(task)
+        adapter = self._adapters[key]
+        load.waiters += 1
+        try:
+            image = await share(load.task)
+            self.tier.hold(image)
+            return adapter, image
+        finally:
+            load.waiters -= 1
+            self._release_load(load)
 
     async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
         assert ref.source is not None, "the registry has chosen"
@@ -196,7 +217,7 @@ class Exchange:
         return await self._loader.call(ref.source, source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
-        """Adapters in host memory, on their way there, or refused a short time ago; then the demo's others."""
+        """Adapters that are in host memory, loading, or failed a short time ago; then the listed others."""
         leases = {image.digest: image.leases for image in self.tier}
         found = [
             AdapterStatus(
@@ -217,20 +238,31 @@ class Exchange:
         ]
         known = {status.name for status in found}
         return found + [
-            AdapterStatus(name, "demo", None, "listed", 0, 0, [], None, 0, {})
-            for name in self._shipped
+            AdapterStatus(
+                name=name,
+                source=source,
+                digest=None,
+                state="listed",
+                data_bytes=0,
+                max_rank=0,
+                targets=[],
+                base_model=None,
+                leases=0,
+                seconds={},
+            )
+            for name, source in self._listed
             if name not in known
         ]
 
     async def unload(self, name: str) -> bool:
-        """Forgets every version of an adapter, preloaded or not; its memory is free once nobody uses it.
+        """Forgets every version of an adapter, preloaded or not. Its memory is free when its last lease ends.
 
-        False if there is none of that name. A load under way goes on.
+        False if no adapter has that name. A load in progress continues.
         """
         gone = [
             key
             for key, adapter in self._adapters.items()
-            if adapter.name == name and key not in self._flights
+            if adapter.name == name and key not in self._loads
         ]
         digests = {self._adapters.pop(key).digest for key in gone}
         found = any(digest is not None and digest in self.tier for digest in digests)
@@ -245,66 +277,46 @@ class Exchange:
         return found
 
     async def close(self) -> None:
-        """Ends what is under way. Leases that are still held may be released afterwards."""
+        """Ends all loads. Leases may still be released afterwards."""
         self._loader.stop()
-        for key, flight in self._flights.items():
+        for key, load in self._loads.items():
             if self._adapters[key].state == "fetching":
-                flight.task.cancel()
+                load.task.cancel()
         self._room.close()
-        tasks = [flight.task for flight in self._flights.values()]
+        tasks = [load.task for load in self._loads.values()]
         await self._versions.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._loader.close()
 
-    async def _loaded(
-        self, key: Key, ref: AdapterRef, version: Version, token: str | None
-    ) -> tuple[AdapterState, HostImage]:
-        """The adapter and its image, leased; loads it, or waits for whoever does."""
-        flight = self._flights.get(key)
-        if flight is None:
-            self._refuse_again(key)
-            adapter = AdapterState(ref.name, version.source)
-            self._remember(key, adapter)
-            task = asyncio.create_task(self._fly(key, adapter, version, token))
-            flight = self._flights[key] = _Flight(task)
-        adapter = self._adapters[key]
-        flight.waiters += 1
-        try:
-            image = await share(flight.task)
-            self.tier.hold(image)
-            return adapter, image
-        finally:
-            flight.waiters -= 1
-            self._land(flight)
-
-    def _land(self, flight: _Flight) -> None:
-        if not flight.waiters and flight.image is not None:
-            image, flight.image = flight.image, None
+    def _release_load(self, load: _SharedLoad) -> None:
+        """Releases the load's own lease once it is complete and no request waits for it."""
+        if not load.waiters and load.image is not None:
+            image, load.image = load.image, None
             self._room.release(image)
 
-    async def _fly(
+    async def _load(
         self, key: Key, adapter: AdapterState, version: Version, token: str | None
     ) -> HostImage:
-        """One load; the only place where its failure becomes one adapter's status."""
+        """Loads one version. A failure of any kind becomes this adapter's status, and no other's."""
         try:
             image = await self._loader.load(adapter, version, token)
         except Exception as error:
             if not isinstance(error, LoraxError):
-                logger.exception("loading %s failed", adapter.name)
+                logger.exception("adapter %s failed to load", adapter.name)
                 error = AdapterLoadFailed(f"{adapter.name} could not be loaded: {error!r}")
             adapter.state, adapter.error = "failed", error.to_wire()
             self._failed.put(key, self._adapters.pop(key))
-            del self._flights[key]
+            del self._loads[key]
             raise error from None
         leased = self.tier.lease(image.digest)
         assert leased is not None, "nothing ran since it was committed"
-        flight = self._flights.pop(key)
-        flight.image = leased
-        self._land(flight)
+        load = self._loads.pop(key)
+        load.image = leased
+        self._release_load(load)
         return leased
 
     def _refuse_again(self, key: Key) -> None:
-        """Raises what this very version was refused with: its files would say the same again."""
+        """Raises the error again with which this version was refused as incompatible or too large."""
         failed = self._failed.get(key)
         if failed is None or failed.error is None:
             return
@@ -313,14 +325,14 @@ class Exchange:
             raise error
 
     def _remember(self, key: Key, adapter: AdapterState) -> None:
-        """Notes an adapter that is going to be loaded; forgets those that were not asked for for longest."""
+        """Adds an adapter that is about to load; forgets the least recently used evicted ones."""
         self._failed.pop(key)
         for adopted in [one for one in self._adapters if one[:2] == (ADOPTED, adapter.name)]:
             del self._adapters[adopted]
         self._adapters[key] = adapter
         self._adapters.move_to_end(key)
-        excess = len(self._adapters) - MAX_EVICTED - len(self.tier) - len(self._flights)
+        excess = len(self._adapters) - MAX_EVICTED - len(self.tier) - len(self._loads)
         if excess > 0:
-            idle = (old for old in self._adapters if old != key and old not in self._flights)
+            idle = (old for old in self._adapters if old != key and old not in self._loads)
             for old in list(itertools.islice(idle, excess)):
                 del self._adapters[old]

@@ -1,9 +1,8 @@
-"""Adapters of the Hugging Face hub, or of anything that speaks its protocol.
+"""Adapters of the Hugging Face hub, or of any server with its protocol.
 
-Two files of a repository are fetched and nothing else. Everything goes by commit: a branch is resolved again and
-again, so its updates are seen, and what was downloaded for a commit is never asked for again. Private and gated
-repositories are checked with every tenant's own token. What a tenant's token unlocked is kept apart on disk, so that
-nobody else is given it when the hub cannot be asked.
+Only two files of a repository are downloaded, each once per commit. A branch is resolved to a commit again every
+`ttl_s`, so updates are seen. Access to private and gated repositories is checked with each tenant's own token. Files
+that a tenant's token unlocked lie in a folder of their own, so no other tenant gets them while the hub is unreachable.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from engine.adapters.sources import (
     WEIGHT_NAMES,
     AdapterFiles,
     Progress,
+    Source,
     Version,
     find_weights,
     open_files,
@@ -54,16 +54,18 @@ T = TypeVar("T")
 
 API_TIMEOUT_S = 10.0
 TENANT_FOLDER = "lorax-tenants"
-API_SECONDS = 30.0  # that one answer about a repository may take in all
-CONFIG_BYTES = 8 << 20
-API_BYTES = 8 << 20  # and its size; a repository of 20,000 files takes 5 MB
+API_SECONDS = 30.0  # limit of one whole API answer
+CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
+API_BYTES = 8 << 20  # limit of one API answer; a repository of 20,000 files takes 5 MB
 _NETWORK = (hub_client.TRANSPORT_ERROR, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
 
 logger = logging.getLogger(__name__)
 
 
-class HubSource:
-    """See the module. `token` is the operator's own: it serves requests that bring none."""
+class HubSource(Source):
+    """See the module. `token` is the operator's; it is used for requests without a token."""
+
+    name = "hub"
 
     def __init__(
         self,
@@ -77,8 +79,8 @@ class HubSource:
         attempts: int = 4,
         backoff_s: float = 0.5,
     ) -> None:
-        """`max_file_bytes`: larger weight files are refused before they are downloaded, or while they lie about their
-        size. `max_seconds`: that one download may take."""
+        """`max_file_bytes`: limit of a weight file, checked before and during the download. `max_seconds`: limit of
+        one download. `attempts`: tries per call, `backoff_s` apart, doubling."""
         hub_client.install()
         self.ttl_s = ttl_s
         self._token = token
@@ -98,7 +100,9 @@ class HubSource:
         try:
             info = self._try(lambda: self._info(ref, token))
         except hub_client.TooMuch as error:
-            raise AdapterLoadFailed(f"the hub's answer about {ref.name}: {error}") from None
+            raise AdapterLoadFailed(
+                f"the hub's answer for {ref.name} is too large: {error}"
+            ) from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
                 raise
@@ -112,17 +116,25 @@ class HubSource:
         size = next((file.size for file in siblings if file.rfilename == weights), None) or 0
         if self._max_file_bytes is not None and size > self._max_file_bytes:
             raise AdapterTooLarge(
-                f"{weights} of {ref.name} has {size} bytes, at most {self._max_file_bytes} are taken",
+                f"{weights} of {ref.name} has {size} bytes; the limit is {self._max_file_bytes} bytes",
                 field="adapter_id",
                 hint="raise --host-cache-gb",
             )
         cache = tenant_cache if private and token else self._cache
         self._remember(ref, info.sha or "", cache)
         salt = self.tenant(token) if private else b""
-        return Version("hub", ref.id, info.sha or "", weights, cache, salt, size or None)
+        return Version(
+            self.name,
+            ref.id,
+            revision=info.sha or "",
+            weights=weights,
+            cache=cache,
+            salt=salt,
+            num_bytes=size or None,
+        )
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
-        ref = AdapterRef((version.id,), "hub", version.revision)
+        ref = AdapterRef((version.id,), self.name, version.revision)
 
         def download(name: str) -> Path:
             path = self._api.hf_hub_download(
@@ -135,15 +147,15 @@ class HubSource:
             )
             return Path(path)
 
-        most = version.num_bytes or self._max_file_bytes or sys.maxsize
+        max_bytes = version.num_bytes or self._max_file_bytes or sys.maxsize
         try:
             with hub_client.bounded(CONFIG_BYTES, self._max_seconds):
                 config = self._try(lambda: download(CONFIG_NAME))
-            with hub_client.bounded(most, self._max_seconds):
+            with hub_client.bounded(max_bytes, self._max_seconds):
                 weights = self._try(lambda: download(version.weights))
         except hub_client.TooMuch as error:
             raise AdapterTooLarge(
-                f"a file of {ref.name} on the hub is larger than it may be: {error}",
+                f"a file of {ref.name} on the hub is too large: {error}",
                 field="adapter_id",
             ) from None
         except _Refusal as refusal:
@@ -151,7 +163,7 @@ class HubSource:
         return open_files(config, weights, [Path(version.cache).resolve()], version.revision)
 
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
-        """What the hub tells this tenant; for gated repositories, whether it may have the files."""
+        """The hub's answer for this tenant. For gated repositories, checks that the tenant may download the files."""
         effective = self._effective(token)
         with hub_client.bounded(API_BYTES, API_SECONDS):
             info = self._api.model_info(
@@ -166,7 +178,7 @@ class HubSource:
         return info
 
     def _effective(self, token: str | None) -> str | bool:
-        """Never the login of whoever runs the server: only what the request or the configuration gave."""
+        """The request's token, else the configured one; False keeps huggingface_hub from using a stored login."""
         return token or self._token or False
 
     def _tenant_cache(self, token: str | None) -> str:
@@ -175,7 +187,7 @@ class HubSource:
         return str(Path(self._cache) / TENANT_FOLDER / token_hash(token).hex())
 
     def _remember(self, ref: AdapterRef, commit: str, cache: str) -> None:
-        """Notes the commit of a branch where the hub's own tools look for it, for times without network."""
+        """Writes the commit of a branch where huggingface_hub looks for it, for use without network."""
         revision = ref.revision or constants.DEFAULT_REVISION
         if revision == commit or ".." in revision or revision.startswith("/"):
             return
@@ -183,11 +195,11 @@ class HubSource:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(commit)
-        except OSError as error:  # a cache that can only be read
+        except OSError as error:  # a read-only cache
             logger.debug("cannot write %s: %s", path, error)
 
     def _cached(self, ref: AdapterRef, token: str | None, tenant_cache: str) -> Version | None:
-        """The downloaded copy that this tenant may have: its own, or what the operator's token unlocked."""
+        """The downloaded copy that this tenant may use: from its own cache, or from the operator's."""
         for cache in dict.fromkeys((tenant_cache, self._cache)):
 
             def find(name: str, cache: str = cache) -> str | None:
@@ -200,11 +212,18 @@ class HubSource:
             weights = next((name for name in WEIGHT_NAMES if find(name)), None)
             if config and weights:
                 salt = self.tenant(token) if cache != self._cache else b""
-                return Version("hub", ref.id, Path(config).parent.name, weights, cache, salt)
+                return Version(
+                    self.name,
+                    ref.id,
+                    revision=Path(config).parent.name,
+                    weights=weights,
+                    cache=cache,
+                    salt=salt,
+                )
         return None
 
     def _try(self, call: Callable[[], T]) -> T:
-        """Calls again after passing failures. Raises _Refusal for an answer that will not change."""
+        """Repeats the call after transient failures. Raises _Refusal for a permanent one."""
         for attempt in range(1, self._attempts + 1):
             try:
                 return call()
@@ -213,44 +232,46 @@ class HubSource:
                     raise _Refusal(error) from None
                 failure: Exception = error
             except HfHubHTTPError as error:
-                if not _passing(error):
+                if not _is_transient(error):
                     raise _Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise AdapterLoadFailed(f"the hub is not asked: {error}") from None
+                raise AdapterLoadFailed(f"the hub is disabled: {_first_line(error)}") from None
             except _NETWORK as error:
                 failure = error
             except hub_client.TooMuch:
                 raise
-            except Exception as error:  # a boundary: an answer may be no hub's in any way
+            except Exception as error:  # a boundary: the answer may not be a hub's in any way
                 failure = error
             if attempt < self._attempts:
                 time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
         raise AdapterLoadFailed(
-            f"the hub did not deliver: {_first_line(failure)}",
-            hint="try again; without network only adapters that were downloaded before can be served",
+            f"the hub request failed: {_first_line(failure)}",
+            hint="try again; without network, only adapters that are already downloaded can be served",
         )
 
     def _explain(self, error: Exception, ref: AdapterRef, token: str | None) -> AdapterError:
-        """The hub's refusal in our words."""
+        """The error for the client."""
         whose = "the request's api_token" if token else "the server's token"
         hint = f"check {whose}" if token or self._token else "send an api_token that may read it"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 404
         if isinstance(error, HFValidationError):
-            return AdapterNotFound(f"{ref.id!r} is no hub id", field="adapter_id")
+            return AdapterNotFound(
+                f"{ref.id!r} is not a valid hub id", field="adapter_id", hint="use owner/name"
+            )
         if isinstance(error, RevisionNotFoundError):
             return AdapterNotFound(
                 f"{ref.id} has no revision {ref.revision!r} on the hub", field="adapter_id"
             )
         if isinstance(error, GatedRepoError):
             return AdapterForbidden(
-                f"access to {ref.id} is granted by its owner, and not to {whose}",
+                f"{ref.id} is gated and {whose} has no access",
                 field="api_token",
-                hint=f"ask for access at {self._api.endpoint}/{ref.id}",
+                hint=f"request access at {self._api.endpoint}/{ref.id}",
             )
         if status in (401, 403):
             return AdapterForbidden(
-                f"the hub does not show {ref.id}: it is private, or does not exist",
+                f"{ref.id} is private or does not exist on the hub",
                 field="api_token",
                 hint=hint,
             )
@@ -262,18 +283,18 @@ class HubSource:
                 field="adapter_id",
                 hint="if it is private, " + hint,
             )
-        return AdapterLoadFailed(f"the hub refuses {ref.name}: {_first_line(error)}")
+        return AdapterLoadFailed(f"the hub refused {ref.name}: {_first_line(error)}")
 
 
 class _Refusal(Exception):
-    """An answer of the hub that asking again will not change."""
+    """A permanent failure: another try gives the same answer."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-def _passing(error: HfHubHTTPError) -> bool:
+def _is_transient(error: HfHubHTTPError) -> bool:
     return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
 
 
@@ -282,7 +303,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reporter(progress: Progress) -> Any:
-    """A progress bar's class, as the hub's client wants it, that draws nothing."""
+    """A class with tqdm's interface, for huggingface_hub, that calls `progress` and draws nothing."""
 
     class Reporter:
         def __init__(self, *args: Any, **fields: Any) -> None:

@@ -1,7 +1,7 @@
-"""The HTTP client that huggingface_hub uses, with bounds on what one answer may bring.
+"""The HTTP client of huggingface_hub, with limits on the size and duration of an answer.
 
-The hub's own tools read an answer to its end, however long that takes and however large it grows. Here the bytes and
-the seconds of every answer are limited by whoever asks (`bounded`); beyond them the connection is closed.
+huggingface_hub reads every answer to its end. Here the caller sets the limits with `bounded`; an answer that exceeds
+them is aborted.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
 else:  # huggingface_hub 2 has it from httpx2, huggingface_hub 1 from httpx
     httpx = getattr(_http, "httpx2", None) or _http.httpx
 
-MOST_PACKED = (
-    1000  # so many times its bytes an answer may have when it is unpacked: deflate's limit is 1032
-)
-PACKED_BYTES = 64 << 10  # of an answer that is packed although that was not asked for
+MAX_EXPANSION = 1000  # largest ratio of decompressed to received bytes; deflate reaches 1032
+MIN_COMPRESSED_BYTES = 64 << 10  # lowest limit of an answer that is compressed against our request
 
 TRANSPORT_ERROR: type[Exception] = httpx.HTTPError
 
 
 class TooMuch(Exception):
-    """The answer brings more bytes than it may."""
+    """The answer has more bytes than allowed."""
 
 
 class TooSlow(OSError):
-    """The answer takes longer than it may."""
+    """The answer takes longer than allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ _BOUNDS: ContextVar[_Bounds | None] = ContextVar("bounds", default=None)
 
 @contextmanager
 def bounded(max_bytes: int, seconds: float) -> Iterator[None]:
-    """Every answer within the block. Reading beyond the bounds raises TooMuch or TooSlow."""
+    """Limits every answer within the block. Reading beyond a limit raises TooMuch or TooSlow."""
     token = _BOUNDS.set(_Bounds(max_bytes, time.monotonic() + seconds))
     try:
         yield
@@ -57,7 +55,7 @@ def bounded(max_bytes: int, seconds: float) -> Iterator[None]:
 
 
 def install() -> None:
-    """Makes huggingface_hub use this client, in this process."""
+    """Makes huggingface_hub use this client in this process."""
     set_client_factory(_client)
 
 
@@ -73,12 +71,14 @@ def _bound(response: httpx.Response) -> None:
     if bounds is None or not isinstance(response.stream, httpx.SyncByteStream):
         return
     if response.headers.get("content-encoding", "identity") != "identity":
-        bounds = replace(bounds, max_bytes=max(PACKED_BYTES, bounds.max_bytes // MOST_PACKED))
+        bounds = replace(
+            bounds, max_bytes=max(MIN_COMPRESSED_BYTES, bounds.max_bytes // MAX_EXPANSION)
+        )
     response.stream = _Bounded(response.stream, bounds)
 
 
 class _Bounded(httpx.SyncByteStream):
-    """A body as it arrives, before it is unpacked."""
+    """A body as received, before decompression."""
 
     def __init__(self, stream: httpx.SyncByteStream, bounds: _Bounds) -> None:
         self._stream = stream
@@ -89,9 +89,9 @@ class _Bounded(httpx.SyncByteStream):
         for piece in self._stream:
             received += len(piece)
             if received > self._bounds.max_bytes:
-                raise TooMuch(f"it sends more than {self._bounds.max_bytes} bytes")
+                raise TooMuch(f"the limit is {self._bounds.max_bytes} bytes")
             if time.monotonic() > self._bounds.end_by:
-                raise TooSlow("it sends too slowly")
+                raise TooSlow("the answer took too long")
             yield piece
 
     def close(self) -> None:

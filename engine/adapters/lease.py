@@ -1,4 +1,4 @@
-"""What a request holds while it needs an adapter in host memory."""
+"""A lease: keeps an adapter's image in host memory while a request needs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.messages import AdapterImageRef
 
 
 class Lease:
-    """An adapter in host memory, kept there until `release`. A context manager."""
+    """An adapter's image, kept in place until `release`. A context manager."""
 
     def __init__(
         self,
@@ -20,12 +20,12 @@ class Lease:
         fresh_s: float = 0.0,
     ) -> None:
         self.image = image
-        self.fresh_s = fresh_s  # for which its version counts as the newest, and the caller as allowed to have it
-        self.cache_salt = cache_salt  # not empty for adapters that not everybody may see
+        self.fresh_s = fresh_s  # seconds until version and permission must be checked again
+        self.cache_salt = cache_salt  # empty for public adapters
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
-        """Idempotent."""
+        """Ends the lease. May be called again."""
         if self._release is not None:
             release, self._release = self._release, None
             release()

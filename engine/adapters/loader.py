@@ -1,7 +1,8 @@
 """One load: from a version to an image in the host tier, in threads, with a deadline.
 
-A load that is stuck (a file system that hangs, a source that says nothing) is given up at its deadline and costs its
-own requests. Its thread keeps what it may still write to until it ends (`engine.adapters.workers`).
+A load that hangs (in a file system, or because a source does not answer) fails at its deadline, and only its own
+requests fail with it. Memory that its thread may still write to stays reserved until the thread ends
+(`engine.adapters.workers`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
-from engine.adapters.ref import SourceName
 from engine.adapters.refusals import Refusals
 from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
@@ -34,20 +35,18 @@ from engine.sandbox import Converter, is_pickle
 
 T = TypeVar("T")
 
-FETCH_THREADS = (
-    32  # of each source, so that a slow one holds up no other; they wait for network and disk
-)
-CONVERT_THREADS = 16  # they wait for a child process, of which few run at a time
-PARSE_THREADS = 2  # they compute, on cores that an engine on the CPU wants
-MAX_PARSE_THREADS = 8  # beside an engine on a GPU, which leaves most cores alone
-RESOLVE_S = 45.0  # that a source gets to say which version a name means, its own retries included
+FETCH_THREADS = 32  # per source, so a slow source delays no other; they wait for network and disk
+CONVERT_THREADS = 16  # they wait for child processes, few of which run at a time
+PARSE_THREADS = 2  # with an engine on the CPU, which needs the cores
+MAX_PARSE_THREADS = 8  # with an engine on a GPU, which leaves most cores idle
+RESOLVE_S = 45.0  # limit of one `resolve`, retries included
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class AdapterState:
-    """What is known of one version of one adapter."""
+    """The status of one version of one adapter."""
 
     name: str
     source: str
@@ -61,7 +60,7 @@ class AdapterState:
 
 
 class _Attempt:
-    """One load under way: its deadline, and the thread that works for it now."""
+    """One load in progress: its deadline and its current thread."""
 
     def __init__(self, deadline: float) -> None:
         """`deadline`: by time.monotonic()."""
@@ -69,17 +68,17 @@ class _Attempt:
         self._job: Job[Any] | None = None
 
     async def run(self, workers: Workers, call: Callable[..., T], *given: Any) -> T:
-        """What a call in a thread returns. Raises AdapterLoadFailed at the deadline."""
+        """Runs a call in a thread and returns its result. Raises AdapterLoadFailed at the deadline."""
         job: Job[T] = await workers.start(call, *given, deadline=self._deadline)
         self._job = job
         return await job.result(self._deadline)
 
     def raise_if_late(self) -> None:
         if time.monotonic() > self._deadline:
-            raise AdapterLoadFailed("loading took too long and was given up")
+            raise AdapterLoadFailed("loading took too long and was aborted")
 
     def when_over(self, call: Callable[[], None]) -> None:
-        """Calls back when no thread can touch anything of it any more: one that is stuck may still write."""
+        """Calls back when its thread has ended. A stuck thread may still write until then."""
         if self._job is None:
             call()
         else:
@@ -87,19 +86,19 @@ class _Attempt:
 
 
 class Loader:
-    """Loads adapters into the room of one tier."""
+    """Loads adapters into one host tier."""
 
     def __init__(
         self,
         config: EngineConfig,
         layout: AdapterLayout,
         region: HostRegion,
-        sources: Mapping[SourceName, Source],
+        sources: Mapping[str, Source],
         room: Room,
         device: str,
         max_file_bytes: int,
     ) -> None:
-        """`device`: where the engine computes. `max_file_bytes`: of a file that is converted."""
+        """`device`: the engine's. `max_file_bytes`: limit of a file to convert."""
         self._config = config
         self._layout = layout
         self._region = region
@@ -116,21 +115,21 @@ class Loader:
 
     @property
     def abandoned(self) -> int:
-        """Threads that are stuck."""
+        """Threads that did not end at their deadline."""
         return sum(
             pool.abandoned for pool in (self._parsers, self._converters, *self._fetchers.values())
         )
 
-    async def call(self, source: SourceName, call: Callable[..., T], *given: Any) -> T:
-        """Asks a source something, in one of its threads. Raises AdapterLoadFailed if it does not answer."""
+    async def call(self, source: str, call: Callable[..., T], *given: Any) -> T:
+        """Calls a source in one of its threads. Raises AdapterLoadFailed after RESOLVE_S."""
         self._raise_if_closing()
         deadline = time.monotonic() + RESOLVE_S
         return await self._fetchers[source].run(call, *given, deadline=deadline)
 
     async def load(self, adapter: AdapterState, version: Version, token: str | None) -> HostImage:
-        """The image of a version, committed to the tier; `adapter` learns how far it is.
+        """The image of a version, committed to the tier. Updates `adapter` on the way.
 
-        Raises AdapterError, or Overloaded if there is no room.
+        Raises AdapterError, or Overloaded if the tier stays full.
         """
         self._raise_if_closing()
         attempt = _Attempt(time.monotonic() + self._config.adapters.adapter_load_timeout_s)
@@ -140,7 +139,7 @@ class Loader:
             return await attempt.run(fetchers, source.fetch, version, token, _no_progress)
 
         def pause() -> None:
-            """Between two pieces of work in a thread."""
+            """Threads call it between two pieces of work."""
             self._raise_if_closing()
             attempt.raise_if_late()
 
@@ -161,10 +160,9 @@ class Loader:
             reserved.callback(self._room.abandon, offset)
             started = time.monotonic() - opened
             view = self._region.view[offset : offset + size.total]
-            digest = await attempt.run(
-                self._parsers, write_image, weights, self._layout, view, pause
-            )
-            # Files that were replaced meanwhile are another version: an old configuration may have met new weights.
+            write = partial(write_image, weights, self._layout, out=view, pause=pause)
+            digest = await attempt.run(self._parsers, write)
+            # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
             (await fetch()).close()
             reserved.pop_all()
         finally:
@@ -181,7 +179,7 @@ class Loader:
     async def _weights(
         self, attempt: _Attempt, files: AdapterFiles, held: ExitStack, pause: Callable[[], None]
     ) -> LoraWeights:
-        """The tensors of an adapter, matched with the layout; what is open goes on `held`."""
+        """The tensors of an adapter, matched with the layout. Open files are closed by `held`."""
         readable = files.weights
         if is_pickle(readable):
             convert = self._converter.convert
@@ -189,21 +187,21 @@ class Loader:
             held.callback(readable.close)
         weights = await attempt.run(self._parsers, self._open, files.config, readable)
         held.callback(weights.close)
-        files.config.close()  # an adapter that waits for room holds few descriptors
+        files.config.close()  # an adapter that waits for memory keeps few files open
         return weights
 
     def stop(self) -> None:
-        """What runs ends at its next piece of work; nothing new begins."""
+        """Running loads end at their next `pause`; new ones fail."""
         self._closing = True
 
     async def close(self) -> None:
-        """Waits for threads that still parse."""
+        """Stops, and waits for threads that parse or convert."""
         self.stop()
         await asyncio.gather(self._parsers.close(), self._converters.close())
         self._converter.close()
 
     def _open(self, config: OpenFile, weights: OpenFile) -> LoraWeights:
-        """The tensors of an adapter, matched with the layout. What was refused before is refused without a look."""
+        """The tensors of an adapter, matched with the layout. Files that were refused before are refused at once."""
         with self._refused.remembered(config, weights):
             return load_peft(
                 config,
@@ -219,7 +217,7 @@ class Loader:
 
 
 def parse_threads(device: str) -> int:
-    """How many adapters are parsed at a time."""
+    """Number of adapters that are parsed at the same time."""
     if device == "cpu":
         return PARSE_THREADS
     return max(PARSE_THREADS, min(MAX_PARSE_THREADS, len(os.sched_getaffinity(0)) // 2))

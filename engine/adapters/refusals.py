@@ -1,4 +1,4 @@
-"""What was refused, by what it was refused for: the same files under another name are refused at once."""
+"""Refusals by file contents: the same files under another name are refused at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_REFUSED = 512
 
 
 class Refusals:
-    """Refusals by the digest of a configuration and of the header of the weights. For any number of threads."""
+    """Refusals by the digest of the configuration and the header of the weights. Thread-safe."""
 
     def __init__(self) -> None:
         # As they cross processes: an exception would keep the frames that raised it, and all that they read.
@@ -28,7 +28,7 @@ class Refusals:
 
     @contextmanager
     def remembered(self, config: OpenFile, weights: OpenFile) -> Iterator[None]:
-        """Raises what these files were refused with before; remembers what the block raises."""
+        """Raises the earlier refusal of these files, if any; remembers a refusal that the block raises."""
         digest = _digest(config, weights)
         with self._lock:
             known = self._known.get(digest)
@@ -43,7 +43,7 @@ class Refusals:
 
 
 def _digest(config: OpenFile, weights: OpenFile) -> bytes:
-    """Of all that is read before the weights' values: the configuration, the header, and how long the files are."""
+    """Digest of everything that is read before the values: configuration, header, file sizes."""
     state = hashlib.sha256(f"{config.size} {weights.size} ".encode())
     with reading(config):
         if config.size <= MAX_CONFIG_BYTES:

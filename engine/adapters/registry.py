@@ -1,13 +1,13 @@
-"""Which source a name belongs to, and the sources that there are."""
+"""The table of adapter sources, and the source that a name belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 
 from engine.adapters.hub import HubSource
-from engine.adapters.ref import AdapterRef, SourceName, refuse_merged
+from engine.adapters.ref import AdapterRef, refuse_merged
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
+from engine.checkpoint import DEMO, DEMO_FOLDER
 from engine.config import EngineConfig
 from engine.errors import (
     AdapterError,
@@ -17,71 +17,85 @@ from engine.errors import (
     InvalidRequest,
 )
 
-Ask = Callable[[AdapterRef], Awaitable[Version]]  # of a reference with a definite source
+Ask = Callable[[AdapterRef], Awaitable[Version]]  # resolves a reference that names its source
 
-DEMO_MODEL = "demo"
-DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "adapters"
+# Sources that other servers have: what to do instead.
+_INSTEAD = {
+    "s3": "copy the adapter under a folder of --adapter-root and request it with adapter_source local",
+    "pbase": "export the adapter to the hub, or under a folder of --adapter-root",
+}
 
 
-def make_sources(
-    config: EngineConfig, max_file_bytes: int | None = None, endpoint: str | None = None
-) -> dict[SourceName, Source]:
-    """The sources of a server. Another source is one more entry."""
-    sources: dict[SourceName, Source] = {
-        "local": LocalSource(config.adapters.adapter_root),
-        "hub": HubSource(
+def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dict[str, Source]:
+    """The sources of a server, by name. A new source is one more line in this table.
+
+    `max_file_bytes`: larger weight files are not downloaded.
+    """
+    table: list[Source] = [
+        LocalSource(config.adapters.adapter_root),
+        HubSource(
             config.model.hub_token,
             config.model.huggingface_hub_cache,
-            endpoint=endpoint,
             max_file_bytes=max_file_bytes,
             max_seconds=config.adapters.adapter_load_timeout_s,
         ),
-    }
-    if config.model.model_id == DEMO_MODEL:
-        sources["demo"] = DemoSource(DEMO_FOLDER)
-    return sources
+    ]
+    if config.model.model_id == DEMO:
+        table.insert(0, DemoSource(DEMO_FOLDER / "adapters"))
+    return {source.name: source for source in table}
 
 
 class Registry:
-    """Finds the source of a reference that names none.
+    """Finds the source of an adapter.
 
-    In this order: names that were registered at start, the demo's adapters, folders below an adapter root, the
-    default source. A reference that names its source is looked for there and nowhere else.
+    A reference that names its source is looked up there and nowhere else; so is an id with the prefix of a source.
+    Every other name is looked up in this order: names registered at start, the sources that are `searched` in the
+    order of the table (the demo's adapters, folders below an adapter root), the default source.
     """
 
-    def __init__(self, sources: Mapping[SourceName, Source], default: SourceName) -> None:
+    def __init__(self, sources: Mapping[str, Source], default: str) -> None:
         self.sources = sources
         self.default = default
         self._registered: dict[str, AdapterRef] = {}
 
-    def register(self, ref: AdapterRef) -> None:
-        """Makes the name of a reference with a definite source known."""
-        assert ref.source is not None
-        self._registered[ref.name] = ref
+    def register(self, ref: AdapterRef, source: str) -> None:
+        """From now on a reference of this name means the adapter in this source."""
+        self._registered[ref.name] = self._at(ref, source)
 
     def candidates(self, ref: AdapterRef) -> list[AdapterRef]:
-        """The same adapter in every source where it is to be looked for, in order; at least one.
+        """The same adapter in each source where it is to be looked up, in order; at least one.
 
-        Raises InvalidRequest for merged adapters and sources that this server does not have.
+        Raises InvalidRequest for merged adapters and for sources that a client cannot name on this server.
         """
         refuse_merged(ref)
         if ref.source is not None:
-            if ref.source not in self.sources:
-                raise InvalidRequest(
-                    f"adapter_source {ref.source!r} is not available on this server",
-                    field="adapter_source",
-                    hint=f"use one of {', '.join(self.sources)}",
-                )
-            return [ref]
-        if (known := self._registered.get(ref.name)) is not None:
-            return [known]
-        order: list[SourceName] = ["demo", "local", self.default]
+            self._check_source(ref.source)
+            return [self._at(ref, ref.source)]
+        if (registered := self._registered.get(ref.name)) is not None:
+            return [registered]
+        for name, source in self.sources.items():
+            if source.prefix and ref.id.startswith(source.prefix):
+                return [self._at(ref, name)]
+        order = [name for name, source in self.sources.items() if source.searched]
+        order.append(self.default)
         return [ref.at(name) for name in dict.fromkeys(order) if name in self.sources]
 
-    async def resolve(self, ref: AdapterRef, ask: Ask) -> Version:
-        """The version in the first source that has the adapter; `ask` puts the question to one of them.
+    def _at(self, ref: AdapterRef, source: str) -> AdapterRef:
+        return ref.at(source, self.sources[source].prefix)
 
-        Raises AdapterNotFound that lists where it was looked for, or what the only source said.
+    def _check_source(self, name: str) -> None:
+        selectable = [known for known, source in self.sources.items() if source.selectable]
+        if name not in selectable:
+            raise InvalidRequest(
+                f"this server has no adapter_source {name!r}; it has {', '.join(selectable)}",
+                field="adapter_source",
+                hint=_INSTEAD.get(name, "use one of these, or leave adapter_source out"),
+            )
+
+    async def resolve(self, ref: AdapterRef, ask: Ask) -> Version:
+        """The version in the first source that has the adapter; `ask` resolves a reference in one source.
+
+        Raises AdapterNotFound that lists where it was looked up, or the error of the only source.
         """
         candidates = self.candidates(ref)
         refusals: list[AdapterError] = []
@@ -92,13 +106,13 @@ class Registry:
                 refusals.append(error)
         if len(candidates) == 1:
             raise refusals[0]
-        raise self._nowhere(ref, refusals)
+        raise self._not_found(ref, refusals)
 
-    def _nowhere(self, ref: AdapterRef, refusals: list[AdapterError]) -> AdapterError:
-        """What was tried, in order. The last source's failure counts, and a path or repository that was closed to
-        the caller.
+    def _not_found(self, ref: AdapterRef, refusals: list[AdapterError]) -> AdapterError:
+        """One error for all sources. Its class is that of the last source's failure, or AdapterForbidden for a path or
+        a repository that the caller may not read.
 
-        The hub answers a stranger's plain name with 401 whether there is such an adapter or not: that is "not found".
+        The hub answers 401 to an anonymous request for a plain name, whether it exists or not: that is "not found".
         """
         tried = [f"no preloaded adapter of that name ({', '.join(self._registered) or 'none'})"]
         tried += [error.message for error in refusals]

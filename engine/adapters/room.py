@@ -1,4 +1,4 @@
-"""Room in the host tier for who must wait for it: until leases end, but not for ever."""
+"""Reservations in the host tier that wait, for a limited time, until leases end."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from engine.errors import AdapterLoadFailed, AdapterTooLarge, Overloaded
 
 
 class Room:
-    """Reservations in a tier, on one event loop, in the order in which they were asked for: what is freed is kept for
-    the oldest that waits, so that small ones do not starve a large one."""
+    """Reservations in one tier, on one event loop, first come, first served: freed memory goes to the oldest
+    reservation, so small ones do not starve a large one."""
 
     def __init__(
         self, tier: HostTier, patience_s: float, recall: Callable[[int], None] = lambda size: None
     ) -> None:
-        """`recall` asks for leases that nobody uses, when they are in the way of so many bytes."""
+        """`recall` asks the front to return unused leases; its argument is the number of bytes needed."""
         self.tier = tier
         self._recall = recall
         self._patience_s = patience_s
         self._freed = asyncio.Event()  # replaced whenever it is set
-        self._waiting: deque[object] = deque()  # the oldest first
+        self._waiting: deque[object] = deque()  # oldest first
         self._closing = False
 
     async def reserve(self, name: str, num_bytes: int) -> int:
-        """Offset of so many bytes for the image of `name`.
+        """Reserves bytes for the image of `name` and returns their offset.
 
-        Raises AdapterTooLarge if the tier could never hold it, Overloaded if leases fill it for longer than
+        Raises AdapterTooLarge if it exceeds the tier's capacity, Overloaded if leases fill the tier for longer than
         `patience_s`.
         """
         if num_bytes > self.tier.capacity:
             raise AdapterTooLarge(
-                f"{name} takes {num_bytes} bytes of host memory, there are {self.tier.capacity}",
+                f"{name} needs {num_bytes} bytes of host memory; the limit is {self.tier.capacity} bytes",
                 field="adapter_id",
                 hint="raise --host-cache-gb",
             )
@@ -53,22 +53,22 @@ class Room:
                         raise AdapterLoadFailed("the server is shutting down")
         except TimeoutError:
             raise Overloaded(
-                f"no host memory for {name}: open requests use all of it",
+                f"no host memory for {name}: adapters of open requests use all of it",
                 field="adapter_id",
                 hint="try again, or raise --host-cache-gb",
             ) from None
         finally:
             self._waiting.remove(turn)
-            self.freed()  # the next one's turn
+            self.freed()  # wakes the next reservation
 
     def commit(self, offset: int, digest: bytes) -> HostImage:
-        """The image at a reserved offset is complete."""
+        """Marks the image at a reserved offset as complete."""
         image = self.tier.commit(offset, digest)
         self.freed()
         return image
 
     def abandon(self, offset: int) -> None:
-        """Gives a reservation back."""
+        """Cancels a reservation."""
         self.tier.abandon(offset)
         self.freed()
 
@@ -78,11 +78,11 @@ class Room:
         self.freed()
 
     def freed(self) -> None:
-        """Something may have become free: whoever waits looks again."""
+        """Wakes all waiting reservations, because memory may be free."""
         self._freed.set()
         self._freed = asyncio.Event()
 
     def close(self) -> None:
-        """Whoever waits gives up."""
+        """Fails all waiting reservations."""
         self._closing = True
         self.freed()

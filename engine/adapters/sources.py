@@ -1,8 +1,8 @@
-"""Where adapters come from: a reference and a token in, files on disk out.
+"""Where adapters come from: a reference and a token in, open files out.
 
-A source works in two steps, both blocking and both called from threads. `resolve` finds out which exact version a
-reference means and whether the caller may see it; it is asked again whenever `ttl_s` has passed. `fetch` brings that
-version's two files. A new source (an object store) is one class with these methods and one line in `make_sources`.
+A source works in two steps. Both block and run in threads. `resolve` finds the exact version that a reference means
+and whether the caller may see it; it is called again when `ttl_s` has passed. `fetch` opens that version's two files.
+A new source (an object store) is one class that derives from `Source` and one line in `registry.make_sources`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from engine.adapters.ref import AdapterRef, SourceName
+from engine.adapters.ref import AdapterRef
 from engine.errors import (
     RENAME,
     AdapterError,
@@ -27,22 +27,24 @@ from engine.errors import (
 from engine.files import NotRegular, OpenFile, Outside
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order of preference
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # the preferred one first
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
+Progress = Callable[[int, int], None]  # bytes done, total bytes (0: unknown)
+
+_SAVE_WITH_PEFT = "save the adapter with PEFT's save_pretrained"
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One exact version of an adapter, which the caller may see."""
+    """One exact version of an adapter that the caller may see."""
 
-    source: SourceName
+    source: str  # name of the source
     id: str  # of the repository, or the folder's real path
     revision: str  # commit, or a fingerprint of the files
     weights: str  # name of the weight file
     cache: str = ""  # folder of downloads that it belongs to
-    salt: bytes = b""  # of the tenant, if not everybody may see it
-    num_bytes: int | None = None  # of the weight file, as the source says
+    salt: bytes = b""  # the tenant's cache salt; empty for public adapters
+    num_bytes: int | None = None  # size of the weight file according to the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,39 +73,44 @@ class AdapterFiles:
 
 
 class Source(Protocol):
-    """See the module."""
+    """See the module. Implementations derive from it for the defaults."""
 
-    @property
-    def ttl_s(self) -> float:
-        """Seconds for which a version may be taken for the newest, and a tenant for authorised."""
-        ...
+    name: str  # in `adapter_source`, in answers and in metrics
+    prefix: str = ""  # ids that start with it belong to this source; it is removed before `resolve`
+    selectable: bool = True  # a request may name it as `adapter_source`
+    searched: bool = False  # adapters whose request names no source are looked up here
+    ttl_s: float = 60.0  # seconds until `resolve` is called again for the same reference and tenant
+
+    def names(self) -> list[str]:
+        """Adapters that /adapters lists before their first request."""
+        return []
 
     def tenant(self, token: str | None) -> bytes:
-        """What the caller's token means here: calls of equal tenants have equal answers."""
-        ...
+        """A digest of the token. `resolve` gives equal answers to tenants with equal digests."""
+        return b""
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
         """Raises AdapterNotFound, AdapterForbidden, AdapterIncompatible or AdapterLoadFailed."""
         ...
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
-        """The files, open: close them after use. Raises as `resolve`."""
+        """The files, open; the caller closes them. Raises as `resolve`."""
         ...
 
 
 def token_hash(token: str) -> bytes:
-    """A token's name in keys and salts; the token itself is kept nowhere."""
+    """The digest that stands for a token in keys and salts. The token itself is not stored."""
     return hashlib.blake2b(token.encode(), digest_size=16).digest()
 
 
 def find_weights(names: Iterable[str], where: str) -> str:
-    """The weight file among `names`. Raises AdapterIncompatible if this is no PEFT adapter."""
+    """The weight file among `names`. Raises AdapterIncompatible if these are not the files of a PEFT adapter."""
     present = set(names)
     if CONFIG_NAME not in present:
         raise AdapterIncompatible(
             f"{where} has no {CONFIG_NAME}",
             field=CONFIG_NAME,
-            hint="only adapters saved with PEFT's save_pretrained are served",
+            hint=_SAVE_WITH_PEFT,
         )
     for name in WEIGHT_NAMES:
         if name in present:
@@ -111,12 +118,12 @@ def find_weights(names: Iterable[str], where: str) -> str:
     raise AdapterIncompatible(
         f"{where} has neither {' nor '.join(WEIGHT_NAMES)}",
         field=WEIGHT_NAMES[0],
-        hint="only adapters saved with PEFT's save_pretrained are served",
+        hint=_SAVE_WITH_PEFT,
     )
 
 
 def open_folder(folder: Path) -> AdapterFiles:
-    """The files of a folder that the user named, wherever it is and wherever links lead. Raises as `open_files`."""
+    """The files of a folder anywhere on disk, symbolic links followed. Raises as `open_files`."""
     return open_files(folder / CONFIG_NAME, folder / _weights_in(folder))
 
 
@@ -127,17 +134,15 @@ def _weights_in(folder: Path) -> str:
         raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
 
 
-class LocalSource:
-    """Folders beneath the roots that the operator named, symbolic links followed before they are judged."""
+class LocalSource(Source):
+    """Folders below the roots that the operator named. The check applies to the real path, links followed."""
 
+    name = "local"
+    searched = True
     ttl_s = 1.0
-    name: SourceName = "local"
 
     def __init__(self, roots: Iterable[str | Path]) -> None:
         self.roots = tuple(Path(root).expanduser().resolve() for root in roots)
-
-    def tenant(self, token: str | None) -> bytes:
-        return b""
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
         folder = self._folder(ref)
@@ -150,7 +155,7 @@ class LocalSource:
         if files.revision == version.revision:
             return files
         files.close()
-        raise AdapterLoadFailed(f"{files.folder} changed while it was loaded", hint=RENAME)
+        raise AdapterLoadFailed(f"{files.folder} changed during loading", hint=RENAME)
 
     def _open(self, folder: Path, weights: str) -> AdapterFiles:
         try:
@@ -159,7 +164,7 @@ class LocalSource:
             raise self._forbidden(error.field or weights) from None
 
     def _folder(self, ref: AdapterRef) -> Path:
-        """The real folder. Outside the roots it is forbidden, whether it exists or not."""
+        """The real folder. A path outside the roots is forbidden, whether it exists or not."""
         names = [ref.name, ref.id] if ref.revision else [ref.id]  # a folder's name may contain @
         seen_outside = False
         for name in names:
@@ -174,7 +179,7 @@ class LocalSource:
                 elif exists:
                     if name != ref.name:
                         raise AdapterNotFound(
-                            f"{ref.id} is a local folder and has no revision {ref.revision!r}",
+                            f"{ref.id} is a local folder; it has no revision {ref.revision!r}",
                             field="adapter_id",
                             hint="leave the revision out",
                         )
@@ -184,36 +189,37 @@ class LocalSource:
         raise AdapterNotFound(
             f"there is no folder {ref.name} in {self.described}",
             field="adapter_id",
-            hint="name another --adapter-root, or give the folder's path below one of them",
+            hint="give the folder's path below an --adapter-root, or start the server with another --adapter-root",
         )
 
     @property
     def described(self) -> str:
         """The roots, for messages."""
-        return ", ".join(map(str, self.roots)) or "any --adapter-root (there is none)"
+        return ", ".join(map(str, self.roots)) or "any --adapter-root (none is set)"
 
     def _allowed(self, path: Path) -> bool:
         return any(path.is_relative_to(root) for root in self.roots)
 
     def _forbidden(self, name: str) -> AdapterError:
         return AdapterForbidden(
-            f"{name} is outside the folders that adapters may be read from",
+            f"{name} is outside every --adapter-root ({self.described})",
             field="adapter_id",
-            hint=f"start the server with --adapter-root for its folder (now: {self.described})",
+            hint="start the server with --adapter-root for its folder",
         )
 
 
 class DemoSource(LocalSource):
-    """The adapters that come with the demo model, by their plain names."""
+    """The adapters that come with the demo model. They are found by their plain names only."""
 
+    name = "demo"
+    selectable = False
     ttl_s = 3600.0
-    name: SourceName = "demo"
 
     def __init__(self, folder: Path) -> None:
         super().__init__([folder])
 
     def names(self) -> list[str]:
-        """The adapters that there are."""
+        """See `Source.names`."""
         return sorted(path.parent.name for path in self.roots[0].glob(f"*/{CONFIG_NAME}"))
 
     def _folder(self, ref: AdapterRef) -> Path:
@@ -233,9 +239,9 @@ def open_files(
     roots: Iterable[Path] | None = None,
     revision: str | None = None,
 ) -> AdapterFiles:
-    """Opens an adapter's two files, which must lie in `roots` (None: anywhere), links followed.
+    """Opens an adapter's two files. Their real paths must lie in `roots` (None: anywhere).
 
-    `revision`: None makes it of the files' fingerprints. Raises AdapterForbidden (`field`: the path),
+    `revision`: None uses the files' fingerprints. Raises AdapterForbidden (`field`: the path),
     AdapterIncompatible or AdapterLoadFailed.
     """
     roots = None if roots is None else tuple(roots)
@@ -253,10 +259,10 @@ def _open(path: Path, roots: tuple[Path, ...] | None) -> OpenFile:
     try:
         return OpenFile(path, roots)
     except NotRegular:
-        raise AdapterIncompatible(f"{path} is not a plain file", field=path.name) from None
+        raise AdapterIncompatible(f"{path} is not a regular file", field=path.name) from None
     except Outside:
         raise AdapterForbidden(
-            f"{path} leads out of the folder of its adapters", field=str(path)
+            f"{path} leads out of the adapter folders", field=str(path)
         ) from None
     except OSError as error:
         raise AdapterLoadFailed(f"cannot read {path}: {error.strerror}") from None

@@ -1,8 +1,8 @@
-"""Adapters in host memory: one shared region, and who lies where in it.
+"""Adapters in host memory: one shared region and its allocator.
 
-`HostRegion` is memory that several processes map; the exchange writes images into it, the shards copy out of it.
-`HostTier` is its bookkeeping, plain integers: intervals by first fit, leases by open requests, eviction of what
-nobody leases, least recently used first. One task owns a tier; it is not thread-safe.
+`HostRegion` is memory that several processes map. The exchange writes images into it; the shards copy them to the
+device. `HostTier` allocates it: first fit, leases, and eviction of the least recently used image without a lease. It
+uses plain integers and belongs to one task; it is not thread-safe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.messages import IMAGE_ALIGN, aligned
 
 
 class HostRegion:
-    """Shared memory of a fixed size. Pages are taken when they are first written, so a large region costs nothing."""
+    """Shared memory of a fixed size. The kernel allocates a page at its first write, so an unused region is free."""
 
     def __init__(self, fd: int, size: int) -> None:
         self.fd = fd
@@ -29,10 +29,9 @@ class HostRegion:
 
     @classmethod
     def create(cls, size: int) -> HostRegion:
-        """A new region of `size` bytes: anonymous (memfd), so that a small /dev/shm is no limit; else an unlinked
-        file.
+        """A new region of `size` bytes: a memfd, which the size of /dev/shm does not limit, or else an unlinked file.
 
-        Other processes map it by `fd`, which must be passed to them (`pass_fds`, or over a socket).
+        Other processes map it by its `fd`, which they inherit (`pass_fds`) or receive over a socket.
         """
         size = max(size, IMAGE_ALIGN) // IMAGE_ALIGN * IMAGE_ALIGN
         if hasattr(os, "memfd_create"):
@@ -49,11 +48,11 @@ class HostRegion:
 
     @classmethod
     def attach(cls, fd: int) -> HostRegion:
-        """The region behind another process's `fd`; takes the descriptor over."""
+        """The region of another process's `fd`. Takes ownership of the descriptor."""
         return cls(fd, os.fstat(fd).st_size)
 
     def close(self) -> None:
-        """Unmaps the region. Memory that a tensor still shows stays mapped until the tensor goes."""
+        """Unmaps the region. Memory that a tensor still uses stays mapped until the tensor is freed."""
         if self.fd < 0:
             return
         with contextlib.suppress(BufferError):
@@ -71,21 +70,21 @@ class HostImage:
     offset: int  # bytes
     num_bytes: int
     leases: int = 0
-    doomed: bool = False  # freed with its last lease
+    doomed: bool = False  # no longer found; freed when its last lease ends
 
 
 class HostTier:
-    """Which bytes of the region hold which image.
+    """The allocator of the region.
 
-    An interval is *reserved* while an image is written, then *committed* under its digest. Leases keep an image
-    where it is; without leases it may be evicted.
+    An interval is *reserved* while an image is written, then *committed* under its digest. A leased image stays in
+    place; an image without leases may be evicted.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity // IMAGE_ALIGN * IMAGE_ALIGN
         self.evictions = 0
         self._images: OrderedDict[bytes, HostImage] = OrderedDict()  # least recently used first
-        self._doomed: dict[int, HostImage] = {}  # by offset: no longer found, still leased
+        self._doomed: dict[int, HostImage] = {}  # by offset
         self._reserved: dict[int, int] = {}  # offset -> bytes
 
     def __len__(self) -> int:
@@ -99,11 +98,11 @@ class HostTier:
 
     @property
     def used(self) -> int:
-        """Bytes taken, by images and reservations."""
+        """Bytes of images and reservations."""
         return sum(size for _, size in self._intervals())
 
     def _intervals(self, leased_only: bool = False) -> list[tuple[int, int]]:
-        """(offset, bytes) of everything in the region, or of what cannot be evicted; sorted."""
+        """Sorted (offset, bytes) of all images and reservations, or only of those that cannot be evicted."""
         images = [image for image in self._images.values() if image.leases or not leased_only]
         taken = [(image.offset, image.num_bytes) for image in (*images, *self._doomed.values())]
         return sorted([*taken, *self._reserved.items()])
@@ -117,13 +116,13 @@ class HostTier:
         return end if self.capacity - end >= size else None
 
     def reserve(self, num_bytes: int) -> int | None:
-        """Offset of `num_bytes` for an image to be written; evicts as little as it must, the least recent first.
+        """Reserves `num_bytes` and returns their offset. Evicts images as needed, the least recently used first.
 
-        None if leases are in the way: nothing is evicted then. Raises ValueError if it can never fit.
+        None, without evictions, if leased images leave no gap. Raises ValueError if it exceeds the capacity.
         """
         size = max(IMAGE_ALIGN, aligned(num_bytes))
         if size > self.capacity:
-            raise ValueError(f"{num_bytes} bytes do not fit a tier of {self.capacity}")
+            raise ValueError(f"{num_bytes} bytes do not fit into a tier of {self.capacity} bytes")
         if self._first_fit(size, leased_only=True) is None:
             return None
         while (offset := self._first_fit(size)) is None:
@@ -134,7 +133,7 @@ class HostTier:
         return offset
 
     def commit(self, offset: int, digest: bytes) -> HostImage:
-        """The image at a reserved offset is complete. If the same image is there already, that one is kept."""
+        """Marks the image at a reserved offset as complete. If the tier has the same image, that one is kept."""
         size = self._reserved.pop(offset)
         if digest not in self._images:
             self._images[digest] = HostImage(digest, offset, size)
@@ -142,11 +141,11 @@ class HostTier:
         return self._images[digest]
 
     def abandon(self, offset: int) -> None:
-        """Gives a reservation back."""
+        """Cancels a reservation."""
         del self._reserved[offset]
 
     def lease(self, digest: bytes) -> HostImage | None:
-        """Keeps an image where it is until `release`; None if it is not in the tier."""
+        """Keeps an image in place until `release`. None if it is not in the tier."""
         image = self._images.get(digest)
         if image is not None:
             image.leases += 1
@@ -154,9 +153,9 @@ class HostTier:
         return image
 
     def adopt(self, digest: bytes, offset: int, num_bytes: int) -> HostImage:
-        """One lease of an image that a tier before this one left in the region.
+        """Leases an image that a previous tier left in the region.
 
-        Raises ValueError if it cannot lie there: outside of the region, or across another.
+        Raises ValueError if the interval is outside of the region or overlaps another.
         """
         size = max(IMAGE_ALIGN, aligned(num_bytes))
         known = self._images.get(digest)
@@ -165,7 +164,9 @@ class HostTier:
             taken = self._intervals()
             apart = all(offset + size <= at or at + length <= offset for at, length in taken)
             if offset % IMAGE_ALIGN or offset < 0 or offset + size > self.capacity or not apart:
-                raise ValueError(f"no image of {num_bytes} bytes can lie at {offset}")
+                raise ValueError(
+                    f"an image of {num_bytes} bytes at {offset} is out of range or overlaps"
+                )
             found = HostImage(digest, offset, size, doomed=known is not None)
             if known is None:
                 self._images[digest] = found
@@ -175,7 +176,7 @@ class HostTier:
         return found
 
     def hold(self, image: HostImage) -> None:
-        """One more lease of an image that is leased."""
+        """Adds a lease to an image that has one."""
         assert image.leases > 0, "an image without leases may be gone"
         image.leases += 1
 
@@ -187,7 +188,7 @@ class HostTier:
             del self._doomed[image.offset]
 
     def drop(self, digest: bytes) -> bool:
-        """Forgets an image; its bytes are free with its last lease. False if it is not in the tier."""
+        """Removes an image; its bytes are free when its last lease ends. False if it is not in the tier."""
         image = self._images.pop(digest, None)
         if image is None:
             return False
@@ -197,7 +198,7 @@ class HostTier:
         return True
 
     def check(self) -> None:
-        """Asserts the invariants: intervals are aligned, within the region and apart; leases are counted."""
+        """Asserts the invariants: intervals are aligned, within the region and disjoint; leases are counted."""
         end = 0
         for offset, size in self._intervals():
             assert offset % IMAGE_ALIGN == 0 and size % IMAGE_ALIGN == 0 and size > 0

@@ -1,4 +1,4 @@
-"""Which version a name means now: asked once for all who want to know, and again when the answer has aged."""
+"""The current version of each name. Concurrent requests share one `resolve`; its answer expires after `ttl_s`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 MAX_RESOLVED = 4096  # names whose version is remembered
-REFRESH_PATIENCE_S = 1.0  # for a source to confirm what was known a moment ago
+REFRESH_PATIENCE_S = 1.0  # wait for a source to confirm an expired version before it is used again
 STALE_FACTOR = (
-    10  # so many times its time-to-live, what was known may serve while the source is slow or away
+    10  # multiple of `ttl_s` for which an expired version may serve if the source is slow
 )
 
-# asks the source of a reference, in a thread
+# Calls `resolve` of the reference's source, in a thread.
 Resolve = Callable[[AdapterRef, str | None], Awaitable[Version]]
 
 
 class Lru(Generic[K, V]):
-    """A dictionary that forgets what was unused for longest."""
+    """A dictionary of limited size that drops the least recently used entry."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -50,15 +50,15 @@ class Lru(Generic[K, V]):
             self._items.popitem(last=False)
 
     def pop(self, key: K) -> V | None:
-        """Forgets a key."""
+        """Removes a key and returns its value, if any."""
         return self._items.pop(key, None)
 
     def values(self) -> list[V]:
-        """What is remembered, the least recently used first."""
+        """All values, the least recently used first."""
         return list(self._items.values())
 
     def drop_if(self, test: Callable[[K], bool]) -> None:
-        """Forgets the keys for which `test` holds."""
+        """Removes the keys for which `test` is true."""
         for key in [key for key in self._items if test(key)]:
             del self._items[key]
 
@@ -69,14 +69,14 @@ class _Known:
     asked: float  # time.monotonic()
 
 
-Key = tuple[AdapterRef, tuple[bytes, ...]]  # with what the caller's token means to each source
+Key = tuple[AdapterRef, tuple[bytes, ...]]  # the reference, and the tenant at each source
 
 
 class Versions:
-    """The versions behind references, by tenant: being told one is being allowed to have it.
+    """The versions of references, by tenant: a tenant that has a version is allowed to use the adapter.
 
-    An answer serves for the source's `ttl_s`. Then it is asked for again; while the source is slow or cannot be
-    reached, the old answer serves on, for STALE_FACTOR times as long. A refusal counts at once.
+    A version is valid for the source's `ttl_s`, then it is resolved again. While the source is slow or unreachable,
+    the old version serves for up to STALE_FACTOR times as long. A refusal takes effect at once.
     """
 
     def __init__(self, registry: Registry, resolve: Resolve) -> None:
@@ -91,9 +91,9 @@ class Versions:
     async def get(
         self, ref: AdapterRef, token: str | None, fresh: bool = False
     ) -> tuple[Version, float]:
-        """The version for this tenant, and for how many seconds that needs no other question.
+        """The version for this tenant, and the seconds for which it is valid.
 
-        `fresh`: as the source says now. Raises as `Registry.resolve`.
+        `fresh`: resolve it now. Raises as `Registry.resolve`.
         """
         sources = self._registry.sources
         candidates = self._registry.candidates(ref)
@@ -108,22 +108,22 @@ class Versions:
             task = self._asking[key] = asyncio.create_task(self._ask(key, token))
             task.add_done_callback(lambda task: self._asked(key, task))
         if known is None or age > STALE_FACTOR * ttl:
-            return self._just_told(await share(task))
+            return self._with_ttl(await share(task))
         try:
             async with asyncio.timeout(REFRESH_PATIENCE_S):
-                return self._just_told(await share(task))
+                return self._with_ttl(await share(task))
         except (TimeoutError, AdapterLoadFailed):
             return known.version, 0.0
 
-    def _just_told(self, version: Version) -> tuple[Version, float]:
+    def _with_ttl(self, version: Version) -> tuple[Version, float]:
         return version, self._registry.sources[version.source].ttl_s
 
     def forget(self, name: str) -> None:
-        """The next request for this name asks its source."""
+        """Drops a name: its next request resolves it."""
         self._known.drop_if(lambda key: key[0].name == name)
 
     async def close(self) -> None:
-        """Gives up the questions under way."""
+        """Cancels every `resolve` in progress."""
         tasks = list(self._asking.values())
         for task in tasks:
             task.cancel()
@@ -142,17 +142,17 @@ class Versions:
             self._known.pop(key)
 
 
-def _look_at(task: asyncio.Task[Any]) -> None:
+def _retrieve(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()
 
 
 async def share(task: asyncio.Task[T]) -> T:
-    """The result of a task that others wait for too; its failure as an error of one's own.
+    """The result of a task that other callers wait for too. Each caller gets its own copy of an error.
 
-    A failure that nobody waits for any more is nobody's, not the loop's to complain of.
+    The error is marked retrieved, so asyncio does not log it if every caller has gone.
     """
-    task.add_done_callback(_look_at)
+    task.add_done_callback(_retrieve)
     try:
         return await asyncio.shield(task)
     except LoraxError as error:

@@ -1,8 +1,8 @@
-"""Threads for work that may never come back: a file system that hangs, a source that says nothing.
+"""Threads for calls that may never return: a file system that hangs, a source that does not answer.
 
-A pool of fixed threads is lost when each of them is stuck once. Here a job that misses its deadline is *abandoned*: its
-place is free for the next one, whoever waited is told, and its thread ends whenever it can. What it still writes to is
-given free only then (`Job.when_ended`).
+A pool of a fixed number of threads is lost when all of them are stuck. Here a job that misses its deadline is
+*abandoned*: its caller gets an error, another job may start in its place, and its thread ends whenever it can. Memory
+that it may write to is freed only then (`Job.when_ended`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from engine.errors import AdapterLoadFailed
+from engine.errors import AdapterLoadFailed, LoraxError, from_wire
 
 T = TypeVar("T")
 
-CLOSE_S = 2.0  # that jobs get to end when nobody wants their results any more
+CLOSE_S = 2.0  # longest wait for running jobs on close
 
 
 class Job(Generic[T]):
-    """One call in a thread of its own."""
+    """One call in its own thread."""
 
     def __init__(self, workers: Workers, call: Callable[[], T]) -> None:
         self.abandoned = False
@@ -34,14 +34,14 @@ class Job(Generic[T]):
         threading.Thread(target=self._work, name=workers.name, daemon=True).start()
 
     async def result(self, deadline: float) -> T:
-        """What the call returned or raised. Raises AdapterLoadFailed, and abandons it, at `deadline` (monotonic)."""
+        """The result of the call, or its exception. Abandons it at `deadline` (monotonic): AdapterLoadFailed."""
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return await asyncio.shield(self._result)
         except TimeoutError:
             self._abandon()
             raise AdapterLoadFailed(
-                "loading took too long and was given up",
+                "loading took too long and was aborted",
                 hint="the source or its file system does not answer; try again later",
             ) from None
         except asyncio.CancelledError:
@@ -49,7 +49,7 @@ class Job(Generic[T]):
             raise
 
     def when_ended(self, call: Callable[[], None]) -> None:
-        """Calls back on the loop once the thread can touch nothing any more; at once if that is so already."""
+        """Calls back on the loop when the thread has ended; at once if it has."""
         if self._has_ended:
             call()
         else:
@@ -67,13 +67,13 @@ class Job(Generic[T]):
         error: BaseException | None = None
         try:
             value = self._call()
-        except (
-            BaseException
-        ) as caught:  # a thread's boundary: it is raised where the job is awaited
-            value, error = None, caught
+        except LoraxError as caught:  # without the frames that raised it, and all that they read
+            error = from_wire(caught.to_wire())
+        except BaseException as caught:  # a thread boundary: `result` raises it
+            error = caught
         try:
             self._loop.call_soon_threadsafe(self._ended, value, error)
-        except RuntimeError:  # the loop is closed: nobody waits
+        except RuntimeError:  # the loop is closed
             _close(value)
 
     def _ended(self, value: Any, error: BaseException | None) -> None:
@@ -86,7 +86,7 @@ class Job(Generic[T]):
             _close(value)
         elif error is not None:
             self._result.set_exception(error)
-            self._result.exception()  # whoever waited may be gone
+            self._result.exception()  # marked retrieved: the caller may be gone
         else:
             self._result.set_result(value)
         endings, self._endings = self._endings, []
@@ -95,50 +95,49 @@ class Job(Generic[T]):
 
 
 class Workers:
-    """At most `limit` jobs at a time, the abandoned ones not counted. Lives on one event loop."""
+    """At most `limit` jobs at the same time, not counting abandoned ones. Belongs to one event loop."""
 
     def __init__(self, limit: int, name: str) -> None:
         self.name = name
-        self.abandoned = 0  # threads that are stuck
-        self._places = asyncio.Semaphore(limit)
-        self._limit = limit
+        self.abandoned = 0  # jobs that missed their deadline and still run
+        self._free_threads = asyncio.Semaphore(limit)
         self._running = 0
 
     async def start(self, call: Callable[..., T], *given: Any, deadline: float) -> Job[T]:
-        """Begins a call in a thread when there is a place for it. Raises AdapterLoadFailed at `deadline`."""
+        """Starts a call in a thread, after waiting for a free one. Raises AdapterLoadFailed at `deadline`."""
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self._places.acquire()
+                await self._free_threads.acquire()
         except TimeoutError:
             raise AdapterLoadFailed(
-                "too many adapters are being loaded", hint="try again later"
+                "too many adapters are loading", hint="try again later"
             ) from None
         self._running += 1
         try:
             return Job(self, lambda: call(*given))
-        except BaseException:  # no thread can be started
+        except BaseException:  # the thread did not start
             self.free()
             raise
 
     async def run(self, call: Callable[..., T], *given: Any, deadline: float) -> T:
-        """What a call returns; see `Job.result`. The wait for a place counts."""
+        """The result of a call; see `Job.result`. The deadline includes the wait for a free thread."""
         job = await self.start(call, *given, deadline=deadline)
         return await job.result(deadline)
 
     def free(self) -> None:
-        """A place is free. Called by jobs."""
+        """Lets the next job start. Called by jobs."""
         self._running -= 1
-        self._places.release()
+        self._free_threads.release()
 
     async def close(self, timeout: float = CLOSE_S) -> None:
-        """Waits for running jobs, but not for those that are stuck."""
+        """Waits for running jobs, up to `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._running and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
 
 
 def _close(value: object) -> None:
-    """What came too late for anybody, if it holds something open."""
+    """Closes a result that came too late, if it can be closed."""
     close = getattr(value, "close", None)
     if callable(close):
         close()

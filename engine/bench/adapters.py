@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.adapters.tiers import HostRegion
 from engine.errors import ConfigError
 from engine.lora.image import ImageSize, image_size, write_image, write_records
-from engine.lora.weights import LoraWeights, Pair, Place, TensorMatrix
+from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix
 from engine.messages import AdapterImageRef, aligned
 from engine.ops.layout import ALIGN, AdapterLayout
 
@@ -68,7 +68,7 @@ class _Template:
 
 def _ones(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> LoraWeights:
     """An adapter of ones, in views without memory. Empty `targets`: every linear of the layers."""
-    pairs: dict[Place, Pair] = {}
+    pairs: dict[TargetIndex, Pair] = {}
     one = torch.ones(1, 1, dtype=getattr(torch, layout.dtype))
     for layer, number, group in layout.places():
         for index, target in enumerate(group.targets):

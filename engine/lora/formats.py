@@ -1,10 +1,10 @@
-"""From the files of an adapter to `LoraWeights` that fit the base model, or to every reason why they do not.
+"""From the files of an adapter to `LoraWeights` that fit the base model, or to the list of problems.
 
-One function per format: `load_peft` today. The tensors decide which modules are adapted, the layout says which can
-be; what is left over is refused by name, never dropped. Matrices are PEFT's: A `[r, in]` and B `[out, r]` also for
-GPT-2's Conv1D (PEFT keeps its factors as ordinary linears whatever `fan_in_fan_out` says); an embedding's are
-`lora_embedding_A [r, vocab]` and `lora_embedding_B [hidden, r]`. Scales are alpha / r without the base model's own
-embedding scale (Gemma), which the model applies to the sum, as PEFT does.
+One function per format: `load_peft` today. The tensors decide which modules are adapted; the layout says which can be.
+Every other tensor is refused by name, never dropped. Matrices have PEFT's shapes: A `[r, in]` and B `[out, r]`, also
+for GPT-2's Conv1D (PEFT stores ordinary linears there, whatever `fan_in_fan_out` says), and for an embedding
+`lora_embedding_A [r, vocab]` and `lora_embedding_B [hidden, r]`. Scales are alpha / r. They exclude the base model's
+own embedding scale (Gemma), which the model applies to the sum, as PEFT does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from engine.errors import AdapterIncompatible
 from engine.files import OpenFile
 from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
-from engine.lora.weights import LoraWeights, Pair, Place
+from engine.lora.weights import LoraWeights, Pair, TargetIndex
 from engine.names import shown, shown_shape
 from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
 
-MAX_PROBLEMS = 64  # kinds that are listed
+MAX_PROBLEMS = 64  # kinds of problems that are listed
 
 _HALF = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
@@ -33,25 +33,25 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
-class _Spot:
-    """Where in the layout a module lies."""
+class _Site:
+    """Where a target module is in the layout."""
 
-    place: Place
+    index: TargetIndex
     group: Group
     target: Target
 
 
 def _kind(name: str) -> str:
-    """A name without the numbers of layers: the same for the same problem in every layer."""
+    """A name without layer numbers, so that a problem is the same kind in every layer."""
     return _NUMBER.sub("", shown(name))
 
 
 @dataclass(slots=True)
 class _Problems:
-    """Problems by kind, one message for the same problem in many layers; further kinds are only counted."""
+    """Problems by kind: one message per kind, up to MAX_PROBLEMS kinds."""
 
     first: dict[str, AdapterIncompatible] = field(default_factory=dict)
-    more: Counter[str] = field(default_factory=Counter)  # further cases of a kind
+    more: Counter[str] = field(default_factory=Counter)  # further cases per kind
     unlisted: int = 0
 
     def add(self, kind: str, text: str, where: str | None, hint: str | None) -> None:
@@ -64,7 +64,7 @@ class _Problems:
             self.unlisted += 1
 
     def errors(self) -> list[AdapterIncompatible]:
-        """One error per kind, with the number of further cases, and one for all that are not listed."""
+        """One error per kind, with the number of further cases, and one for the kinds that are not listed."""
         found = []
         for kind, first in self.first.items():
             count = self.more[kind]
@@ -85,10 +85,10 @@ def load_peft(
 ) -> LoraWeights:
     """The LoRA in a PEFT folder's `config` and `weights`, a safetensors file (see `engine.sandbox.Converter`).
 
-    The files stay the caller's to close, the weights after the last matrix was read; closing the result closes them.
+    Matrices are read from `weights` later, so it must stay open; closing the result closes it.
 
-    `base_model` is the served model's id: another name in the adapter is only a note, since the shapes decide.
-    Values are not looked at; `write_image` refuses those that are not finite. Raises AdapterIncompatible with the
+    `base_model`: id of the served model. Another name in the adapter gives a note only, because the shapes decide.
+    Values are not checked here; `write_image` refuses values that are not finite. Raises AdapterIncompatible with the
     reasons, or AdapterLoadFailed.
     """
     found, problems = check_peft(config, weights, layout, max_rank=max_rank, base_model=base_model)
@@ -98,7 +98,7 @@ def load_peft(
 
 
 def summary(problems: Sequence[AdapterIncompatible]) -> AdapterIncompatible:
-    """All problems as one error: up to three in full."""
+    """All problems as one error, the first three in full."""
     first = problems[0]
     text = "; ".join(problem.message for problem in problems[:3])
     if len(problems) > 3:
@@ -114,7 +114,7 @@ def check_peft(
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
 ) -> tuple[LoraWeights | None, list[AdapterIncompatible]]:
-    """As `load_peft`, but returns every problem instead of raising; the weights are None if there is any."""
+    """Like `load_peft`, but returns the problems instead of raising. The weights are None if there is a problem."""
     parsed, refused = check_config(read_config(config))
     problems = _Problems()
     for number, error in enumerate(refused):
@@ -122,21 +122,21 @@ def check_peft(
     if parsed is None:
         return None, problems.errors()
     file = SafetensorsFile(weights)
-    reader = _Reader(file, parsed, layout, max_rank, problems)
-    pairs = reader.pairs()
+    matcher = _Matcher(file, parsed, layout, max_rank, problems)
+    pairs = matcher.pairs()
     errors = problems.errors()
     if errors:
         return None, errors
-    notes = reader.notes
+    notes = matcher.notes
     if base_model and parsed.base_model and parsed.base_model != base_model:
         notes.append(
-            f"made for {shown(parsed.base_model)}, served with {base_model}; the shapes agree"
+            f"trained on {shown(parsed.base_model)}, served with {base_model}; the shapes match"
         )
     return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
 
 
 @dataclass(slots=True)
-class _Reader:
+class _Matcher:
     """Matches the tensors of one file with the layout."""
 
     file: SafetensorsFile
@@ -146,69 +146,69 @@ class _Reader:
     problems: _Problems
     notes: list[str] = field(default_factory=list)
 
-    def pairs(self) -> dict[Place, Pair]:
-        """The pairs that are right; everything else becomes a problem."""
+    def pairs(self) -> dict[TargetIndex, Pair]:
+        """The valid pairs; every other tensor becomes a problem."""
         halves: dict[str, dict[str, str]] = {}  # module -> half -> tensor's name
         others = []
         for key in self.file.infos:
             if match := _HALF.fullmatch(key):
                 half = match["half"] or "embedding " + match["table"]
                 if half in halves.setdefault(match["module"], {}):
-                    others.append(key)  # with and without PEFT's prefix
+                    others.append(key)  # the same tensor with and without PEFT's prefix
                 halves[match["module"]].setdefault(half, key)
             elif not _TRAINING_ONLY.search(key):
                 others.append(key)
-        spots = self._spots()
-        self._leftover(others, spots, halves)
-        linears = sorted({spot.rsplit(".", 1)[-1] for spot in spots})
+        sites = self._sites()
+        self._leftover(others, sites, halves)
+        linears = sorted({path.rsplit(".", 1)[-1] for path in sites})
         pairs = {}
         for module, names in halves.items():
-            spot = spots.get(module)
-            if spot is None:
+            site = sites.get(module)
+            if site is None:
                 self._no_such_module(module, linears)
-            elif (pair := self._pair(module, names, spot)) is not None:
-                pairs[spot.place] = pair
+            elif (pair := self._pair(module, names, site)) is not None:
+                pairs[site.index] = pair
         if not halves:
             hint = "save the adapter with PEFT's save_pretrained"
-            self.problems.add("empty", "the weight file holds no LoRA tensors", None, hint)
+            self.problems.add("empty", "the weight file has no LoRA tensors", None, hint)
         return pairs
 
-    def _spots(self) -> dict[str, _Spot]:
-        """Module path -> spot, for every target of every layer."""
+    def _sites(self) -> dict[str, _Site]:
+        """Every target module of every layer, by its path."""
         return {
-            target.module.format(layer=layer): _Spot((layer, number, index), group, target)
+            target.module.format(layer=layer): _Site((layer, number, position), group, target)
             for layer, number, group in self.layout.places()
-            for index, target in enumerate(group.targets)
+            for position, target in enumerate(group.targets)
         }
 
-    def _pair(self, module: str, names: dict[str, str], spot: _Spot) -> Pair | None:
-        """One module's two halves, checked: dtype, shape, rank."""
-        kind, wanted = spot.target.name, ("A", "B")
-        if spot.group.embedding:
+    def _pair(self, module: str, names: dict[str, str], site: _Site) -> Pair | None:
+        """The pair of one module, if dtype, shapes and rank are valid."""
+        kind, wanted = site.target.name, ("A", "B")
+        if site.group.embedding:
             wanted = ("embedding A", "embedding B")
         missing = [half for half in wanted if half not in names]
         if missing or len(names) > 2:
             text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
             if not missing:
-                text = f"{module} has both kinds of LoRA, of a linear and of an embedding"
-            self.problems.add(f"half {kind}", text, module, "save the adapter again, whole")
+                text = f"{module} has LoRA tensors both of a linear and of an embedding"
+            self.problems.add(f"half {kind}", text, module, "save the complete adapter again")
             return None
         a, b = (self.file.infos[names[half]] for half in wanted)
-        if not self._shapes_fit(module, a, b, spot):
+        if not self._shapes_fit(module, a, b, site):
             return None
         rank, said = a.shape[0], self.config.rank(module)
         if rank != said:
             self.problems.add(
                 f"rank {kind}",
-                f"{module} has rank {rank}, adapter_config.json says {said}",
+                f"{module} has rank {rank}, but adapter_config.json says {said}",
                 "rank_pattern",
-                "put the rank into r or rank_pattern: the scale depends on it",
+                "set r or rank_pattern to this rank; the scale depends on it",
             )
             return None
         if rank > min(self.max_rank, MAX_RANK):
             self.problems.add(
                 "max rank",
-                f"{module} has rank {rank}, this server takes up to {self.max_rank}",
+                f"{module} has rank {rank}; the limit is {self.max_rank}",
                 "r",
                 f"start the server with --max-adapter-rank {rank}",
             )
@@ -216,14 +216,14 @@ class _Reader:
         matrices = [self.file.matrix(names[half]) for half in wanted]
         return Pair(matrices[0], matrices[1], self.config.scale(module), module)
 
-    def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, spot: _Spot) -> bool:
-        kind = spot.target.name
+    def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, site: _Site) -> bool:
+        kind = site.target.name
         for info in (a, b):
             if info.dtype not in DTYPES:
-                hint = f"save the adapter as one of {', '.join(DTYPES)}"
+                hint = f"save the adapter in one of {', '.join(DTYPES)}"
                 self.problems.add(
                     f"dtype {info.dtype}",
-                    f"{module} is stored as {shown(info.dtype)}",
+                    f"{module} has the dtype {shown(info.dtype)}, which is not supported",
                     module,
                     hint,
                 )
@@ -235,47 +235,47 @@ class _Reader:
             or 0 in a.shape + b.shape
         ):
             shapes = f"{shown_shape(a.shape)} and {shown_shape(b.shape)}"
-            text = f"{module} has shapes {shapes}, which are no LoRA pair"
+            text = f"{module} has shapes {shapes}, which are not those of a LoRA pair"
             hint = "gather sharded weights (ZeRO-3, FSDP) before saving"
             self.problems.add(f"shape {kind}", text, module, hint)
             return False
         have = (a.shape[1], b.shape[0])
-        want = (spot.group.in_features, spot.target.out_features)
+        want = (site.group.in_features, site.target.out_features)
         if have == want:
             return True
         hint = "use an adapter of this base model, or serve the adapter's base model"
         base = f" ({shown(self.config.base_model)})" if self.config.base_model else ""
         self.problems.add(
             f"base {kind}",
-            f"made for another base model{base}: {module} of the adapter maps {have[0]} to {have[1]},"
-            f" of the served model {want[0]} to {want[1]}",
+            f"trained on another base model{base}: {module} maps {have[0]} to {have[1]} in the adapter,"
+            f" but {want[0]} to {want[1]} in the served model",
             module,
             hint,
         )
         return False
 
     def _no_such_module(self, module: str, linears: Sequence[str]) -> None:
-        """`linears`: the last names of all modules that can be adapted."""
+        """`linears`: the names of all LoRA targets, without their path."""
         kind = _kind(module)
         if "expert" in module:
-            why = "adapts an expert of a mixture"
+            why = "is an expert of a mixture-of-experts model, which cannot be adapted"
             hint = "train on the attention's linear layers only"
         elif module.rsplit(".", 1)[-1] in linears:
             why = "is not in the served model"
             hint = "use an adapter of this base model, or serve the adapter's base model"
         else:
-            why = "is no linear that can be adapted in the served model"
+            why = "is not a LoRA target of this model"
             hint = f"train on {', '.join(linears)} only"
         self.problems.add(f"module {kind}", f"{shown(module)} {why}", module, hint)
 
     def _leftover(
-        self, keys: list[str], spots: dict[str, _Spot], halves: dict[str, dict[str, str]]
+        self, keys: list[str], sites: dict[str, _Site], halves: dict[str, dict[str, str]]
     ) -> None:
-        """Tensors that are no half of a pair. A copy of the frozen base of an adapted embedding is only noted."""
+        """Tensors that do not belong to a pair. A copy of the base weight of an adapted embedding gives a note only."""
         for key in keys:
             match = _BASE_COPY.fullmatch(key)
-            if match and match["module"] in halves and match["module"] in spots:
-                self._base_copy(match["module"], self.file.infos[key], spots[match["module"]])
+            if match and match["module"] in halves and match["module"] in sites:
+                self._base_copy(match["module"], self.file.infos[key], sites[match["module"]])
                 continue
             kind = _kind(key)
             if known := describe_key(key):
@@ -283,23 +283,23 @@ class _Reader:
                     f"left {known[1]}", f"{shown(key)} is {known[0]}", known[1], known[2]
                 )
             elif key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
-                text = f"{shown(key)} is a whole matrix, of a resized or trained vocabulary"
+                text = f"{shown(key)} is a whole matrix: the vocabulary was resized or trained"
                 hint = "if it was not trained, save with save_embedding_layers=False"
                 self.problems.add(f"left {kind}", text, "modules_to_save", hint)
             else:
                 hint = "save the adapter with PEFT's save_pretrained"
-                self.problems.add(f"left {kind}", f"{shown(key)} is no part of a LoRA", key, hint)
+                self.problems.add(f"left {kind}", f"{shown(key)} is not a LoRA tensor", key, hint)
 
-    def _base_copy(self, module: str, info: TensorInfo, spot: _Spot) -> None:
-        shape = (spot.target.out_features, spot.group.in_features)
-        if spot.group.embedding:
-            shape = (spot.group.in_features, spot.target.out_features)
+    def _base_copy(self, module: str, info: TensorInfo, site: _Site) -> None:
+        shape = (site.target.out_features, site.group.in_features)
+        if site.group.embedding:
+            shape = (site.group.in_features, site.target.out_features)
         if info.shape == shape:
-            self.notes.append(f"the file's copy of the base's own {module} is not used")
+            self.notes.append(f"the file's copy of the base weight {module} is ignored")
             return
         self.problems.add(
             f"base copy {module}",
-            f"{module} was resized to {shown_shape(info.shape)}, the served model's is {list(shape)}",
+            f"{module} was resized to {shown_shape(info.shape)}; the served model has {list(shape)}",
             module,
             "train without added tokens, or serve the resized base model",
         )

@@ -1,11 +1,11 @@
-"""The flat image of one adapter: byte for byte what lies in the arena, as `engine.ops.layout` describes.
+"""The flat image of one adapter: the same bytes as in the arena, in the format of `engine.ops.layout`.
 
     records   int32 [layers + 1, groups, 8], offsets relative to the data
     zeros     to the next multiple of IMAGE_ALIGN bytes
-    data      group after group, layer after layer, the ends last: A of all targets, then each target's B, transposed
+    data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed
 
-The digest is the beginning of SHA-256 (the fastest that processors compute themselves) over records and data: adapters
-that act alike on this base model share it.
+The digest is the first DIGEST_BYTES of SHA-256 (which processors compute in hardware) over records and data. Adapters
+with the same effect on this base model have the same digest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import AdapterIncompatible, AdapterTooLarge
-from engine.lora.weights import LoraWeights, Matrix, Pair, Place
+from engine.lora.weights import LoraWeights, Matrix, Pair, TargetIndex
 from engine.ops.layout import (
     ALIGN,
     MAX_TARGETS,
@@ -33,7 +33,7 @@ from engine.ops.layout import (
 from engine.ops.matrices import ELEMENTS, Piece, write_matrices
 
 DIGEST_BYTES = 16
-CHUNK_BYTES = 1 << 20  # the most that is read, converted or hashed in one piece
+CHUNK_BYTES = 1 << 20  # largest piece that is read, converted or hashed at once
 _RECORD = struct.Struct("=IIIHHHHfff")  # a, b, extra, three ranks, flags, three scales
 assert _RECORD.size == RECORD_WORDS * 4
 
@@ -56,8 +56,8 @@ class ImageSize:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """One group of one layer in the image."""
+class _Section:
+    """The part of an image that belongs to one group of one layer."""
 
     layer: int
     number: int
@@ -72,8 +72,8 @@ class _Block:
         return [pair.rank if pair else 0 for pair in self.pairs]
 
 
-def _blocks(weights: LoraWeights, layout: AdapterLayout) -> Iterator[_Block]:
-    """Every group that the adapter touches, in the order of the image."""
+def _sections(weights: LoraWeights, layout: AdapterLayout) -> Iterator[_Section]:
+    """Every group that the adapter adapts, in the order of the image."""
     size = _dtype(layout).itemsize
     start = 0
     for layer, number, group in layout.places():
@@ -91,18 +91,20 @@ def _blocks(weights: LoraWeights, layout: AdapterLayout) -> Iterator[_Block]:
             rank * padded(target.out_features * size)
             for rank, target in zip(ranks, group.targets, strict=True)
         )
-        yield _Block(layer, number, group, pairs, start, b, end)
+        yield _Section(layer, number, group, pairs, a=start, b=b, end=end)
         start = end
 
 
 def image_size(weights: LoraWeights, layout: AdapterLayout) -> ImageSize:
-    """How large the image will be. Raises AdapterTooLarge beyond what a record can address (64 GiB)."""
+    """The size of the image. Raises AdapterTooLarge above 64 GiB, the limit of a record's offsets."""
     data_bytes = max_rank = 0
-    for block in _blocks(weights, layout):
-        data_bytes = block.end
-        max_rank = max(max_rank, sum(block.ranks))
+    for section in _sections(weights, layout):
+        data_bytes = section.end
+        max_rank = max(max_rank, sum(section.ranks))
     if data_bytes >= ALIGN << 32:
-        raise AdapterTooLarge(f"the adapter takes {data_bytes} bytes, more than can be addressed")
+        raise AdapterTooLarge(
+            f"the adapter takes {data_bytes} bytes; the limit is {ALIGN << 32} bytes (64 GiB)"
+        )
     return ImageSize(layout.record_bytes, data_bytes, max_rank)
 
 
@@ -114,9 +116,9 @@ def write_image(
 ) -> bytes:
     """Writes the image into `out` (writable, `image_size().total` bytes) and returns its digest.
 
-    Works in batches of CHUNK_BYTES, calling `pause` after each, and allocates no more than one of them. Values are
-    rounded to the layout's dtype. Raises AdapterIncompatible for values that are not finite in it, and
-    AdapterLoadFailed where the files fail.
+    Works in batches of CHUNK_BYTES, allocates one of them, and calls `pause` after each. Values are rounded to the
+    layout's dtype. Raises AdapterIncompatible for values that are not finite in that dtype, and AdapterLoadFailed if
+    the files cannot be read.
     """
     size = image_size(weights, layout)
     if len(out) != size.total:
@@ -124,27 +126,27 @@ def write_image(
     write_records(weights, layout, out[: size.data_start])
     data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
     writer = _Writer(data, _dtype(layout), pause)
-    for block in _blocks(weights, layout):
-        offset = block.a
-        for pair in filter(None, block.pairs):
-            if block.group.embedding:
+    for section in _sections(weights, layout):
+        offset = section.a
+        for pair in filter(None, section.pairs):
+            if section.group.embedding:
                 writer.transposed(pair.a, offset, pair.module)
             else:
                 offset = writer.straight(pair.a, offset, pair.module)
-        offset = block.b
-        for pair in filter(None, block.pairs):
+        offset = section.b
+        for pair in filter(None, section.pairs):
             offset = writer.transposed(pair.b, offset, pair.module)
-        assert offset == block.end
+        assert offset == section.end
     writer.flush()
     weights.verify()
     return _digest(out, size, pause)
 
 
 def write_records(weights: LoraWeights, layout: AdapterLayout, out: memoryview) -> None:
-    """Writes what stands before the data into `out` (writable, `image_size().data_start` bytes)."""
+    """Writes the records and their padding into `out` (writable, `image_size().data_start` bytes)."""
     torch.frombuffer(out, dtype=torch.uint8).zero_()
-    for block in _blocks(weights, layout):
-        _write_record(block, layout, out)
+    for section in _sections(weights, layout):
+        _write_record(section, layout, out)
 
 
 def _dtype(layout: AdapterLayout) -> torch.dtype:
@@ -153,37 +155,37 @@ def _dtype(layout: AdapterLayout) -> torch.dtype:
     return dtype
 
 
-def _write_record(block: _Block, layout: AdapterLayout, out: memoryview) -> None:
-    empty = [0] * (MAX_TARGETS - len(block.pairs))
-    scales = [pair.scale if pair else 0.0 for pair in block.pairs]
+def _write_record(section: _Section, layout: AdapterLayout, out: memoryview) -> None:
+    empty = [0] * (MAX_TARGETS - len(section.pairs))
+    scales = [pair.scale if pair else 0.0 for pair in section.pairs]
     _RECORD.pack_into(
         out,
-        (block.layer * layout.num_groups + block.number) * _RECORD.size,
-        *(block.a // ALIGN, block.b // ALIGN, 0),
-        *(block.ranks + empty),
+        (section.layer * layout.num_groups + section.number) * _RECORD.size,
+        *(section.a // ALIGN, section.b // ALIGN, 0),
+        *(section.ranks + empty),
         0,
         *(scales + empty),
     )
 
 
 class _Writer:
-    """Writes matrices into the data of an image, a batch at a time."""
+    """Writes matrices into the data of an image, in batches."""
 
     def __init__(self, data: Tensor, dtype: torch.dtype, pause: Callable[[], None]) -> None:
         """`data` [bytes] uint8."""
         self._data, self._dtype, self._pause = data, dtype, pause
         self._read = bytearray(CHUNK_BYTES)
-        self._used = 0  # bytes of it
+        self._used = 0  # bytes of `_read`
         self._pieces: list[Piece] = []
-        self._modules: list[str] = []  # of the pieces, for messages
+        self._modules: list[str] = []  # module of each piece, for messages
 
     def straight(self, matrix: Matrix, offset: int, module: str) -> int:
-        """Writes the rows as they are. Returns the offset behind them."""
+        """Writes the rows of a matrix. Returns the offset after them."""
         rows, columns = matrix.shape
         return self._write(matrix, offset, (rows, columns), module, transposed=False)
 
     def transposed(self, matrix: Matrix, offset: int, module: str) -> int:
-        """Writes the columns as rows. Returns the offset behind them."""
+        """Writes the columns of a matrix as rows. Returns the offset after them."""
         rows, columns = matrix.shape
         return self._write(matrix, offset, (columns, rows), module, transposed=True)
 
@@ -195,7 +197,7 @@ class _Writer:
         module: str,
         transposed: bool,
     ) -> int:
-        """`shape`: rows of the image and their length; zeros come behind each."""
+        """`shape`: number of rows in the image and their length. Rows are padded with zeros."""
         size, stride = self._dtype.itemsize, row_stride(shape[1], self._dtype.itemsize)
         end = offset + shape[0] * stride * size
         if stride > shape[1]:
@@ -203,31 +205,39 @@ class _Writer:
             values[:, shape[1] :].zero_()
         rows, columns = matrix.shape
         element = ELEMENTS.index(matrix.dtype)
-        num_bytes = columns * matrix.dtype.itemsize  # of a row in the file
+        num_bytes = columns * matrix.dtype.itemsize  # per row in the file
         done = 0
         while done < rows:
             count = min((len(self._read) - self._used) // num_bytes, rows - done)
             if not count:
-                self._make_room(num_bytes)
+                self._reserve(num_bytes)
                 continue
             stop = self._used + count * num_bytes
             matrix.read(done, done + count, memoryview(self._read)[self._used : stop])
             target = offset + done * size * (1 if transposed else stride)
-            piece = Piece(self._used, count, columns, element, target, stride, transposed)
+            piece = Piece(
+                self._used,
+                count,
+                columns,
+                element=element,
+                target=target,
+                stride=stride,
+                transposed=transposed,
+            )
             self._pieces.append(piece)
             self._modules.append(module)
             self._used = padded(stop)
             done += count
         return end
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Writes what has been read, so that `num_bytes` more can be."""
+    def _reserve(self, num_bytes: int) -> None:
+        """Writes the batch, so that `num_bytes` more can be read."""
         self.flush()
         if num_bytes > len(self._read):
             self._read = bytearray(num_bytes)
 
     def flush(self) -> None:
-        """Writes what has been read."""
+        """Writes the batch."""
         if not self._pieces:
             return
         source = torch.frombuffer(self._read, dtype=torch.uint8)
@@ -235,9 +245,9 @@ class _Writer:
         if bad is not None:
             module, dtype = self._modules[bad], str(self._dtype).removeprefix("torch.")
             raise AdapterIncompatible(
-                f"{module} holds values that are not finite in {dtype}",
+                f"{module} has values that are not finite in {dtype}",
                 field=module,
-                hint="the training diverged, or the values need a wider --dtype",
+                hint="check whether the training diverged, or serve with a wider --dtype",
             )
         self._pieces, self._modules, self._used = [], [], 0
         self._pause()
@@ -253,8 +263,8 @@ def _digest(out: memoryview, size: ImageSize, pause: Callable[[], None]) -> byte
 
 def read_image(
     image: memoryview, layout: AdapterLayout
-) -> dict[Place, tuple[Tensor, Tensor, float]]:
-    """The inverse of `write_image`: place -> A `[r, K]`, B `[N, r]`, scale, as PEFT stores them."""
+) -> dict[TargetIndex, tuple[Tensor, Tensor, float]]:
+    """The inverse of `write_image`: target -> A `[r, K]`, B `[N, r]` and scale, as PEFT stores them."""
     dtype, found = _dtype(layout), {}
     start = data_start(layout.record_bytes)
     data = torch.frombuffer(bytearray(image[start:]), dtype=torch.uint8)

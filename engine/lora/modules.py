@@ -1,4 +1,4 @@
-"""Do the modules that a configuration names have tensors, and the other way round? Said in notes, never a refusal."""
+"""Compares the modules that a configuration names with those that have tensors. Differences give notes, not errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def module_notes(
 ) -> list[str]:
     """Compares `target_modules` of an adapter_config.json with the file and the served model, by PEFT's rules.
 
-    Trainers write look-arounds and a stranger's expression may take for ever, so a child process does it.
+    It runs in a child process with a time limit, because an untrusted expression may run for ever; RE2 is no option,
+    because trainers write look-arounds.
     """
     if not fields.get("target_modules"):
         return []
@@ -46,7 +47,7 @@ def module_notes(
     if answer["missing"]:
         have = answer["named"] - answer["missing"]
         notes.append(
-            f"target_modules names {answer['named']} modules, the file has tensors for {have};"
+            f"target_modules names {answer['named']} modules, but the file has tensors for {have};"
             f" first without: {answer['first_missing']}"
         )
     if answer["extra"]:

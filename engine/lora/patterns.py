@@ -1,10 +1,10 @@
 """PEFT's `rank_pattern` and `alpha_pattern`: module names or regular expressions, each with a value.
 
-The expressions come with the adapter, so a stranger wrote them. RE2 matches them in a time that grows with the path's
-length only, and all keys of a pattern at once. Its memory and the size of what it compiles are limited.
+The expressions come with the adapter and are untrusted. RE2 matches all keys of a pattern at once, in time linear in
+the length of the path. Its memory and the size of its programs are limited.
 
-RE2 reads most of Python's expressions, and some of them differently: those are refused. Paths of modules are ASCII
-without line breaks, so the differences in Unicode and at the end of a line do not show.
+RE2 supports most of Python's expressions but reads some of them differently; those are refused. Module paths are ASCII
+without line breaks, so differences in Unicode and at line ends do not matter.
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from engine.names import shown
 
 MAX_PATTERNS = 4096
 MAX_LENGTH = 512  # characters of one key
-MAX_INSTRUCTIONS = (
-    4096  # of RE2's program, for all expressions of a pattern that are no plain names
-)
+MAX_INSTRUCTIONS = 4096  # of RE2's programs for a pattern; plain names do not count
 REMEDY = "use module names as keys, or expressions of groups, classes, alternatives and repeats"
 
-_KEY_BYTES = 1 << 20  # of memory for RE2 to compile one key
-_SET_BYTES = 4 << 20  # for a set of keys, and what it remembers of the paths it matched
-_BYTES_PER_CHARACTER = 128  # that a set needs to compile plain names
+_KEY_BYTES = 1 << 20  # RE2's memory limit to compile one key
+_SET_BYTES = 4 << 20  # RE2's memory limit for a set of keys and its cache of states
+_BYTES_PER_CHARACTER = 128  # memory to compile plain names into a set
 
-# A name, in which a dot stands for any character, as in Python. Only its length and its characters matter.
+# A name. A dot matches any character, as in Python, so every match has the length of the name.
 _PLAIN = re.compile(r"(?P<start>\^?)(?P<name>(?:[\w.-]|\\[.-])++)\$?", re.ASCII)
-# What RE2 lacks, or reads otherwise than Python: back references and rare escapes, look-around and inline flags,
+# What RE2 lacks or reads differently from Python: back references and rare escapes, look-around and inline flags,
 # POSIX classes, counts without a lower bound or with a leading zero.
 _FOREIGN = re.compile(
     r"\\(?:[^\W_dDwWsSbBAtnrfv]|[^\x00-\x7f])|\(\?(?!:|P<|[ims]+:).?|\[:|\{,|\{(?:\d+,)?0\d",
@@ -40,24 +38,24 @@ _FOREIGN = re.compile(
 )
 _ESCAPED = re.compile(r"\\[\W_]", re.ASCII)
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
-_ANY_CASE = re.compile(r"\(\?[ms]*i")  # a few letters beyond ASCII are ASCII in the other case
+_ANY_CASE = re.compile(r"\(\?[ms]*i")  # a few non-ASCII letters are ASCII in the other case
 
 
 class _Set:
-    """Keys that are matched at once."""
+    """Keys that are matched at the same time."""
 
     def __init__(self, max_bytes: int) -> None:
         self._numbers: list[int] = []
         self._set = re2.Set.FullMatchSet(_options(max_bytes))
 
     def add(self, number: int, expression: str) -> None:
-        """Before `compile`. Raises re2.error."""
+        """Adds a key; call it before `compile`. Raises re2.error."""
         self._set.Add(_encoded(expression))
         self._numbers.append(number)
 
     def compile(self) -> _Set:
-        """Raises re2.error if the keys are too large together."""
-        self._set.Add(b"(?s:.*)")  # matches always, so that out of memory is told from no match
+        """Raises re2.error if the keys together are too large."""
+        self._set.Add(b"(?s:.*)")  # always matches: no match at all means out of memory
         self._set.Compile()
         return self
 
@@ -66,21 +64,22 @@ class _Set:
         found = self._set.Match(_encoded(text)) or ()
         if len(self._numbers) not in found:
             raise AdapterIncompatible(
-                "the expressions of rank_pattern or alpha_pattern need too much memory", hint=REMEDY
+                "matching the expressions of rank_pattern or alpha_pattern needs too much memory",
+                hint=REMEDY,
             )
         return (self._numbers[index] for index in found if index < len(self._numbers))
 
 
 @dataclass(slots=True)
 class Pattern:
-    """Values by module: the first key that matches decides, as in `peft.utils.other.get_pattern_key`."""
+    """Values by module. The first matching key decides, as in `peft.utils.other.get_pattern_key`."""
 
     values: tuple[float, ...]  # by the number of the key
     default: float
-    # Plain names by (must it be the whole path?, length); those of a length that no path has are never compiled.
+    # Plain names by (must it match the whole path?, length). Names of a length that no path has are never compiled.
     plain: dict[tuple[bool, int], list[tuple[int, str]]]
-    whole: _Set  # expressions, for the whole path
-    part: _Set  # the same, for what follows a dot in it
+    whole: _Set  # expressions that match the whole path
+    part: _Set  # the same expressions, for the part after any dot
     _sets: dict[tuple[bool, int], _Set] = field(default_factory=dict)
     _found: dict[str, float] = field(default_factory=dict)
 
@@ -113,7 +112,7 @@ class Pattern:
 
 
 def check_bounds(given: Mapping[str, object]) -> None:
-    """Raises ValueError for more or longer keys than are read."""
+    """Raises ValueError if the keys are too many or too long."""
     if len(given) > MAX_PATTERNS:
         raise ValueError(f"has {len(given)} entries, the limit is {MAX_PATTERNS}")
     longest = max(map(len, given), default=0)
@@ -124,7 +123,7 @@ def check_bounds(given: Mapping[str, object]) -> None:
 def compile_pattern(given: Mapping[str, float], default: float) -> Pattern:
     """Semantics: the value of the first key for which `re.match(rf"(.*\\.)?({key})$", module)`, else the default.
 
-    Raises ValueError that says which key cannot be used and why.
+    Raises ValueError that names the key and the reason.
     """
     check_bounds(given)
     plain: dict[tuple[bool, int], list[tuple[int, str]]] = defaultdict(list)
@@ -148,23 +147,21 @@ def compile_pattern(given: Mapping[str, float], default: float) -> Pattern:
 
 
 def _size(key: str) -> int:
-    """Instructions of one expression, which is compiled alone first: only then its size is known."""
+    """Number of instructions of one expression. Compiles it alone, since only RE2 knows the size."""
     plain = _ESCAPED.sub("..", key)
     foreign = _FOREIGN.search(plain) or (not key.isascii() and _ANY_CASE.search(plain))
     if foreign:
-        raise ValueError(
-            f"has the key '{shown(key)}' with '{shown(foreign[0])}', which is not supported"
-        )
+        raise ValueError(f"has the key '{shown(key)}'; '{shown(foreign[0])}' is not supported")
     try:
         return int(re2.compile(_encoded(key), _options(_KEY_BYTES)).programsize)
     except re2.error as error:
         why = error.args[0] if error.args else ""
         why = why.decode("latin-1") if isinstance(why, bytes) else str(why)
-        raise ValueError(f"has the key '{shown(key)}' that cannot be used: {shown(why)}") from None
+        raise ValueError(f"has the invalid key '{shown(key)}': {shown(why)}") from None
 
 
 def _options(max_bytes: int) -> re2.Options:
-    """Bytes instead of characters make the programs small; nothing is logged."""
+    """Latin-1 makes the programs small; RE2 logs nothing."""
     options = re2.Options()
     options.max_mem = max_bytes
     options.encoding = re2.Options.Encoding.LATIN1
@@ -174,5 +171,5 @@ def _options(max_bytes: int) -> re2.Options:
 
 
 def _encoded(expression: str) -> bytes:
-    """One byte for each character; those beyond ASCII are one, since no path has any."""
+    """One byte per character. All non-ASCII characters become the same byte, since no path has any."""
     return _BEYOND_ASCII.sub("\xff", expression).encode("latin-1")

@@ -1,7 +1,7 @@
-"""`adapter_config.json` of PEFT: which fields are honoured, which say nothing at inference, which are refused.
+"""PEFT's `adapter_config.json`: which fields are supported, which have no effect at inference, which are refused.
 
-Every field of peft 0.21's LoraConfig is in one of the three tables. A field in none of them comes from another
-version or another tool; if it is set, the adapter is refused by its name, because what it means is not known.
+Every field of peft 0.21's LoraConfig is in one of the three tables. A field in none of them comes from another version
+or another tool. If it is set, the adapter is refused and the field is named, because its meaning is unknown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.names import shown, shown_value
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FIELDS = 256
-MAX_BASE_NAME = 4096  # characters: the longest path
+MAX_BASE_NAME = 4096  # characters; it may be a path
 
 HONOURED = frozenset(
     {
@@ -36,7 +36,7 @@ HONOURED = frozenset(
     }
 )
 
-# The tensors decide which modules are adapted; the rest is about training, or about where the base came from.
+# The tensors decide which modules are adapted. The other fields concern training or the origin of the base model.
 WITHOUT_EFFECT = frozenset(
     {
         "task_type",
@@ -65,9 +65,9 @@ WITHOUT_EFFECT = frozenset(
 )
 
 _MERGE = "merge it into the base model with PEFT's merge_and_unload and serve that"
-_RETRAIN = "train without it"
+_RETRAIN = "train the adapter without it"
 
-# field -> (what it would change, remedy)
+# field -> (its effect, remedy)
 REFUSED = {
     "use_dora": ("scales every output by a magnitude (DoRA)", _RETRAIN),
     "lora_bias": ("adds a bias to lora_B", _RETRAIN),
@@ -75,42 +75,43 @@ REFUSED = {
         "replaces whole modules of the base model",
         "target them with LoRA (target_modules) instead",
     ),
-    "megatron_config": ("is for Megatron's parallel layers", "convert the adapter to PEFT's own"),
+    "megatron_config": (
+        "configures Megatron's parallel layers",
+        "convert the adapter to PEFT's format",
+    ),
     "trainable_token_indices": (
         "replaces rows of the embedding",
         "target embed_tokens with LoRA instead",
     ),
     "alora_invocation_tokens": (
-        "acts from an invocation on only (aLoRA)",
+        "takes effect only after an invocation (aLoRA)",
         "train an ordinary LoRA",
     ),
     "use_qalora": ("pools the input of quantised layers (QALoRA)", _RETRAIN),
     "layer_replication": ("changes the number of layers", _MERGE),
     "target_parameters": (
-        "adapts parameters that are no linear layers, such as experts",
+        "adapts parameters outside of linear layers, such as experts",
         "train on linear layers (target_modules) only",
     ),
     "use_bdlora": ("cuts the matrices into diagonal blocks (BD-LoRA)", _RETRAIN),
-    "arrow_config": ("routes between adapters (Arrow)", "ask for one of its adapters"),
+    "arrow_config": ("routes between adapters (Arrow)", "request one of its adapters"),
     "kasa_config": ("truncates the base weights (KaSA)", _MERGE),
     "ensure_weight_tying": ("ties the adapters of embedding and head", _RETRAIN),
 }
 
-# init_lora_weights that leave the base model as it is; the others subtract the initial product from it.
+# init_lora_weights that leave the base weights unchanged; the others subtract the initial product from them.
 HARMLESS_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_CONVERT = (
-    "save it with path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA"
-)
+_CONVERT = "convert it to an ordinary LoRA: save it with path_initial_model_for_weight_conversion"
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-_OTHER_METHODS = "only LoRA adapters are served; merge it into the base model with PEFT"
+_OTHER_METHODS = "use a LoRA adapter, or merge this one into the base model with PEFT"
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What of the configuration decides the product that an adapter adds."""
+    """The part of the configuration that matters at inference."""
 
     ranks: Pattern
     alphas: Pattern
@@ -127,7 +128,7 @@ class PeftConfig:
 
 
 def read_config(file: OpenFile) -> dict[str, Any]:
-    """The fields of an adapter_config.json, the base model's name as it may be shown.
+    """The fields of an adapter_config.json. The base model's name is shortened and escaped for messages.
 
     Raises AdapterLoadFailed or AdapterIncompatible.
     """
@@ -138,7 +139,7 @@ def read_config(file: OpenFile) -> dict[str, Any]:
     try:
         text = contents.decode("utf-8-sig")
         loaded = json.loads(text)
-        if _SURROGATE.search(text):  # half a pair is no text
+        if _SURROGATE.search(text):  # half of a surrogate pair
             json.dumps(loaded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise AdapterIncompatible(f"{file.name} is not valid JSON: {shown(str(error))}") from None
@@ -155,13 +156,10 @@ def read_config(file: OpenFile) -> dict[str, Any]:
 
 
 def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[AdapterIncompatible]]:
-    """What counts of the configuration, and everything in it that cannot be served.
-
-    The first is None if ranks and scales cannot be known.
-    """
+    """The configuration, and every problem in it. The configuration is None if ranks or scales are unknown."""
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
-        named = f"peft_type is {shown_value(kind)}" if kind else "it has no peft_type"
+        named = f"peft_type is {shown_value(kind)}" if kind else "peft_type is missing"
         problem = AdapterIncompatible(
             f"adapter_config.json: {named}", field="peft_type", hint=_OTHER_METHODS
         )
@@ -200,7 +198,7 @@ def _refused(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
             continue
         why, remedy = REFUSED.get(
             name,
-            ("is not a field that this server knows", "remove it if it has no effect at inference"),
+            ("is an unknown field", "remove it if it has no effect at inference"),
         )
         named = shown(name)
         problems.append(AdapterIncompatible(f"{named} {why}", field=named, hint=remedy))
@@ -212,7 +210,7 @@ def _init(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
     if init in HARMLESS_INITS:
         return []
     known = init.startswith(BASE_CHANGING_INITS)
-    why = "changes the base weights" if known else "is not an initialisation that this server knows"
+    why = "changes the base weights" if known else "is an unknown initialisation"
     return [
         AdapterIncompatible(
             f"init_lora_weights '{shown(init)}' {why}", field="init_lora_weights", hint=_CONVERT
@@ -221,7 +219,7 @@ def _init(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
 
 
 def _pattern(fields: Mapping[str, Any], name: str, pattern: str, default: int) -> Pattern:
-    """The values of one field and of its pattern. Raises AdapterIncompatible."""
+    """The values of one field and its pattern. Raises AdapterIncompatible."""
     given = fields.get(pattern) or {}
     if not isinstance(given, dict):
         raise AdapterIncompatible(
@@ -240,31 +238,31 @@ def _pattern(fields: Mapping[str, Any], name: str, pattern: str, default: int) -
 
 
 def _number(value: Any, where: str, field: str, whole: bool) -> float:
-    """A rank, which is a whole number, or an alpha. Raises AdapterIncompatible."""
+    """A rank (`whole`: a positive integer) or an alpha. Raises AdapterIncompatible."""
     usable = not isinstance(value, bool) and isinstance(value, int | float)
     if usable and whole:
         usable = isinstance(value, int) and 0 < value < 1 << 31
-    if not usable or not abs(value) <= 1e30:  # not-a-number compares with nothing
+    if not usable or not abs(value) <= 1e30:  # false for NaN too
         raise AdapterIncompatible(
-            f"{where} is {shown_value(value)}, not a usable number", field=field
+            f"{where} is {shown_value(value)}, not a valid number", field=field
         )
     return float(value)
 
 
-# (part of a tensor's name, must it be the end?, what it is, field)
+# (part of a tensor's name, only at the end?, what it is, field)
 _KNOWN_KEYS = (
     (".lora_magnitude_vector", False, "a DoRA magnitude", "use_dora"),
     (".lora_A.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
     (".lora_B.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
     (".trainable_tokens_", False, "trained rows of the embedding", "trainable_token_indices"),
     (".lora_diag", False, "a KaSA diagonal", "kasa_config"),
-    (".modules_to_save.", False, "a module saved whole", "modules_to_save"),
+    (".modules_to_save.", False, "a whole module", "modules_to_save"),
     (".bias", True, "a bias of the base model", "bias"),
 )
 
 
 def describe_key(key: str) -> tuple[str, str, str] | None:
-    """(what, field, remedy) of a tensor that is no half of a LoRA pair; None: nothing that is known."""
+    """(what, field, remedy) of a known kind of tensor that is not part of a LoRA pair; else None."""
     for part, at_end, what, field in _KNOWN_KEYS:
         if key.endswith(part) if at_end else part in key:
             return what, field, REFUSED[field][1] if field in REFUSED else _RETRAIN

@@ -1,5 +1,4 @@
-"""What a user may want to know of an adapter before serving it: its shape, its size, and everything that is wrong
-with it."""
+"""A report about an adapter before it is served: shape, size and every problem."""
 
 from __future__ import annotations
 
@@ -18,19 +17,17 @@ from engine.ops.layout import MAX_RANK, AdapterLayout
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """One adapter and one base model."""
+    """How one adapter fits one base model."""
 
     folder: str
-    base_model: str | None  # as the adapter names it
-    base_matches: (
-        bool | None
-    )  # by name; None: one of the two has no name. The shapes decide, not this
-    targets: dict[str, int]  # name of the linear -> layers in which it is adapted
-    ranks: list[int]  # all that occur
+    base_model: str | None  # the adapter's name for it
+    base_matches: bool | None  # by name (None: a name is missing); only a hint, the shapes decide
+    targets: dict[str, int]  # name of the target -> number of layers that adapt it
+    ranks: list[int]  # the distinct ones
     scales: list[float]
     data_bytes: int  # in the arena
     image_bytes: int  # in host memory
-    digest: str | None  # None: values were not read
+    digest: str | None  # None: the values were not read
     errors: list[AdapterError]
     notes: list[str]
 
@@ -48,9 +45,9 @@ def inspect(
     base_model: str | None = None,
     values: bool = True,
 ) -> AdapterReport:
-    """Everything about the PEFT adapter in two open files, the weights as safetensors; never raises for what is wrong.
+    """The report of the PEFT adapter in two open files, `weights` as safetensors. Problems are listed, not raised.
 
-    `values` reads the weights too: finds what is not finite, and the digest.
+    `values` also reads the weights: it finds values that are not finite, and the digest.
     """
     folder = str(config.path.parent)
     fields: dict[str, Any] = {}
@@ -67,7 +64,19 @@ def inspect(
     named = fields.get("base_model_name_or_path")
     matches = named == base_model if named and base_model else None
     if found is None:
-        return AdapterReport(folder, named, matches, {}, [], [], 0, 0, None, errors, [])
+        return AdapterReport(
+            folder=folder,
+            base_model=named,
+            base_matches=matches,
+            targets={},
+            ranks=[],
+            scales=[],
+            data_bytes=0,
+            image_bytes=0,
+            digest=None,
+            errors=errors,
+            notes=[],
+        )
     digest = None
     size = image_size(found, layout)
     if values:
@@ -91,7 +100,7 @@ def inspect(
 
 
 def count_targets(weights: LoraWeights, layout: AdapterLayout) -> dict[str, int]:
-    """Name of the linear -> number of layers in which the adapter adapts it, in the order of the layout."""
+    """Name of the target -> number of layers that adapt it, in the order of the layout."""
     counts: dict[str, int] = {}
     for layer, number, group in layout.places():
         for index, target in enumerate(group.targets):

@@ -1,7 +1,7 @@
 """Files of tensors: the header first, then any rows of any matrix.
 
-Files are never mapped, but read with `pread`: a file that shrinks while it is read, as when a trainer writes the next
-checkpoint over it, is an error here and would be the death of the process (SIGBUS) under a mapping.
+Files are read with `pread` and never mapped. If a file shrinks during reading, because a trainer overwrites it with
+the next checkpoint, `pread` gives an error; a mapping would kill the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.lora.weights import Matrix
 from engine.names import shown
 from engine.safetensors import read_header
 
-MAX_REASON = 300  # characters of what is wrong with a header
+MAX_REASON = 300  # characters of the reason why a header is invalid
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,7 +32,7 @@ DTYPES = {
 class TensorInfo:
     """One tensor of a file."""
 
-    dtype: str  # as the file spells it
+    dtype: str  # in the spelling of the file
     shape: tuple[int, ...]
     start: int = 0  # bytes from the start of the file
 
@@ -52,7 +52,7 @@ class _FileMatrix:
 
 @contextmanager
 def reading(file: OpenFile) -> Iterator[None]:
-    """What the disk does, as an AdapterLoadFailed."""
+    """Turns errors of the disk into AdapterLoadFailed."""
     try:
         yield
     except Changed as error:
@@ -65,7 +65,7 @@ class SafetensorsFile:
     """The tensors of an open safetensors file."""
 
     def __init__(self, file: OpenFile) -> None:
-        """Raises AdapterLoadFailed if the file cannot be read, AdapterIncompatible if it is not safetensors."""
+        """Reads the header. Raises AdapterLoadFailed, or AdapterIncompatible if it is not safetensors."""
         self.file = file
         try:
             with reading(file):
@@ -79,7 +79,7 @@ class SafetensorsFile:
         }
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` from `offset` on. Raises AdapterLoadFailed if the file ends or fails."""
+        """Fills `buffer` from `offset` on. Raises AdapterLoadFailed if the file is too short or cannot be read."""
         with reading(self.file):
             self.file.read_into(buffer, offset)
 

@@ -1,4 +1,4 @@
-"""One adapter as matrices, read piece by piece: what every format becomes and what every image is made from."""
+"""One adapter as matrices that are read in pieces. Every format is parsed into it; every image is written from it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-Place = tuple[int, int, int]  # layer, group number, number of the target in its group
+# Which target module of an AdapterLayout: its layer, its group in the layer, its position in the group.
+TargetIndex = tuple[int, int, int]
 
 
 class Matrix(Protocol):
-    """A matrix that need not be in memory."""
+    """A matrix, in memory or in a file."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -23,13 +24,13 @@ class Matrix(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
-        """Fills `out`, writable bytes, with the rows start .. stop - 1."""
+        """Writes the rows start .. stop - 1 into `out` (writable bytes)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMatrix:
-    """A matrix that is in memory, or mapped."""
+    """A matrix in memory."""
 
     tensor: Tensor  # [rows, columns]
 
@@ -49,12 +50,12 @@ class TensorMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What an adapter adds to one target: `scale * (x @ a.T) @ b.T`; for an embedding `scale * a.T[ids] @ b.T`."""
+    """The update of one target module: `scale * (x @ a.T) @ b.T`; of an embedding: `scale * a.T[ids] @ b.T`."""
 
     a: Matrix  # [r, K]; of an embedding [r, vocab]
     b: Matrix  # [N, r]; of an embedding [hidden, r]
     scale: float
-    module: str  # for messages
+    module: str  # its path, for messages
 
     @property
     def rank(self) -> int:
@@ -63,14 +64,12 @@ class Pair:
 
 @dataclass(slots=True)
 class LoraWeights:
-    """An adapter that fits its base model. A context manager: closing it closes its weight file."""
+    """An adapter that fits its base model. A context manager; closing it closes the weight file."""
 
-    pairs: Mapping[Place, Pair]
-    base_model: str | None = None  # as the adapter names it
-    notes: list[str] = field(
-        default_factory=list
-    )  # what a user may want to know; nothing that is wrong
-    verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed since
+    pairs: Mapping[TargetIndex, Pair]
+    base_model: str | None = None  # the adapter's name for it
+    notes: list[str] = field(default_factory=list)  # hints for the user; no errors
+    verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed
     close: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:

@@ -18,7 +18,8 @@ from engine.errors import EngineDead, LoraxError, from_wire
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request
 from engine.process.exchange_client import ExchangeClient, how
 from engine.process.grants import GrantLease
-from engine.process.messages import (
+from engine.process.parts import Parts
+from engine.process.pipe_messages import (
     Failed,
     FromShard,
     Preload,
@@ -27,7 +28,6 @@ from engine.process.messages import (
     ShardReady,
     Updates,
 )
-from engine.process.parts import Parts
 from engine.process.questions import refuse
 from engine.process.spawn import END_S, Child
 from engine.process.streams import Streams
@@ -180,4 +180,4 @@ class ProcessBackend:
         """Nothing more is served."""
         self.closed.set()
         self._streams.fail(error)
-        self._exchange.lose(error)
+        self._exchange.fail(error)

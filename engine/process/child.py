@@ -15,8 +15,8 @@ import msgspec
 
 from engine.errors import EngineDead, LoraxError
 from engine.logs import configure_logging
-from engine.process.messages import Failed, Setup
 from engine.process.pipe import frame, read_message
+from engine.process.pipe_messages import Failed, Setup
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 
-def keep_alive() -> None:
+def freeze_gc() -> None:
     """Says that what is alive now stays: modules, a model, an application. Called once, when a process is ready.
 
     A full collection among it would stop every thread: a shard's for tens of ms, the exchange's for 0.1 s every few

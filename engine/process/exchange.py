@@ -19,8 +19,10 @@ from engine.adapters.tiers import HostRegion
 from engine.errors import AdapterLoadFailed, LoraxError
 from engine.ops.layout import AdapterLayout
 from engine.process import child
-from engine.process.collector import keep_alive
-from engine.process.messages import (
+from engine.process.collector import freeze_gc
+from engine.process.parts import Exchange, ExchangeLease, load
+from engine.process.pipe import Pipe
+from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,
@@ -37,8 +39,6 @@ from engine.process.messages import (
     Unload,
     Unloaded,
 )
-from engine.process.parts import Exchange, ExchangeLease, load
-from engine.process.pipe import Pipe
 
 Call = Acquire | ListAdapters | Unload
 
@@ -93,7 +93,7 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def stand_back() -> None:
+def lower_priority() -> None:
     """Leaves the cores to the engine, which computes on all of them: this thread, and every thread that it starts.
 
     Measured on two cores that the engine keeps busy (docs/notebook/cold-adapters.md): at a niceness of 10
@@ -171,12 +171,12 @@ class Service:
     async def _begin(self, message: Begin) -> None:
         try:
             if message.device == "cpu":
-                stand_back()
+                lower_priority()
             layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
             self._exchange = self._build(
                 layout, message.device, lambda num_bytes: self._pipe.send(Recall(num_bytes))
             )
-            keep_alive()
+            freeze_gc()
             if message.restarted:
                 self._leases |= self._exchange.adopt(message.preloaded, message.held)
                 for call in self._released:

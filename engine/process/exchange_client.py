@@ -28,7 +28,7 @@ from engine.errors import (
 )
 from engine.messages import AdapterImageRef, AdapterStatus
 from engine.process.grants import GrantLease, Grants
-from engine.process.messages import (
+from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,
@@ -120,14 +120,14 @@ class ExchangeClient:
         """It is silent, or being restarted."""
         return self._away.is_set()
 
-    def lose(self, error: LoraxError) -> None:
+    def fail(self, error: LoraxError) -> None:
         """Nothing more is asked: whoever waits is told `error`."""
         self._failure = self._failure or error
         self._questions.fail(error)
 
     async def close(self, timeout: float = END_S) -> None:
         """Ends the process; one that is silent gets no time for it."""
-        self.lose(EngineDead("the engine is shutting down"))
+        self.fail(EngineDead("the engine is shutting down"))
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait({self._watching})
@@ -150,7 +150,7 @@ class ExchangeClient:
                 logger.critical("the watch of the exchange failed", exc_info=error)
                 error = EngineDead(f"the exchange cannot be watched: {error!r}")
             logger.critical("%s", error.message)
-            self.lose(error)
+            self.fail(error)
             self._on_lost(error)
 
     async def _until_it_ends(self) -> None:
@@ -238,7 +238,7 @@ class ExchangeClient:
         elif isinstance(message, Failed):
             error = from_wire(message.error)
             if not self.restarts:
-                self.lose(error)
+                self.fail(error)
                 self._on_lost(error)
             else:
                 logger.error("the new exchange could not start: %s", error)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engine.adapters.ref import AdapterRef
 from engine.messages import AdapterImageRef
-from engine.process.messages import Acquired
+from engine.process.pipe_messages import Acquired
 
 MAX_IDLE = 1024  # grants that no request uses
 OUTAGE_S = 300.0  # after its version was last known to be valid, a grant serves on while the exchange is away

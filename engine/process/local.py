@@ -16,8 +16,8 @@ from engine.backend import Lease, Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
-from engine.process.messages import Cancel, Submit
 from engine.process.parts import Exchange, Parts, load
+from engine.process.pipe_messages import Cancel, Submit
 from engine.process.stepper import Stepper, set_threads
 from engine.process.streams import Streams
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from engine.errors import LoraxError, from_wire
-from engine.process.messages import (
+from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,

@@ -15,8 +15,10 @@ from engine.adapters.tiers import HostRegion
 from engine.errors import EngineDead, LoraxError
 from engine.platform import host_tier_bytes
 from engine.process import child
-from engine.process.collector import keep_alive
-from engine.process.messages import (
+from engine.process.collector import freeze_gc
+from engine.process.parts import load
+from engine.process.pipe import Port
+from engine.process.pipe_messages import (
     Cancel,
     Failed,
     Preload,
@@ -27,8 +29,6 @@ from engine.process.messages import (
     ToShard,
     Updates,
 )
-from engine.process.parts import load
-from engine.process.pipe import Port
 from engine.process.stepper import Stepper, set_threads
 
 LAST_WORDS_S = 1.0
@@ -46,7 +46,7 @@ def main(socket_fd: int, region_fd: int) -> int:
         stepper = Stepper(load(setup.parts.engine)(setup.config, region))
     except Exception as error:
         return child.refuse(end, "shard", error)
-    keep_alive()
+    freeze_gc()
     port: Port[Setup | Preload | Submit | Cancel] = Port(end, ToShard)
     try:
         engine = stepper.engine

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from engine.config import EngineConfig
 from engine.errors import EngineDead, GenerationError, LoraxError
 from engine.messages import EngineStats, Request, Update
-from engine.process.messages import Cancel, Submit
 from engine.process.parts import Engine
+from engine.process.pipe_messages import Cancel, Submit
 
 MAX_FAILURES = 3  # steps in a row
 BUSY_REPORT_S = 0.2  # between two reports while there is work

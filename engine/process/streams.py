@@ -9,7 +9,7 @@ from typing import TypeVar
 from engine.backend import Reader
 from engine.errors import EngineDead, InvalidRequest
 from engine.messages import Request, Update
-from engine.process.messages import Cancel, Submit
+from engine.process.pipe_messages import Cancel, Submit
 
 T = TypeVar("T")
 
@@ -54,11 +54,11 @@ class Streams:
         self._dead = self._dead or error
         readers, self._open = self._open, {}
         for reader in readers.values():
-            _tell(reader.lose, _again(error))
+            _tell(reader.on_engine_lost, _again(error))
 
 
 def _tell(hears: Callable[[T], None], news: T) -> None:
-    """A boundary: a reader that fails is no matter of the others."""
+    """A task boundary: a reader that fails must not affect the others."""
     try:
         hears(news)
     except Exception:

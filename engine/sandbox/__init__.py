@@ -4,8 +4,8 @@
 pickles of torch.save into safetensors there. Nothing on the parent's side imports torch.
 """
 
+from engine.sandbox.call import Limits
 from engine.sandbox.convert import Converter, is_pickle
-from engine.sandbox.messages import Limits
 from engine.sandbox.parent import CannotRun, Crashed, LimitReached, SandboxError, run
 
 __all__ = [

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.sandbox.messages import EXIT_MEMORY, READY, Call, Limits
+from engine.sandbox.call import EXIT_MEMORY, READY, Call, Limits
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
@@ -34,7 +34,7 @@ def main(call_fd: int, parent: int) -> None:
     """Never returns. `parent`: the process whose end is this one's end."""
     code = 1
     try:
-        _stand_back(parent)
+        _tie_to_parent(parent)
         with open(call_fd, "rb") as file:
             call = msgspec.json.decode(file.read(), type=Call)
         task = importlib.import_module(call.task)
@@ -51,7 +51,7 @@ def main(call_fd: int, parent: int) -> None:
         os._exit(code)  # whatever the task left behind; taking torch down would take a second
 
 
-def _stand_back(parent: int) -> None:
+def _tie_to_parent(parent: int) -> None:
     """Ends with the parent, gains no rights, and gives way to whoever needs the processor or the memory."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -26,7 +26,7 @@ from engine.errors import (
 from engine.files import Changed, OpenFile
 from engine.names import shown
 from engine.safetensors import MAX_HEADER_BYTES, read_header
-from engine.sandbox.messages import Limits
+from engine.sandbox.call import Limits
 from engine.sandbox.parent import LOOK_S, CannotRun, Crashed, LimitReached, SandboxError, run
 from engine.sandbox.tasks.convert import most_bytes
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from engine.sandbox.messages import EXIT_MEMORY, READY, Call, Limits
+from engine.sandbox.call import EXIT_MEMORY, READY, Call, Limits
 
 Pause = Callable[[], None]  # called again and again while a caller waits; may raise
 

@@ -65,7 +65,7 @@ class _Running:
         """See `Reader`."""
         self.generation.take(self, update)
 
-    def lose(self, error: LoraxError) -> None:
+    def on_engine_lost(self, error: LoraxError) -> None:
         """See `Reader`."""
         self.generation.lose(self, error)
 

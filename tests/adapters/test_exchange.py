@@ -22,8 +22,8 @@ from engine.adapters import loader, versions
 from engine.adapters.exchange import MAX_FAILED, Exchange
 from engine.adapters.hub import HubSource
 from engine.adapters.lease import Lease
-from engine.adapters.ref import AdapterRef, SourceName
-from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Progress, Version
+from engine.adapters.ref import AdapterRef
+from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Progress, Source, Version
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
@@ -51,7 +51,7 @@ Make = Callable[..., Exchange]
 class CountingSource(LocalSource):
     """A local source that counts, and waits or fails on demand."""
 
-    def __init__(self, root: Path, name: SourceName = "local") -> None:
+    def __init__(self, root: Path, name: str = "local") -> None:
         super().__init__([root])
         self.name = name
         self.resolved: Counter[str] = Counter()
@@ -390,16 +390,15 @@ async def test_close_while_loading(make: Make, saved: Path) -> None:
 # -- many names
 
 
-class EndlessSource:
+class EndlessSource(Source):
     """One name in nine exists; few of those can be loaded, and they are all alike."""
 
+    name = "local"
+    searched = True
     ttl_s = 1000.0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def tenant(self, token: str | None) -> bytes:
-        return b""
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
         number = int(ref.id)
@@ -437,7 +436,7 @@ async def test_ten_thousand_names_leave_little_behind(
     assert len(exchange._versions) == versions.MAX_RESOLVED
     assert len(exchange._adapters) == 12 and len(exchange._failed) == MAX_FAILED
     assert len(await exchange.adapters()) == 12 + MAX_FAILED
-    assert not exchange._flights and not exchange._versions._asking
+    assert not exchange._loads and not exchange._versions._asking
 
 
 async def test_versions_beyond_memory_are_forgotten(

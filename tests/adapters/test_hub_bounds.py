@@ -97,7 +97,7 @@ def test_answers_are_bounded(
     monkeypatch.setattr(module, "API_SECONDS", 0.5)
     bad.manner, bad.where = getattr(bad, manner), where
     error = AdapterTooLarge if manner == "endless" and where != "api/" else AdapterLoadFailed
-    with pytest.raises(error, match="more than" if manner == "endless" else "slowly"):
+    with pytest.raises(error, match="the limit is" if manner == "endless" else "took too long"):
         ask(bad, tmp_path)
     assert bad.sent < SENT
     left = [

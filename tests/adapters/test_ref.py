@@ -32,10 +32,11 @@ def test_sources() -> None:
     assert AdapterRef.parse("a", "HUB").source == "hub"
     assert AdapterRef.parse("a", " Local").source == "local"
     assert AdapterRef.parse("a", "").source is None
-    for source in ("s3", "PBASE", "ftp", "demo"):
+    assert AdapterRef.parse("a", "anything").source == "anything"  # the registry knows which exist
+    for source in ("a\0b", "\ud800", "x" * 65):
         with pytest.raises(InvalidRequest) as caught:
             AdapterRef.parse("a", source)
-        assert caught.value.field == "adapter_source" and caught.value.hint
+        assert caught.value.field == "adapter_source"
 
 
 @pytest.mark.parametrize("text", ["", "  ", "a\0b", "a\nb", "x" * 2000])

@@ -17,7 +17,7 @@ from engine.errors import ConfigError, EngineDead, GenerationError, OutOfMemory,
 from engine.layers.batch import Batch
 from engine.messages import Request
 from engine.models.decoder import Decoder
-from engine.process.messages import Submit
+from engine.process.pipe_messages import Submit
 from engine.process.stepper import Stepper
 from engine.runner import faults
 from engine.runner.faults import fitting, out_of_memory

@@ -361,7 +361,7 @@ def test_a_file_of_foreign_tensors(case: str, tmp_path: Path) -> None:
     for problem in problems:
         if unlisted := re.fullmatch(r"(\d+) more problems are not listed", problem.message):
             counted += int(unlisted[1])
-        elif problem.message != "the weight file holds no LoRA tensors":
+        elif problem.message != "the weight file has no LoRA tensors":
             more = re.search(r", and (\d+) more like it$", problem.message)
             counted += 1 + int(more[1] if more else 0)
     halves = ".lora_" in names[0]
@@ -379,7 +379,7 @@ def test_kinds_of_problems_at_their_bound(tmp_path: Path) -> None:
     full = messages(MAX_PROBLEMS - 1)  # and that there are no LoRA tensors
     assert len(full) == MAX_PROBLEMS and not any("listed" in one for one in full)
     over = messages(MAX_PROBLEMS, more=2)
-    assert over[0] == "x0.y is no part of a LoRA, and 2 more like it"
+    assert over[0] == "x0.y is not a LoRA tensor, and 2 more like it"
     assert over[MAX_PROBLEMS:] == ["1 more problems are not listed"]
 
 

@@ -83,7 +83,7 @@ def test_notes(both: bool, plain: Path, tmp_path: Path) -> None:
     assert report.ok
     named, have = (3, 2) if both else (6, 5)
     assert first == (
-        f"target_modules names {named} modules, the file has tensors for {have};"
+        f"target_modules names {named} modules, but the file has tensors for {have};"
         " first without: model.layers.1.self_attn.q_proj"
     )
     if both:

@@ -161,12 +161,12 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "half missing": (lambda t: t.pop(Q.format(1, "B")), "layers.1.self_attn.q_proj", "not B"),
     "no such layer": (put(Q.format(9, "A"), 4, 24), "layers.9", "not in the served"),
     "expert": (put(E.format("A"), 4, 24), "experts.3", "expert of a mixture"),
-    "unknown linear": (put(Q.format(0, "A").replace("q_proj", "router"), 4, 24), "router", "no lin"),
-    "other inputs": (put(Q.format(0, "A"), 4, 32), "q_proj", "made for another base model"),
-    "other outputs": (put(Q.format(0, "B"), 32, 4), "q_proj", "made for another base model"),
-    "rank differs": (put(Q.format(0, "B"), 24, 5), "q_proj", "no LoRA pair"),
-    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "no LoRA pair"),
-    "flat": (put(Q.format(0, "A"), 96), "q_proj", "no LoRA pair"),
+    "unknown linear": (put(Q.format(0, "A").replace("q_proj", "router"), 4, 24), "router", "not a LoRA target"),
+    "other inputs": (put(Q.format(0, "A"), 4, 32), "q_proj", "trained on another base model"),
+    "other outputs": (put(Q.format(0, "B"), 32, 4), "q_proj", "trained on another base model"),
+    "rank differs": (put(Q.format(0, "B"), 24, 5), "q_proj", "not those of a LoRA pair"),
+    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "not those of a LoRA pair"),
+    "flat": (put(Q.format(0, "A"), 96), "q_proj", "not those of a LoRA pair"),
     "dtype": (put(Q.format(0, "A"), 4, 24, dtype=torch.float8_e4m3fn), "q_proj", "F8_E4M3"),
     "dora": (put(Q.format(0, "magnitude_vector"), 24), "use_dora", "DoRA"),
     "bias of B": (put(Q.format(0, "B").replace("weight", "bias"), 24), "lora_bias", "bias"),
@@ -178,10 +178,10 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
         "trainable_token_indices",
         "rows of the embedding",
     ),
-    "anything": (put("something", 3), "something", "no part of a LoRA"),
+    "anything": (put("something", 3), "something", "not a LoRA tensor"),
     "embedding half": (put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 50), "embed", "B"),
     "wrong kind": (put(Q.format(0, "A").replace("lora_A.weight", "lora_embedding_A"), 4, 24), "q_", "both"),
-    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "no part"),
+    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "not a LoRA tensor"),
     "nothing": (lambda t: t.clear() or put("velora.lora_velora_embed", 1)(t), "", "no LoRA tensors"),
 }  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_another_base_model_is_told_once_per_linear(tmp_path: Path) -> None:
     folder = tiny.save(adapted, tmp_path)
     found, problems = check_peft(*tiny.files(folder), tiny.llama_layout())
     assert found is None and len(problems) == 2
-    assert all("made for another base model" in error.message for error in problems)
+    assert all("trained on another base model" in error.message for error in problems)
     assert "and 2 more like it" in problems[0].message and "maps 32 to 32" in problems[0].message
 
 
@@ -249,7 +249,7 @@ def test_rank_beyond_the_limit(plain: Path) -> None:
 def test_rank_that_the_configuration_does_not_say(plain: Path, tmp_path: Path) -> None:
     """alpha / r would be of the wrong r."""
     error = refused(changed(plain, tmp_path, {"r": 8}))
-    assert "has rank 4, adapter_config.json says 8" in error.message
+    assert "has rank 4, but adapter_config.json says 8" in error.message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

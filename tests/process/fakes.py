@@ -60,7 +60,7 @@ class Inbox:
     def take(self, update: Update) -> None:
         self._news.put_nowait(update)
 
-    def lose(self, error: LoraxError) -> None:
+    def on_engine_lost(self, error: LoraxError) -> None:
         self._news.put_nowait(error)
 
     async def next(self) -> Update:

@@ -10,7 +10,7 @@ from engine.adapters.ref import AdapterRef
 from engine.messages import AdapterImageRef
 from engine.process import grants as module
 from engine.process.grants import GrantLease, Grants, Key
-from engine.process.messages import Acquired
+from engine.process.pipe_messages import Acquired
 
 SIZE = 1000
 

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from engine.messages import Update
-from engine.process.messages import Cancel, FromShard, Submit, ToShard, Updates
 from engine.process.pipe import Frames, Pipe, Port, frame, read_message
+from engine.process.pipe_messages import Cancel, FromShard, Submit, ToShard, Updates
 from tests.process.fakes import request
 
 MESSAGES = [Submit(request("a", list(range(n)))) for n in (1, 70_000, 0, 3)] + [Cancel("b")]

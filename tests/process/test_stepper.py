@@ -11,7 +11,7 @@ import pytest
 from engine.adapters.tiers import HostRegion
 from engine.errors import EngineDead, Overloaded
 from engine.messages import Request, Update
-from engine.process.messages import Cancel, Submit
+from engine.process.pipe_messages import Cancel, Submit
 from engine.process.stepper import BREATH_S, EMPTY_STEPS, MAX_FAILURES, Stepper
 from tests.process.fakes import CONFIG, POISON, EchoEngine, request
 

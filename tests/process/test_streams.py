@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import EngineDead, GenerationError, InvalidRequest, LoraxError
 from engine.messages import TokenOutput, Update
-from engine.process.messages import Cancel, Submit
+from engine.process.pipe_messages import Cancel, Submit
 from engine.process.streams import Streams
 from tests.process.fakes import request
 
@@ -26,7 +26,7 @@ class Ear:
         if self.broken:
             raise RuntimeError("a broken ear")
 
-    def lose(self, error: LoraxError) -> None:
+    def on_engine_lost(self, error: LoraxError) -> None:
         self.heard.append(error)
         if self.broken:
             raise RuntimeError("a broken ear")

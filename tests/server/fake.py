@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.adapters.ref import AdapterRef
 from engine.backend import Reader
-from engine.errors import AdapterNotFound, EngineDead, LoraxError
+from engine.errors import AdapterNotFound, EngineDead, InvalidRequest, LoraxError
 from engine.messages import (
     AdapterImageRef,
     AdapterStatus,
@@ -216,7 +216,7 @@ class FakeBackend:
             last = Update(request.id, [], finish="cancelled")
         del self.open[request.id], self.tasks[request.id], self.stops[request.id]
         if isinstance(last, EngineDead):
-            reader.lose(last)
+            reader.on_engine_lost(last)
         else:
             reader.take(last)
 
@@ -273,6 +273,10 @@ class FakeBackend:
             self.waiting_acquires -= 1
         if ref.id in self.adapter_errors:
             raise self.adapter_errors[ref.id]
+        if ref.source not in (None, "hub", "local"):  # as engine.adapters.registry
+            raise InvalidRequest(
+                f"this server has no adapter_source {ref.source!r}", field="adapter_source"
+            )
         if ref.id == "missing":
             raise AdapterNotFound(f"no adapter {ref.id!r}", field="adapter_id")
         image = AdapterImageRef(

@@ -64,7 +64,7 @@ class Hand:
         for id, reader in self.readers.items():
             if id not in self.ended:
                 self.ended.add(id)
-                reader.lose(EngineDead("gone"))
+                reader.on_engine_lost(EngineDead("gone"))
 
     @property
     def released(self) -> list[int]:
