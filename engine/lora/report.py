@@ -77,8 +77,7 @@ def inspect(
             errors=errors,
             notes=[],
         )
-    digest = None
-    size = image_size(found, layout)
+    size, digest = image_size(found, layout), None
     if values:
         try:
             digest = write_image(found, layout, memoryview(bytearray(size.total))).hex()

@@ -618,10 +618,13 @@ async def test_a_refusal_keeps_nothing_of_what_was_read(make: Make, saved: Path)
     with suppress(AdapterIncompatible):  # pytest.raises would keep the exception
         await exchange.acquire(ref("large"))
         raise AssertionError("it was served")
-    for _ in range(5):  # what is about to be called
-        await asyncio.sleep(0)
-    gc.collect()
-    kept = [one for one in gc.get_objects() if type(one) in (TensorInfo, OpenFile)]
+    kept: list[object] = [exchange]
+    for _ in range(500):  # the thread may not have ended yet
+        await asyncio.sleep(0.01)
+        gc.collect()
+        kept = [one for one in gc.get_objects() if type(one) in (TensorInfo, OpenFile)]
+        if not kept:
+            break
     assert kept == []
 
 
