@@ -27,7 +27,7 @@ from engine.errors import (
     from_wire,
 )
 from engine.messages import AdapterImageRef, AdapterStatus
-from engine.process.grants import GrantLease, Grants
+from engine.process.grants import GrantLease, Grants, Key
 from engine.process.pipe_messages import (
     Acquire,
     Acquired,
@@ -266,11 +266,22 @@ class ExchangeClient:
         grant = self._grants.get(key)
         if grant is not None and (grant.is_fresh or (self.is_away and grant.serves_outage)):
             return self._grants.lease(grant)
-        self._suspects.check(ref)
-        call = next(self._calls)
-        asking = asyncio.ensure_future(self._questions.ask(Acquire(call, ref, token)))
         try:
-            if grant is not None and await self._goes_away_before(asking):
+            self._suspects.check(ref)
+            return await self._acquired(key)
+        except AdapterLoadFailed:
+            # The source or the exchange does not deliver. What was valid a moment ago serves on.
+            grant = self._grants.get(key)
+            if grant is None or not grant.serves_outage:
+                raise
+            return self._grants.lease(grant)
+
+    async def _acquired(self, key: Key) -> GrantLease:
+        """Asks the exchange. If it goes away meanwhile, an adapter that was granted before does not wait for it."""
+        call = next(self._calls)
+        asking = asyncio.ensure_future(self._questions.ask(Acquire(call, *key)))
+        try:
+            if self._grants.get(key) is not None and await self._goes_away_before(asking):
                 grant = self._grants.get(key)
                 if grant is not None and grant.serves_outage:
                     self._give_up(call, asking)

@@ -157,6 +157,17 @@ async def test_what_ends_it_again_and_again_is_refused(start: Start) -> None:
     (await backend.acquire(ref("other"), None)).release()
 
 
+async def test_an_adapter_in_use_is_not_refused(start: Start) -> None:
+    """It was asked for again, as every second, when the exchange ended twice."""
+    backend = await start(replace(WATCH, max_deaths=2))
+    granted = await backend.acquire(ref("granted"), None)
+    for _ in range(2):
+        backend._exchange._suspects.saw_the_end([ref("granted"), ref("other")])
+    assert (await backend.acquire(ref("granted"), None)).image == granted.image
+    with pytest.raises(AdapterLoadFailed, match="ended 2 times"):
+        await backend.acquire(ref("other"), None)
+
+
 async def test_who_waits_is_told_in_bounded_time(start: Start, tmp_path: Path) -> None:
     config = replace(CONFIG, model=replace(CONFIG.model, model_id=str(tmp_path / "marker")))
     watch = replace(WATCH, patience_s=0.5)
