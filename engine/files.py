@@ -31,7 +31,27 @@ class Changed(OSError):
     """It was written to, or became shorter, since it was opened."""
 
 
-class OpenFile:
+class Closable:
+    """A context manager that closes itself."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class OpenFile(Closable):
     """A regular file, open for reading. A context manager; `close` may be called twice."""
 
     def __init__(self, path: Path, roots: Iterable[Path] | None = None) -> None:
@@ -104,17 +124,6 @@ class OpenFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -12,8 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from engine.adapters.ref import AdapterRef
 from engine.errors import (
@@ -24,7 +23,7 @@ from engine.errors import (
     AdapterLoadFailed,
     AdapterNotFound,
 )
-from engine.files import NotRegular, OpenFile, Outside
+from engine.files import Closable, NotRegular, OpenFile, Outside
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # the preferred one first
@@ -48,7 +47,7 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFiles:
+class AdapterFiles(Closable):
     """An adapter on disk, its two files open. A context manager; `close` may be called twice."""
 
     folder: Path
@@ -59,17 +58,6 @@ class AdapterFiles:
     def close(self) -> None:
         self.config.close()
         self.weights.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Source(Protocol):

@@ -1,9 +1,9 @@
 """The exchange's process as the front sees it: questions, leases, and a watch that restarts it alone.
 
-A heartbeat tells a process that works from one that is stopped. One that ended, or was silent for too long and was
-therefore killed, is reaped before the next one maps the region. The next one is told which images are held: they stay
-in place, so running requests notice nothing. Open questions are put again. Adapters that were granted a moment ago are
-served meanwhile; whoever waits for another is answered when the new process is ready, or told so in bounded time.
+A heartbeat detects a process that stopped. It is killed and reaped before the next process maps the region. The front
+sends the next process the list of held images: they stay in place, so running requests continue. Open questions are
+sent again. During the restart, recently granted adapters are still served. Requests for other adapters wait for the
+new process, or fail after `Watch.patience_s`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -67,7 +68,7 @@ class ExchangeClient:
         on_lost: Callable[[LoraxError], None],
         watch: Watch,
     ) -> None:
-        """`on_ready` is told once what was preloaded."""
+        """`on_ready` receives the preloaded images, once."""
         self.restarts = 0
         self._region_fd = region_fd
         self._setup = setup
@@ -81,10 +82,6 @@ class ExchangeClient:
         self._away = asyncio.Event()
         self._away_since: float | None = None
         self._pings, self._pongs = 0, 0
-        self._used: float | None = (
-            None  # processor time of a process that starts, and when that last changed
-        )
-        self._used_at = 0.0
         self._questions = Questions(self._send_if_ready)
         self._calls = itertools.count(1)
         self._grants = Grants(self._give_back)
@@ -121,7 +118,7 @@ class ExchangeClient:
         return self._away.is_set()
 
     def fail(self, error: LoraxError) -> None:
-        """Nothing more is asked: whoever waits is told `error`."""
+        """Fails open questions and all later ones with `error`."""
         self._failure = self._failure or error
         self._questions.fail(error)
 
@@ -158,12 +155,10 @@ class ExchangeClient:
         watch, starting = self._watch, Starting(self._watch)
         self._pings = self._pongs = 0
         while not self._ended.is_set():
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(watch.tick_s):
                     await self._ended.wait()
-            except TimeoutError:
-                pass
-            self._refuse_the_patient()
+            self._fail_overdue_questions()
             if not self._ready:
                 if self.restarts and starting.hangs(self._child.cpu_seconds):
                     return
@@ -224,7 +219,7 @@ class ExchangeClient:
         self._away.clear()
         self._away_since = None
 
-    # -- what it says
+    # -- messages from the process
 
     def _take(self, message: FromChild) -> None:
         if isinstance(message, Pong):
@@ -257,7 +252,7 @@ class ExchangeClient:
         self._back()
         self._questions.ask_again()
 
-    # -- what it is asked
+    # -- calls
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> GrantLease:
         """See `Backend.acquire`. While the exchange is away, what was granted a moment ago is granted again."""
@@ -337,7 +332,7 @@ class ExchangeClient:
         return not asking.done()
 
     def _give_up(self, call: int, asking: asyncio.Future[Any]) -> None:
-        """Nobody wants the answer, or the image that came with it."""
+        """Drops the question, and returns the image if it was acquired."""
         asking.cancel()
         self._give_back(call)
 
@@ -348,10 +343,10 @@ class ExchangeClient:
         if self._failure is not None:
             raise from_wire(self._failure.to_wire())
 
-    # -- who waits too long, and what may be the cause
+    # -- limits of waiting, and suspected adapters
 
-    def _refuse_the_patient(self) -> None:
-        """Nobody waits for ever for an exchange that is away."""
+    def _fail_overdue_questions(self) -> None:
+        """Fails questions that have waited too long for an exchange that is away."""
         if self._away_since is None:
             return
         since, now = self._away_since, time.monotonic()

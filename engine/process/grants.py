@@ -69,7 +69,7 @@ class GrantLease:
 
 
 class Grants:
-    """Every grant. `give_back` tells the exchange that a call's image is no longer needed."""
+    """All grants. `give_back` returns a call's image to the exchange."""
 
     def __init__(self, give_back: Callable[[int], None]) -> None:
         self._give_back = give_back
