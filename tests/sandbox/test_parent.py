@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -50,13 +51,18 @@ def test_answer() -> None:
     assert do("length", text="é" * 1_000_000) == {"length": 1_000_000}, "a call may be long"
 
 
-def test_confinement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("high", [False, True])
+def test_confinement(high: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     with (tmp_path / "file").open("w+") as file, (tmp_path / "other").open("w") as other:
         os.set_inheritable(other.fileno(), True)
-        arguments = {"what": "state"}
-        seen = run("tests.sandbox.tasks", {"target": file.fileno()}, arguments, LIMITS)
+        # a busy server's descriptors have numbers above the child's own limit
+        fd = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 300 if high else 0)
+        try:
+            seen = run("tests.sandbox.tasks", {"target": fd}, {"what": "state"}, LIMITS)
+        finally:
+            os.close(fd)
     # stdin, two pipes, the file; what the child was called with is closed
     names = [name for name in seen["open"] if not name.startswith("pipe:")]
     assert names == ["/dev/null", str(tmp_path / "file")]
