@@ -17,7 +17,7 @@ from engine import models, ops
 from engine.adapters.tiers import HostRegion
 from engine.checkpoint import cache_folder, folder_of
 from engine.config import EngineConfig
-from engine.layers import quantised
+from engine.layers.methods import method_of
 from engine.messages import EngineInfo
 from engine.models import weights
 from engine.models.decoder import Decoder
@@ -108,7 +108,7 @@ def build_shard(config: EngineConfig, region: HostRegion, shard: Shard | None = 
 
 def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
     """The model of --model-id with its weights on the device."""
-    method = quantised.method_of(config.model.quantize)
+    method = method_of(config.model.quantize)
     folder = folder_of(config.model, weights=config.model.load_format != "dummy")
     spec = models.spec_from(folder)
     dtype = models.dtype_of(config.model, spec.config, platform.device)

@@ -105,11 +105,12 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Takes a request; raises InvalidRequest or AdapterTooLarge, and then nothing has changed."""
-        if request.kind != "generate":
+        served = self.model.kinds
+        if request.kind not in served:
             raise InvalidRequest(
                 f"{self.spec.model_type} models do not serve requests of kind {request.kind!r}",
                 field="kind",
-                hint="this model generates text",
+                hint=f"this model serves: {', '.join(served)}",
             )
         vocab = self.spec.vocab
         if any(not 0 <= token < vocab for token in request.tokens):

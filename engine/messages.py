@@ -12,7 +12,7 @@ from msgspec import Struct
 
 IMAGE_ALIGN = 256  # bytes: where images, their data and placements start
 
-FinishReason = Literal["length", "eos", "cancelled"]
+FinishReason = Literal["length", "eos", "cancelled", "pooled"]  # pooled: the vector is complete
 
 
 def aligned(num_bytes: int) -> int:
@@ -57,9 +57,6 @@ class AdapterImageRef(Struct, frozen=True):
     source: str = ""  # where it was found, for answers
 
 
-RequestKind = Literal["generate", "embed", "classify", "score"]
-
-
 class Request(Struct, frozen=True):
     """Prompt tokens in; out come at most `max_new_tokens` of them, or what another `kind` asks for."""
 
@@ -71,7 +68,7 @@ class Request(Struct, frozen=True):
     adapter: AdapterImageRef | None = None  # None: the base model
     cache_salt: bytes = b""  # separates the prefix cache of private adapters by tenant
     arrival: float = 0.0  # time.monotonic() when the front accepted it
-    kind: RequestKind = "generate"
+    kind: str = "generate"  # a name of `engine.kinds.KINDS`
 
 
 class Admit(Struct, frozen=True):
@@ -84,13 +81,14 @@ class Admit(Struct, frozen=True):
     computed: int  # positions already in the KV cache (prefix cache)
     blocks: list[int]
     sampling: SamplingParams
+    kind: str = "generate"
 
 
 # What is wanted of a chunk, to be combined.
 NOTHING = 0  # its keys and values in the cache are enough
 TOKEN = 1  # it ends at the last known token: sample the next one
 SCORES = 2  # the log-probability of the known token after each position
-POOLED = 4  # one vector for the whole sequence
+POOLED = 4  # the vector that the head of the request's kind makes of its hidden states
 
 
 class Chunk(Struct, frozen=True):
@@ -156,6 +154,7 @@ class StepResult(Struct, frozen=True):
         int, list[float]
     ]  # chunk index -> log-probability of tokens start + 1 .. start + count
     resident: list[int]  # slots whose copies have completed since the last result
+    pooled: dict[int, list[float]] = {}  # chunk index -> vector
 
 
 class Usage(Struct, frozen=True):
@@ -176,6 +175,7 @@ class Update(Struct, frozen=True):
     admitted: float | None = None  # time.monotonic() of first admission, once
     cached_tokens: int = 0  # of the prompt, found in the prefix cache; with `admitted`
     prompt_logprobs: list[float] | None = None  # with the first token, if asked for
+    pooled: list[float] | None = None  # with `finish`, of a kind that pools
 
     @property
     def is_last(self) -> bool:

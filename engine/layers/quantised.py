@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.layers.linear import LinearMethod, Part, Plain, plain_parts
+from engine.layers.linear import LinearMethod, Part, plain_parts
 
 ops = torch.ops.lorax
 INT8_MAX = 127
@@ -206,20 +206,17 @@ def _rounded(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-Maker = Callable[[torch.dtype, torch.device], LinearMethod]
-METHODS: dict[str, Maker] = {
+SCHEMES: dict[str, Callable[[torch.dtype, torch.device], LinearMethod]] = {
     "bitsandbytes": Int8,
     "bitsandbytes-nf4": partial(FourBit, kind="nf4"),
     "bitsandbytes-fp4": partial(FourBit, kind="fp4"),
 }
 
 
-def method_of(quantize: str | None) -> Maker:
-    """The method of `--quantize`; raises ConfigError where bitsandbytes is missing or does not work."""
-    if quantize is None:
-        return Plain
-    _load_bitsandbytes(quantize)
-    return METHODS[quantize]
+def bitsandbytes(scheme: str) -> Callable[[torch.dtype, torch.device], LinearMethod]:
+    """The method of a scheme. Raises ConfigError if bitsandbytes is missing or does not work."""
+    _load_bitsandbytes(scheme)
+    return SCHEMES[scheme]
 
 
 def _load_bitsandbytes(quantize: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.kinds import KINDS
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.linear import Embedding, Linear, LinearMethod, Plain
@@ -15,6 +16,8 @@ from engine.layers.norm import LayerNorm, RmsNorm, norm
 from engine.layers.rotary import cos_sin_table
 from engine.models.spec import DOWN, EMBEDDING, HEAD, OUT, QKV, UP, ModelSpec, Rope, layout_of
 from engine.ops.layout import AdapterLayout
+
+Head = Callable[[Tensor], Tensor]  # [tokens of a chunk, hidden] -> [size of the vector]
 
 
 class Layer:
@@ -87,7 +90,13 @@ class Decoder:
         self.layers = [Layer(self, number) for number in range(spec.num_layers)]
         self.final_norm = self.norm()
         self.vocabulary = Plain(dtype, device, self.embedding.table if spec.tied else None)
+        self.heads: dict[str, Head] = {}  # by the kind of request that wants it
         self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD), bias=False)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of request that the model serves."""
+        return [kind.name for kind in KINDS.values() if not kind.pools or kind.name in self.heads]
 
     def linear(self, layer: int, number: int, bias: bool) -> Linear:
         method = self.method(self.dtype, self.device)

@@ -6,7 +6,7 @@ what the layers need from the row table. A CUDA graph holds everything from ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -60,7 +60,16 @@ class Adapters:
 
 
 class Model(Protocol):
+    """What the runner asks of a decoder: logits, or, where vectors are wanted too, its parts."""
+
+    @property
+    def heads(self) -> Mapping[str, Callable[[Tensor], Tensor]]: ...
+
     def __call__(self, batch: Batch) -> Tensor: ...
+
+    def body(self, batch: Batch) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, batch: Batch) -> Tensor: ...
 
 
 class Step(NamedTuple):

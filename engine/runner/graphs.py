@@ -128,7 +128,7 @@ class StepGraphs:
         return self._found[1]
 
     def _fitting(self, description: Description) -> Captured | None:
-        if description.scored:
+        if description.scored or description.pooled:
             return None
         needed = description.shape
         shapes = self.mixed_shapes if description.chunks else self.decode_shapes

@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
     rows: Tensor  # [S]
     first: Tensor  # [S]: position of the first new token, or IN_TABLE
     starts: Tensor  # [S + 1]: first new token of each sequence
-    outputs: Tensor  # [O]: tokens whose logits are wanted, those that are sampled first
+    outputs: Tensor  # [O]: tokens that are sampled, then those that are scored, then those that are pooled
     sampled_rows: Tensor  # [O]: the row of each output that is sampled
     sampled_lengths: Tensor  # [O]: its known tokens, which is the position of the new one
     slots: Tensor  # [G]
@@ -71,9 +71,20 @@ class Description(NamedTuple):
 
     @property
     def scored(self) -> list[int]:
-        """Sequences of whose every token the logits are wanted, behind those of the sampled ones."""
+        """Sequences that need logits for every token."""
         first = len(self.decode)
         return [first + i for i, chunk in enumerate(self.chunks) if chunk.scores]
+
+    @property
+    def pooled(self) -> list[int]:
+        """Sequences that need the hidden state of every token."""
+        first = len(self.decode)
+        return [first + i for i, chunk in enumerate(self.chunks) if chunk.pooled]
+
+    @property
+    def num_logits(self) -> int:
+        """Outputs that need logits: the sampled ones, then every token of the scored ones."""
+        return sum(self._with_logits(self.slots, self.counts)[1])
 
     @property
     def counts(self) -> list[int]:
@@ -84,11 +95,14 @@ class Description(NamedTuple):
     def shape(self) -> Shape:
         """What the step takes, without padding."""
         decodes, chunks, counts = len(self.decode), len(self.chunks), self.counts
-        outputs = sum(self._outputs(self.slots, counts)[1]) if chunks else 0
+        outputs = 0
+        if chunks:
+            outputs = sum(self._with_logits(self.slots, counts)[1])
+            outputs += sum(counts[s] for s in self.pooled)
         return Shape(decodes, chunks, sum(counts), outputs)
 
-    def _outputs(self, slots: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
-        """(slot, number of outputs) of every sampled sequence, then of every scored one."""
+    def _with_logits(self, slots: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
+        """(slot, number of logits) of every sampled sequence, then of every scored one."""
         sampled, scored = self.sampled, self.scored
         out_counts = [1] * len(sampled) + [counts[s] for s in scored]
         return [slots[s] for s in (*sampled, *scored)], out_counts
@@ -104,7 +118,7 @@ class Description(NamedTuple):
         fields = [rows, first, _padded(starts, shape.sequences + 1, starts[-1])]
         fields += self._output_fields(shape, starts[len(ahead) :])
         fields += _segment_fields(ahead + self.slots, counts, shape.segments)
-        outputs = self._outputs(self.slots, self.counts) if shape.chunks else ([], [])
+        outputs = self._with_logits(self.slots, self.counts) if shape.chunks else ([], [])
         fields += _segment_fields(*outputs, shape.output_segments)
         return np.concatenate([np.array(field, dtype=np.int32) for field in fields])
 
@@ -113,7 +127,7 @@ class Description(NamedTuple):
         if not shape.chunks:
             return [[], [], []]
         outputs = [starts[s + 1] - 1 for s in self.sampled]
-        for s in self.scored:
+        for s in (*self.scored, *self.pooled):
             outputs += range(starts[s], starts[s + 1])
         new = [chunk for chunk in self.chunks if chunk.sample]
         rows = self.decode + [chunk.row for chunk in new]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kinds import GENERATE
 from engine.messages import Admit, SamplingParams
 from engine.runner.transfer import device_words
 
@@ -44,6 +45,7 @@ class RowTable:
         self.known = [0] * num_rows  # `computed`, as the host counts it
         self.slots = [0] * num_rows
         self.params = [GREEDY] * num_rows
+        self.kinds = [GENERATE.name] * num_rows
         self.num_blocks = [0] * num_rows
 
     @property
@@ -60,6 +62,7 @@ class RowTable:
         self.known[row] = admit.computed
         self.slots[row] = admit.slot
         self.params[row] = admit.sampling
+        self.kinds[row] = admit.kind
         self.num_blocks[row] = 0
         self.extend(row, admit.blocks)
 

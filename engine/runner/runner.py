@@ -45,6 +45,7 @@ class _Launched:
     step: int
     sampled: Sampled | None
     prompt: dict[int, Tensor]  # chunk index -> log-probabilities
+    pooled: dict[int, Tensor]  # chunk index -> vector
     resident: list[int]
     mark: Mark  # reached when all of it has arrived
 
@@ -59,6 +60,7 @@ class _Forwarded:
     step: int
     description: Description
     outputs: Outputs | None  # None: the step computes nothing
+    pooled: dict[int, Tensor]  # chunk index -> vector
 
 
 class Runner:
@@ -102,10 +104,15 @@ class Runner:
         self.rows.words.send()  # what a launch that failed left behind, before the same is written again
         self._apply(plan)
         description = self.builder.describe(plan.chunks)
-        outputs = self._forward(description) if description.slots else None
+        outputs: Outputs | None = None
+        pooled: dict[int, Tensor] = {}
+        if description.pooled:
+            outputs, pooled = self._forward_pooled(description)
+        elif description.slots:
+            outputs = self._forward(description)
         if outputs is not None:
             self.builder.advance(description)
-        self._forwarded = _Forwarded(plan.step, description, outputs)
+        self._forwarded = _Forwarded(plan.step, description, outputs, pooled)
 
     @torch.inference_mode()
     def sample(self, bitmask: Tensor | None = None) -> None:
@@ -122,7 +129,8 @@ class Runner:
         busy = forwarded.outputs is not None
         resident = self.placer.advance(self.placer.beside_step if busy else self.placer.alone)
         mark = self.readback.mark()
-        self.launched.append(_Launched(forwarded.step, sampled, prompt, resident, mark))
+        step, pooled = forwarded.step, forwarded.pooled
+        self.launched.append(_Launched(step, sampled, prompt, pooled, resident, mark))
 
     def collect(self) -> StepResult:
         """The result of the oldest step that was launched and not collected."""
@@ -133,6 +141,7 @@ class Runner:
             launched.sampled.outputs() if launched.sampled is not None else [],
             {index: logprobs.tolist() for index, logprobs in launched.prompt.items()},
             launched.resident,
+            {index: vector.tolist() for index, vector in launched.pooled.items()},
         )
 
     def abandon(self) -> None:
@@ -166,6 +175,21 @@ class Runner:
             return graphs.replay(captured, description)
         step = self.builder.build(description)
         return step.rows, step.lengths, self.model(step.batch)
+
+    def _forward_pooled(self, description: Description) -> tuple[Outputs, dict[int, Tensor]]:
+        """Starts a step with chunks that are pooled: the head of each one's kind reads its hidden states."""
+        step = self.builder.build(description)
+        hidden = self.model.body(step.batch)
+        at = description.num_logits
+        logits = self.model.logits(hidden[:at], step.batch) if at else hidden[:0]
+        pooled: dict[int, Tensor] = {}
+        for index, chunk in enumerate(description.chunks):
+            if chunk.pooled:
+                head = self.model.heads[self.rows.kinds[chunk.row]]
+                vector = head(hidden[at : at + chunk.count]).float()
+                pooled[index] = self.readback.fetch(vector)
+                at += chunk.count
+        return (step.rows, step.lengths, logits), pooled
 
     def _sample(
         self, description: Description, outputs: Outputs, bitmask: Tensor | None

@@ -167,7 +167,7 @@ class Admission:
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
-            if sequence.prompt_logprobs is None and self._pool.prefix_caching:
+            if not sequence.needs_whole_prompt and self._pool.prefix_caching:
                 self.prefix_lookups += sequence.prompt_length
                 self.prefix_hits += sequence.cached_tokens
         builder.admit.append(
@@ -179,6 +179,7 @@ class Admission:
                 computed=sequence.computed,
                 blocks=list(sequence.blocks),
                 sampling=sequence.request.sampling,
+                kind=sequence.request.kind,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import AdapterTooLarge, ConfigError, InvalidRequest
+from engine.kinds import KINDS
 from engine.messages import AdapterImageRef, Request
 
 
@@ -40,12 +41,19 @@ class SchedulerLimits:
             raise InvalidRequest(
                 "the prompt is empty", field="inputs", hint="send at least one token"
             )
-        room_for_output = 1 if request.kind == "generate" else 0
+        kind = KINDS[request.kind]
+        room_for_output = 1 if kind.generates else 0
         if request.max_new_tokens < room_for_output:
             raise InvalidRequest(
                 f"max_new_tokens is {request.max_new_tokens}",
                 field="max_new_tokens",
                 hint="ask for at least one token",
+            )
+        if kind.pools and request.sampling.prompt_logprobs:
+            raise InvalidRequest(
+                f"a request of kind {kind.name!r} has no log-probabilities of its prompt",
+                field="prompt_logprobs",
+                hint="leave prompt_logprobs out",
             )
         reserved = " (one token is reserved for output)" if room_for_output else ""
         for most, what, remedy in (
@@ -70,7 +78,7 @@ class SchedulerLimits:
 
     def last_length(self, request: Request, kv_positions: int) -> int:
         """Tokens of prompt and output at which the request ends. The last token of an output needs no KV entry."""
-        if request.kind != "generate":
+        if not KINDS[request.kind].generates:
             return len(request.tokens)
         asked = len(request.tokens) + request.max_new_tokens
         return min(asked, self.max_total_tokens, kv_positions + 1)

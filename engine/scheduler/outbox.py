@@ -73,4 +73,5 @@ def _update(
         admitted,
         cached,
         prompt_logprobs,
+        sequence.pooled if finish == "pooled" else None,
     )

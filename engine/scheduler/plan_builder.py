@@ -77,12 +77,13 @@ class PlanBuilder:
         start, end = sequence.computed, sequence.computed + count
         self.tables.fill(sequence, start, end)
         sequence.computed = end
-        sample = end == len(sequence.tokens)
-        if sample:
-            sequence.inflight += 1
-            self.rows.start_decoding(sequence)
+        last = end == len(sequence.tokens)
+        wants = sequence.kind.wants(last)
+        if last:
+            sequence.inflight += bool(wants & TOKEN)
+            self.rows.end_prefill(sequence)
         scores = sequence.prompt_logprobs is not None
-        wants = (TOKEN if sample else NOTHING) | (SCORES if scores else NOTHING)
+        wants |= SCORES if scores else NOTHING
         self.chunks.append((sequence, Chunk(sequence.row, start, count, wants)))
         self.budget -= count
         self.scored -= count if scores else 0

@@ -13,7 +13,7 @@ _slot = attrgetter("slot")
 
 
 class Rows:
-    """A running sequence has a row. It is either *prefilling* (known tokens to compute) or decoding."""
+    """A running sequence has a row. It is *prefilling* (known tokens to compute), decoding, or waits for its vector."""
 
     def __init__(self, num_rows: int) -> None:
         self.running: dict[int, Sequence] = {}  # by row, in the order of admission
@@ -46,8 +46,8 @@ class Rows:
         sequence.decoding = False
         sequence.epoch += 1
 
-    def start_decoding(self, sequence: Sequence) -> None:
-        """All known tokens are planned and the next is being sampled: from the next step on the row decodes."""
+    def end_prefill(self, sequence: Sequence) -> None:
+        """All known tokens are planned. If the next is being sampled, the row decodes from the next step on."""
         sequence.decoding = True
         self.prefilling.remove(sequence)
         self._stale = True

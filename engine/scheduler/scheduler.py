@@ -317,8 +317,12 @@ class Scheduler:
             if chunk.scores and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += result.prompt_logprobs.get(index, [])
                 del sequence.prompt_logprobs[sequence.prompt_length - 1 :]
+            if chunk.pooled:
+                sequence.add_pooled(result.pooled[index])
             if sampled is not None:
                 self._take_token(sequence, sampled)
+            elif sequence.committed == sequence.limit:
+                self._end(sequence, finish="pooled")
         if self.slots.commit(result.step):
             self._admission.wake()
         for slot in result.resident:
@@ -344,11 +348,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a plan or a commit may still be needed: open requests, updates not taken, copies under way."""
         return bool(self._sequences or len(self._outbox) or self.slots.num_placing)
-
-    @property
-    def num_open(self) -> int:
-        """Requests whose last update was not taken yet, and updates of others."""
-        return len(self._sequences) + len(self._outbox)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -391,7 +390,8 @@ class Scheduler:
             assert sequence.committed <= sequence.computed <= length <= sequence.limit
             assert sequence.inflight <= len(self._flights)
             if sequence.decoding:
-                assert sequence.computed == length - 1, "decodes with more than one to compute"
+                ahead = int(sequence.kind.generates)
+                assert sequence.computed == length - ahead, "decodes with more than one to compute"
             if sequence.slot:
                 pins[sequence.slot] = pins.get(sequence.slot, 0) + 1
         for _, digest, _ in self.slots.residents():

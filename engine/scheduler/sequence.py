@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.messages import AdapterImageRef, Request, Usage
+from engine.kinds import KINDS, RequestKind
+from engine.messages import POOLED, AdapterImageRef, Request, Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -47,10 +48,26 @@ class Sequence:
     admitted: float | None = None  # time of the first admission
     announced: bool = False  # an update carried `admitted`
     prompt_logprobs: list[float] | None = None  # collected so far; None: not wanted, or sent
+    pooled: list[float] | None = None  # sum of the vectors so far
 
     @property
     def adapter(self) -> AdapterImageRef | None:
         return self.request.adapter
+
+    @property
+    def kind(self) -> RequestKind:
+        return KINDS[self.request.kind]
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Its result depends on the hidden states of every prompt token, so no cached prefix can be used."""
+        return self.prompt_logprobs is not None or bool(self.kind.of_each_chunk & POOLED)
+
+    def add_pooled(self, vector: list[float]) -> None:
+        """Adds the vector of one more chunk."""
+        if self.pooled is not None:
+            vector = [one + other for one, other in zip(self.pooled, vector, strict=True)]
+        self.pooled = vector
 
     @property
     def prompt_length(self) -> int:

@@ -30,9 +30,9 @@ class BlockTables:
     def find_prefix(self, sequence: Sequence) -> list[int] | None:
         """Cached blocks that the sequence can start with; None: its next one is just being filled for another.
 
-        The last token is always computed, for its logits. Log-probabilities of the prompt need all of it computed.
+        The last token is always computed, for its logits.
         """
-        if sequence.prompt_logprobs is not None:
+        if sequence.needs_whole_prompt:
             return []
         keys = sequence.keys[: (len(sequence.tokens) - 1) // self._size]
         found = self.pool.match(keys)
@@ -74,6 +74,7 @@ class BlockTables:
         sequence.capacity = sequence.computed = sequence.committed = sequence.registered = 0
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs = []
+        sequence.pooled = None
         sequence.preemptions += 1
         self.num_drops += 1
 

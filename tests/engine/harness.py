@@ -21,6 +21,7 @@ from engine.messages import (
     TokenOutput,
     Usage,
 )
+from engine.models.decoder import Decoder
 from tools.adapters import stage
 
 MIB = 1 << 20
@@ -56,6 +57,7 @@ class Outcome:
     usage: Usage | None = None
     error: dict[str, object] | None = None
     prompt_logprobs: list[float] | None = None
+    pooled: list[float] | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -64,6 +66,14 @@ class Outcome:
     @property
     def logprobs(self) -> list[float]:
         return [output.logprob for output in self.outputs if output.logprob is not None]
+
+
+class Wrapper:
+    """Stands before a decoder."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.heads, self.body, self.logits = model.heads, model.body, model.logits
 
 
 class Harness:
@@ -98,6 +108,7 @@ class Harness:
                 outcome.usage = update.usage or outcome.usage
                 outcome.error = update.error or outcome.error
                 outcome.prompt_logprobs = update.prompt_logprobs or outcome.prompt_logprobs
+                outcome.pooled = update.pooled or outcome.pooled
             if check:
                 self.engine.scheduler.check()
         return outcomes

@@ -22,7 +22,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.layers.batch import Batch
 from engine.messages import AdapterImageRef
 from engine.models.decoder import Decoder
-from tests.engine.harness import Device, Harness, config_of, request
+from tests.engine.harness import Device, Harness, Wrapper, config_of, request
 from tests.tiny import TARGETS, make_adapter
 
 pytestmark = pytest.mark.gpu
@@ -149,11 +149,11 @@ def differences(scene: Scene, i: int) -> list[tuple[int, int]]:
     return found
 
 
-class Logits:
-    """Stands before the decoder and keeps the logits of the last step."""
+class Logits(Wrapper):
+    """Keeps the logits of the last step."""
 
     def __init__(self, model: Decoder) -> None:
-        self.model = model
+        super().__init__(model)
         self.last = torch.empty(0)
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ from engine.process.stepper import Stepper
 from engine.runner import faults
 from engine.runner.faults import fitting, out_of_memory
 from engine.runner.memory import compared
-from tests.engine.harness import Harness, Outcome, config_of, request
+from tests.engine.harness import Harness, Outcome, Wrapper, config_of, request
 from tests.tiny import TARGETS, VOCAB, make_adapter, make_model
 
 HEAVY = 100  # tokens of a prompt that nothing else is as long as
 
 
-@dataclass
-class SmallMemory:
-    """Stands before the decoder and runs out of memory in the batches that `fits` refuses."""
+class SmallMemory(Wrapper):
+    """Runs out of memory in the batches that `fits` refuses."""
 
-    model: Decoder
-    fits: Callable[[Batch], bool]
-    refused: list[int] = field(default_factory=list)  # tokens of the batches
+    def __init__(self, model: Decoder, fits: Callable[[Batch], bool]) -> None:
+        super().__init__(model)
+        self.fits = fits
+        self.refused: list[int] = []  # tokens of the batches
 
     def __call__(self, batch: Batch) -> Tensor:
         if not self.fits(batch):

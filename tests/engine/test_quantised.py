@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
-from engine.layers.quantised import METHODS
+from engine.layers.quantised import SCHEMES
 from engine.messages import Request
 from engine.models import weights
 from engine.models.decoder import Decoder
@@ -24,7 +24,7 @@ RANKS = [3, 16, 8, 64]
 TOLERANCE = {"bitsandbytes": 3e-3, "bitsandbytes-nf4": 1e-4, "bitsandbytes-fp4": 1e-4}
 BATCHED = 1e-4
 
-every_scheme = pytest.mark.parametrize("scheme", METHODS)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="exact on a CPU only")
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.layers import quantised
 from engine.layers.linear import Plain
-from engine.layers.quantised import METHODS, FourBit, Int8, method_of
+from engine.layers.methods import method_of
+from engine.layers.quantised import SCHEMES, FourBit, Int8
 from engine.ops import extension
 
 extension.load()
@@ -27,7 +28,7 @@ TOKENS = [1, 5, 40, 600]
 CPU = torch.device("cpu")
 Method = Int8 | FourBit
 
-every_scheme = pytest.mark.parametrize("scheme", METHODS)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 

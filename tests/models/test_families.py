@@ -15,7 +15,7 @@ from engine.layers.batch import Batch
 from engine.models import spec_from
 from engine.models.decoder import Decoder
 from engine.models.weights import load
-from tests.engine.harness import Harness, config_of, request
+from tests.engine.harness import Harness, Wrapper, config_of, request
 from tests.tiny import CONFIGS, TARGETS, VOCAB, make_adapter, make_model
 
 TOLERANCE = 1e-4
@@ -41,11 +41,11 @@ def family(
     harness.close()
 
 
-class Recorder:
-    """Stands before the decoder and keeps the logits of every step."""
+class Recorder(Wrapper):
+    """Keeps the logits of every step."""
 
     def __init__(self, model: Decoder) -> None:
-        self.model = model
+        super().__init__(model)
         self.logits: list[torch.Tensor] = []
 
     def __call__(self, batch: Batch) -> torch.Tensor:

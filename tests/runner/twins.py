@@ -150,7 +150,7 @@ class Twins:
         scheduler = self.padded.engine.scheduler
         number = 0
         for _ in range(num_steps):
-            if scheduler.num_open < 14:
+            if len(scheduler._sequences) < 14:
                 for _ in range(generator.choice([0, 0, 1, 1, 2, 6])):
                     scheduler.add(self._request(generator, number, longest))
                     number += 1

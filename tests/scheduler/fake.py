@@ -357,7 +357,7 @@ class House:
         for _ in range(steps):
             if not self.step():
                 break
-        assert not self.scheduler.num_open, "requests are left but there is nothing to do"
+        assert not self.scheduler.has_work, "requests are left but there is nothing to do"
         assert not self.results and not self.runner.rows
         assert self.pool.available == self.pool.usable
         assert not self.scheduler.stats().running

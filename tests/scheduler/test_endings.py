@@ -59,7 +59,7 @@ def test_the_host_image_is_needed_until_the_copy_is_done() -> None:
     house.add(request("a", [1], 5, image("a")))
     house.step()
     house.scheduler.cancel("a")
-    assert house.scheduler.take_updates() == [] and house.scheduler.num_open == 1
+    assert house.scheduler.take_updates() == [] and house.scheduler.has_work
     house.drain()
     assert house.last["a"].finish == "cancelled"
     assert not house.runner.copying
