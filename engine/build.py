@@ -23,7 +23,8 @@ from engine.models import weights
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
 from engine.ops.attention import Backend, Gpu, KVFormat, Needs, Room, choose
-from engine.ops.layout import RECORD_WORDS, AdapterLayout
+from engine.ops.layout import RECORD_WORDS, ShardLayout
+from engine.ops.targets import Shard
 from engine.platform import Platform, detect
 from engine.runner.batch import Adapters
 from engine.runner.faults import fitting
@@ -47,14 +48,6 @@ GRAPHS_REMEDY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """Which part of the model a process holds: number `index` of `count`."""
-
-    index: int = 0
-    count: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model with its weights, and what follows from it."""
 
@@ -69,7 +62,7 @@ class LoadedModel:
         return self.attention.kv_format(self.dtype)
 
     @property
-    def layout(self) -> AdapterLayout:
+    def layout(self) -> ShardLayout:
         return self.decoder.layout
 
 
@@ -97,7 +90,8 @@ def build_shard(config: EngineConfig, region: HostRegion, shard: Shard | None = 
             runner = make_runner(config, plan, model, platform, region, pinning)
         if platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
             with fitting("the CUDA graphs", GRAPHS_REMEDY):
-                targets = max(len(group.targets) for _, _, group in model.layout.places())
+                groups = (*model.layout.groups, *model.layout.ends)
+                targets = max(len(group.targets) for group in groups)
                 runner.capture(targets * config.adapters.max_adapter_rank, plan.max_step_tokens)
     except BaseException:
         if pinning is not None:
@@ -150,6 +144,8 @@ def footprint(model: LoadedModel, region: HostRegion) -> Footprint:
         kv=model.kv,
         weights=weights.size(model.decoder),
         scratch=weights.scratch(model.decoder),
+        widest_output=max(group.out_features for group in model.layout.groups),
+        widest_input=max(group.in_features for group in model.layout.groups),
         records=model.layout.record_bytes,
         host_tier=region.size,
     )
@@ -219,7 +215,6 @@ def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
     """What the front needs to know."""
     plan, layout, model = built.plan, built.model.layout, built.model
     device = built.platform.device.type
-    targets = {target.name for _, _, group in layout.places() for target in group.targets}
     return EngineInfo(
         model_id=config.model.model_id,
         model_type=model.spec.model_type,
@@ -239,7 +234,7 @@ def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
         backends={op: served[device] for op, served in ops.backends().items()}
         | dict(model.attention.serves),
         memory_plan=plan.lines,
-        targets=sorted(targets),
+        targets=layout.targets.names,
         quantize=config.model.quantize,
     )
 

@@ -16,7 +16,7 @@ from engine.build import build_shard, info_of, log_start, make_scheduler
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError, OutOfMemory
 from engine.messages import AdapterImageRef, EngineStats, Request, StepPlan, Update
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 from engine.runner.faults import empty_cache, first_line, out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Engine:
         built = build_shard(config, region)
         self.platform, self.plan, self.runner = built.platform, built.plan, built.runner
         self.model, self.spec = built.model.decoder, built.model.spec
-        self.layout: AdapterLayout = built.model.layout
+        self.layout: ShardLayout = built.model.layout
         self.scheduler = make_scheduler(config, built.plan, clock)
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         self.info = info_of(config, built)

@@ -14,12 +14,12 @@ from engine.adapters.tiers import HostRegion
 from engine.lora.formats import load_peft
 from engine.lora.image import image_size, write_image
 from engine.messages import AdapterImageRef, aligned
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 
 
 def write_adapter(
     folder: Path,
-    layout: AdapterLayout,
+    layout: ShardLayout,
     rank: int,
     seed: int,
     targets: Iterable[str] | None = None,
@@ -51,11 +51,11 @@ def write_adapter(
 
 
 def stage(
-    folder: Path, layout: AdapterLayout, region: HostRegion, offset: int
+    folder: Path, layout: ShardLayout, region: HostRegion, offset: int
 ) -> tuple[AdapterImageRef, int]:
     """Writes the image of a folder's adapter at `offset` of the region, as the exchange would; and where it ends."""
     with open_folder(folder) as files:
-        weights = load_peft(files.config, files.weights, layout)
+        weights = load_peft(files.config, files.weights, layout.targets)
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[offset : offset + size.total])
     end = offset + aligned(size.total)

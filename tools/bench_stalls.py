@@ -28,7 +28,7 @@ from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig
 from engine.errors import LoraxError, from_wire
 from engine.messages import Request, SamplingParams, Update
 from engine.models import adapter_layout
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 from engine.process import Parts, ProcessBackend
 from tools.adapters import write_adapter
 from tools.bench_peft import smollm2_135m
@@ -51,7 +51,7 @@ class Delayed:
         return self._source.fetch(version, token, progress)
 
 
-def slow_exchange(config: EngineConfig, layout: AdapterLayout, region: HostRegion) -> Exchange:
+def slow_exchange(config: EngineConfig, layout: ShardLayout, region: HostRegion) -> Exchange:
     """The exchange's process builds this one (see `Parts`)."""
     sources = make_sources(config, region.size * 8)
     return Exchange(config, layout, region, sources={n: Delayed(s) for n, s in sources.items()})

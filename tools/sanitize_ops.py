@@ -83,7 +83,7 @@ def run(folder: Path, name: str, dtype: str, device: str) -> set[str]:
     base = write_model(folder / name, "llama-3-8b", **(WIDTHS[name] | changes))
     model = ModelConfig(str(base), dtype=dtype, load_format="dummy")  # type: ignore[arg-type]
     layout = adapter_layout(model, device)[0]
-    targets = sorted({t.name for _, _, group in layout.places() for t in group.targets})
+    targets = sorted({t.name for _, _, group in layout.each_group() for t in group.targets})
     images = Images(layout, [RANKS], len(RANKS), targets)
     config = EngineConfig(
         model,

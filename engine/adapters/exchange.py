@@ -36,7 +36,7 @@ from engine.lora.image import ImageSize
 from engine.messages import AdapterImageRef, AdapterStatus
 from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 
 Key = tuple[str, ...]  # source, id, revision and cache of a version; or ADOPTED, name and digest
 
@@ -64,7 +64,7 @@ class Exchange:
     def __init__(
         self,
         config: EngineConfig,
-        layout: AdapterLayout,
+        layout: ShardLayout,
         region: HostRegion,
         *,
         device: str = "cpu",

@@ -30,7 +30,7 @@ from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 from engine.sandbox import Converter, is_pickle
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Loader:
     def __init__(
         self,
         config: EngineConfig,
-        layout: AdapterLayout,
+        layout: ShardLayout,
         region: HostRegion,
         sources: Mapping[str, Source],
         room: Room,
@@ -169,7 +169,7 @@ class Loader:
             attempt.when_over(held.close)
         image = self._room.commit(offset, digest)
         adapter.digest, adapter.state = digest, "ready"
-        adapter.targets = list(count_targets(weights, self._layout))
+        adapter.targets = list(count_targets(weights, self._layout.targets))
         adapter.base_model = weights.base_model
         adapter.seconds["parse"] = time.monotonic() - started
         for note in weights.notes:
@@ -206,7 +206,7 @@ class Loader:
             return load_peft(
                 config,
                 weights,
-                self._layout,
+                self._layout.targets,
                 max_rank=self._config.adapters.max_adapter_rank,
                 base_model=self._config.model.model_id.partition("@")[0],
             )

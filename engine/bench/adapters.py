@@ -21,7 +21,7 @@ from engine.errors import ConfigError
 from engine.lora.image import ImageSize, image_size, write_image, write_records
 from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix
 from engine.messages import AdapterImageRef, aligned
-from engine.ops.layout import ALIGN, AdapterLayout
+from engine.ops.layout import ALIGN, ShardLayout
 
 SCALE = 0.5  # of every adapter; not 1, so that an ignored scale changes results
 DEVIATION = 0.02  # of every value of A and B
@@ -66,32 +66,32 @@ class _Template:
     padding: Tensor | None  # [values] bool: padding of rows; None: rows have no padding
 
 
-def _ones(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> LoraWeights:
+def _ones(layout: ShardLayout, rank: int, targets: Sequence[str]) -> LoraWeights:
     """An adapter of ones, in views without memory. Empty `targets`: every linear of the layers."""
     pairs: dict[TargetIndex, Pair] = {}
     one = torch.ones(1, 1, dtype=getattr(torch, layout.dtype))
-    for layer, number, group in layout.places():
+    for layer, number, group in layout.targets.each_group():
         for index, target in enumerate(group.targets):
             if target.name in targets if targets else layer < layout.num_layers:
                 a = TensorMatrix(one.expand(rank, group.in_features))
                 b = TensorMatrix(one.expand(target.out_features, rank))
-                pairs[layer, number, index] = Pair(a, b, SCALE, target.module)
+                pairs[TargetIndex(layer, number, index)] = Pair(a, b, SCALE, target.module)
     return LoraWeights(pairs)
 
 
-def size_of(layout: AdapterLayout, rank: int, targets: Sequence[str] = ()) -> ImageSize:
+def size_of(layout: ShardLayout, rank: int, targets: Sequence[str] = ()) -> ImageSize:
     """Size of the image of an adapter of this rank."""
     return image_size(_ones(layout, rank, targets), layout)
 
 
-def check_targets(layout: AdapterLayout, targets: Sequence[str]) -> None:
+def check_targets(layout: ShardLayout, targets: Sequence[str]) -> None:
     """Raises ConfigError for an unknown target."""
-    known = {target.name for _, _, group in layout.places() for target in group.targets}
-    if unknown := sorted(set(targets) - known):
+    known = layout.targets.names
+    if unknown := sorted(set(targets) - set(known)):
         raise ConfigError(
             f"--targets: the model has no module {unknown[0]!r}",
             field="targets",
-            hint=f"choose from {', '.join(sorted(known))}",
+            hint=f"choose from {', '.join(known)}",
         )
 
 
@@ -103,7 +103,7 @@ class Images:
 
     def __init__(
         self,
-        layout: AdapterLayout,
+        layout: ShardLayout,
         mixes: Sequence[Sequence[int]],
         adapters: int,
         targets: Sequence[str] = (),
@@ -142,7 +142,7 @@ class Images:
         return sum(aligned(ref.data_bytes) for mix in self.mixes for ref in mix)
 
 
-def _template(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> _Template:
+def _template(layout: ShardLayout, rank: int, targets: Sequence[str]) -> _Template:
     weights = _ones(layout, rank, targets)
     size = image_size(weights, layout)
     head = torch.empty(size.data_start, dtype=torch.uint8)
@@ -150,9 +150,9 @@ def _template(layout: AdapterLayout, rank: int, targets: Sequence[str]) -> _Temp
     dtype = getattr(torch, layout.dtype)
     lengths = [
         length
-        for _, _, group in layout.places()
+        for _, _, group in layout.each_group()
         for length in (
-            rank if group.embedding else group.in_features,
+            rank if group.whole.embedding else group.in_features,
             *(target.out_features for target in group.targets),
         )
     ]
@@ -180,7 +180,7 @@ class Folders:
     """Adapters of one rank in PEFT's files. `write` writes the values; `link` shares them and takes no time."""
 
     def __init__(
-        self, layout: AdapterLayout, rank: int, targets: Sequence[str] = (), seed: int = 0
+        self, layout: ShardLayout, rank: int, targets: Sequence[str] = (), seed: int = 0
     ) -> None:
         check_targets(layout, targets)
         self._pool = Pool(layout.dtype, seed)
@@ -189,7 +189,7 @@ class Folders:
         end = 0
         names: set[str] = set()
         for layer in range(layout.num_layers):
-            for group in layout.groups:
+            for group in layout.targets.groups:
                 for target in group.targets:
                     if targets and target.name not in targets:
                         continue

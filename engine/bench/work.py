@@ -15,7 +15,7 @@ from functools import partial
 from engine.bench.engine_report import Work
 from engine.messages import AdapterImageRef
 from engine.models.spec import ModelSpec
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 from engine.runner.memory import MemoryPlan
 
 BatchAdapters = Sequence[AdapterImageRef | None]  # the adapter of each request
@@ -26,7 +26,7 @@ class Model:
     """The properties of an engine that determine its work."""
 
     spec: ModelSpec
-    layout: AdapterLayout
+    layout: ShardLayout
     plan: MemoryPlan
     itemsize: int  # bytes of an element of activations, keys, values and adapters
 
@@ -58,11 +58,8 @@ class Model:
     @property
     def _linears(self) -> int:
         """Number of weights in the layers' linears."""
-        groups = self.layout.groups
-        return self.layout.num_layers * sum(
-            group.in_features * sum(target.out_features for target in group.targets)
-            for group in groups
-        )
+        sizes = (group.in_features * group.out_features for group in self.layout.groups)
+        return self.layout.num_layers * sum(sizes)
 
     @property
     def _head(self) -> int:

@@ -1,8 +1,8 @@
 """Linears: a method that multiplies, and the LoRA op split around it.
 
 A method names the tensors that it takes from a checkpoint (`parts`), and has `allocate`, `load` and `matmul`; it knows
-nothing of LoRA. A linear is fused from the checkpoint's
-linears, and its group is the list of LoRA targets.
+nothing of LoRA. A linear is fused from the checkpoint's linears and has the sizes of its shard. Its group lists the
+LoRA targets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.batch import LoraBatch
-from engine.ops.layout import Group
+from engine.ops.layout import GroupPart
 
 ops = torch.ops.lorax
 
@@ -47,7 +47,7 @@ class LinearMethod(Protocol):
     """How a weight is held and multiplied: plain, or quantised."""
 
     def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
-        """The tensors of one linear in the checkpoint, of these whole sizes."""
+        """The tensors of one linear in the checkpoint, with these whole sizes."""
 
     @property
     def size(self) -> int:
@@ -110,13 +110,13 @@ class Linear:
     def __init__(
         self,
         method: LinearMethod,
-        group: Group,
-        place: tuple[int, int],
+        group: GroupPart,
+        address: tuple[int, int],
         bias: bool,
     ) -> None:
-        """`place` is (layer, group number): the address of the group's records."""
+        """`address` is (layer, group number): where the group's records are."""
         self.group = group
-        self.layer, self.number = place
+        self.layer, self.number = address
         self.splits = [target.out_features for target in group.targets]
         self.method = method
         self.bias = bias
@@ -136,9 +136,10 @@ class Embedding:
     """Rows of a table by token id, and every token's own adapter on top."""
 
     def __init__(
-        self, group: Group, place: tuple[int, int], dtype: torch.dtype, device: torch.device
+        self, group: GroupPart, address: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layer, self.number = place
+        self.group = group
+        self.layer, self.number = address
         self.splits = [group.targets[0].out_features]
         self.table = torch.empty(group.in_features, self.splits[0], dtype=dtype, device=device)
 

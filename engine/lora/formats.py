@@ -1,8 +1,9 @@
 """From the files of an adapter to `LoraWeights` that fit the base model, or to the list of problems.
 
-One function per format: `load_peft` today. The tensors decide which modules are adapted; the layout says which can be.
-Every other tensor is refused by name, never dropped. Matrices have PEFT's shapes: A `[r, in]` and B `[out, r]`, also
-for GPT-2's Conv1D (PEFT stores ordinary linears there, whatever `fan_in_fan_out` says), and for an embedding
+One function per format: `load_peft` today. The tensors decide which modules are adapted; `ModelTargets` lists those
+that can be. Every other tensor is refused by name, never dropped. Matrices have PEFT's shapes: A `[r, in]` and B
+`[out, r]`, also for GPT-2's Conv1D (PEFT stores ordinary linears there, whatever `fan_in_fan_out` says), and for an
+embedding
 `lora_embedding_A [r, vocab]` and `lora_embedding_B [hidden, r]`. Scales are alpha / r. They exclude the base model's
 own embedding scale (Gemma), which the model applies to the sum, as PEFT does.
 """
@@ -20,7 +21,8 @@ from engine.lora.peft_config import PeftConfig, check_config, describe_key, read
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
 from engine.lora.weights import LoraWeights, Pair, TargetIndex
 from engine.names import shown, shown_shape
-from engine.ops.layout import MAX_RANK, AdapterLayout, Group, Target
+from engine.ops.layout import MAX_RANK
+from engine.ops.targets import Group, ModelTargets, Target
 
 MAX_PROBLEMS = 64  # kinds of problems that are listed
 
@@ -34,7 +36,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """Where a target module is in the layout."""
+    """Where a target module is in the model."""
 
     index: TargetIndex
     group: Group
@@ -78,7 +80,7 @@ class _Problems:
 def load_peft(
     config: OpenFile,
     weights: OpenFile,
-    layout: AdapterLayout,
+    targets: ModelTargets,
     *,
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
@@ -91,7 +93,7 @@ def load_peft(
     Values are not checked here; `write_image` refuses values that are not finite. Raises AdapterIncompatible with the
     reasons, or AdapterLoadFailed.
     """
-    found, problems = check_peft(config, weights, layout, max_rank=max_rank, base_model=base_model)
+    found, problems = check_peft(config, weights, targets, max_rank=max_rank, base_model=base_model)
     if found is None:
         raise summary(problems)
     return found
@@ -109,7 +111,7 @@ def summary(problems: Sequence[AdapterIncompatible]) -> AdapterIncompatible:
 def check_peft(
     config: OpenFile,
     weights: OpenFile,
-    layout: AdapterLayout,
+    targets: ModelTargets,
     *,
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
@@ -122,7 +124,7 @@ def check_peft(
     if parsed is None:
         return None, problems.errors()
     file = SafetensorsFile(weights)
-    matcher = _Matcher(file, parsed, layout, max_rank, problems)
+    matcher = _Matcher(file, parsed, targets, max_rank, problems)
     pairs = matcher.pairs()
     errors = problems.errors()
     if errors:
@@ -137,11 +139,11 @@ def check_peft(
 
 @dataclass(slots=True)
 class _Matcher:
-    """Matches the tensors of one file with the layout."""
+    """Matches the tensors of one file with the targets of the model."""
 
     file: SafetensorsFile
     config: PeftConfig
-    layout: AdapterLayout
+    targets: ModelTargets
     max_rank: int
     problems: _Problems
     notes: list[str] = field(default_factory=list)
@@ -176,9 +178,12 @@ class _Matcher:
     def _sites(self) -> dict[str, _Site]:
         """Every target module of every layer, by its path."""
         return {
-            target.module.format(layer=layer): _Site((layer, number, position), group, target)
-            for layer, number, group in self.layout.places()
+            target.module.format(layer=layer, expert=expert): _Site(
+                TargetIndex(layer, number, position, expert), group, target
+            )
+            for layer, number, group in self.targets.each_group()
             for position, target in enumerate(group.targets)
+            for expert in range(group.experts or 1)
         }
 
     def _pair(self, module: str, names: dict[str, str], site: _Site) -> Pair | None:

@@ -2,7 +2,10 @@
 
     records   int32 [layers + 1, groups, 8], offsets relative to the data
     zeros     to the next multiple of IMAGE_ALIGN bytes
-    data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed
+    data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed;
+              of a group of experts: the expert records, then the same for each expert that is adapted
+
+An image is of one shard: it holds the parts of the matrices that the shard's linears need.
 
 The digest is the first DIGEST_BYTES of SHA-256 (which processors compute in hardware) over records and data. Adapters
 with the same effect on this base model have the same digest.
@@ -19,23 +22,24 @@ import torch
 from torch import Tensor
 
 from engine.errors import AdapterIncompatible, AdapterTooLarge
-from engine.lora.weights import LoraWeights, Matrix, Pair, TargetIndex
+from engine.lora.weights import LoraWeights, Matrix, Pair, TargetIndex, sliced
 from engine.ops.layout import (
     ALIGN,
-    MAX_TARGETS,
-    RECORD_WORDS,
-    AdapterLayout,
-    Group,
+    FLAG_EXPERTS,
+    RECORD_BYTES,
+    GroupPart,
+    ShardLayout,
     data_start,
     padded,
     row_stride,
 )
 from engine.ops.matrices import ELEMENTS, Piece, write_matrices
+from engine.ops.targets import MAX_TARGETS
 
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 20  # largest piece that is read, converted or hashed at once
 _RECORD = struct.Struct("=IIIHHHHfff")  # a, b, extra, three ranks, flags, three scales
-assert _RECORD.size == RECORD_WORDS * 4
+assert _RECORD.size == RECORD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +61,102 @@ class ImageSize:
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """The part of an image that belongs to one group of one layer."""
+    """The matrices of one linear, at these bytes from the start of the data."""
 
-    layer: int
-    number: int
-    group: Group
+    group: GroupPart
     pairs: tuple[Pair | None, ...]  # by target
-    a: int  # bytes from the start of the data
+    a: int
     b: int
     end: int
 
     @property
     def ranks(self) -> list[int]:
-        return [pair.rank if pair else 0 for pair in self.pairs]
+        return _ranks(self.pairs)
+
+    def record(self) -> bytes:
+        scales = [pair.scale if pair else 0.0 for pair in self.pairs]
+        return _record(self.a, self.b, self.ranks, 0, scales)
 
 
-def _sections(weights: LoraWeights, layout: AdapterLayout) -> Iterator[_Section]:
+@dataclass(frozen=True, slots=True)
+class _GroupData:
+    """The part of an image that belongs to one group of one layer."""
+
+    layer: int
+    number: int
+    table: int | None  # of experts: bytes from the start of the data to their records
+    sections: tuple[_Section | None, ...]  # one, or one for each expert; None: it is not adapted
+    end: int
+
+    def record(self) -> bytes:
+        """The record of the slot."""
+        if self.table is None:
+            assert self.sections[0] is not None
+            return self.sections[0].record()
+        of_experts = [section.ranks for section in self.sections if section is not None]
+        largest = [max(ranks) for ranks in zip(*of_experts, strict=True)]
+        return _record(self.table, 0, largest, FLAG_EXPERTS, [])
+
+    def expert_records(self) -> bytes:
+        return b"".join(s.record() if s else bytes(RECORD_BYTES) for s in self.sections)
+
+
+def _record(a: int, b: int, ranks: list[int], flags: int, scales: list[float]) -> bytes:
+    filled = [*ranks, 0, 0, 0][:MAX_TARGETS], [*scales, 0.0, 0.0, 0.0][:MAX_TARGETS]
+    return _RECORD.pack(a // ALIGN, b // ALIGN, 0, *filled[0], flags, *filled[1])
+
+
+def _ranks(pairs: tuple[Pair | None, ...]) -> list[int]:
+    return [pair.rank if pair else 0 for pair in pairs]
+
+
+def _groups(weights: LoraWeights, layout: ShardLayout) -> Iterator[_GroupData]:
     """Every group that the adapter adapts, in the order of the image."""
-    size = _dtype(layout).itemsize
     start = 0
-    for layer, number, group in layout.places():
-        pairs = tuple(
-            weights.pairs.get((layer, number, index)) for index in range(len(group.targets))
-        )
-        ranks = [pair.rank if pair else 0 for pair in pairs]
-        if not any(ranks):
+    for layer, number, group in layout.each_group():
+        experts = group.whole.experts
+        pairs = [
+            tuple(
+                weights.pairs.get(TargetIndex(layer, number, index, expert))
+                for index in range(len(group.targets))
+            )
+            for expert in range(experts or 1)
+        ]
+        if not any(any(of_one) for of_one in pairs):
             continue
-        rows, length = sum(ranks), group.in_features
-        if group.embedding:
-            rows, length = length, rows
-        b = start + rows * padded(length * size)
-        end = b + sum(
-            rank * padded(target.out_features * size)
-            for rank, target in zip(ranks, group.targets, strict=True)
-        )
-        yield _Section(layer, number, group, pairs, a=start, b=b, end=end)
-        start = end
+        table = start if experts else None
+        start += experts * RECORD_BYTES
+        sections: list[_Section | None] = []
+        for of_one in pairs:
+            section = _section(group, of_one, start, _dtype(layout).itemsize)
+            sections.append(section)
+            start = section.end if section else start
+        yield _GroupData(layer, number, table, tuple(sections), start)
 
 
-def image_size(weights: LoraWeights, layout: AdapterLayout) -> ImageSize:
+def _section(
+    group: GroupPart, pairs: tuple[Pair | None, ...], start: int, itemsize: int
+) -> _Section | None:
+    ranks = _ranks(pairs)
+    if not any(ranks):
+        return None
+    rows, length = sum(ranks), group.in_features
+    if group.whole.embedding:
+        rows, length = length, rows
+    b = start + rows * padded(length * itemsize)
+    end = b + sum(
+        rank * padded(target.out_features * itemsize)
+        for rank, target in zip(ranks, group.targets, strict=True)
+    )
+    return _Section(group, pairs, a=start, b=b, end=end)
+
+
+def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
     """The size of the image. Raises AdapterTooLarge above 64 GiB, the limit of a record's offsets."""
     data_bytes = max_rank = 0
-    for section in _sections(weights, layout):
-        data_bytes = section.end
-        max_rank = max(max_rank, sum(section.ranks))
+    for group in _groups(weights, layout):
+        data_bytes = group.end
+        max_rank = max(max_rank, *(sum(section.ranks) for section in group.sections if section))
     if data_bytes >= ALIGN << 32:
         raise AdapterTooLarge(
             f"the adapter takes {data_bytes} bytes; the limit is {ALIGN << 32} bytes (64 GiB)"
@@ -110,7 +166,7 @@ def image_size(weights: LoraWeights, layout: AdapterLayout) -> ImageSize:
 
 def write_image(
     weights: LoraWeights,
-    layout: AdapterLayout,
+    layout: ShardLayout,
     out: memoryview,
     pause: Callable[[], None] = lambda: None,
 ) -> bytes:
@@ -126,46 +182,45 @@ def write_image(
     write_records(weights, layout, out[: size.data_start])
     data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
     writer = _Writer(data, _dtype(layout), pause)
-    for section in _sections(weights, layout):
-        offset = section.a
-        for pair in filter(None, section.pairs):
-            if section.group.embedding:
-                writer.transposed(pair.a, offset, pair.module)
-            else:
-                offset = writer.straight(pair.a, offset, pair.module)
-        offset = section.b
-        for pair in filter(None, section.pairs):
-            offset = writer.transposed(pair.b, offset, pair.module)
-        assert offset == section.end
+    for group in _groups(weights, layout):
+        if group.table is not None:
+            records, at = group.expert_records(), size.data_start + group.table
+            out[at : at + len(records)] = records
+        for section in filter(None, group.sections):
+            _write_section(writer, section)
     writer.flush()
     weights.verify()
     return _digest(out, size, pause)
 
 
-def write_records(weights: LoraWeights, layout: AdapterLayout, out: memoryview) -> None:
-    """Writes the records and their padding into `out` (writable, `image_size().data_start` bytes)."""
+def _write_section(writer: _Writer, section: _Section) -> None:
+    group, offset = section.group, section.a
+    for pair in filter(None, section.pairs):
+        a = sliced(pair.a, columns=group.inputs)
+        if group.whole.embedding:
+            writer.transposed(a, offset, pair.module)
+        else:
+            offset = writer.straight(a, offset, pair.module)
+    offset = section.b
+    for target, adapted in zip(group.targets, section.pairs, strict=True):
+        if adapted is not None:
+            b = sliced(adapted.b, rows=target.outputs)
+            offset = writer.transposed(b, offset, adapted.module)
+    assert offset == section.end
+
+
+def write_records(weights: LoraWeights, layout: ShardLayout, out: memoryview) -> None:
+    """Writes the slot's records and their padding into `out` (writable, `image_size().data_start` bytes)."""
     torch.frombuffer(out, dtype=torch.uint8).zero_()
-    for section in _sections(weights, layout):
-        _write_record(section, layout, out)
+    for group in _groups(weights, layout):
+        at = (group.layer * layout.num_groups + group.number) * RECORD_BYTES
+        out[at : at + RECORD_BYTES] = group.record()
 
 
-def _dtype(layout: AdapterLayout) -> torch.dtype:
+def _dtype(layout: ShardLayout) -> torch.dtype:
     dtype = getattr(torch, layout.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _write_record(section: _Section, layout: AdapterLayout, out: memoryview) -> None:
-    empty = [0] * (MAX_TARGETS - len(section.pairs))
-    scales = [pair.scale if pair else 0.0 for pair in section.pairs]
-    _RECORD.pack_into(
-        out,
-        (section.layer * layout.num_groups + section.number) * _RECORD.size,
-        *(section.a // ALIGN, section.b // ALIGN, 0),
-        *(section.ranks + empty),
-        0,
-        *(scales + empty),
-    )
 
 
 class _Writer:
@@ -262,33 +317,49 @@ def _digest(out: memoryview, size: ImageSize, pause: Callable[[], None]) -> byte
 
 
 def read_image(
-    image: memoryview, layout: AdapterLayout
+    image: memoryview, layout: ShardLayout
 ) -> dict[TargetIndex, tuple[Tensor, Tensor, float]]:
-    """The inverse of `write_image`: target -> A `[r, K]`, B `[N, r]` and scale, as PEFT stores them."""
-    dtype, found = _dtype(layout), {}
+    """The inverse of `write_image`: target -> the shard's A `[r, K]`, B `[N, r]` and scale, as PEFT stores them."""
+    found = {}
     start = data_start(layout.record_bytes)
     data = torch.frombuffer(bytearray(image[start:]), dtype=torch.uint8)
+    for layer, number, group in layout.each_group():
+        at = (layer * layout.num_groups + number) * RECORD_BYTES
+        records = [bytes(image[at : at + RECORD_BYTES])]
+        if group.whole.experts:
+            table, _, _, *ranks = _RECORD.unpack(records[0])
+            if not any(ranks[:MAX_TARGETS]):
+                continue
+            first = start + table * ALIGN
+            ends = range(first, first + group.whole.experts * RECORD_BYTES, RECORD_BYTES)
+            records = [bytes(image[at : at + RECORD_BYTES]) for at in ends]
+        for expert, record in enumerate(records):
+            for target, matrices in _matrices(record, data, group, _dtype(layout)):
+                found[TargetIndex(layer, number, target, expert)] = matrices
+    return found
+
+
+def _matrices(
+    record: bytes, data: Tensor, group: GroupPart, dtype: torch.dtype
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, float]]]:
+    """(position in the group, A, B and scale) of every target that the record says is adapted."""
 
     def matrix(offset: int, rows: int, length: int) -> Tensor:
         stride = row_stride(length, dtype.itemsize)
         end = offset + rows * stride * dtype.itemsize
         return data[offset:end].view(dtype).view(rows, stride)[:, :length]
 
-    for layer, number, group in layout.places():
-        at = (layer * layout.num_groups + number) * _RECORD.size
-        a, b, _, *rest = _RECORD.unpack_from(image, at)
-        ranks, scales = rest[:MAX_TARGETS], rest[MAX_TARGETS + 1 :]
-        row, offset = 0, b * ALIGN
-        for index, target in enumerate(group.targets):
-            rank = ranks[index]
-            if not rank:
-                continue
-            if group.embedding:
-                factor = matrix(a * ALIGN, group.in_features, rank).T
-            else:
-                factor = matrix(a * ALIGN, sum(ranks), group.in_features)[row : row + rank]
-            other = matrix(offset, rank, target.out_features).T
-            found[layer, number, index] = (factor, other, scales[index])
-            row += rank
-            offset += rank * padded(target.out_features * dtype.itemsize)
-    return found
+    a, b, _, *rest = _RECORD.unpack(record)
+    ranks, scales = rest[:MAX_TARGETS], rest[MAX_TARGETS + 1 :]
+    row, offset = 0, b * ALIGN
+    for index, target in enumerate(group.targets):
+        rank = ranks[index]
+        if not rank:
+            continue
+        if group.whole.embedding:
+            factor = matrix(a * ALIGN, group.in_features, rank).T
+        else:
+            factor = matrix(a * ALIGN, sum(ranks), group.in_features)[row : row + rank]
+        yield index, (factor, matrix(offset, rank, target.out_features).T, scales[index])
+        row += rank
+        offset += rank * padded(target.out_features * dtype.itemsize)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.lora.weights import LoraWeights
-from engine.ops.layout import AdapterLayout
+from engine.ops.targets import ModelTargets
 from engine.sandbox import LimitReached, Limits, SandboxError, run
 from engine.sandbox.tasks.match import FIELDS
 
@@ -16,7 +16,7 @@ _LIMITS = Limits(cpu_s=MATCH_S, wall_s=60.0, memory_bytes=256 << 20)
 
 
 def module_notes(
-    fields: Mapping[str, Any], weights: LoraWeights, layout: AdapterLayout
+    fields: Mapping[str, Any], weights: LoraWeights, targets: ModelTargets
 ) -> list[str]:
     """Compares `target_modules` of an adapter_config.json with the file and the served model, by PEFT's rules.
 
@@ -26,11 +26,12 @@ def module_notes(
     if not fields.get("target_modules"):
         return []
     served = [
-        target.module.format(layer=layer)
-        for layer, _, group in layout.places()
+        target.module.format(layer=layer, expert=expert)
+        for layer, _, group in targets.each_group()
         for target in group.targets
+        for expert in range(group.experts or 1)
     ]
-    ends = [target.module for group in layout.ends for target in group.targets]
+    ends = [target.module for group in targets.ends for target in group.targets]
     adapted = [pair.module for pair in weights.pairs.values()]
     arguments: dict[str, Any] = {"served": served, "ends": ends, "adapted": adapted}
     arguments |= {name: fields.get(name) for name in FIELDS}

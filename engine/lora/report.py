@@ -11,8 +11,9 @@ from engine.lora.formats import check_peft
 from engine.lora.image import image_size, write_image
 from engine.lora.modules import module_notes
 from engine.lora.peft_config import read_config
-from engine.lora.weights import LoraWeights
-from engine.ops.layout import MAX_RANK, AdapterLayout
+from engine.lora.weights import LoraWeights, TargetIndex
+from engine.ops.layout import MAX_RANK, ShardLayout
+from engine.ops.targets import ModelTargets
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class AdapterReport:
 def inspect(
     config: OpenFile,
     weights: OpenFile,
-    layout: AdapterLayout,
+    layout: ShardLayout,
     *,
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
@@ -56,7 +57,7 @@ def inspect(
     try:
         fields = read_config(config)
         found, problems = check_peft(
-            config, weights, layout, max_rank=max_rank, base_model=base_model
+            config, weights, layout.targets, max_rank=max_rank, base_model=base_model
         )
         errors.extend(problems)
     except AdapterError as error:
@@ -87,22 +88,25 @@ def inspect(
         folder=folder,
         base_model=named,
         base_matches=matches,
-        targets=count_targets(found, layout),
+        targets=count_targets(found, layout.targets),
         ranks=sorted({pair.rank for pair in found.pairs.values()}),
         scales=sorted({pair.scale for pair in found.pairs.values()}),
         data_bytes=size.data_bytes,
         image_bytes=size.total,
         digest=digest,
         errors=errors,
-        notes=[*found.notes, *module_notes(fields, found, layout)],
+        notes=[*found.notes, *module_notes(fields, found, layout.targets)],
     )
 
 
-def count_targets(weights: LoraWeights, layout: AdapterLayout) -> dict[str, int]:
-    """Name of the target -> number of layers that adapt it, in the order of the layout."""
+def count_targets(weights: LoraWeights, targets: ModelTargets) -> dict[str, int]:
+    """Name of the target -> number of layers that adapt it, in the order of the model."""
     counts: dict[str, int] = {}
-    for layer, number, group in layout.places():
+    for layer, number, group in targets.each_group():
         for index, target in enumerate(group.targets):
-            if (layer, number, index) in weights.pairs:
+            experts = range(group.experts or 1)
+            if any(
+                TargetIndex(layer, number, index, expert) in weights.pairs for expert in experts
+            ):
                 counts[target.name] = counts.get(target.name, 0) + 1
     return counts

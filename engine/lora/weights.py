@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-# Which target module of an AdapterLayout: its layer, its group in the layer, its position in the group.
-TargetIndex = tuple[int, int, int]
+from engine.ops.targets import Span
+
+
+class TargetIndex(NamedTuple):
+    """Which target module of a `ModelTargets`."""
+
+    layer: int
+    group: int  # in the layer
+    target: int  # in the group
+    expert: int = 0
 
 
 class Matrix(Protocol):
@@ -46,6 +54,55 @@ class TensorMatrix:
     def read(self, start: int, stop: int, out: memoryview) -> None:
         rows = self.tensor[start:stop]
         torch.frombuffer(out, dtype=self.dtype).view(rows.shape).copy_(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some rows and columns of a matrix: what one shard holds of it."""
+
+    matrix: Matrix
+    rows: tuple[Span, ...]
+    columns: Span
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(span.size for span in self.rows), self.columns.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        row_bytes = self.columns.size * self.dtype.itemsize
+        first = written = 0  # row of the slice that the span starts with; bytes of `out`
+        for span in self.rows:
+            skipped = max(start - first, 0)
+            count = min(stop - first, span.size) - skipped
+            if count > 0:
+                end = written + count * row_bytes
+                self._read(span.start + skipped, count, out[written:end])
+                written = end
+            first += span.size
+
+    def _read(self, start: int, count: int, out: memoryview) -> None:
+        """Reads `count` rows of the matrix."""
+        width = self.matrix.shape[1]
+        if self.columns == (0, width):
+            self.matrix.read(start, start + count, out)
+            return
+        whole = torch.empty(count, width, dtype=self.dtype)
+        self.matrix.read(start, start + count, whole.view(torch.uint8).numpy().reshape(-1).data)
+        part = whole[:, self.columns.start : self.columns.stop]
+        torch.frombuffer(out, dtype=self.dtype).view(part.shape).copy_(part)
+
+
+def sliced(
+    matrix: Matrix, rows: tuple[Span, ...] | None = None, columns: Span | None = None
+) -> Matrix:
+    """These rows and columns of a matrix, None for all; the matrix itself if that is the whole of it."""
+    whole = (Span(0, matrix.shape[0]),), Span(0, matrix.shape[1])
+    cut = rows or whole[0], columns or whole[1]
+    return matrix if cut == whole else Slice(matrix, *cut)
 
 
 @dataclass(frozen=True, slots=True)

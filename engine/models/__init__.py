@@ -13,7 +13,7 @@ from engine.errors import ModelError
 from engine.models.architectures import spec_of
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec, layout_of
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 
 __all__ = ["Decoder", "ModelSpec", "adapter_layout", "dtype_of", "spec_from"]
 
@@ -41,9 +41,7 @@ def dtype_of(config: ModelConfig, hf_config: Any, device: torch.device) -> torch
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def adapter_layout(
-    config: ModelConfig, device: str = "cpu"
-) -> tuple[AdapterLayout, ModelSpec, Path]:
+def adapter_layout(config: ModelConfig, device: str = "cpu") -> tuple[ShardLayout, ModelSpec, Path]:
     """What adapters of a base model look like, without loading its weights."""
     folder = folder_of(config, weights=False)
     spec = spec_from(folder)

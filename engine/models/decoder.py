@@ -15,7 +15,8 @@ from engine.layers.mlp import Mlp
 from engine.layers.norm import LayerNorm, RmsNorm, norm
 from engine.layers.rotary import cos_sin_table
 from engine.models.spec import DOWN, EMBEDDING, HEAD, OUT, QKV, UP, ModelSpec, Rope, layout_of
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
+from engine.ops.targets import Shard
 
 Head = Callable[[Tensor], Tensor]  # [tokens of a chunk, hidden] -> [size of the vector]
 
@@ -70,9 +71,10 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         method: Callable[[torch.dtype, torch.device], LinearMethod] = Plain,
+        shard: Shard | None = None,
     ) -> None:
         self.spec, self.dtype, self.device, self.method = spec, dtype, device, method
-        self.layout: AdapterLayout = layout_of(spec, str(dtype).removeprefix("torch."))
+        self.layout: ShardLayout = layout_of(spec, str(dtype).removeprefix("torch."), shard)
         last = spec.num_layers
         self.embedding = Embedding(self.layout.ends[EMBEDDING], (last, EMBEDDING), dtype, device)
         # Rounded as the checkpoint's own code rounds it, before it multiplies.

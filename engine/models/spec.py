@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.ops.layout import AdapterLayout, Group, Target
+from engine.ops.layout import ShardLayout
+from engine.ops.targets import Group, ModelTargets, Shard, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,43 +107,51 @@ class ModelSpec:
     names: Names = field(default_factory=Names)
 
 
-def _group(
-    spec: ModelSpec, name: str, width: int, modules: tuple[str, ...], sizes: list[int]
-) -> Group:
-    """One fused linear of a layer; `sizes` has one entry if the checkpoint stores it fused."""
-    prefix = spec.names.layer
-    targets = tuple(
-        Target(module.rsplit(".", 1)[-1], f"{prefix}.{module}", size)
-        for module, size in zip(modules, sizes, strict=True)
-    )
-    return Group(name, width, targets)
-
-
 QKV, OUT, UP, DOWN = range(4)  # group numbers of a layer
 EMBEDDING, HEAD = range(2)  # group numbers of the ends
 
 
-def layout_of(spec: ModelSpec, dtype: str) -> AdapterLayout:
+def targets_of(spec: ModelSpec) -> ModelTargets:
     """Every linear, as groups and targets: the model is built from it, and adapters are checked against it."""
-    names, attention = spec.names, spec.attention
+    names, attention, mlp = spec.names, spec.attention, spec.mlp
     q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    qkv = [q, kv, kv] if len(names.qkv) == 3 else [q + 2 * kv]
-    wide = spec.mlp.size
-    up = [wide, wide] if spec.mlp.gated and len(names.up) == 2 else [wide * (1 + spec.mlp.gated)]
+    up = (mlp.size, mlp.size) if mlp.gated else (mlp.size,)
+
+    def column(name: str, modules: tuple[str, ...], sizes: tuple[int, ...], unit: int) -> Group:
+        """Column-parallel. One module with several sizes: the checkpoint stores it fused."""
+        if len(modules) == 1 < len(sizes):
+            target = _target(spec, modules[0], sum(sizes), unit, sizes)
+            return Group(name, spec.hidden, (target,))
+        pairs = zip(modules, sizes, strict=True)
+        targets = tuple(_target(spec, module, size, unit) for module, size in pairs)
+        return Group(name, spec.hidden, targets)
+
+    def row(name: str, module: str, size: int, unit: int) -> Group:
+        target = _target(spec, module, spec.hidden)
+        return Group(name, size, (target,), cut="inputs", unit=unit)
+
     groups = (
-        _group(spec, "qkv", spec.hidden, names.qkv, qkv),
-        _group(spec, "o", q, (names.out,), [spec.hidden]),
-        _group(spec, "gate_up" if spec.mlp.gated else "up", spec.hidden, names.up, up),
-        _group(spec, "down", wide, (names.down,), [spec.hidden]),
+        column("qkv", names.qkv, (q, kv, kv), attention.head_dim),
+        row("o", names.out, q, attention.head_dim),
+        column("gate_up" if mlp.gated else "up", names.up, up, 1),
+        row("down", names.down, mlp.size, 1),
     )
-    table = names.embedding
+    table = Target(names.embedding.rsplit(".", 1)[-1], names.embedding, spec.hidden)
+    head = Target(names.head, names.head, spec.vocab)
     ends = (
-        Group(
-            "embedding",
-            spec.vocab,
-            (Target(table.rsplit(".", 1)[-1], table, spec.hidden),),
-            embedding=True,
-        ),
-        Group("head", spec.hidden, (Target(names.head, names.head, spec.vocab),)),
+        Group("embedding", spec.vocab, (table,), embedding=True, cut="inputs"),
+        Group("head", spec.hidden, (head,)),
     )
-    return AdapterLayout(dtype, spec.num_layers, groups, ends)
+    return ModelTargets(spec.num_layers, groups, ends)
+
+
+def _target(
+    spec: ModelSpec, module: str, size: int, unit: int = 1, fused: tuple[int, ...] = ()
+) -> Target:
+    path = f"{spec.names.layer}.{module}"
+    return Target(module.rsplit(".", 1)[-1], path, size, unit, fused)
+
+
+def layout_of(spec: ModelSpec, dtype: str, shard: Shard | None = None) -> ShardLayout:
+    """What a shard holds of the model's targets; None: one shard holds all."""
+    return ShardLayout(targets_of(spec), dtype, shard or Shard())

@@ -26,6 +26,8 @@ from engine.layers.linear import Linear, Part
 from engine.layers.norm import LayerNorm, RmsNorm
 from engine.models.decoder import Decoder
 from engine.models.spec import Learned
+from engine.ops.layout import TargetPart
+from engine.ops.targets import Span
 from engine.sandbox import Converter, is_pickle
 
 MAX_INDEX_BYTES = 64 << 20
@@ -51,14 +53,21 @@ def destinations(model: Decoder) -> dict[str, Destination]:
     def whole(name: str, tensor: Tensor, plus: float = 0.0) -> None:
         found[name] = Destination(tuple(tensor.shape), partial(_copy, tensor, plus))
 
+    def vocabulary(table: Tensor, name: str, tokens: Span) -> None:
+        """The rows of some tokens."""
+        shape = (spec.vocab, table.shape[1])
+        found[name] = Destination(
+            shape, lambda new: _copy(table, 0.0, cut(new, 0, (tokens,), spec.vocab))
+        )
+
     def fused(linear: Linear) -> None:
         row = 0
         for target in linear.group.targets:
-            module = target.module.format(layer=linear.layer)
-            sizes = (target.out_features, linear.group.in_features)
+            module = target.whole.module.format(layer=linear.layer)
+            sizes = (target.whole.out_features, linear.group.whole.in_features)
             for part in linear.method.parts(*sizes, linear.bias, names.transposed):
                 found[f"{module}.{part.name}"] = Destination(
-                    part.shape, partial(_load, linear, part, row), linear
+                    part.shape, partial(_load, linear, target, part, row), linear
                 )
             row += target.out_features
 
@@ -67,7 +76,7 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         if norm.bias is not None:
             whole(f"{name}.bias", norm.bias)
 
-    whole(f"{names.embedding}.weight", model.embedding.table)
+    vocabulary(model.embedding.table, f"{names.embedding}.weight", model.embedding.group.inputs)
     if model.position_table is not None:
         assert isinstance(spec.position, Learned)
         whole(f"{spec.position.name}.weight", model.position_table)
@@ -85,7 +94,8 @@ def destinations(model: Decoder) -> dict[str, Destination]:
             normed(f"{prefix}.{names.after_mlp_norm}", layer.after_mlp)
     normed(names.norm, model.final_norm)
     if not spec.tied:
-        whole(f"{names.head}.weight", model.vocabulary.weight)
+        (head,) = model.head.group.targets
+        vocabulary(model.vocabulary.weight, f"{names.head}.weight", *head.outputs)
     return found
 
 
@@ -93,8 +103,28 @@ def _copy(target: Tensor, plus: float, new: Tensor) -> None:
     target.copy_(new.float() + plus if plus else new)
 
 
-def _load(linear: Linear, part: Part, row: int, new: Tensor) -> None:
+def _load(linear: Linear, target: TargetPart, part: Part, row: int, new: Tensor) -> None:
+    """Loads what the shard holds of one tensor."""
+    if part.outputs is not None:
+        new = cut(new, part.outputs, target.outputs, target.whole.out_features)
+    if part.inputs is not None:
+        group = linear.group
+        new = cut(new, part.inputs, (group.inputs,), group.whole.in_features)
     linear.method.load(part.name, row, new.movedim(part.outputs, 0) if part.outputs else new)
+
+
+def cut(tensor: Tensor, dimension: int, spans: tuple[Span, ...], features: int) -> Tensor:
+    """These spans of a dimension that stands for `features` features: one by one, or in packs or blocks of them."""
+    if spans == (Span(0, features),):
+        return tensor
+    length = tensor.shape[dimension]
+    pieces = []
+    for span in spans:
+        start, rest = divmod(span.start * length, features)
+        size, more = divmod(span.size * length, features)
+        assert not rest and not more, "a pack or a block of features stays in one shard"
+        pieces.append(tensor.narrow(dimension, start, size))
+    return torch.cat(pieces, dimension)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], bool]:

@@ -5,10 +5,21 @@ Everything is rank-major. For one group (one fused linear with up to three targe
     A      [r_0 + r_1 + r_2, K]     one row per rank; targets stacked in order
     B_t    [r_t, N_t]               target after target
 
-Row lengths are padded to `ALIGN` bytes, ranks never. An embedding's A is `[vocab, r]`, its B `[r, hidden]`.
+Row lengths are padded to `ALIGN` bytes, ranks never. An embedding's A is `[vocab, r]`, its B `[r, hidden]`. K and N are
+those of one shard.
+
 A record is eight int32 words per (slot, layer, group); offsets are in units of `ALIGN` bytes from the start of the
-arena (in an image: from the start of its data). Rank 0 means that the adapter leaves the target alone; slot 0 is
-the base model, whose records are all zero.
+arena (in an image: from the start of its data). Rank 0 means that the adapter does not adapt the target. Slot 0 is the
+base model, whose records are all zero.
+
+A group of experts has a second level, so that an adapter without experts has none. Its record in the slot has
+FLAG_EXPERTS, the largest rank of any expert for each target, and in place of A and B
+
+    WORD_A   offset of the expert records [experts, 8] int32, which lie in the arena with the adapter's data
+    WORD_B   offset of the adapter's data
+
+Offsets in an expert record are relative to the adapter's data, so that the data is copied as it is. An expert with
+ranks of 0 is not adapted.
 """
 
 from __future__ import annotations
@@ -17,11 +28,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.messages import aligned
+from engine.ops.targets import Group, ModelTargets, Shard, Span, Target, share
 
 ALIGN = 16  # bytes
-MAX_TARGETS = 3  # per group
 MAX_RANK = 65535  # a rank is a uint16 in the record
 RECORD_WORDS = 8
+RECORD_BYTES = RECORD_WORDS * 4
 
 # words of a record
 WORD_A = 0  # offset of A
@@ -30,6 +42,8 @@ WORD_EXTRA = 2  # offset of per-output extras (bias, DoRA scale); 0: none
 WORD_RANKS = 3  # rank 0 | rank 1 << 16
 WORD_RANK2 = 4  # rank 2 | flags << 16
 WORD_SCALE = 5  # float32 bits of the three targets' scales
+
+FLAG_EXPERTS = 1  # A and B are those of the second level
 
 
 def padded(num_bytes: int) -> int:
@@ -43,52 +57,82 @@ def row_stride(length: int, element_size: int) -> int:
 
 
 def data_start(record_bytes: int) -> int:
-    """Where the data of an image starts, behind its records, in bytes."""
+    """Where the data of an image starts, after its records, in bytes."""
     return aligned(record_bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One linear of the checkpoint that an adapter can adapt."""
+class TargetPart:
+    """One shard's part of a target."""
 
-    name: str  # as in PEFT's target_modules: "q_proj"
-    module: str  # its path in the transformers model: "model.layers.{layer}.self_attn.q_proj"
-    out_features: int
+    whole: Target
+    outputs: tuple[Span, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One linear of the engine, fused from the linears of its targets: they read the same x."""
-
-    name: str  # "qkv"
-    in_features: int  # K; of an embedding: the vocabulary
-    targets: tuple[Target, ...]
-    embedding: bool = False
+    @property
+    def out_features(self) -> int:
+        return sum(span.size for span in self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterLayout:
-    """Every place where an adapter of this base model can act."""
+class GroupPart:
+    """One shard's part of a group: a linear as the shard holds it."""
 
+    whole: Group
+    inputs: Span
+    targets: tuple[TargetPart, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.inputs.size
+
+    @property
+    def out_features(self) -> int:
+        return sum(target.out_features for target in self.targets)
+
+
+def part_of(group: Group, shard: Shard) -> GroupPart:
+    """A column-parallel group is cut along its outputs, a row-parallel one along its inputs."""
+    if group.cut == "outputs":
+        targets = tuple(TargetPart(target, target.outputs(shard)) for target in group.targets)
+        return GroupPart(group, Span(0, group.in_features), targets)
+    targets = tuple(TargetPart(t, (Span(0, t.out_features),)) for t in group.targets)
+    return GroupPart(group, share(group.in_features, group.unit, shard), targets)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """What one shard holds of an adapter: the layout of its images, its arena and its records."""
+
+    targets: ModelTargets
     dtype: str  # "float32" | "bfloat16" | "float16": of every matrix in the arena
-    num_layers: int
-    groups: tuple[Group, ...]  # of each decoder layer; the index is the group number
-    ends: tuple[Group, ...]  # embedding and head: groups of the layer numbered `num_layers`
+    shard: Shard = Shard()
+
+    @property
+    def num_layers(self) -> int:
+        return self.targets.num_layers
+
+    @property
+    def groups(self) -> tuple[GroupPart, ...]:
+        """Of each decoder layer."""
+        return tuple(part_of(group, self.shard) for group in self.targets.groups)
+
+    @property
+    def ends(self) -> tuple[GroupPart, ...]:
+        """Embedding and head."""
+        return tuple(part_of(group, self.shard) for group in self.targets.ends)
 
     @property
     def num_groups(self) -> int:
         """Second dimension of a slot's records."""
-        return max(len(self.groups), len(self.ends))
+        return max(len(self.targets.groups), len(self.targets.ends))
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one adapter's records."""
-        return (self.num_layers + 1) * self.num_groups * RECORD_WORDS * 4
+        return (self.num_layers + 1) * self.num_groups * RECORD_BYTES
 
-    def places(self) -> Iterator[tuple[int, int, Group]]:
-        """(layer, group number, group) of every group of every layer, the ends last."""
-        for layer in range(self.num_layers):
-            for number, group in enumerate(self.groups):
-                yield layer, number, group
-        for number, group in enumerate(self.ends):
-            yield self.num_layers, number, group
+    def each_group(self) -> Iterator[tuple[int, int, GroupPart]]:
+        """(layer, group number, part) of every group of every layer, the ends last."""
+        groups, ends = self.groups, self.ends
+        for layer, number, _ in self.targets.each_group():
+            yield layer, number, (ends if layer == self.num_layers else groups)[number]

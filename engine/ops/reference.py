@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine.ops.layout import (
     ALIGN,
-    MAX_TARGETS,
     WORD_A,
     WORD_B,
     WORD_RANK2,
@@ -22,6 +21,7 @@ from engine.ops.layout import (
     padded,
     row_stride,
 )
+from engine.ops.targets import MAX_TARGETS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import msgspec
 
 from engine.adapters.tiers import HostRegion
 from engine.errors import AdapterLoadFailed, LoraxError
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 from engine.process import child
 from engine.process.collector import freeze_gc
 from engine.process.parts import Exchange, ExchangeLease, load
@@ -65,7 +65,7 @@ def main(socket_fd: int, region_fd: int) -> int:
     except Exception as error:
         return child.refuse(end, "exchange", error)
 
-    def build(layout: AdapterLayout, device: str, recall: Callable[[int], None]) -> Exchange:
+    def build(layout: ShardLayout, device: str, recall: Callable[[int], None]) -> Exchange:
         region = HostRegion.attach(region_fd)
         if device != "cpu":  # the shard pins the region, so its pages are there for the mapping
             host = torch.frombuffer(region.view, dtype=torch.uint8)
@@ -110,7 +110,7 @@ class Service:
     """One exchange behind a pipe."""
 
     def __init__(
-        self, build: Callable[[AdapterLayout, str, Callable[[int], None]], Exchange]
+        self, build: Callable[[ShardLayout, str, Callable[[int], None]], Exchange]
     ) -> None:
         self._build = build
         self._exchange: Exchange | None = None
@@ -172,7 +172,7 @@ class Service:
         try:
             if message.device == "cpu":
                 lower_priority()
-            layout = msgspec.msgpack.decode(message.layout, type=AdapterLayout)
+            layout = msgspec.msgpack.decode(message.layout, type=ShardLayout)
             self._exchange = self._build(
                 layout, message.device, lambda num_bytes: self._pipe.send(Recall(num_bytes))
             )

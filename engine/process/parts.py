@@ -20,7 +20,7 @@ from engine.messages import (
 )
 
 if TYPE_CHECKING:  # a front does without torch
-    from engine.ops.layout import AdapterLayout
+    from engine.ops.layout import ShardLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
     @property
-    def layout(self) -> AdapterLayout: ...
+    def layout(self) -> ShardLayout: ...
     @property
     def stats(self) -> EngineStats: ...
     @property

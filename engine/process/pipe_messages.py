@@ -94,7 +94,7 @@ class Failed(Struct, frozen=True, tag=True):
 class ShardReady(Struct, frozen=True, tag=True):
     info: EngineInfo
     layout: (
-        bytes  # AdapterLayout in msgpack: the front, which does without torch, passes it on unread
+        bytes  # ShardLayout in msgpack: the front, which does without torch, passes it on unread
     )
     stats: EngineStats
 

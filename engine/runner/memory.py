@@ -25,12 +25,14 @@ ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model and its adapters take, in bytes."""
+    """What one shard's model and its adapters take, in bytes."""
 
     itemsize: int  # of one value that the model computes with
     kv: KVFormat
     weights: int
     scratch: int  # that a linear takes while it multiplies, besides its input and output
+    widest_output: int  # features, of the shard's linears
+    widest_input: int
     records: int  # of one adapter
     host_tier: int
 
@@ -124,7 +126,7 @@ def plan_memory(
     fraction = _adapter_fraction(config)
     working = backend.workspace(rows)
     if platform.is_cuda:
-        working += _working(config, spec, (rows, tokens), itemsize) + footprint.scratch
+        working += _working(config, spec, footprint, (rows, tokens)) + footprint.scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
     records = footprint.records * (config.adapters.max_active_adapters + 1)
@@ -197,17 +199,19 @@ def _num_blocks(config: EngineConfig, most: int, block: int, total: int) -> int:
     return blocks
 
 
-def _working(config: EngineConfig, spec: ModelSpec, limits: tuple[int, int], itemsize: int) -> int:
+def _working(
+    config: EngineConfig, spec: ModelSpec, footprint: Footprint, limits: tuple[int, int]
+) -> int:
     """Bytes that steps take on a GPU beside what they keep, an upper estimate; `limits`: rows and tokens of a step."""
-    rows, tokens = limits
+    itemsize, (rows, tokens) = footprint.itemsize, limits
     logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
     logits += scored_tokens(spec, itemsize, tokens) * scored_bytes(spec, itemsize)
-    working = _activations(spec, tokens, itemsize, COMMON_RANK) + logits + LIBRARIES
+    working = _activations(spec, footprint, tokens, COMMON_RANK) + logits + LIBRARIES
     if config.memory.eager or config.memory.slow_reference:
         return working
     # all graphs share what the largest needs, which has room for any rank, and one copy of logits
     shapes = mixed_shapes(rows, tokens)
-    captured = _activations(spec, shapes[-1].tokens, itemsize, config.adapters.max_adapter_rank)
+    captured = _activations(spec, footprint, shapes[-1].tokens, config.adapters.max_adapter_rank)
     outputs = max(rows, *(shape.outputs for shape in shapes))
     return working + captured + 2 * outputs * spec.vocab * 4
 
@@ -222,15 +226,12 @@ def scored_tokens(spec: ModelSpec, itemsize: int, tokens: int) -> int:
     return min(max(SCORED_BYTES // scored_bytes(spec, itemsize), 1), tokens)
 
 
-def _activations(spec: ModelSpec, tokens: int, itemsize: int, rank: int) -> int:
+def _activations(spec: ModelSpec, footprint: Footprint, tokens: int, rank: int) -> int:
     """Bytes of what the layers hand each other for `tokens` tokens."""
-    attention, mlp = spec.attention, spec.mlp
-    heads = attention.heads + 2 * attention.kv_heads
-    widest = max(heads * attention.head_dim, mlp.size * (2 if mlp.gated else 1))
     # x, residual and a norm's output; the widest linear's output and what an activation makes of it
-    activations = tokens * (4 * spec.hidden + 2 * widest) * itemsize
+    activations = tokens * (4 * spec.hidden + 2 * footprint.widest_output) * footprint.itemsize
     # of a step's shrink: partial sums in float32 of a rank on each of three targets
-    return activations + tokens * 3 * rank * 4 * -(-max(spec.hidden, mlp.size) // SHRINK_CHUNK)
+    return activations + tokens * 3 * rank * 4 * -(-footprint.widest_input // SHRINK_CHUNK)
 
 
 def _input_length(config: EngineConfig, total: int) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from engine.adapters.sources import AdapterFiles
     from engine.lora.report import AdapterReport
-    from engine.ops.layout import AdapterLayout
+    from engine.ops.layout import ShardLayout
 
 Progress = Callable[[int, int], None]
 Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
@@ -203,7 +203,7 @@ def validate(
     from engine.sandbox import Converter
 
     out = Output.of(as_json, quiet)
-    layout: AdapterLayout = adapter_layout(config.model)[0]
+    layout: ShardLayout = adapter_layout(config.model)[0]
     find = finder(config)
     failures: list[AdapterError] = []
 

@@ -16,12 +16,12 @@ from engine.errors import ConfigError
 from engine.lora.image import image_size, read_image, write_image
 from engine.lora.weights import LoraWeights, Pair, TensorMatrix
 from engine.models import adapter_layout, spec_from
-from engine.ops.layout import AdapterLayout
+from engine.ops.layout import ShardLayout
 from tests.tiny import CONFIGS
 from tools.adapters import stage
 
 
-def layout_of(tmp_path: Path, family: str, dtype: str) -> AdapterLayout:
+def layout_of(tmp_path: Path, family: str, dtype: str) -> ShardLayout:
     CONFIGS[family]().save_pretrained(tmp_path / family)
     layout, _, _ = adapter_layout(ModelConfig(model_id=str(tmp_path / family), dtype=dtype))  # type: ignore[arg-type]
     return layout
@@ -62,12 +62,12 @@ def test_images(tmp_path: Path, family: str, targets: tuple[str, ...], dtype: st
     images.region.close()
 
 
-def as_written(pairs: dict, layout: AdapterLayout) -> bytes:  # type: ignore[type-arg]
+def as_written(pairs: dict, layout: ShardLayout) -> bytes:  # type: ignore[type-arg]
     """The image of the same matrices by `write_image`, the one that adapters from files go through."""
     weights = LoraWeights(
         {
-            place: Pair(TensorMatrix(a), TensorMatrix(b), scale, "")
-            for place, (a, b, scale) in pairs.items()
+            index: Pair(TensorMatrix(a), TensorMatrix(b), scale, "")
+            for index, (a, b, scale) in pairs.items()
         }
     )
     out = bytearray(image_size(weights, layout).total)

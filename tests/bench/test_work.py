@@ -69,7 +69,7 @@ def test_adapters_are_moved_once_and_computed_for_every_token(tmp_path: Path) ->
         elements[ref.digest] = sum(
             rank * len(group.targets) * group.in_features
             + rank * sum(target.out_features for target in group.targets)
-            for layer, _, group in model.layout.places()
+            for layer, _, group in model.layout.each_group()
             if layer < model.layout.num_layers
         )
     for adapters in ([one], [one, one, other, None]):

@@ -324,7 +324,7 @@ def test_the_name_of_the_base_model_is_shown_on_one_line(tmp_path: Path) -> None
     assert report.base_model.isprintable() and len(report.base_model) <= peft_config.MAX_BASE_NAME
     (note,) = report.notes
     assert note.isprintable() and len(note) < 2 * MAX_SHOWN
-    found, _ = check_peft(*tiny.files(folder), tiny.llama_layout())
+    found, _ = check_peft(*tiny.files(folder), tiny.llama_layout().targets)
     assert found is not None and found.base_model == report.base_model
     found.close()
     write_weights(folder, [Q.format("A"), Q.format("B")], shape=(2, 2))
@@ -354,7 +354,7 @@ def test_a_file_of_foreign_tensors(case: str, tmp_path: Path) -> None:
     names = [FOREIGN[case].replace("#", str(index)) for index in range(number)]
     config, weights = write_config(tmp_path), write_weights(tmp_path, names)
     with ends_soon(60):
-        found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout())
+        found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout().targets)
         text = summary(problems).message
     assert found is None and len(problems) <= MAX_PROBLEMS + 1 and len(text) < 1500
     counted = 0
@@ -373,7 +373,8 @@ def test_kinds_of_problems_at_their_bound(tmp_path: Path) -> None:
         names = [f"x{n}.y" for n in range(count)] + [f"x0.{n}.y" for n in range(more)]
         config, weights = write_config(tmp_path), write_weights(tmp_path, names)
         return [
-            one.message for one in check_peft(*tiny.opened(config, weights), tiny.llama_layout())[1]
+            one.message
+            for one in check_peft(*tiny.opened(config, weights), tiny.llama_layout().targets)[1]
         ]
 
     full = messages(MAX_PROBLEMS - 1)  # and that there are no LoRA tensors
@@ -395,7 +396,7 @@ def test_what_the_tensors_are_called_is_shown_short_and_on_one_line(
 ) -> None:
     config, weights = write_config(tmp_path), write_weights(tmp_path, names, dtype, shape)
     try:
-        found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout())
+        found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout().targets)
         assert found is None and problems
     except AdapterIncompatible as error:
         problems = [error]

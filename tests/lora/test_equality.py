@@ -15,7 +15,7 @@ from engine.lora.image import image_size, read_image, write_image
 from engine.lora.weights import Matrix
 from engine.messages import AdapterImageRef, Placement
 from engine.ops import reference
-from engine.ops.layout import ALIGN, AdapterLayout, Group
+from engine.ops.layout import ALIGN, GroupPart, ShardLayout
 from engine.runner.placement import Placer
 from tests.lora import tiny
 
@@ -28,7 +28,7 @@ class Buffer:
 
 
 def place(
-    folder: Path, layout: AdapterLayout, slot: int = 2, piece: int = 1000
+    folder: Path, layout: ShardLayout, slot: int = 2, piece: int = 1000
 ) -> tuple[Tensor, Tensor, memoryview]:
     """Loads an adapter and places it at a random offset. Returns arena, records and the image."""
     chance = random.Random(folder.name)
@@ -62,14 +62,18 @@ def rows(matrix: Matrix) -> Tensor:
 
 
 def delta(
-    arena: Tensor, records: Tensor, layout: AdapterLayout, place: tuple[int, int, Group], x: Tensor
+    arena: Tensor,
+    records: Tensor,
+    layout: ShardLayout,
+    address: tuple[int, int, GroupPart],
+    x: Tensor,
 ) -> Tensor:
     """What the ops add to a zero output: [T, sum of out_features] in the layout's dtype."""
-    layer, number, group = place
+    layer, number, group = address
     dtype = getattr(torch, layout.dtype)
     slots, starts = torch.tensor([2], dtype=torch.int32), torch.tensor([0, len(x)])
     at = (arena, records, slots, starts, layer, number)
-    if group.embedding:
+    if group.whole.embedding:
         t = reference.lora_gather(x, *at, 64, dtype)
     else:
         t = reference.lora_shrink(x.to(dtype), *at, 64)
@@ -87,24 +91,24 @@ def peft_delta(module: nn.Module, x: Tensor) -> Tensor:
         return module(x) - module.base_layer(x)
 
 
-def same_everywhere(adapted: Any, layout: AdapterLayout, folder: Path) -> None:
+def same_everywhere(adapted: Any, layout: ShardLayout, folder: Path) -> None:
     """Every group of every layer: the ops' delta is PEFT's."""
     arena, records, _ = place(tiny.save(adapted, folder), layout)
     modules = dict(adapted.base_model.model.named_modules())
     adapted_modules = 0
-    for layer, number, group in layout.places():
-        if group.embedding:
+    for layer, number, group in layout.each_group():
+        if group.whole.embedding:
             x = torch.randint(group.in_features, (7,))
         else:
             x = torch.randn(7, group.in_features)
         got = delta(arena, records, layout, (layer, number, group), x)
         splits = [target.out_features for target in group.targets]
         for part, target in zip(got.split(splits, 1), group.targets, strict=True):
-            module = modules[target.module.format(layer=layer)]
+            module = modules[target.whole.module.format(layer=layer)]
             want = peft_delta(module, x)
             adapted_modules += hasattr(module, "base_layer")
             tolerance = 1e-4 * max(1.0, want.abs().max().item())
-            assert torch.allclose(part, want.expand_as(part), atol=tolerance), target.module
+            assert torch.allclose(part, want.expand_as(part), atol=tolerance), target.whole.module
     assert adapted_modules == sum(hasattr(module, "base_layer") for module in modules.values())
 
 

@@ -21,8 +21,9 @@ from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarg
 from engine.lora import peft_config
 from engine.lora.formats import check_peft
 from engine.lora.image import image_size, write_image
-from engine.lora.weights import LoraWeights, Pair, TensorMatrix
-from engine.ops.layout import AdapterLayout, Group, Target
+from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix
+from engine.ops.layout import ShardLayout
+from engine.ops.targets import Group, ModelTargets, Target
 from tests.lora import tiny
 
 Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
@@ -223,7 +224,7 @@ def test_what_peft_really_saves(case: str, tmp_path: Path) -> None:
 def test_another_base_model_is_told_once_per_linear(tmp_path: Path) -> None:
     adapted = tiny.adapt(tiny.llama(hidden=32), r=2, target_modules=["q_proj", "o_proj"])
     folder = tiny.save(adapted, tmp_path)
-    found, problems = check_peft(*tiny.files(folder), tiny.llama_layout())
+    found, problems = check_peft(*tiny.files(folder), tiny.llama_layout().targets)
     assert found is None and len(problems) == 2
     assert all("trained on another base model" in error.message for error in problems)
     assert "and 2 more like it" in problems[0].message and "maps 32 to 32" in problems[0].message
@@ -380,7 +381,9 @@ def test_a_file_that_changes_while_it_is_read(plain: Path, tmp_path: Path) -> No
 
 
 def test_what_records_cannot_address() -> None:
-    layout = AdapterLayout("float32", 1, (Group("g", 1 << 34, (Target("t", "t", 4),)),), ())
+    layout = ShardLayout(
+        ModelTargets(1, (Group("g", 1 << 34, (Target("t", "t", 4),)),), ()), "float32"
+    )
     pair = Pair(TensorMatrix(torch.ones(1, 1)), TensorMatrix(torch.ones(4, 1)), 1.0, "t")
     with pytest.raises(AdapterTooLarge):
-        image_size(LoraWeights({(0, 0, 0): pair}), layout)
+        image_size(LoraWeights({TargetIndex(0, 0, 0): pair}), layout)

@@ -23,7 +23,8 @@ from engine.lora import report
 from engine.lora.formats import load_peft
 from engine.lora.report import AdapterReport
 from engine.lora.weights import LoraWeights
-from engine.ops.layout import AdapterLayout, Group, Target
+from engine.ops.layout import ShardLayout
+from engine.ops.targets import Group, ModelTargets, Shard, Target
 from engine.sandbox import Converter, is_pickle
 
 HIDDEN, INNER, VOCAB, LAYERS, HEADS, KV_HEADS = 24, 40, 50, 3, 4, 2
@@ -54,50 +55,60 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
-def llama_layout(dtype: str = "float32") -> AdapterLayout:
-    kv = HIDDEN // HEADS * KV_HEADS
+def llama_layout(dtype: str = "float32", shard: Shard | None = None) -> ShardLayout:
+    head = HIDDEN // HEADS
+    kv = head * KV_HEADS
 
-    def target(block: str, name: str, out_features: int) -> Target:
-        return Target(name, f"model.layers.{{layer}}.{block}.{name}", out_features)
+    def target(block: str, name: str, out_features: int, unit: int = 1) -> Target:
+        return Target(name, f"model.layers.{{layer}}.{block}.{name}", out_features, unit)
 
     qkv = (
-        target("self_attn", "q_proj", HIDDEN),
-        target("self_attn", "k_proj", kv),
-        target("self_attn", "v_proj", kv),
+        target("self_attn", "q_proj", HIDDEN, head),
+        target("self_attn", "k_proj", kv, head),
+        target("self_attn", "v_proj", kv, head),
     )
     gate_up = (target("mlp", "gate_proj", INNER), target("mlp", "up_proj", INNER))
-    return AdapterLayout(
-        dtype=dtype,
+    o, down = target("self_attn", "o_proj", HIDDEN), target("mlp", "down_proj", HIDDEN)
+    table = Target("embed_tokens", "model.embed_tokens", HIDDEN)
+    targets = ModelTargets(
         num_layers=LAYERS,
         groups=(
             Group("qkv", HIDDEN, qkv),
-            Group("o", HIDDEN, (target("self_attn", "o_proj", HIDDEN),)),
+            Group("o", HIDDEN, (o,), cut="inputs", unit=head),
             Group("gate_up", HIDDEN, gate_up),
-            Group("down", INNER, (target("mlp", "down_proj", HIDDEN),)),
+            Group("down", INNER, (down,), cut="inputs"),
         ),
         ends=(
-            Group("embed", VOCAB, (Target("embed_tokens", "model.embed_tokens", HIDDEN),), True),
+            Group("embed", VOCAB, (table,), embedding=True, cut="inputs"),
             Group("head", HIDDEN, (Target("lm_head", "lm_head", VOCAB),)),
         ),
     )
+    return ShardLayout(targets, dtype, shard or Shard())
 
 
-def gpt2_layout(dtype: str = "float32") -> AdapterLayout:
-    def group(path: str, in_features: int, out_features: int) -> Group:
-        target = Target(path.split(".")[-1], f"transformer.h.{{layer}}.{path}", out_features)
-        return Group(path, in_features, (target,))
+def gpt2_layout(dtype: str = "float32", shard: Shard | None = None) -> ShardLayout:
+    head = HIDDEN // HEADS
 
-    return AdapterLayout(
-        dtype=dtype,
+    def column(path: str, *sizes: int, unit: int = 1) -> Group:
+        name, module = path.split(".")[-1], f"transformer.h.{{layer}}.{path}"
+        return Group(path, HIDDEN, (Target(name, module, sum(sizes), unit, sizes),))
+
+    def row(path: str, size: int, unit: int = 1) -> Group:
+        target = Target(path.split(".")[-1], f"transformer.h.{{layer}}.{path}", HIDDEN)
+        return Group(path, size, (target,), cut="inputs", unit=unit)
+
+    table = Target("wte", "transformer.wte", HIDDEN)
+    targets = ModelTargets(
         num_layers=LAYERS,
         groups=(
-            group("attn.c_attn", HIDDEN, 3 * HIDDEN),
-            group("attn.c_proj", HIDDEN, HIDDEN),
-            group("mlp.c_fc", HIDDEN, 4 * HIDDEN),
-            group("mlp.c_proj", 4 * HIDDEN, HIDDEN),
+            column("attn.c_attn", HIDDEN, HIDDEN, HIDDEN, unit=head),
+            row("attn.c_proj", HIDDEN, head),
+            column("mlp.c_fc", 4 * HIDDEN),
+            row("mlp.c_proj", 4 * HIDDEN),
         ),
-        ends=(Group("wte", VOCAB, (Target("wte", "transformer.wte", HIDDEN),), True),),
+        ends=(Group("wte", VOCAB, (table,), embedding=True, cut="inputs"),),
     )
+    return ShardLayout(targets, dtype, shard or Shard())
 
 
 def adapt(model: nn.Module, seed: int = 1, **fields: Any) -> PeftModel:
@@ -153,23 +164,23 @@ def paths(folder: Path) -> tuple[Path, Path]:
     )
 
 
-def load(folder: Path, layout: AdapterLayout, **given: Any) -> LoraWeights:
+def load(folder: Path, layout: ShardLayout, **given: Any) -> LoraWeights:
     """`load_peft` of a folder. Closing the result closes the files."""
     return loaded(*paths(folder), layout, **given)
 
 
-def loaded(config: Path, weights: Path, layout: AdapterLayout, **given: Any) -> LoraWeights:
+def loaded(config: Path, weights: Path, layout: ShardLayout, **given: Any) -> LoraWeights:
     """`load_peft` of two paths. Closing the result closes the files."""
     with ExitStack() as stack:
         config_file, weights_file = opened(config, weights)
         stack.callback(weights_file.close)
         with config_file:
-            result = load_peft(config_file, weights_file, layout, **given)
+            result = load_peft(config_file, weights_file, layout.targets, **given)
         stack.pop_all()
         return result
 
 
-def inspect(folder: Path, layout: AdapterLayout, **given: Any) -> AdapterReport:
+def inspect(folder: Path, layout: ShardLayout, **given: Any) -> AdapterReport:
     """The report of a folder."""
     with ExitStack() as stack:
         config, weights = map(stack.enter_context, files(folder))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.ops import extension, reference
-from engine.ops.layout import ALIGN, MAX_TARGETS, RECORD_WORDS, padded, row_stride
+from engine.ops.layout import ALIGN, RECORD_WORDS, padded, row_stride
+from engine.ops.targets import MAX_TARGETS
 
 status = extension.load()
 pytestmark = [

@@ -27,7 +27,8 @@ from engine.messages import (
     Update,
     Usage,
 )
-from engine.ops.layout import AdapterLayout, Group, Target
+from engine.ops.layout import ShardLayout
+from engine.ops.targets import Group, ModelTargets, Target
 from engine.process import LocalBackend, Parts, ProcessBackend
 
 REFUSED, POISON, DEADLY, SLOW = (
@@ -37,7 +38,9 @@ REFUSED, POISON, DEADLY, SLOW = (
     900_004,
 )  # first tokens of special prompts
 CONFIG = EngineConfig(ModelConfig(model_id="echo"), AdapterConfig(host_cache_gb=0.001))
-LAYOUT = AdapterLayout("float32", 2, (Group("qkv", 8, (Target("q_proj", "q", 8),)),), ())
+LAYOUT = ShardLayout(
+    ModelTargets(2, (Group("qkv", 8, (Target("q_proj", "q", 8),)),), ()), "float32"
+)
 
 AnyBackend = ProcessBackend | LocalBackend
 
@@ -241,7 +244,7 @@ class NameExchange:
     def __init__(
         self,
         config: EngineConfig,
-        layout: AdapterLayout,
+        layout: ShardLayout,
         region: HostRegion,
         device: str,
         recall: Callable[[int], None] = lambda num_bytes: None,
