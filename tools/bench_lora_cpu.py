@@ -180,12 +180,14 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         kv = torch.empty(
             num_blocks, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM, dtype=dtype
         ).normal_()
-        tables = torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
+        block_tables = (
+            torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
+        )
         starts = torch.arange(sequences + 1, dtype=torch.int32)
         lengths = torch.full((sequences,), length, dtype=torch.int32)
         q = torch.randn(sequences, HEADS, HEAD_DIM).to(dtype)
 
-        attention = attend(q, (tables, starts, lengths), kv)
+        attention = attend(q, (block_tables, starts, lengths), kv)
         timings = interleaved(
             args.rounds, {"plain read": plain_read(kv, args.kv_layers), "attention": attention}
         )

@@ -14,7 +14,7 @@ class KVView:
     """The KV cache as one step sees it. S sequences, T tokens."""
 
     cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
-    tables: Tensor  # [S, at least the blocks of the longest] int32
+    block_tables: Tensor  # [S, at least the blocks of the longest] int32
     starts: Tensor  # [S + 1] int32: first token of each sequence
     lengths: Tensor  # [S] int32: positions in the cache, with those of this step
     places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset

@@ -152,9 +152,9 @@ def prepare_step_(
     block: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids[T], positions[T], places[T] int64, tables[S, width], lengths[S] int32; `computed` becomes `lengths`.
+    """ids[T], positions[T], places[T] int64, block_tables[S, width], lengths[S] int32; `computed` becomes `lengths`.
 
-    `tables[s, i]` is `blocks[rows[s], i]` as far as `lengths[s]` reaches, and not defined behind it.
+    `block_tables[s, i]` is `blocks[rows[s], i]` as far as `lengths[s]` reaches, and not defined behind it.
     """
     index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     begin = torch.where(first < 0, computed[index], first)

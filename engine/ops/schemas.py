@@ -34,11 +34,11 @@ SCHEMAS = {
     # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
     # (destination, count, source) at the end of `patch`, the last one first
     "write_runs_": "(Tensor(a!) words, Tensor patch, int runs) -> ()",
-    # ids, positions and places of the T new tokens of S sequences, and their tables[S, width] and lengths[S]; counts
-    # `computed` on
+    # ids, positions and places of the T new tokens of S sequences, and their block_tables[S, width] and lengths[S];
+    # counts `computed` on
     "prepare_step_": (
         "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor starts, int num_tokens,"
-        " int block, int width) -> (Tensor ids, Tensor positions, Tensor places, Tensor tables, Tensor lengths)"
+        " int block, int width) -> (Tensor ids, Tensor positions, Tensor places, Tensor block_tables, Tensor lengths)"
     ),
     # the largest logit's column of every row, also written to tokens[rows, lengths]
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",

@@ -145,7 +145,7 @@ class BatchBuilder:
     def expand(self, shape: Shape, longest: int, reach: Reach | None, prepare: Prepare) -> Step:
         """The step whose inputs were sent; each row counts on. `longest`: no sequence has more positions."""
         table, inputs = self.rows, self.inputs(shape)
-        ids, positions, places, tables, lengths = ops.prepare_step_(
+        ids, positions, places, block_tables, lengths = ops.prepare_step_(
             table.computed,
             table.tokens,
             table.blocks,
@@ -156,8 +156,8 @@ class BatchBuilder:
             self.block,
             -(-longest // self.block),
         )
-        attend = prepare(tables, lengths)
-        kv = KVView(self.cache, tables, inputs.starts, lengths, places, shape.decodes, attend)
+        attend = prepare(block_tables, lengths)
+        kv = KVView(self.cache, block_tables, inputs.starts, lengths, places, shape.decodes, attend)
         lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
         if not shape.chunks:
             return Step(Batch(ids, positions, kv, lora, None, lora), inputs.rows, lengths)

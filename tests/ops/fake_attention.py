@@ -18,7 +18,7 @@ from engine.ops import reference
 def _attend(
     q: Tensor,
     cache: tuple[Tensor, Tensor],
-    tables: Tensor,
+    block_tables: Tensor,
     starts: Tensor,
     lengths: Tensor,
     options: tuple[float, float, int],
@@ -27,7 +27,7 @@ def _attend(
     keys, values = cache
     assert keys.stride() == values.stride() and keys.stride(-1) == 1 and q.stride(-1) == 1
     kv = torch.stack([keys, values], dim=1)[:, None]
-    return reference.paged_attention(q, kv, 0, tables, starts, lengths, *options)
+    return reference.paged_attention(q, kv, 0, block_tables, starts, lengths, *options)
 
 
 def _running(counts: Tensor) -> Tensor:
@@ -72,10 +72,10 @@ class _Wrapper:
         assert torch.equal(last, self.planned[1])
         counts = indptr.diff()
         lengths = (counts - 1) * block + last
-        tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
+        block_tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
         for s, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
-            tables[s, : end - first] = indices[first:end]
-        out.copy_(_attend(q, cache, tables, self.starts, lengths, self.options))
+            block_tables[s, : end - first] = indices[first:end]
+        out.copy_(_attend(q, cache, block_tables, self.starts, lengths, self.options))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):

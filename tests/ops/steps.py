@@ -77,7 +77,7 @@ def random_step(num_rows: int = 12) -> Step:
 
 def by_hand(step: Step) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """(ids, positions and places; the used part of each table; computed afterwards), one token at a time."""
-    ids, positions, places, tables = [], [], [], []
+    ids, positions, places, block_tables = [], [], [], []
     computed = step.computed.tolist()
     for s, (row, first) in enumerate(zip(step.rows.tolist(), step.first.tolist(), strict=True)):
         at = computed[row] if first < 0 else first
@@ -86,13 +86,13 @@ def by_hand(step: Step) -> tuple[list[list[int]], list[list[int]], list[int]]:
             positions.append(at)
             places.append(int(step.blocks[row, at // BLOCK]) * BLOCK + at % BLOCK)
             at += 1
-        tables.append(step.blocks[row, : -(-at // BLOCK)].tolist())
+        block_tables.append(step.blocks[row, : -(-at // BLOCK)].tolist())
         computed[row] = at if row else 0
     padding = [0] * (step.num_tokens - len(ids))
-    return [ids + padding, positions + padding, places + padding], tables, computed
+    return [ids + padding, positions + padding, places + padding], block_tables, computed
 
 
-def used(tables: Tensor, lengths: Tensor) -> list[list[int]]:
+def used(block_tables: Tensor, lengths: Tensor) -> list[list[int]]:
     """The part of each table that is defined."""
     blocks = [-(-length // BLOCK) for length in lengths.tolist()]
-    return [table[:n] for table, n in zip(tables.tolist(), blocks, strict=True)]
+    return [table[:n] for table, n in zip(block_tables.tolist(), blocks, strict=True)]

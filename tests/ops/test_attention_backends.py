@@ -123,15 +123,17 @@ def test_pages_and_block_tables_hold_the_same(block: int) -> None:
     backend.block = block
     for _ in range(30):
         rows, widest = random.randint(1, 9), random.randint(1, 12)
-        tables = torch.randint(0, 1000, (rows, widest), dtype=torch.int32)
+        block_tables = torch.randint(0, 1000, (rows, widest), dtype=torch.int32)
         lengths = torch.randint(1, widest * block + 1, (rows,), dtype=torch.int32)
         pages = Pages.empty(rows + 2, widest + 3, CPU).first(rows)
         for _ in range(2):  # nothing of the first time is left
-            pages.fill(tables, lengths, block)
+            pages.fill(block_tables, lengths, block)
         rebuilt = [
             pages.indices[a:b] for a, b in zip(pages.indptr[:-1], pages.indptr[1:], strict=True)
         ]
-        for table, owned, length, last in zip(tables, rebuilt, lengths, pages.last, strict=True):
+        for table, owned, length, last in zip(
+            block_tables, rebuilt, lengths, pages.last, strict=True
+        ):
             assert torch.equal(owned, table[: len(owned)])
             assert (len(owned) - 1) * block + last == length and 1 <= last <= block
         indptr, last_pages = backend.host_pages(lengths.tolist())
@@ -147,16 +149,16 @@ class Scene:
         order = random.sample(range(1, sum(needed) + 3), sum(needed) + 2)
         shape = (len(order) + 1, LAYERS, 2, block, needs.kv_heads, needs.head_dim)
         self.cache = torch.full(shape, float("nan"))
-        tables = torch.zeros(len(sequences), max(needed) + 1, dtype=torch.int32)
+        block_tables = torch.zeros(len(sequences), max(needed) + 1, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             owned, order = order[:count], order[count:]
-            tables[s, :count] = torch.tensor(owned)
+            block_tables[s, :count] = torch.tensor(owned)
             for i, index in enumerate(owned):
                 used = min(block, length - i * block)
                 self.cache[index, LAYER, :, :used] = torch.randn(2, used, *shape[4:])
         counts, lengths = [n for n, _ in sequences], [n for _, n in sequences]
         self.step = StepLengths(counts, lengths)
-        self.tables, self.lengths = tables, torch.tensor(lengths, dtype=torch.int32)
+        self.block_tables, self.lengths = block_tables, torch.tensor(lengths, dtype=torch.int32)
         self.starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int()
         wide = torch.randn(sum(counts), needs.heads + 2 * needs.kv_heads, needs.head_dim)
         self.q = wide[:, : needs.heads]
@@ -165,7 +167,9 @@ class Scene:
     def view(self, attend: attention.Attend = attention.builtin_attend) -> KVView:
         places = torch.zeros(0, dtype=torch.int64)
         decodes = self.step.decodes
-        return KVView(self.cache, self.tables, self.starts, self.lengths, places, decodes, attend)
+        return KVView(
+            self.cache, self.block_tables, self.starts, self.lengths, places, decodes, attend
+        )
 
     def attend(self, attend: attention.Attend, window: int) -> Tensor:
         view = self.view(attend)
@@ -210,7 +214,7 @@ def test_a_step_equals_the_builtin_op(name: str, needs: Needs) -> None:
     backend = made(name, needs, Room(8, 20, block))
     for sequences in STEPS * 2:
         scene = Scene(sequences, needs, block)
-        scene.check(backend.step(scene.step, scene.tables, scene.lengths))
+        scene.check(backend.step(scene.step, scene.block_tables, scene.lengths))
 
 
 @pytest.mark.parametrize("name", ["builtin", *PACKAGES])
@@ -223,7 +227,7 @@ def test_a_graph_serves_any_lengths(name: str, needs: Needs) -> None:
     for rows in (6, 3, 3, 6):
         scene = Scene([(1, random.randint(1, 600)) for _ in range(rows)], needs, block)
         graphs[rows].plan(scene.lengths.tolist())
-        scene.check(graphs[rows].attend(scene.tables, scene.lengths))
+        scene.check(graphs[rows].attend(scene.block_tables, scene.lengths))
 
 
 def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
@@ -233,7 +237,7 @@ def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
     scene = Scene([(1, 40), (1, 9)], SMALL, 16)
     graph.plan([40, 8])
     with pytest.raises(AssertionError):
-        scene.check(graph.attend(scene.tables, scene.lengths))
+        scene.check(graph.attend(scene.block_tables, scene.lengths))
 
 
 def test_flashinfer_waits_for_its_last_upload_only() -> None:

@@ -41,16 +41,16 @@ class Cache:
         self.kv = torch.full(
             (len(order) + 1, LAYERS, 2, block, groups, size), float("nan"), dtype=kv_dtype or dtype
         )
-        self.tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
+        self.block_tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             table, order = order[:count], order[count:]
-            self.tables[s, :count] = torch.tensor(table, dtype=torch.int32)
+            self.block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
                 used = min(block, length - i * block)
                 self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(
                     self.kv.dtype
                 )
-        self.whole_tables = self.tables.clone()
+        self.whole_block_tables = self.block_tables.clone()
         self.lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
         counts = [queries for queries, _ in sequences]
         self.starts = torch.tensor(
@@ -65,14 +65,14 @@ class Cache:
         block = self.kv.shape[3]
         for s, length in enumerate(self.lengths.tolist()):
             queries = int(self.starts[s + 1] - self.starts[s])
-            self.tables[s, : max(length - queries - window + 1, 0) // block] = -7
+            self.block_tables[s, : max(length - queries - window + 1, 0) // block] = -7
 
     def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.starts, self.lengths)
         return ops.paged_attention(self.q, *where, scale, softcap, window)
 
     def expected(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.whole_tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.whole_block_tables, self.starts, self.lengths)
         return reference.paged_attention(self.q, *where, scale, softcap, window)
 
     def part(self, s: int, first: int, last: int) -> Tensor:
@@ -83,7 +83,7 @@ class Cache:
             self.q[begin + first : begin + last],
             self.kv,
             LAYER,
-            self.tables[s : s + 1],
+            self.block_tables[s : s + 1],
             torch.tensor([0, last - first], dtype=torch.int32),
             torch.tensor([length], dtype=torch.int32),
             0.125,
@@ -189,9 +189,9 @@ def test_block_size_and_place_do_not_matter() -> None:
         other.q.copy_(first.q)
         for s, length in enumerate(first.lengths.tolist()):
             for at in range(length):
-                source = first.kv[first.tables[s, at // 16], LAYER, :, at % 16]
+                source = first.kv[first.block_tables[s, at // 16], LAYER, :, at % 16]
                 block = other.kv.shape[3]
-                other.kv[other.tables[s, at // block], LAYER, :, at % block] = source
+                other.kv[other.block_tables[s, at // block], LAYER, :, at % block] = source
         assert torch.equal(other(), first())
 
 
@@ -212,11 +212,11 @@ BAD = [
     ({"kv": torch.zeros(9, 3, 3, 16, 2, 32)}, "kv must"),
     ({"layer": 3}, "layer 3"),
     ({"layer": -1}, "layer -1"),
-    ({"tables": torch.zeros(2, 3, dtype=torch.int64)}, "block_tables must"),
-    ({"tables": torch.zeros(1, 3, dtype=torch.int32)}, "block_tables must"),
-    ({"tables": torch.zeros(2, 2, dtype=torch.int32)}, "blocks of a sequence of 40"),
-    ({"tables": torch.full((2, 3), 9, dtype=torch.int32)}, "block 9"),
-    ({"tables": torch.full((2, 3), -1, dtype=torch.int32)}, "block -1"),
+    ({"block_tables": torch.zeros(2, 3, dtype=torch.int64)}, "block_tables must"),
+    ({"block_tables": torch.zeros(1, 3, dtype=torch.int32)}, "block_tables must"),
+    ({"block_tables": torch.zeros(2, 2, dtype=torch.int32)}, "blocks of a sequence of 40"),
+    ({"block_tables": torch.full((2, 3), 9, dtype=torch.int32)}, "block 9"),
+    ({"block_tables": torch.full((2, 3), -1, dtype=torch.int32)}, "block -1"),
     ({"starts": torch.tensor([0, 4], dtype=torch.int32)}, "starts must"),
     ({"starts": torch.tensor([0, 1, 2], dtype=torch.int32)}, "starts must"),
     ({"starts": torch.tensor([0, 5, 4], dtype=torch.int32)}, "starts must"),
@@ -238,7 +238,7 @@ def test_bad_input_is_refused(changed: dict[str, object], message: str) -> None:
         "q": torch.zeros(4, 4, 32),
         "kv": torch.zeros(9, 3, 2, 16, 2, 32),
         "layer": 1,
-        "tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
+        "block_tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
         "starts": torch.tensor([0, 1, 4], dtype=torch.int32),
         "lengths": torch.tensor([40, 9], dtype=torch.int32),
         "scale": 0.1,

@@ -42,16 +42,16 @@ class Cache:
         order = list(range(1, sum(needed) + 3))
         random.shuffle(order)
         kv = torch.full((len(order) + 1, LAYERS, 2, block, groups, size), float("nan"))
-        tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
+        block_tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             table, order = order[:count], order[count:]
-            tables[s, :count] = torch.tensor(table, dtype=torch.int32)
+            block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
                 used = min(block, length - i * block)
                 kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size)
         self.kv = kv.to(kv_dtype or dtype).cuda()
-        self.whole_tables = tables.cuda()
-        self.tables = self.whole_tables.clone()
+        self.whole_block_tables = block_tables.cuda()
+        self.block_tables = self.whole_block_tables.clone()
         self.lengths = torch.tensor([n for _, n in sequences], dtype=torch.int32).cuda()
         counts = [queries for queries, _ in sequences]
         self.counts = counts
@@ -67,12 +67,12 @@ class Cache:
         """Gives back the blocks that no query of the step sees."""
         block = self.kv.shape[3]
         for s, length in enumerate(self.lengths.tolist()):
-            self.tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
+            self.block_tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
 
     def __call__(
         self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, decodes: int = 0
     ) -> Tensor:
-        where = (self.kv, LAYER, self.tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.starts, self.lengths)
         return ops.paged_attention(self.q, *where, scale, softcap, window, decodes)
 
     def part(self, s: int) -> Tensor:
@@ -82,7 +82,7 @@ class Cache:
             self.q[begin : begin + self.counts[s]],
             self.kv,
             LAYER,
-            self.tables[s : s + 1],
+            self.block_tables[s : s + 1],
             torch.tensor([0, self.counts[s]], dtype=torch.int32).cuda(),
             self.lengths[s : s + 1],
             0.125,
@@ -100,7 +100,7 @@ def check(
     decodes: int = 0,
 ) -> None:
     actual = cache(scale=scale, softcap=softcap, window=window, decodes=decodes)
-    where = (cache.kv, LAYER, cache.whole_tables, cache.starts, cache.lengths)
+    where = (cache.kv, LAYER, cache.whole_block_tables, cache.starts, cache.lengths)
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
@@ -212,7 +212,7 @@ def test_a_prompt_is_the_same_in_chunks(
                 cache.q[begin:end],
                 cache.kv,
                 LAYER,
-                cache.tables,
+                cache.block_tables,
                 torch.tensor([0, end - begin], dtype=torch.int32).cuda(),
                 torch.tensor([33 + end], dtype=torch.int32).cuda(),
                 0.125,
@@ -267,7 +267,7 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
     mixed = Cache(decodes + chunks, 8, 2, 128, 16, dtype, padding=50)
     whole = mixed(window=window, decodes=len(decodes))
     n = len(decodes)
-    where = (mixed.kv, LAYER, mixed.tables[:n], mixed.starts[: n + 1], mixed.lengths[:n])
+    where = (mixed.kv, LAYER, mixed.block_tables[:n], mixed.starts[: n + 1], mixed.lengths[:n])
     among = ops.paged_attention(mixed.q[:n], *where, 0.125, 0.0, window, n)
     assert torch.equal(among, whole[:n])
     for s, queries in enumerate(mixed.counts):
@@ -276,7 +276,7 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
             mixed.q[begin : begin + queries],
             mixed.kv,
             LAYER,
-            mixed.tables[s : s + 1],
+            mixed.block_tables[s : s + 1],
             torch.tensor([0, queries], dtype=torch.int32).cuda(),
             mixed.lengths[s : s + 1],
             0.125,

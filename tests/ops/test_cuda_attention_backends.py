@@ -68,7 +68,7 @@ def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
 
 def check(actual: Tensor, q: Tensor, view: KVView, needs: Needs, window: int) -> None:
     """`actual` is as near to the float32 reference as the built-in op is asked to be, and near that op."""
-    where = (view.cache, LAYER, view.tables, view.starts, view.lengths)
+    where = (view.cache, LAYER, view.block_tables, view.starts, view.lengths)
     rest = (needs.scale, needs.softcap, window)
     expected = reference.paged_attention(q.float(), *where, *rest)
     places = PLACES[needs.dtype]
@@ -98,9 +98,9 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         cache = Cache(sequences, *shape, needs.dtype)
         lengths = [length for _, length in sequences]
         step = StepLengths(cache.counts, lengths)
-        attend = backend.step(step, cache.tables, cache.lengths)
+        attend = backend.step(step, cache.block_tables, cache.lengths)
         places = torch.zeros(0, dtype=torch.int64)
-        where = (cache.kv, cache.tables, cache.starts, cache.lengths, places)
+        where = (cache.kv, cache.block_tables, cache.starts, cache.lengths, places)
         view = KVView(*where, step.decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
@@ -116,7 +116,7 @@ class Rows:
         shape = (self.num_blocks, LAYERS, 2, self.block, needs.kv_heads, needs.head_dim)
         self.cache = torch.full(shape, float("nan"), dtype=needs.dtype, device="cuda")
         self.cache[:, LAYER].normal_()
-        self.tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
+        self.block_tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
         self.lengths = torch.ones(rows, dtype=torch.int32, device="cuda")
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
         wide = (needs.heads + 2 * needs.kv_heads) * needs.head_dim
@@ -127,16 +127,18 @@ class Rows:
     def change(self) -> list[int]:
         """Other queries, blocks and lengths; one row is the scratch row of a graph's padding."""
         lengths = [1, *(random.randint(1, self.blocks * self.block) for _ in range(self.rows - 1))]
-        order = torch.randperm(self.num_blocks - 1)[: self.tables.numel()] + 1
-        self.tables.copy_(order.view_as(self.tables).int())
-        self.tables[0] = 0
+        order = torch.randperm(self.num_blocks - 1)[: self.block_tables.numel()] + 1
+        self.block_tables.copy_(order.view_as(self.block_tables).int())
+        self.block_tables[0] = 0
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         self.fused.normal_()
         return lengths
 
     def view(self, attend: attention.Attend) -> KVView:
         places = torch.zeros(0, dtype=torch.int64)
-        return KVView(self.cache, self.tables, self.starts, self.lengths, places, self.rows, attend)
+        return KVView(
+            self.cache, self.block_tables, self.starts, self.lengths, places, self.rows, attend
+        )
 
 
 @every_run
@@ -150,7 +152,7 @@ def test_graphs_replay_for_any_lengths(made: tuple[Backend, Needs]) -> None:
         graph, outputs = torch.cuda.CUDAGraph(), {}
 
         def run(rows: Rows = rows, captured: Any = captured) -> dict[int, Tensor]:
-            view = rows.view(captured.attend(rows.tables, rows.lengths))
+            view = rows.view(captured.attend(rows.block_tables, rows.lengths))
             return {
                 window: view.attend(rows.q, view, LAYER, needs.scale, needs.softcap, window)
                 for window in sorted(needs.windows)
@@ -181,7 +183,7 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     window = max(needs.windows)
 
     def run() -> Tensor:
-        view = rows.view(captured.attend(rows.tables, rows.lengths))
+        view = rows.view(captured.attend(rows.block_tables, rows.lengths))
         return view.attend(rows.q, view, LAYER, needs.scale, needs.softcap, window)
 
     captured.plan([1] * 4)
@@ -194,14 +196,14 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
     whole = StepLengths(cache.counts, cache.lengths.tolist())
     places = torch.zeros(0, dtype=torch.int64)
-    where = (cache.kv, cache.tables, cache.starts, cache.lengths, places)
+    where = (cache.kv, cache.block_tables, cache.starts, cache.lengths, places)
     view = KVView(*where, whole.decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):
         captured.plan(lengths)
         graph.replay()
         first = out.clone()
-        attend = backend.step(whole, cache.tables, cache.lengths)
+        attend = backend.step(whole, cache.block_tables, cache.lengths)
         second = attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
         found.append((first, second))
     for first, second in found:

@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   Tensor ids = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor positions = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor places = empty(rows, {num_tokens}, ScalarType::Long);
-  Tensor tables = empty(rows, {sequences, width}, ScalarType::Int);
+  Tensor block_tables = empty(rows, {sequences, width}, ScalarType::Int);
   Tensor lengths = empty(rows, {sequences}, ScalarType::Int);
   PrepareArgs args{};
   args.computed = static_cast<int32_t*>(computed.mutable_data_ptr());
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   args.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   args.positions = static_cast<int64_t*>(positions.mutable_data_ptr());
   args.places = static_cast<int64_t*>(places.mutable_data_ptr());
-  args.tables = static_cast<int32_t*>(tables.mutable_data_ptr());
+  args.tables = static_cast<int32_t*>(block_tables.mutable_data_ptr());
   args.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
   args.sequences = int(sequences);
   args.num_tokens = int(num_tokens);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   args.block = int(block);
   prepare_step(args, current_stream(rows));
   check_launch(op);
-  return {ids, positions, places, tables, lengths};
+  return {ids, positions, places, block_tables, lengths};
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, wind
         q,
         view.cache,
         layer,
-        view.tables,
+        view.block_tables,
         view.starts,
         view.lengths,
         scale,
@@ -52,13 +52,13 @@ class Builtin:
 
     def start(self, room: Room) -> None: ...
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
         return attend
 
     def captured(self, rows: int) -> Captured:
         return self
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
         return attend
 
     def plan(self, lengths: Iterable[int]) -> None: ...

@@ -58,7 +58,7 @@ class _Step:
                 keys,
                 values,
                 cache_seqlens=view.lengths[:n],
-                block_table=view.tables[:n],
+                block_table=view.block_tables[:n],
                 **options,
             )
             parts.append(found[:, 0])
@@ -71,7 +71,7 @@ class _Step:
                 chunks.key_starts,
                 chunks.most_tokens,
                 chunks.most_keys,
-                block_table=view.tables[n:],
+                block_table=view.block_tables[n:],
                 **options,
             )
             parts.append(found)
@@ -84,7 +84,7 @@ class _Graph:
     def __init__(self, package: Any, rows: int) -> None:
         self.step = _Step(package, rows, None)
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
         return self.step
 
     def plan(self, lengths: Iterable[int]) -> None: ...
@@ -122,7 +122,7 @@ class FlashAttention:
 
     def start(self, room: Room) -> None: ...
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
         n = step.decodes
         counts = step.counts[n:]
         if not counts:
@@ -130,10 +130,10 @@ class FlashAttention:
         starts = [0]
         for count in counts:
             starts.append(starts[-1] + count)
-        key_starts = torch.zeros(len(starts), dtype=torch.int32, device=tables.device)
+        key_starts = torch.zeros(len(starts), dtype=torch.int32, device=block_tables.device)
         torch.cumsum(lengths[n:], 0, dtype=torch.int32, out=key_starts[1:])
         chunks = _Chunks(
-            _uploaded(starts, tables.device), key_starts, max(counts), max(step.lengths[n:])
+            _uploaded(starts, block_tables.device), key_starts, max(counts), max(step.lengths[n:])
         )
         return _Step(self.package, n, chunks)
 

@@ -101,8 +101,8 @@ class _Graph:
             self.wrappers[window] = wrapper
         self.copied = backend.mark()
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
-        self.pages.fill(tables, lengths, self.backend.block)
+    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
+        self.pages.fill(block_tables, lengths, self.backend.block)
         return _Step(self.backend.needs, self.wrappers, {}, self.rows)
 
     def plan(self, lengths: Iterable[int]) -> None:
@@ -199,9 +199,9 @@ class FlashInfer:
         logger.info("FlashInfer loads its kernels; the first time on a machine it builds them")
         started = time.perf_counter()
         lengths = torch.ones(2, dtype=torch.int32, device=self.needs.device)
-        tables = torch.zeros(2, 1, dtype=torch.int32, device=self.needs.device)
+        block_tables = torch.zeros(2, 1, dtype=torch.int32, device=self.needs.device)
         try:
-            self.step(StepLengths([1, 2], [1, 2]), tables, lengths)
+            self.step(StepLengths([1, 2], [1, 2]), block_tables, lengths)
         except (RuntimeError, OSError) as error:
             raise ConfigError(
                 f"--attention-backend {self.name} could not build or load its kernels: {error}",
@@ -231,12 +231,12 @@ class FlashInfer:
     def _pinned(self, host: Tensor) -> Tensor:
         return host.pin_memory() if self.needs.device.type == "cuda" else host
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
         self.copied.synchronize()
         n = step.decodes
-        rows, blocks = tables.shape
-        pages = Pages.empty(rows, blocks, tables.device)
-        pages.fill(tables, lengths, self.block)
+        rows, blocks = block_tables.shape
+        pages = Pages.empty(rows, blocks, block_tables.device)
+        pages.fill(block_tables, lengths, self.block)
         # what a plan takes up to the device, from pinned memory, so that nothing waits
         indptr, last = map(self._pinned, self.host_pages(step.lengths))
         starts = self._pinned(_running_sum(step.counts[n:]))

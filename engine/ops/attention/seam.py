@@ -89,7 +89,7 @@ class View(Protocol):
     @property
     def cache(self) -> Tensor: ...  # [blocks, layers, 2, block, kv_heads, head_dim]
     @property
-    def tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
+    def block_tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
     @property
     def starts(self) -> Tensor: ...  # [S + 1] int32
     @property
@@ -109,14 +109,14 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-# Makes the attention of a step from its tables and lengths, as in `View`.
+# Makes the attention of a step from its block_tables and lengths, as in `View`.
 Prepare = Callable[[Tensor, Tensor], Attend]
 
 
 class Captured(Protocol):
     """The attention of one captured graph: rows with one token each, and chunks if the backend captures any."""
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
         """Called while the graph is captured: what it launches is part of the graph."""
         ...
 
@@ -150,8 +150,8 @@ class Backend(Protocol):
         """Allocates, and builds what is built at first use; before any step. Raises ConfigError."""
         ...
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
-        """The attention of a step that is launched now, kernel by kernel; `tables` and `lengths` as in `View`."""
+    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
+        """The attention of a step that is launched now, kernel by kernel; `block_tables` and `lengths` as in `View`."""
         ...
 
     def captured(self, rows: int) -> Captured:
