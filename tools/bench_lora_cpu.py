@@ -183,11 +183,11 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         block_tables = (
             torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
         )
-        starts = torch.arange(sequences + 1, dtype=torch.int32)
+        cu_seqlens_q = torch.arange(sequences + 1, dtype=torch.int32)
         lengths = torch.full((sequences,), length, dtype=torch.int32)
         q = torch.randn(sequences, HEADS, HEAD_DIM).to(dtype)
 
-        attention = attend(q, (block_tables, starts, lengths), kv)
+        attention = attend(q, (block_tables, cu_seqlens_q, lengths), kv)
         timings = interleaved(
             args.rounds, {"plain read": plain_read(kv, args.kv_layers), "attention": attention}
         )

@@ -15,7 +15,7 @@ class KVView:
 
     cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
     block_tables: Tensor  # [S, at least the blocks of the longest] int32
-    starts: Tensor  # [S + 1] int32: first token of each sequence
+    cu_seqlens_q: Tensor  # [S + 1] int32: first token of each sequence, then the end of the last
     lengths: Tensor  # [S] int32: positions in the cache, with those of this step
     places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
     decodes: int  # so many first sequences have one token each; tokens behind the last sequence are padding

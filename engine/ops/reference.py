@@ -90,7 +90,7 @@ def paged_attention(
     kv: Tensor,  # [blocks, layers, 2, block, G, D]
     layer: int,
     block_tables: Tensor,  # [S, blocks of the longest] int32
-    starts: Tensor,  # [S + 1] int32: first token of each sequence
+    cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence
     lengths: Tensor,  # [S] int32: positions in the cache, with those of this step
     scale: float,
     softcap: float,
@@ -105,7 +105,7 @@ def paged_attention(
     """
     out = torch.empty_like(q)
     block, groups = kv.shape[3], kv.shape[4]
-    bounds = starts.tolist()
+    bounds = cu_seqlens_q.tolist()
     for s, length in enumerate(lengths.tolist()):
         first, last = bounds[s], bounds[s + 1]
         if first == last:
@@ -147,7 +147,7 @@ def prepare_step_(
     blocks: Tensor,  # [rows, blocks] int32
     rows: Tensor,  # [S] int32; 0: padding, which stays at position 0
     first: Tensor,  # [S] int32: position of the first new token; below 0: where the row is
-    starts: Tensor,  # [S + 1] int32: first new token of each sequence
+    cu_seqlens_q: Tensor,  # [S + 1] int32: first new token of each sequence
     num_tokens: int,  # T; those behind the last sequence are padding
     block: int,
     width: int,
@@ -158,13 +158,13 @@ def prepare_step_(
     """
     index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     begin = torch.where(first < 0, computed[index], first)
-    lengths = begin + starts.diff()
+    lengths = begin + cu_seqlens_q.diff()
     computed[index] = lengths
     computed[:1] = 0
-    owner = torch.searchsorted(starts, at, right=True) - 1
+    owner = torch.searchsorted(cu_seqlens_q, at, right=True) - 1
     inside = owner < len(rows)
     owner = owner.clamp(max=len(rows) - 1)
-    positions = torch.where(inside, begin[owner] + at - starts[owner], 0).long()
+    positions = torch.where(inside, begin[owner] + at - cu_seqlens_q[owner], 0).long()
     row = index[owner]
     ids = torch.where(inside, tokens[row, positions], 0).long()
     places = blocks[row, positions // block].long() * block + positions % block

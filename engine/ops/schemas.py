@@ -28,7 +28,7 @@ SCHEMAS = {
     # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off; each of the first
     # `decodes` sequences is known to have one token
     "paged_attention": (
-        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor starts, Tensor lengths, float scale,"
+        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor cu_seqlens_q, Tensor lengths, float scale,"
         " float softcap, int window, int decodes=0) -> Tensor"
     ),
     # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
@@ -37,8 +37,9 @@ SCHEMAS = {
     # ids, positions and places of the T new tokens of S sequences, and their block_tables[S, width] and lengths[S];
     # counts `computed` on
     "prepare_step_": (
-        "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor starts, int num_tokens,"
-        " int block, int width) -> (Tensor ids, Tensor positions, Tensor places, Tensor block_tables, Tensor lengths)"
+        "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,"
+        " int num_tokens, int block, int width)"
+        " -> (Tensor ids, Tensor positions, Tensor places, Tensor block_tables, Tensor lengths)"
     ),
     # the largest logit's column of every row, also written to tokens[rows, lengths]
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",

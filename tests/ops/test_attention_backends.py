@@ -159,7 +159,7 @@ class Scene:
         counts, lengths = [n for n, _ in sequences], [n for _, n in sequences]
         self.step = StepLengths(counts, lengths)
         self.block_tables, self.lengths = block_tables, torch.tensor(lengths, dtype=torch.int32)
-        self.starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int()
+        self.cu_seqlens_q = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int()
         wide = torch.randn(sum(counts), needs.heads + 2 * needs.kv_heads, needs.head_dim)
         self.q = wide[:, : needs.heads]
         self.needs = needs
@@ -168,7 +168,7 @@ class Scene:
         places = torch.zeros(0, dtype=torch.int64)
         decodes = self.step.decodes
         return KVView(
-            self.cache, self.block_tables, self.starts, self.lengths, places, decodes, attend
+            self.cache, self.block_tables, self.cu_seqlens_q, self.lengths, places, decodes, attend
         )
 
     def attend(self, attend: attention.Attend, window: int) -> Tensor:

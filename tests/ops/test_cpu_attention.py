@@ -53,7 +53,7 @@ class Cache:
         self.whole_block_tables = self.block_tables.clone()
         self.lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
         counts = [queries for queries, _ in sequences]
-        self.starts = torch.tensor(
+        self.cu_seqlens_q = torch.tensor(
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
         )
         # a view of a fused projection, as the model passes it
@@ -64,20 +64,20 @@ class Cache:
         """Gives back the blocks that no query of the step sees."""
         block = self.kv.shape[3]
         for s, length in enumerate(self.lengths.tolist()):
-            queries = int(self.starts[s + 1] - self.starts[s])
+            queries = int(self.cu_seqlens_q[s + 1] - self.cu_seqlens_q[s])
             self.block_tables[s, : max(length - queries - window + 1, 0) // block] = -7
 
     def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.block_tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.lengths)
         return ops.paged_attention(self.q, *where, scale, softcap, window)
 
     def expected(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.whole_block_tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.whole_block_tables, self.cu_seqlens_q, self.lengths)
         return reference.paged_attention(self.q, *where, scale, softcap, window)
 
     def part(self, s: int, first: int, last: int) -> Tensor:
         """Queries first .. last of sequence s computed alone, as if the later ones were still to come."""
-        begin, end = self.starts[s].item(), self.starts[s + 1].item()
+        begin, end = self.cu_seqlens_q[s].item(), self.cu_seqlens_q[s + 1].item()
         length = self.lengths[s].item() - (end - begin) + last
         return ops.paged_attention(
             self.q[begin + first : begin + last],
@@ -161,7 +161,7 @@ def test_a_query_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     cache = Cache(sequences, 6, 2, 64, 16, dtype)
     whole = cache()
     for s, (queries, _) in enumerate(sequences):
-        begin = cache.starts[s].item()
+        begin = cache.cu_seqlens_q[s].item()
         assert torch.equal(cache.part(s, 0, queries), whole[begin : begin + queries])
     for count in (2, 3, 7):
         torch.set_num_threads(count)
@@ -206,7 +206,7 @@ BAD = [
     ({"q": torch.zeros(4, 5, 32)}, "heads"),
     ({"q": torch.zeros(4, 4, 24)}, "head size"),
     ({"q": torch.zeros(4, 32, 4).mT}, "of q must"),
-    ({"q": torch.zeros(3, 4, 32)}, "starts must"),
+    ({"q": torch.zeros(3, 4, 32)}, "cu_seqlens_q must"),
     ({"kv": torch.zeros(9, 3, 2, 16, 2, 32, dtype=torch.uint8)}, "kv must"),
     ({"kv": torch.zeros(9, 3, 16, 2, 32)}, "kv must"),
     ({"kv": torch.zeros(9, 3, 3, 16, 2, 32)}, "kv must"),
@@ -217,12 +217,12 @@ BAD = [
     ({"block_tables": torch.zeros(2, 2, dtype=torch.int32)}, "blocks of a sequence of 40"),
     ({"block_tables": torch.full((2, 3), 9, dtype=torch.int32)}, "block 9"),
     ({"block_tables": torch.full((2, 3), -1, dtype=torch.int32)}, "block -1"),
-    ({"starts": torch.tensor([0, 4], dtype=torch.int32)}, "starts must"),
-    ({"starts": torch.tensor([0, 1, 2], dtype=torch.int32)}, "starts must"),
-    ({"starts": torch.tensor([0, 5, 4], dtype=torch.int32)}, "starts must"),
-    ({"starts": torch.tensor([0, 1, 4])}, "starts must"),
+    ({"cu_seqlens_q": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"cu_seqlens_q": torch.tensor([0, 5, 4], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"cu_seqlens_q": torch.tensor([0, 1, 4])}, "cu_seqlens_q must"),
     ({"lengths": torch.tensor([40, 2], dtype=torch.int32)}, "3 queries"),
-    ({"lengths": torch.tensor([40], dtype=torch.int32)}, "starts must"),
+    ({"lengths": torch.tensor([40], dtype=torch.int32)}, "cu_seqlens_q must"),
     ({"lengths": torch.tensor([[40, 9]], dtype=torch.int32)}, "lengths must"),
     ({"lengths": torch.tensor([40, 9])}, "lengths must"),
     ({"window": -1}, "window"),
@@ -239,7 +239,7 @@ def test_bad_input_is_refused(changed: dict[str, object], message: str) -> None:
         "kv": torch.zeros(9, 3, 2, 16, 2, 32),
         "layer": 1,
         "block_tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
-        "starts": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32),
         "lengths": torch.tensor([40, 9], dtype=torch.int32),
         "scale": 0.1,
         "softcap": 0.0,

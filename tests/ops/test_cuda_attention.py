@@ -56,7 +56,7 @@ class Cache:
         counts = [queries for queries, _ in sequences]
         self.counts = counts
         self.tokens = sum(counts)
-        self.starts = torch.tensor(
+        self.cu_seqlens_q = torch.tensor(
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
         ).cuda()
         # a view of a fused projection, as the model passes it
@@ -72,7 +72,7 @@ class Cache:
     def __call__(
         self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, decodes: int = 0
     ) -> Tensor:
-        where = (self.kv, LAYER, self.block_tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.lengths)
         return ops.paged_attention(self.q, *where, scale, softcap, window, decodes)
 
     def part(self, s: int) -> Tensor:
@@ -100,7 +100,7 @@ def check(
     decodes: int = 0,
 ) -> None:
     actual = cache(scale=scale, softcap=softcap, window=window, decodes=decodes)
-    where = (cache.kv, LAYER, cache.whole_block_tables, cache.starts, cache.lengths)
+    where = (cache.kv, LAYER, cache.whole_block_tables, cache.cu_seqlens_q, cache.lengths)
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
@@ -267,11 +267,17 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
     mixed = Cache(decodes + chunks, 8, 2, 128, 16, dtype, padding=50)
     whole = mixed(window=window, decodes=len(decodes))
     n = len(decodes)
-    where = (mixed.kv, LAYER, mixed.block_tables[:n], mixed.starts[: n + 1], mixed.lengths[:n])
+    where = (
+        mixed.kv,
+        LAYER,
+        mixed.block_tables[:n],
+        mixed.cu_seqlens_q[: n + 1],
+        mixed.lengths[:n],
+    )
     among = ops.paged_attention(mixed.q[:n], *where, 0.125, 0.0, window, n)
     assert torch.equal(among, whole[:n])
     for s, queries in enumerate(mixed.counts):
-        begin = int(mixed.starts[s])
+        begin = int(mixed.cu_seqlens_q[s])
         alone = ops.paged_attention(
             mixed.q[begin : begin + queries],
             mixed.kv,

@@ -68,7 +68,7 @@ def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
 
 def check(actual: Tensor, q: Tensor, view: KVView, needs: Needs, window: int) -> None:
     """`actual` is as near to the float32 reference as the built-in op is asked to be, and near that op."""
-    where = (view.cache, LAYER, view.block_tables, view.starts, view.lengths)
+    where = (view.cache, LAYER, view.block_tables, view.cu_seqlens_q, view.lengths)
     rest = (needs.scale, needs.softcap, window)
     expected = reference.paged_attention(q.float(), *where, *rest)
     places = PLACES[needs.dtype]
@@ -100,7 +100,7 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         step = StepLengths(cache.counts, lengths)
         attend = backend.step(step, cache.block_tables, cache.lengths)
         places = torch.zeros(0, dtype=torch.int64)
-        where = (cache.kv, cache.block_tables, cache.starts, cache.lengths, places)
+        where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.lengths, places)
         view = KVView(*where, step.decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
@@ -118,7 +118,7 @@ class Rows:
         self.cache[:, LAYER].normal_()
         self.block_tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
         self.lengths = torch.ones(rows, dtype=torch.int32, device="cuda")
-        self.starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+        self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
         wide = (needs.heads + 2 * needs.kv_heads) * needs.head_dim
         self.fused = torch.zeros(rows, wide, dtype=needs.dtype, device="cuda")
         q = self.fused[:, : needs.heads * needs.head_dim]
@@ -137,7 +137,13 @@ class Rows:
     def view(self, attend: attention.Attend) -> KVView:
         places = torch.zeros(0, dtype=torch.int64)
         return KVView(
-            self.cache, self.block_tables, self.starts, self.lengths, places, self.rows, attend
+            self.cache,
+            self.block_tables,
+            self.cu_seqlens_q,
+            self.lengths,
+            places,
+            self.rows,
+            attend,
         )
 
 
@@ -196,7 +202,7 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
     whole = StepLengths(cache.counts, cache.lengths.tolist())
     places = torch.zeros(0, dtype=torch.int64)
-    where = (cache.kv, cache.block_tables, cache.starts, cache.lengths, places)
+    where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.lengths, places)
     view = KVView(*where, whole.decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):

@@ -27,12 +27,12 @@ PROGRAM = """
 using namespace lorax::cuda;
 extern "C" void prepare(int32_t* computed, int64_t computed_stride, const int32_t* tokens,
                         int64_t tokens_stride, const int32_t* blocks, int64_t blocks_stride,
-                        const int32_t* rows, const int32_t* first, const int32_t* starts,
+                        const int32_t* rows, const int32_t* first, const int32_t* cu_seqlens_q,
                         int64_t* ids, int64_t* positions, int64_t* places, int32_t* block_tables,
                         int32_t* lengths, int sequences, int num_tokens, int width, int block,
                         int threads) {
   const PrepareArgs args{computed, computed_stride, tokens, tokens_stride, blocks, blocks_stride,
-                         rows, first, starts, ids, positions, places, block_tables, lengths,
+                         rows, first, cu_seqlens_q, ids, positions, places, block_tables, lengths,
                          sequences, num_tokens, width, block};
   for (int s = 0; s < sequences; ++s) {
     const std::vector<int> from(threads, first_position(args, s));
@@ -80,7 +80,7 @@ def prepare(library: ctypes.CDLL, step: Step) -> list[Tensor]:
     table: list[object] = []
     for tensor in (step.computed, step.tokens, step.blocks):
         table += [pointer(tensor), ctypes.c_int64(tensor.stride(0))]
-    others = [step.rows, step.first, step.starts, *outputs, block_tables, lengths]
+    others = [step.rows, step.first, step.cu_seqlens_q, *outputs, block_tables, lengths]
     sizes = (sequences, tokens, step.width, step.block, THREADS)
     library.prepare(*table, *map(pointer, others), *map(ctypes.c_int, sizes))
     return [*outputs, block_tables, lengths]

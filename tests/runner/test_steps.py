@@ -149,7 +149,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
         assert batch.kv.decodes == shape.decodes
         last, slots = [], []
         for s, (row, start, count) in enumerate(new, ahead):
-            at, end = int(batch.kv.starts[s]), int(batch.kv.starts[s + 1])
+            at, end = int(batch.kv.cu_seqlens_q[s]), int(batch.kv.cu_seqlens_q[s + 1])
             positions = [*range(start, start + count)]
             assert batch.positions[at:end].tolist() == positions
             assert batch.ids[at:end].tolist() == [held[row].tokens[i] for i in positions]
@@ -159,7 +159,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
             assert batch.kv.lengths[s] == table.computed[row] == start + count
             last.append(end - 1)
             slots += [held[row].slot] * count
-        assert batch.kv.starts[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
+        assert batch.kv.cu_seqlens_q[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
         assert batch.lora is not None and batch.lora_outputs is not None
         assert per_token(batch.lora.slots, batch.lora.starts)[ahead:] == slots
         sampled, first = step.sampled, 0 if step.chunks else ahead

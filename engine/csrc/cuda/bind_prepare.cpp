@@ -41,11 +41,9 @@ void bind_write_runs(Tensor words, Tensor patch, int64_t runs) {
   check_launch(op);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor computed, Tensor tokens,
-                                                                     Tensor blocks, Tensor rows,
-                                                                     Tensor first, Tensor starts,
-                                                                     int64_t num_tokens,
-                                                                     int64_t block, int64_t width) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
+    Tensor computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,
+    int64_t num_tokens, int64_t block, int64_t width) {
   const char* op = "prepare_step_";
   LORAX_CHECK(
       computed.is_cuda() && computed.dim() == 1 && computed.scalar_type() == ScalarType::Int, op,
@@ -54,10 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   check_int32(op, "blocks", blocks, 2);
   check_int32(op, "rows", rows, 1);
   check_int32(op, "first", first, 1);
-  check_int32(op, "starts", starts, 1);
+  check_int32(op, "cu_seqlens_q", cu_seqlens_q, 1);
   const int64_t sequences = rows.size(0);
-  LORAX_CHECK(first.size(0) == sequences && starts.size(0) == sequences + 1, op, ": first ",
-              shape_of(first), " and starts ", shape_of(starts), " do not fit rows ",
+  LORAX_CHECK(first.size(0) == sequences && cu_seqlens_q.size(0) == sequences + 1, op, ": first ",
+              shape_of(first), " and cu_seqlens_q ", shape_of(cu_seqlens_q), " do not fit rows ",
               shape_of(rows));
   LORAX_CHECK(tokens.size(0) == computed.size(0) && blocks.size(0) == computed.size(0), op,
               ": tokens ", shape_of(tokens), " and blocks ", shape_of(blocks),
@@ -79,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   args.blocks_stride = blocks.stride(0);
   args.rows = static_cast<const int32_t*>(rows.const_data_ptr());
   args.first = static_cast<const int32_t*>(first.const_data_ptr());
-  args.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  args.starts = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
   args.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   args.positions = static_cast<int64_t*>(positions.mutable_data_ptr());
   args.places = static_cast<int64_t*>(places.mutable_data_ptr());

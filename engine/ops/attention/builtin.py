@@ -22,7 +22,7 @@ def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, wind
         view.cache,
         layer,
         view.block_tables,
-        view.starts,
+        view.cu_seqlens_q,
         view.lengths,
         scale,
         softcap,

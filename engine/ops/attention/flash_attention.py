@@ -25,10 +25,10 @@ PAGE = 256  # the kernels take multiples of it
 class _Chunks:
     """The sequences of a step behind its decode tokens."""
 
-    starts: Tensor  # [C + 1] int32, from 0
-    key_starts: Tensor  # [C + 1] int32: running sum of the lengths
-    most_tokens: int
-    most_keys: int
+    cu_seqlens_q: Tensor  # [C + 1] int32, from 0
+    cu_seqlens_k: Tensor  # [C + 1] int32: running sum of the lengths
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class _Step:
                 q[n:],
                 keys,
                 values,
-                chunks.starts,
-                chunks.key_starts,
-                chunks.most_tokens,
-                chunks.most_keys,
+                chunks.cu_seqlens_q,
+                chunks.cu_seqlens_k,
+                chunks.max_seqlen_q,
+                chunks.max_seqlen_k,
                 block_table=view.block_tables[n:],
                 **options,
             )
@@ -127,13 +127,16 @@ class FlashAttention:
         counts = step.counts[n:]
         if not counts:
             return _Step(self.package, n, None)
-        starts = [0]
+        cu_seqlens_q = [0]
         for count in counts:
-            starts.append(starts[-1] + count)
-        key_starts = torch.zeros(len(starts), dtype=torch.int32, device=block_tables.device)
-        torch.cumsum(lengths[n:], 0, dtype=torch.int32, out=key_starts[1:])
+            cu_seqlens_q.append(cu_seqlens_q[-1] + count)
+        cu_seqlens_k = torch.zeros(len(cu_seqlens_q), dtype=torch.int32, device=block_tables.device)
+        torch.cumsum(lengths[n:], 0, dtype=torch.int32, out=cu_seqlens_k[1:])
         chunks = _Chunks(
-            _uploaded(starts, block_tables.device), key_starts, max(counts), max(step.lengths[n:])
+            _uploaded(cu_seqlens_q, block_tables.device),
+            cu_seqlens_k,
+            max(counts),
+            max(step.lengths[n:]),
         )
         return _Step(self.package, n, chunks)
 

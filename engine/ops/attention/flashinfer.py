@@ -239,7 +239,7 @@ class FlashInfer:
         pages.fill(block_tables, lengths, self.block)
         # what a plan takes up to the device, from pinned memory, so that nothing waits
         indptr, last = map(self._pinned, self.host_pages(step.lengths))
-        starts = self._pinned(_running_sum(step.counts[n:]))
+        qo_indptr = self._pinned(_running_sum(step.counts[n:]))
         for window in self.plans:
             options = self.options(window)
             if n:
@@ -248,7 +248,7 @@ class FlashInfer:
                 )
             if n < len(last):
                 self.prefill[window].plan(
-                    starts,
+                    qo_indptr,
                     indptr[n:],
                     pages.indices,
                     last[n:],

@@ -91,7 +91,7 @@ class View(Protocol):
     @property
     def block_tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
     @property
-    def starts(self) -> Tensor: ...  # [S + 1] int32
+    def cu_seqlens_q(self) -> Tensor: ...  # [S + 1] int32
     @property
     def lengths(self) -> Tensor: ...  # [S] int32
     @property
