@@ -184,10 +184,10 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
             torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
         )
         cu_seqlens_q = torch.arange(sequences + 1, dtype=torch.int32)
-        lengths = torch.full((sequences,), length, dtype=torch.int32)
+        context_lens = torch.full((sequences,), length, dtype=torch.int32)
         q = torch.randn(sequences, HEADS, HEAD_DIM).to(dtype)
 
-        attention = attend(q, (block_tables, cu_seqlens_q, lengths), kv)
+        attention = attend(q, (block_tables, cu_seqlens_q, context_lens), kv)
         timings = interleaved(
             args.rounds, {"plain read": plain_read(kv, args.kv_layers), "attention": attention}
         )

@@ -91,7 +91,7 @@ def paged_attention(
     layer: int,
     block_tables: Tensor,  # [S, blocks of the longest] int32
     cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence
-    lengths: Tensor,  # [S] int32: positions in the cache, with those of this step
+    context_lens: Tensor,  # [S] int32: positions of each sequence, this step's included
     scale: float,
     softcap: float,
     window: int,
@@ -106,7 +106,7 @@ def paged_attention(
     out = torch.empty_like(q)
     block, groups = kv.shape[3], kv.shape[4]
     bounds = cu_seqlens_q.tolist()
-    for s, length in enumerate(lengths.tolist()):
+    for s, length in enumerate(context_lens.tolist()):
         first, last = bounds[s], bounds[s + 1]
         if first == last:
             continue
@@ -152,14 +152,16 @@ def prepare_step_(
     block: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids[T], positions[T], places[T] int64, block_tables[S, width], lengths[S] int32; `computed` becomes `lengths`.
+    """ids[T], positions[T], places[T] int64, block_tables[S, width], context_lens[S] int32.
 
-    `block_tables[s, i]` is `blocks[rows[s], i]` as far as `lengths[s]` reaches, and not defined behind it.
+    `computed` becomes `context_lens`.
+
+    `block_tables[s, i]` is `blocks[rows[s], i]` as far as `context_lens[s]` reaches, and not defined behind it.
     """
     index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     begin = torch.where(first < 0, computed[index], first)
-    lengths = begin + cu_seqlens_q.diff()
-    computed[index] = lengths
+    context_lens = begin + cu_seqlens_q.diff()
+    computed[index] = context_lens
     computed[:1] = 0
     owner = torch.searchsorted(cu_seqlens_q, at, right=True) - 1
     inside = owner < len(rows)
@@ -168,7 +170,7 @@ def prepare_step_(
     row = index[owner]
     ids = torch.where(inside, tokens[row, positions], 0).long()
     places = blocks[row, positions // block].long() * block + positions % block
-    return ids, positions, torch.where(inside, places, 0), blocks[index, :width], lengths
+    return ids, positions, torch.where(inside, places, 0), blocks[index, :width], context_lens
 
 
 def pick_greedy_(

@@ -28,18 +28,18 @@ SCHEMAS = {
     # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off; each of the first
     # `decodes` sequences is known to have one token
     "paged_attention": (
-        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor cu_seqlens_q, Tensor lengths, float scale,"
+        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor cu_seqlens_q, Tensor context_lens, float scale,"
         " float softcap, int window, int decodes=0) -> Tensor"
     ),
     # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
     # (destination, count, source) at the end of `patch`, the last one first
     "write_runs_": "(Tensor(a!) words, Tensor patch, int runs) -> ()",
-    # ids, positions and places of the T new tokens of S sequences, and their block_tables[S, width] and lengths[S];
+    # ids, positions and places of the T new tokens of S sequences, and block_tables[S, width] and context_lens[S];
     # counts `computed` on
     "prepare_step_": (
         "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,"
         " int num_tokens, int block, int width)"
-        " -> (Tensor ids, Tensor positions, Tensor places, Tensor block_tables, Tensor lengths)"
+        " -> (Tensor ids, Tensor positions, Tensor places, Tensor block_tables, Tensor context_lens)"
     ),
     # the largest logit's column of every row, also written to tokens[rows, lengths]
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",

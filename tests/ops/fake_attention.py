@@ -20,14 +20,14 @@ def _attend(
     cache: tuple[Tensor, Tensor],
     block_tables: Tensor,
     cu_seqlens_q: Tensor,
-    lengths: Tensor,
+    context_lens: Tensor,
     options: tuple[float, float, int],
 ) -> Tensor:
     """Options are scale, softcap, window."""
     keys, values = cache
     assert keys.stride() == values.stride() and keys.stride(-1) == 1 and q.stride(-1) == 1
     kv = torch.stack([keys, values], dim=1)[:, None]
-    return reference.paged_attention(q, kv, 0, block_tables, cu_seqlens_q, lengths, *options)
+    return reference.paged_attention(q, kv, 0, block_tables, cu_seqlens_q, context_lens, *options)
 
 
 def _running(counts: Tensor) -> Tensor:
@@ -71,11 +71,11 @@ class _Wrapper:
         assert torch.equal(indptr - indptr[0], self.planned[0])
         assert torch.equal(last, self.planned[1])
         counts = indptr.diff()
-        lengths = (counts - 1) * block + last
+        context_lens = (counts - 1) * block + last
         block_tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
         for s, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
             block_tables[s, : end - first] = indices[first:end]
-        out.copy_(_attend(q, cache, block_tables, self.qo_indptr, lengths, self.options))
+        out.copy_(_attend(q, cache, block_tables, self.qo_indptr, context_lens, self.options))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
@@ -205,13 +205,13 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int],
     softcap: float,
 ) -> Tensor:
-    lengths = cu_seqlens_k.diff()
+    context_lens = cu_seqlens_k.diff()
     assert causal and k.shape[1] % 256 == 0
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == lengths.max()
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == context_lens.max()
     options = (softmax_scale, softcap, window_size[0] + 1)
-    return _attend(q, (k, v), block_table, cu_seqlens_q, lengths, options)
+    return _attend(q, (k, v), block_table, cu_seqlens_q, context_lens, options)
 
 
 class Mark:

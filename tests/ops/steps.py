@@ -92,7 +92,7 @@ def by_hand(step: Step) -> tuple[list[list[int]], list[list[int]], list[int]]:
     return [ids + padding, positions + padding, places + padding], block_tables, computed
 
 
-def used(block_tables: Tensor, lengths: Tensor) -> list[list[int]]:
+def used(block_tables: Tensor, context_lens: Tensor) -> list[list[int]]:
     """The part of each table that is defined."""
-    blocks = [-(-length // BLOCK) for length in lengths.tolist()]
+    blocks = [-(-length // BLOCK) for length in context_lens.tolist()]
     return [table[:n] for table, n in zip(block_tables.tolist(), blocks, strict=True)]

@@ -124,19 +124,19 @@ def test_pages_and_block_tables_hold_the_same(block: int) -> None:
     for _ in range(30):
         rows, widest = random.randint(1, 9), random.randint(1, 12)
         block_tables = torch.randint(0, 1000, (rows, widest), dtype=torch.int32)
-        lengths = torch.randint(1, widest * block + 1, (rows,), dtype=torch.int32)
+        context_lens = torch.randint(1, widest * block + 1, (rows,), dtype=torch.int32)
         pages = Pages.empty(rows + 2, widest + 3, CPU).first(rows)
         for _ in range(2):  # nothing of the first time is left
-            pages.fill(block_tables, lengths, block)
+            pages.fill(block_tables, context_lens, block)
         rebuilt = [
             pages.indices[a:b] for a, b in zip(pages.indptr[:-1], pages.indptr[1:], strict=True)
         ]
         for table, owned, length, last in zip(
-            block_tables, rebuilt, lengths, pages.last, strict=True
+            block_tables, rebuilt, context_lens, pages.last, strict=True
         ):
             assert torch.equal(owned, table[: len(owned)])
             assert (len(owned) - 1) * block + last == length and 1 <= last <= block
-        indptr, last_pages = backend.host_pages(lengths.tolist())
+        indptr, last_pages = backend.host_pages(context_lens.tolist())
         assert torch.equal(indptr, pages.indptr) and torch.equal(last_pages, pages.last)
         assert indptr.dtype == last_pages.dtype == torch.int32
 
@@ -156,9 +156,12 @@ class Scene:
             for i, index in enumerate(owned):
                 used = min(block, length - i * block)
                 self.cache[index, LAYER, :, :used] = torch.randn(2, used, *shape[4:])
-        counts, lengths = [n for n, _ in sequences], [n for _, n in sequences]
-        self.step = StepLengths(counts, lengths)
-        self.block_tables, self.lengths = block_tables, torch.tensor(lengths, dtype=torch.int32)
+        counts, context_lens = [n for n, _ in sequences], [n for _, n in sequences]
+        self.step = StepLengths(counts, context_lens)
+        self.block_tables, self.context_lens = (
+            block_tables,
+            torch.tensor(context_lens, dtype=torch.int32),
+        )
         self.cu_seqlens_q = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int()
         wide = torch.randn(sum(counts), needs.heads + 2 * needs.kv_heads, needs.head_dim)
         self.q = wide[:, : needs.heads]
@@ -168,7 +171,13 @@ class Scene:
         places = torch.zeros(0, dtype=torch.int64)
         decodes = self.step.decodes
         return KVView(
-            self.cache, self.block_tables, self.cu_seqlens_q, self.lengths, places, decodes, attend
+            self.cache,
+            self.block_tables,
+            self.cu_seqlens_q,
+            self.context_lens,
+            places,
+            decodes,
+            attend,
         )
 
     def attend(self, attend: attention.Attend, window: int) -> Tensor:
@@ -214,7 +223,7 @@ def test_a_step_equals_the_builtin_op(name: str, needs: Needs) -> None:
     backend = made(name, needs, Room(8, 20, block))
     for sequences in STEPS * 2:
         scene = Scene(sequences, needs, block)
-        scene.check(backend.step(scene.step, scene.block_tables, scene.lengths))
+        scene.check(backend.step(scene.step, scene.block_tables, scene.context_lens))
 
 
 @pytest.mark.parametrize("name", ["builtin", *PACKAGES])
@@ -226,8 +235,8 @@ def test_a_graph_serves_any_lengths(name: str, needs: Needs) -> None:
     graphs = {rows: backend.captured(rows) for rows in (6, 3)}
     for rows in (6, 3, 3, 6):
         scene = Scene([(1, random.randint(1, 600)) for _ in range(rows)], needs, block)
-        graphs[rows].plan(scene.lengths.tolist())
-        scene.check(graphs[rows].attend(scene.block_tables, scene.lengths))
+        graphs[rows].plan(scene.context_lens.tolist())
+        scene.check(graphs[rows].attend(scene.block_tables, scene.context_lens))
 
 
 def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
@@ -237,7 +246,7 @@ def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
     scene = Scene([(1, 40), (1, 9)], SMALL, 16)
     graph.plan([40, 8])
     with pytest.raises(AssertionError):
-        scene.check(graph.attend(scene.block_tables, scene.lengths))
+        scene.check(graph.attend(scene.block_tables, scene.context_lens))
 
 
 def test_flashinfer_waits_for_its_last_upload_only() -> None:

@@ -51,7 +51,7 @@ class Cache:
                     self.kv.dtype
                 )
         self.whole_block_tables = self.block_tables.clone()
-        self.lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
+        self.context_lens = torch.tensor([length for _, length in sequences], dtype=torch.int32)
         counts = [queries for queries, _ in sequences]
         self.cu_seqlens_q = torch.tensor(
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
@@ -63,22 +63,22 @@ class Cache:
     def forget(self, window: int) -> None:
         """Gives back the blocks that no query of the step sees."""
         block = self.kv.shape[3]
-        for s, length in enumerate(self.lengths.tolist()):
+        for s, length in enumerate(self.context_lens.tolist()):
             queries = int(self.cu_seqlens_q[s + 1] - self.cu_seqlens_q[s])
             self.block_tables[s, : max(length - queries - window + 1, 0) // block] = -7
 
     def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.context_lens)
         return ops.paged_attention(self.q, *where, scale, softcap, window)
 
     def expected(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.whole_block_tables, self.cu_seqlens_q, self.lengths)
+        where = (self.kv, LAYER, self.whole_block_tables, self.cu_seqlens_q, self.context_lens)
         return reference.paged_attention(self.q, *where, scale, softcap, window)
 
     def part(self, s: int, first: int, last: int) -> Tensor:
         """Queries first .. last of sequence s computed alone, as if the later ones were still to come."""
         begin, end = self.cu_seqlens_q[s].item(), self.cu_seqlens_q[s + 1].item()
-        length = self.lengths[s].item() - (end - begin) + last
+        length = self.context_lens[s].item() - (end - begin) + last
         return ops.paged_attention(
             self.q[begin + first : begin + last],
             self.kv,
@@ -187,7 +187,7 @@ def test_block_size_and_place_do_not_matter() -> None:
     first = caches[0]
     for other in caches[1:]:
         other.q.copy_(first.q)
-        for s, length in enumerate(first.lengths.tolist()):
+        for s, length in enumerate(first.context_lens.tolist()):
             for at in range(length):
                 source = first.kv[first.block_tables[s, at // 16], LAYER, :, at % 16]
                 block = other.kv.shape[3]
@@ -221,10 +221,10 @@ BAD = [
     ({"cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32)}, "cu_seqlens_q must"),
     ({"cu_seqlens_q": torch.tensor([0, 5, 4], dtype=torch.int32)}, "cu_seqlens_q must"),
     ({"cu_seqlens_q": torch.tensor([0, 1, 4])}, "cu_seqlens_q must"),
-    ({"lengths": torch.tensor([40, 2], dtype=torch.int32)}, "3 queries"),
-    ({"lengths": torch.tensor([40], dtype=torch.int32)}, "cu_seqlens_q must"),
-    ({"lengths": torch.tensor([[40, 9]], dtype=torch.int32)}, "lengths must"),
-    ({"lengths": torch.tensor([40, 9])}, "lengths must"),
+    ({"context_lens": torch.tensor([40, 2], dtype=torch.int32)}, "3 queries"),
+    ({"context_lens": torch.tensor([40], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"context_lens": torch.tensor([[40, 9]], dtype=torch.int32)}, "context_lens must"),
+    ({"context_lens": torch.tensor([40, 9])}, "context_lens must"),
     ({"window": -1}, "window"),
     ({"softcap": -1.0}, "softcap"),
     ({"decodes": -1}, "decodes"),
@@ -240,7 +240,7 @@ def test_bad_input_is_refused(changed: dict[str, object], message: str) -> None:
         "layer": 1,
         "block_tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
         "cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32),
-        "lengths": torch.tensor([40, 9], dtype=torch.int32),
+        "context_lens": torch.tensor([40, 9], dtype=torch.int32),
         "scale": 0.1,
         "softcap": 0.0,
         "window": 0,

@@ -52,7 +52,7 @@ class Cache:
         self.kv = kv.to(kv_dtype or dtype).cuda()
         self.whole_block_tables = block_tables.cuda()
         self.block_tables = self.whole_block_tables.clone()
-        self.lengths = torch.tensor([n for _, n in sequences], dtype=torch.int32).cuda()
+        self.context_lens = torch.tensor([n for _, n in sequences], dtype=torch.int32).cuda()
         counts = [queries for queries, _ in sequences]
         self.counts = counts
         self.tokens = sum(counts)
@@ -66,13 +66,13 @@ class Cache:
     def forget(self, window: int) -> None:
         """Gives back the blocks that no query of the step sees."""
         block = self.kv.shape[3]
-        for s, length in enumerate(self.lengths.tolist()):
+        for s, length in enumerate(self.context_lens.tolist()):
             self.block_tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
 
     def __call__(
         self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, decodes: int = 0
     ) -> Tensor:
-        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.context_lens)
         return ops.paged_attention(self.q, *where, scale, softcap, window, decodes)
 
     def part(self, s: int) -> Tensor:
@@ -84,7 +84,7 @@ class Cache:
             LAYER,
             self.block_tables[s : s + 1],
             torch.tensor([0, self.counts[s]], dtype=torch.int32).cuda(),
-            self.lengths[s : s + 1],
+            self.context_lens[s : s + 1],
             0.125,
             0.0,
             0,
@@ -100,7 +100,7 @@ def check(
     decodes: int = 0,
 ) -> None:
     actual = cache(scale=scale, softcap=softcap, window=window, decodes=decodes)
-    where = (cache.kv, LAYER, cache.whole_block_tables, cache.cu_seqlens_q, cache.lengths)
+    where = (cache.kv, LAYER, cache.whole_block_tables, cache.cu_seqlens_q, cache.context_lens)
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
@@ -272,7 +272,7 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
         LAYER,
         mixed.block_tables[:n],
         mixed.cu_seqlens_q[: n + 1],
-        mixed.lengths[:n],
+        mixed.context_lens[:n],
     )
     among = ops.paged_attention(mixed.q[:n], *where, 0.125, 0.0, window, n)
     assert torch.equal(among, whole[:n])
@@ -284,7 +284,7 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
             LAYER,
             mixed.block_tables[s : s + 1],
             torch.tensor([0, queries], dtype=torch.int32).cuda(),
-            mixed.lengths[s : s + 1],
+            mixed.context_lens[s : s + 1],
             0.125,
             0.0,
             window,

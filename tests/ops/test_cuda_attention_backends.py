@@ -68,7 +68,7 @@ def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
 
 def check(actual: Tensor, q: Tensor, view: KVView, needs: Needs, window: int) -> None:
     """`actual` is as near to the float32 reference as the built-in op is asked to be, and near that op."""
-    where = (view.cache, LAYER, view.block_tables, view.cu_seqlens_q, view.lengths)
+    where = (view.cache, LAYER, view.block_tables, view.cu_seqlens_q, view.context_lens)
     rest = (needs.scale, needs.softcap, window)
     expected = reference.paged_attention(q.float(), *where, *rest)
     places = PLACES[needs.dtype]
@@ -96,11 +96,11 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
             sequences = random.sample(sequences, len(sequences))
         shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
         cache = Cache(sequences, *shape, needs.dtype)
-        lengths = [length for _, length in sequences]
-        step = StepLengths(cache.counts, lengths)
-        attend = backend.step(step, cache.block_tables, cache.lengths)
+        context_lens = [length for _, length in sequences]
+        step = StepLengths(cache.counts, context_lens)
+        attend = backend.step(step, cache.block_tables, cache.context_lens)
         places = torch.zeros(0, dtype=torch.int64)
-        where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.lengths, places)
+        where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, places)
         view = KVView(*where, step.decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
@@ -117,7 +117,7 @@ class Rows:
         self.cache = torch.full(shape, float("nan"), dtype=needs.dtype, device="cuda")
         self.cache[:, LAYER].normal_()
         self.block_tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
-        self.lengths = torch.ones(rows, dtype=torch.int32, device="cuda")
+        self.context_lens = torch.ones(rows, dtype=torch.int32, device="cuda")
         self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
         wide = (needs.heads + 2 * needs.kv_heads) * needs.head_dim
         self.fused = torch.zeros(rows, wide, dtype=needs.dtype, device="cuda")
@@ -126,13 +126,16 @@ class Rows:
 
     def change(self) -> list[int]:
         """Other queries, blocks and lengths; one row is the scratch row of a graph's padding."""
-        lengths = [1, *(random.randint(1, self.blocks * self.block) for _ in range(self.rows - 1))]
+        context_lens = [
+            1,
+            *(random.randint(1, self.blocks * self.block) for _ in range(self.rows - 1)),
+        ]
         order = torch.randperm(self.num_blocks - 1)[: self.block_tables.numel()] + 1
         self.block_tables.copy_(order.view_as(self.block_tables).int())
         self.block_tables[0] = 0
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.context_lens.copy_(torch.tensor(context_lens, dtype=torch.int32))
         self.fused.normal_()
-        return lengths
+        return context_lens
 
     def view(self, attend: attention.Attend) -> KVView:
         places = torch.zeros(0, dtype=torch.int64)
@@ -140,7 +143,7 @@ class Rows:
             self.cache,
             self.block_tables,
             self.cu_seqlens_q,
-            self.lengths,
+            self.context_lens,
             places,
             self.rows,
             attend,
@@ -158,7 +161,7 @@ def test_graphs_replay_for_any_lengths(made: tuple[Backend, Needs]) -> None:
         graph, outputs = torch.cuda.CUDAGraph(), {}
 
         def run(rows: Rows = rows, captured: Any = captured) -> dict[int, Tensor]:
-            view = rows.view(captured.attend(rows.block_tables, rows.lengths))
+            view = rows.view(captured.attend(rows.block_tables, rows.context_lens))
             return {
                 window: view.attend(rows.q, view, LAYER, needs.scale, needs.softcap, window)
                 for window in sorted(needs.windows)
@@ -189,7 +192,7 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     window = max(needs.windows)
 
     def run() -> Tensor:
-        view = rows.view(captured.attend(rows.block_tables, rows.lengths))
+        view = rows.view(captured.attend(rows.block_tables, rows.context_lens))
         return view.attend(rows.q, view, LAYER, needs.scale, needs.softcap, window)
 
     captured.plan([1] * 4)
@@ -197,19 +200,19 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
-    lengths = rows.change()
+    context_lens = rows.change()
     shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
-    whole = StepLengths(cache.counts, cache.lengths.tolist())
+    whole = StepLengths(cache.counts, cache.context_lens.tolist())
     places = torch.zeros(0, dtype=torch.int64)
-    where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.lengths, places)
+    where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, places)
     view = KVView(*where, whole.decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):
-        captured.plan(lengths)
+        captured.plan(context_lens)
         graph.replay()
         first = out.clone()
-        attend = backend.step(whole, cache.block_tables, cache.lengths)
+        attend = backend.step(whole, cache.block_tables, cache.context_lens)
         second = attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
         found.append((first, second))
     for first, second in found:

@@ -156,7 +156,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
             assert batch.kv.places[at:end].tolist() == [
                 held[row].blocks[i // block] * block + i % block for i in positions
             ]
-            assert batch.kv.lengths[s] == table.computed[row] == start + count
+            assert batch.kv.context_lens[s] == table.computed[row] == start + count
             last.append(end - 1)
             slots += [held[row].slot] * count
         assert batch.kv.cu_seqlens_q[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]

@@ -1,5 +1,5 @@
-// Checks and arguments of paged_attention. The values of block_tables, cu_seqlens_q and lengths are
-// not checked here: a GPU's stay on the GPU.
+// Checks and arguments of paged_attention. The values of block_tables, cu_seqlens_q and
+// context_lens are not checked here: a GPU's stay on the GPU.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ inline const int32_t* check_table(const char* op, const char* name, const Tensor
 // one of them has, and `out`, stay 0.
 template <class Args>
 Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t layer,
-                    const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& lengths,
-                    double scale, double softcap, int64_t window) {
+                    const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                    const Tensor& context_lens, double scale, double softcap, int64_t window) {
   using Count = decltype(Args::heads);
   check_layout(op, "q", q, 3);
   check_layout(op, "kv", kv, 6);
@@ -45,8 +45,8 @@ Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t l
   LORAX_CHECK(block > 0, op, ": kv must have blocks of at least one position");
   LORAX_CHECK(window >= 0, op, ": window ", window, " is negative");
   LORAX_CHECK(softcap >= 0, op, ": softcap ", softcap, " is negative");
-  const int64_t sequences = lengths.dim() == 1 ? lengths.size(0) : 0;
-  args.lengths = check_table(op, "lengths", lengths, 1, sequences);
+  const int64_t sequences = context_lens.dim() == 1 ? context_lens.size(0) : 0;
+  args.lengths = check_table(op, "context_lens", context_lens, 1, sequences);
   args.starts = check_table(op, "cu_seqlens_q", cu_seqlens_q, 1, sequences + 1);
   args.tables = check_table(op, "block_tables", block_tables, 2, sequences);
   args.table_stride = block_tables.stride(0);

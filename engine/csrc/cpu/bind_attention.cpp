@@ -34,11 +34,11 @@ void check_sequences(const char* op, const AttentionArgs& args, int64_t tokens, 
 }
 
 Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables,
-                            Tensor cu_seqlens_q, Tensor lengths, double scale, double softcap,
+                            Tensor cu_seqlens_q, Tensor context_lens, double scale, double softcap,
                             int64_t window, int64_t decodes) {
   const char* op = "paged_attention";
   AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, cu_seqlens_q,
-                                                     lengths, scale, softcap, window);
+                                                     context_lens, scale, softcap, window);
   const int64_t tokens = q.size(0);
   // one kernel serves all sequences, so it need not know which of them decode
   LORAX_CHECK(decodes >= 0 && decodes <= args.sequences, op, ": decodes ", decodes, " of ",

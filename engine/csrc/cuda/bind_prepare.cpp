@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
   Tensor positions = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor places = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor block_tables = empty(rows, {sequences, width}, ScalarType::Int);
-  Tensor lengths = empty(rows, {sequences}, ScalarType::Int);
+  Tensor context_lens = empty(rows, {sequences}, ScalarType::Int);
   PrepareArgs args{};
   args.computed = static_cast<int32_t*>(computed.mutable_data_ptr());
   args.computed_stride = computed.stride(0);
@@ -82,14 +82,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
   args.positions = static_cast<int64_t*>(positions.mutable_data_ptr());
   args.places = static_cast<int64_t*>(places.mutable_data_ptr());
   args.tables = static_cast<int32_t*>(block_tables.mutable_data_ptr());
-  args.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
+  args.lengths = static_cast<int32_t*>(context_lens.mutable_data_ptr());
   args.sequences = int(sequences);
   args.num_tokens = int(num_tokens);
   args.width = int(width);
   args.block = int(block);
   prepare_step(args, current_stream(rows));
   check_launch(op);
-  return {ids, positions, places, block_tables, lengths};
+  return {ids, positions, places, block_tables, context_lens};
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, wind
         layer,
         view.block_tables,
         view.cu_seqlens_q,
-        view.lengths,
+        view.context_lens,
         scale,
         softcap,
         window,
@@ -52,13 +52,13 @@ class Builtin:
 
     def start(self, room: Room) -> None: ...
 
-    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return attend
 
     def captured(self, rows: int) -> Captured:
         return self
 
-    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return attend
 
-    def plan(self, lengths: Iterable[int]) -> None: ...
+    def plan(self, context_lens: Iterable[int]) -> None: ...

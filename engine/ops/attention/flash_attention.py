@@ -26,7 +26,7 @@ class _Chunks:
     """The sequences of a step behind its decode tokens."""
 
     cu_seqlens_q: Tensor  # [C + 1] int32, from 0
-    cu_seqlens_k: Tensor  # [C + 1] int32: running sum of the lengths
+    cu_seqlens_k: Tensor  # [C + 1] int32: running sum of context_lens
     max_seqlen_q: int
     max_seqlen_k: int
 
@@ -57,7 +57,7 @@ class _Step:
                 q[:n, None],
                 keys,
                 values,
-                cache_seqlens=view.lengths[:n],
+                cache_seqlens=view.context_lens[:n],
                 block_table=view.block_tables[:n],
                 **options,
             )
@@ -84,10 +84,10 @@ class _Graph:
     def __init__(self, package: Any, rows: int) -> None:
         self.step = _Step(package, rows, None)
 
-    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return self.step
 
-    def plan(self, lengths: Iterable[int]) -> None: ...
+    def plan(self, context_lens: Iterable[int]) -> None: ...
 
 
 class FlashAttention:
@@ -122,7 +122,7 @@ class FlashAttention:
 
     def start(self, room: Room) -> None: ...
 
-    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         n = step.decodes
         counts = step.counts[n:]
         if not counts:
@@ -131,12 +131,12 @@ class FlashAttention:
         for count in counts:
             cu_seqlens_q.append(cu_seqlens_q[-1] + count)
         cu_seqlens_k = torch.zeros(len(cu_seqlens_q), dtype=torch.int32, device=block_tables.device)
-        torch.cumsum(lengths[n:], 0, dtype=torch.int32, out=cu_seqlens_k[1:])
+        torch.cumsum(context_lens[n:], 0, dtype=torch.int32, out=cu_seqlens_k[1:])
         chunks = _Chunks(
             _uploaded(cu_seqlens_q, block_tables.device),
             cu_seqlens_k,
             max(counts),
-            max(step.lengths[n:]),
+            max(step.context_lens[n:]),
         )
         return _Step(self.package, n, chunks)
 

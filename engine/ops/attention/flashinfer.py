@@ -101,15 +101,15 @@ class _Graph:
             self.wrappers[window] = wrapper
         self.copied = backend.mark()
 
-    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
-        self.pages.fill(block_tables, lengths, self.backend.block)
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
+        self.pages.fill(block_tables, context_lens, self.backend.block)
         return _Step(self.backend.needs, self.wrappers, {}, self.rows)
 
-    def plan(self, lengths: Iterable[int]) -> None:
+    def plan(self, context_lens: Iterable[int]) -> None:
         """The page arrays are the graph's own, so only the cut of the keys goes up."""
         backend = self.backend
         self.copied.synchronize()
-        indptr, last = backend.host_pages(list(lengths))
+        indptr, last = backend.host_pages(list(context_lens))
         for window, wrapper in self.wrappers.items():
             backend.package.fast_decode_plan(
                 wrapper,
@@ -198,10 +198,10 @@ class FlashInfer:
         """Plans a tiny step, which loads the kernels and, on a machine that has not got them yet, builds them."""
         logger.info("FlashInfer loads its kernels; the first time on a machine it builds them")
         started = time.perf_counter()
-        lengths = torch.ones(2, dtype=torch.int32, device=self.needs.device)
+        context_lens = torch.ones(2, dtype=torch.int32, device=self.needs.device)
         block_tables = torch.zeros(2, 1, dtype=torch.int32, device=self.needs.device)
         try:
-            self.step(StepLengths([1, 2], [1, 2]), block_tables, lengths)
+            self.step(StepLengths([1, 2], [1, 2]), block_tables, context_lens)
         except (RuntimeError, OSError) as error:
             raise ConfigError(
                 f"--attention-backend {self.name} could not build or load its kernels: {error}",
@@ -222,23 +222,23 @@ class FlashInfer:
             "sm_scale": needs.scale,
         }
 
-    def host_pages(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def host_pages(self, context_lens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """indptr and length of each last page, int32 in host memory."""
-        host = torch.tensor(lengths, dtype=torch.int32)
+        host = torch.tensor(context_lens, dtype=torch.int32)
         counts = (host + (self.block - 1)) // self.block
         return _running_sum(counts), host - (counts - 1) * self.block
 
     def _pinned(self, host: Tensor) -> Tensor:
         return host.pin_memory() if self.needs.device.type == "cuda" else host
 
-    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         self.copied.synchronize()
         n = step.decodes
         rows, blocks = block_tables.shape
         pages = Pages.empty(rows, blocks, block_tables.device)
-        pages.fill(block_tables, lengths, self.block)
+        pages.fill(block_tables, context_lens, self.block)
         # what a plan takes up to the device, from pinned memory, so that nothing waits
-        indptr, last = map(self._pinned, self.host_pages(step.lengths))
+        indptr, last = map(self._pinned, self.host_pages(step.context_lens))
         qo_indptr = self._pinned(_running_sum(step.counts[n:]))
         for window in self.plans:
             options = self.options(window)

@@ -28,16 +28,16 @@ class Pages(NamedTuple):
         """The same memory for fewer sequences."""
         return Pages(self.indptr[: rows + 1], self.indices, self.last[:rows])
 
-    def fill(self, block_tables: Tensor, lengths: Tensor, block: int) -> None:
-        """From `block_tables` [S, blocks] and `lengths` [S], int32 and above 0.
+    def fill(self, block_tables: Tensor, context_lens: Tensor, block: int) -> None:
+        """From `block_tables` [S, blocks] and `context_lens` [S], int32 and above 0.
 
         Runs on the device, so a graph may hold it.
         """
-        counts = (lengths + (block - 1)) // block
+        counts = (context_lens + (block - 1)) // block
         torch.cumsum(counts, 0, dtype=torch.int32, out=self.indptr[1:])
         column = torch.arange(block_tables.shape[1], dtype=torch.int32, device=block_tables.device)
         place = self.indptr[:-1, None] + column
         # entries past a sequence's end go to the last place, which nothing reads
         place = place.masked_fill(column >= counts[:, None], len(self.indices) - 1)
         self.indices.scatter_(0, place.flatten().long(), block_tables.flatten())
-        torch.sub(lengths, (counts - 1) * block, out=self.last)
+        torch.sub(context_lens, (counts - 1) * block, out=self.last)

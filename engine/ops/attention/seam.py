@@ -75,7 +75,7 @@ class StepLengths:
     """A step as the host knows it, one entry a sequence: decode tokens first, then chunks."""
 
     counts: Sequence[int]  # tokens of the step
-    lengths: Sequence[int]  # positions in the cache, with those of the step
+    context_lens: Sequence[int]  # positions of each sequence, this step's included
 
     @property
     def decodes(self) -> int:
@@ -93,7 +93,7 @@ class View(Protocol):
     @property
     def cu_seqlens_q(self) -> Tensor: ...  # [S + 1] int32
     @property
-    def lengths(self) -> Tensor: ...  # [S] int32
+    def context_lens(self) -> Tensor: ...  # [S] int32
     @property
     def decodes(self) -> int: ...  # so many first sequences have one token each
 
@@ -109,19 +109,22 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-# Makes the attention of a step from its block_tables and lengths, as in `View`.
+# Makes the attention of a step from its (block_tables, context_lens), as in `View`.
 Prepare = Callable[[Tensor, Tensor], Attend]
 
 
 class Captured(Protocol):
     """The attention of one captured graph: rows with one token each, and chunks if the backend captures any."""
 
-    def attend(self, block_tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
         """Called while the graph is captured: what it launches is part of the graph."""
         ...
 
-    def plan(self, lengths: Iterable[int]) -> None:
-        """Before the capture and each replay: lengths of the rows with one token, and with it. Waits for no step."""
+    def plan(self, context_lens: Iterable[int]) -> None:
+        """Called before the capture and before each replay. Waits for no step.
+
+        `context_lens`: of the rows with one token, that token included.
+        """
         ...
 
 
@@ -150,8 +153,8 @@ class Backend(Protocol):
         """Allocates, and builds what is built at first use; before any step. Raises ConfigError."""
         ...
 
-    def step(self, step: StepLengths, block_tables: Tensor, lengths: Tensor) -> Attend:
-        """The attention of a step that is launched now, kernel by kernel; `block_tables` and `lengths` as in `View`."""
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
+        """The attention of a step that is launched now, kernel by kernel. The tensors are those of `View`."""
         ...
 
     def captured(self, rows: int) -> Captured:
