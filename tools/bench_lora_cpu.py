@@ -144,17 +144,17 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
         t = ops.lora_shrink(xs[group], *records, args.rank * len(GROUPS[group][1]))
         ops.lora_expand_(ys[group], t, *records, GROUPS[group][1])
 
-    places = [(layer, group) for layer in range(LAYERS) for group in range(len(GROUPS))]
+    addresses = [(layer, group) for layer in range(LAYERS) for group in range(len(GROUPS))]
     runs: dict[str, Steps] = {
-        "plain read": plain_read(adapters.arena, len(places)),
-        "shrink and expand": [partial(both, *place) for place in places],
-        "base only": [partial(base_only, *place) for place in places],
+        "plain read": plain_read(adapters.arena, len(addresses)),
+        "shrink and expand": [partial(both, *place) for place in addresses],
+        "base only": [partial(base_only, *place) for place in addresses],
     }
     timings = interleaved(args.rounds, runs)
     title = f"LoRA, {args.adapters} adapters of rank {args.rank}, {tokens} tokens, {args.dtype}"
     report(title, adapters.num_bytes, timings, "plain read")
     print(
-        f"  a call that finds no adapter: {timings['base only'].undisturbed / 2 / len(places) * 1e6:.1f} us"
+        f"  a call that finds no adapter: {timings['base only'].undisturbed / 2 / len(addresses) * 1e6:.1f} us"
     )
     multiplied = (
         sum((k * len(splits) + sum(splits)) * args.rank for k, splits in GROUPS) * LAYERS * tokens

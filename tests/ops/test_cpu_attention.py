@@ -92,15 +92,15 @@ class Cache:
         )
 
 
-def check(cache: Cache, *, places: float = 0.0, **options: float) -> None:
+def check(cache: Cache, *, tolerance: float = 0.0, **options: float) -> None:
     before = cache.kv.clone()
     actual, expected = cache(**options), cache.expected(**options)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
-    places = (
-        places or {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
+    tolerance = (
+        tolerance or {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
     )
-    torch.testing.assert_close(actual, expected, rtol=places, atol=places)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.kv.nan_to_num(1234.0), before.nan_to_num(1234.0))
 
 
@@ -150,8 +150,8 @@ def test_cache_of_another_dtype() -> None:
 def test_large_scores() -> None:
     """Scores in the thousands: the softmax is about one key, and nothing overflows. float32 scores err by 2e-4."""
     cache = Cache([(1, 200), (9, 70)], 4, 2, 32, 16, torch.float32)
-    check(cache, scale=400.0, places=5e-3)
-    check(cache, scale=400.0, softcap=50.0, places=5e-3)
+    check(cache, scale=400.0, tolerance=5e-3)
+    check(cache, scale=400.0, softcap=50.0, tolerance=5e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 ops = torch.ops.lorax
 LAYERS, LAYER = 3, 1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PLACES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 class Cache:
@@ -104,8 +104,8 @@ def check(
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
-    places, n = PLACES[cache.q.dtype], cache.tokens
-    torch.testing.assert_close(actual[:n].float(), expected[:n], rtol=places, atol=places)
+    tolerance, n = TOLERANCES[cache.q.dtype], cache.tokens
+    torch.testing.assert_close(actual[:n].float(), expected[:n], rtol=tolerance, atol=tolerance)
 
 
 SHAPES = [(9, 3, 64), (4, 4, 80), (8, 1, 128), (32, 8, 128), (40, 2, 64)]

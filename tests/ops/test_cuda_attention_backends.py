@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.layers.batch import KVView
 from engine.ops import attention, reference
 from engine.ops.attention import Backend, Gpu, Needs, Room, StepLengths, choose
-from tests.ops.test_cuda_attention import LAYER, LAYERS, PLACES, Cache
+from tests.ops.test_cuda_attention import LAYER, LAYERS, TOLERANCES, Cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,11 +71,11 @@ def check(actual: Tensor, q: Tensor, view: KVView, needs: Needs, window: int) ->
     where = (view.cache, LAYER, view.block_tables, view.cu_seqlens_q, view.context_lens)
     rest = (needs.scale, needs.softcap, window)
     expected = reference.paged_attention(q.float(), *where, *rest)
-    places = PLACES[needs.dtype]
+    tolerance = TOLERANCES[needs.dtype]
     assert actual.is_contiguous() and actual.dtype == needs.dtype
-    torch.testing.assert_close(actual.float(), expected, rtol=places, atol=places)
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
     own = torch.ops.lorax.paged_attention(q, *where, *rest)
-    torch.testing.assert_close(actual, own, rtol=2 * places, atol=2 * places)
+    torch.testing.assert_close(actual, own, rtol=2 * tolerance, atol=2 * tolerance)
 
 
 SEQUENCES = {
