@@ -41,7 +41,7 @@ class Attention:
             self.cos_sin,
             batch.positions,
             kv.cache,
-            kv.places,
+            kv.slot_mapping,
             self.layer,
             self.interleaved,
         )

@@ -17,7 +17,7 @@ class KVView:
     block_tables: Tensor  # [S, at least the blocks of the longest] int32
     cu_seqlens_q: Tensor  # [S + 1] int32: first token of each sequence, then the end of the last
     context_lens: Tensor  # [S] int32: positions of each sequence, this step's included
-    places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
+    slot_mapping: Tensor  # [T] int64: where each token's k and v go: block * block_size + offset
     decodes: int  # so many first sequences have one token each; tokens behind the last sequence are padding
     attend: Attend = builtin_attend  # made for this step by the attention backend
 

@@ -70,17 +70,17 @@ def rope_store_kv_(
     cos_sin: Tensor,  # [max positions, rotary dim], float32: cosines, then sines
     positions: Tensor,  # [T] int64
     kv: Tensor,  # [blocks, layers, 2, block, G, D]
-    places: Tensor,  # [T] int64: block * block size + offset
+    slot_mapping: Tensor,  # [T] int64: block * block size + offset
     layer: int,
     interleaved: bool,
 ) -> None:
-    """Rotates q and k in place, then writes k and v to their places in the cache."""
+    """Rotates q and k in place, then stores k and v in the cache at `slot_mapping`."""
     if cos_sin.shape[-1]:
         cos, sin = cos_sin[positions].chunk(2, dim=-1)
         _rotate(q, cos, sin, interleaved)
         _rotate(k, cos, sin, interleaved)
     block = kv.shape[3]
-    index, offset = places // block, places % block
+    index, offset = slot_mapping // block, slot_mapping % block
     kv[index, layer, 0, offset] = k.to(kv.dtype)
     kv[index, layer, 1, offset] = v.to(kv.dtype)
 
@@ -152,7 +152,7 @@ def prepare_step_(
     block: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids[T], positions[T], places[T] int64, block_tables[S, width], context_lens[S] int32.
+    """ids[T], positions[T], slot_mapping[T] int64, block_tables[S, width], context_lens[S] int32.
 
     `computed` becomes `context_lens`.
 
@@ -169,8 +169,8 @@ def prepare_step_(
     positions = torch.where(inside, begin[owner] + at - cu_seqlens_q[owner], 0).long()
     row = index[owner]
     ids = torch.where(inside, tokens[row, positions], 0).long()
-    places = blocks[row, positions // block].long() * block + positions % block
-    return ids, positions, torch.where(inside, places, 0), blocks[index, :width], context_lens
+    slot_mapping = blocks[row, positions // block].long() * block + positions % block
+    return ids, positions, torch.where(inside, slot_mapping, 0), blocks[index, :width], context_lens
 
 
 def pick_greedy_(

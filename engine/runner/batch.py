@@ -145,7 +145,7 @@ class BatchBuilder:
     def expand(self, shape: Shape, longest: int, reach: Reach | None, prepare: Prepare) -> Step:
         """The step whose inputs were sent; each row counts on. `longest`: no sequence has more positions."""
         table, inputs = self.rows, self.inputs(shape)
-        ids, positions, places, block_tables, context_lens = ops.prepare_step_(
+        ids, positions, slot_mapping, block_tables, context_lens = ops.prepare_step_(
             table.computed,
             table.tokens,
             table.blocks,
@@ -158,7 +158,13 @@ class BatchBuilder:
         )
         attend = prepare(block_tables, context_lens)
         kv = KVView(
-            self.cache, block_tables, inputs.starts, context_lens, places, shape.decodes, attend
+            self.cache,
+            block_tables,
+            inputs.starts,
+            context_lens,
+            slot_mapping,
+            shape.decodes,
+            attend,
         )
         lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
         if not shape.chunks:

@@ -76,20 +76,20 @@ def random_step(num_rows: int = 12) -> Step:
 
 
 def by_hand(step: Step) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """(ids, positions and places; the used part of each table; computed afterwards), one token at a time."""
-    ids, positions, places, block_tables = [], [], [], []
+    """(ids, positions and slot_mapping; the used part of each table; computed afterwards), one token at a time."""
+    ids, positions, slot_mapping, block_tables = [], [], [], []
     computed = step.computed.tolist()
     for s, (row, first) in enumerate(zip(step.rows.tolist(), step.first.tolist(), strict=True)):
         at = computed[row] if first < 0 else first
         for _ in range(int(step.cu_seqlens_q[s + 1] - step.cu_seqlens_q[s])):
             ids.append(int(step.tokens[row, at]))
             positions.append(at)
-            places.append(int(step.blocks[row, at // BLOCK]) * BLOCK + at % BLOCK)
+            slot_mapping.append(int(step.blocks[row, at // BLOCK]) * BLOCK + at % BLOCK)
             at += 1
         block_tables.append(step.blocks[row, : -(-at // BLOCK)].tolist())
         computed[row] = at if row else 0
     padding = [0] * (step.num_tokens - len(ids))
-    return [ids + padding, positions + padding, places + padding], block_tables, computed
+    return [ids + padding, positions + padding, slot_mapping + padding], block_tables, computed
 
 
 def used(block_tables: Tensor, context_lens: Tensor) -> list[list[int]]:

@@ -142,7 +142,7 @@ def test_pages_and_block_tables_hold_the_same(block: int) -> None:
 
 
 class Scene:
-    """Sequences of (tokens, length) over a cache whose other places hold NaN, and the built-in op over them."""
+    """Sequences of (tokens, length) over a cache that holds NaN everywhere else, and the built-in op over them."""
 
     def __init__(self, sequences: list[tuple[int, int]], needs: Needs, block: int) -> None:
         needed = [-(-length // block) for _, length in sequences]
@@ -168,14 +168,14 @@ class Scene:
         self.needs = needs
 
     def view(self, attend: attention.Attend = attention.builtin_attend) -> KVView:
-        places = torch.zeros(0, dtype=torch.int64)
+        slot_mapping = torch.zeros(0, dtype=torch.int64)
         decodes = self.step.decodes
         return KVView(
             self.cache,
             self.block_tables,
             self.cu_seqlens_q,
             self.context_lens,
-            places,
+            slot_mapping,
             decodes,
             attend,
         )

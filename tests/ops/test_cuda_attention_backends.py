@@ -99,8 +99,8 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         context_lens = [length for _, length in sequences]
         step = StepLengths(cache.counts, context_lens)
         attend = backend.step(step, cache.block_tables, cache.context_lens)
-        places = torch.zeros(0, dtype=torch.int64)
-        where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, places)
+        slot_mapping = torch.zeros(0, dtype=torch.int64)
+        where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, slot_mapping)
         view = KVView(*where, step.decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
@@ -138,13 +138,13 @@ class Rows:
         return context_lens
 
     def view(self, attend: attention.Attend) -> KVView:
-        places = torch.zeros(0, dtype=torch.int64)
+        slot_mapping = torch.zeros(0, dtype=torch.int64)
         return KVView(
             self.cache,
             self.block_tables,
             self.cu_seqlens_q,
             self.context_lens,
-            places,
+            slot_mapping,
             self.rows,
             attend,
         )
@@ -204,8 +204,8 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
     whole = StepLengths(cache.counts, cache.context_lens.tolist())
-    places = torch.zeros(0, dtype=torch.int64)
-    where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, places)
+    slot_mapping = torch.zeros(0, dtype=torch.int64)
+    where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, slot_mapping)
     view = KVView(*where, whole.decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):

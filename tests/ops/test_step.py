@@ -28,11 +28,11 @@ using namespace lorax::cuda;
 extern "C" void prepare(int32_t* computed, int64_t computed_stride, const int32_t* tokens,
                         int64_t tokens_stride, const int32_t* blocks, int64_t blocks_stride,
                         const int32_t* rows, const int32_t* first, const int32_t* cu_seqlens_q,
-                        int64_t* ids, int64_t* positions, int64_t* places, int32_t* block_tables,
+                        int64_t* ids, int64_t* positions, int64_t* slot_mapping, int32_t* block_tables,
                         int32_t* context_lens, int sequences, int num_tokens, int width, int block,
                         int threads) {
   const PrepareArgs args{computed, computed_stride, tokens, tokens_stride, blocks, blocks_stride,
-                         rows, first, cu_seqlens_q, ids, positions, places, block_tables, context_lens,
+                         rows, first, cu_seqlens_q, ids, positions, slot_mapping, block_tables, context_lens,
                          sequences, num_tokens, width, block};
   for (int s = 0; s < sequences; ++s) {
     const std::vector<int> from(threads, first_position(args, s));

@@ -153,7 +153,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
             positions = [*range(start, start + count)]
             assert batch.positions[at:end].tolist() == positions
             assert batch.ids[at:end].tolist() == [held[row].tokens[i] for i in positions]
-            assert batch.kv.places[at:end].tolist() == [
+            assert batch.kv.slot_mapping[at:end].tolist() == [
                 held[row].blocks[i // block] * block + i % block for i in positions
             ]
             assert batch.kv.context_lens[s] == table.computed[row] == start + count

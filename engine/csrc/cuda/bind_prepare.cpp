@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
               " do not fit blocks ", shape_of(blocks));
   Tensor ids = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor positions = empty(rows, {num_tokens}, ScalarType::Long);
-  Tensor places = empty(rows, {num_tokens}, ScalarType::Long);
+  Tensor slot_mapping = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor block_tables = empty(rows, {sequences, width}, ScalarType::Int);
   Tensor context_lens = empty(rows, {sequences}, ScalarType::Int);
   PrepareArgs args{};
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
   args.starts = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
   args.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   args.positions = static_cast<int64_t*>(positions.mutable_data_ptr());
-  args.places = static_cast<int64_t*>(places.mutable_data_ptr());
+  args.places = static_cast<int64_t*>(slot_mapping.mutable_data_ptr());
   args.tables = static_cast<int32_t*>(block_tables.mutable_data_ptr());
   args.lengths = static_cast<int32_t*>(context_lens.mutable_data_ptr());
   args.sequences = int(sequences);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
   args.block = int(block);
   prepare_step(args, current_stream(rows));
   check_launch(op);
-  return {ids, positions, places, block_tables, context_lens};
+  return {ids, positions, slot_mapping, block_tables, context_lens};
 }
 
 }  // namespace

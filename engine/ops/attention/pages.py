@@ -36,8 +36,8 @@ class Pages(NamedTuple):
         counts = (context_lens + (block - 1)) // block
         torch.cumsum(counts, 0, dtype=torch.int32, out=self.indptr[1:])
         column = torch.arange(block_tables.shape[1], dtype=torch.int32, device=block_tables.device)
-        place = self.indptr[:-1, None] + column
-        # entries past a sequence's end go to the last place, which nothing reads
-        place = place.masked_fill(column >= counts[:, None], len(self.indices) - 1)
-        self.indices.scatter_(0, place.flatten().long(), block_tables.flatten())
+        target = self.indptr[:-1, None] + column
+        # entries past a sequence's end go to the last element, which nothing reads
+        target = target.masked_fill(column >= counts[:, None], len(self.indices) - 1)
+        self.indices.scatter_(0, target.flatten().long(), block_tables.flatten())
         torch.sub(context_lens, (counts - 1) * block, out=self.last)
