@@ -95,13 +95,13 @@ def paged_attention(
     scale: float,
     softcap: float,
     window: int,
-    decodes: int = 0,
+    num_decodes: int = 0,
 ) -> Tensor:
     """Causal attention; the queries of a sequence are its last positions. Softmax in float32.
 
-    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2). `decodes` is
-    for kernels that treat sequences of one token apart; it changes no result. Tokens behind the last sequence are
-    padding: what they get is not defined.
+    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2). `num_decodes`
+    is for kernels that treat sequences of one token separately; it changes no result. Tokens after the last sequence
+    are padding, and their output is not defined.
     """
     out = torch.empty_like(q)
     block, groups = kv.shape[3], kv.shape[4]

@@ -27,10 +27,10 @@ SCHEMAS = {
         " int layer, bool interleaved) -> ()"
     ),
     # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off; each of the first
-    # `decodes` sequences is known to have one token
+    # `num_decodes` sequences is known to have one token
     "paged_attention": (
         "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor cu_seqlens_q, Tensor context_lens, float scale,"
-        " float softcap, int window, int decodes=0) -> Tensor"
+        " float softcap, int window, int num_decodes=0) -> Tensor"
     ),
     # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
     # (destination, count, source) at the end of `patch`, the last one first

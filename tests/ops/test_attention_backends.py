@@ -111,9 +111,9 @@ def test_kernels_that_cannot_be_built_are_refused() -> None:
 
 
 def test_decodes_are_the_leading_sequences_of_one_token() -> None:
-    assert StepLengths([1, 1, 5, 1], [3, 4, 9, 9]).decodes == 2
-    assert StepLengths([1, 1], [3, 4]).decodes == 2
-    assert StepLengths([7, 1], [7, 4]).decodes == 0
+    assert StepLengths([1, 1, 5, 1], [3, 4, 9, 9]).num_decodes == 2
+    assert StepLengths([1, 1], [3, 4]).num_decodes == 2
+    assert StepLengths([7, 1], [7, 4]).num_decodes == 0
 
 
 @pytest.mark.parametrize("block", [1, 16, 256])
@@ -169,14 +169,14 @@ class Scene:
 
     def view(self, attend: attention.Attend = attention.builtin_attend) -> KVView:
         slot_mapping = torch.zeros(0, dtype=torch.int64)
-        decodes = self.step.decodes
+        num_decodes = self.step.num_decodes
         return KVView(
             self.cache,
             self.block_tables,
             self.cu_seqlens_q,
             self.context_lens,
             slot_mapping,
-            decodes,
+            num_decodes,
             attend,
         )
 

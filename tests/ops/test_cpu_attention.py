@@ -227,8 +227,8 @@ BAD = [
     ({"context_lens": torch.tensor([40, 9])}, "context_lens must"),
     ({"window": -1}, "window"),
     ({"softcap": -1.0}, "softcap"),
-    ({"decodes": -1}, "decodes"),
-    ({"decodes": 3}, "decodes 3 of 2 sequences"),
+    ({"num_decodes": -1}, "num_decodes"),
+    ({"num_decodes": 3}, "num_decodes 3 of 2 sequences"),
 ]
 
 

@@ -70,10 +70,10 @@ class Cache:
             self.block_tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
 
     def __call__(
-        self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, decodes: int = 0
+        self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, num_decodes: int = 0
     ) -> Tensor:
         where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.context_lens)
-        return ops.paged_attention(self.q, *where, scale, softcap, window, decodes)
+        return ops.paged_attention(self.q, *where, scale, softcap, window, num_decodes)
 
     def part(self, s: int) -> Tensor:
         """Sequence s computed alone."""
@@ -97,9 +97,9 @@ def check(
     scale: float = 0.125,
     softcap: float = 0.0,
     window: int = 0,
-    decodes: int = 0,
+    num_decodes: int = 0,
 ) -> None:
-    actual = cache(scale=scale, softcap=softcap, window=window, decodes=decodes)
+    actual = cache(scale=scale, softcap=softcap, window=window, num_decodes=num_decodes)
     where = (cache.kv, LAYER, cache.whole_block_tables, cache.cu_seqlens_q, cache.context_lens)
     expected = reference.paged_attention(cache.q.float(), *where, scale, softcap, window)
     assert actual.is_contiguous()
@@ -185,15 +185,17 @@ def test_softcap_and_window(dtype: torch.dtype, softcap: float, window: int) -> 
 def test_queries_that_are_not_aligned(dtype: torch.dtype, skew: int) -> None:
     sequences = [(1, 30), (1, 1), (70, 90), (5, 5), (0, 1)]
     for size in (24, 64, 128, 256):
-        check(Cache(sequences, 6, 2, size, 16, dtype, skew=skew, padding=3), decodes=2)
+        check(Cache(sequences, 6, 2, size, 16, dtype, skew=skew, padding=3), num_decodes=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_sequences(dtype: torch.dtype) -> None:
     """More than the prefill kernel has threads, some without tokens."""
     sequences = [(s % 4, 3 + s % 40) for s in range(300)] + [(200, 210), (0, 1), (1, 1)]
-    for decodes in (0, 70):
-        check(Cache([(1, 5)] * decodes + sequences, 4, 2, 32, 16, dtype), decodes=decodes)
+    for num_decodes in (0, 70):
+        check(
+            Cache([(1, 5)] * num_decodes + sequences, 4, 2, 32, 16, dtype), num_decodes=num_decodes
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,11 +254,12 @@ def test_decodes_ahead_of_chunks(
         for padding in (0, 150):
             sequences = decodes[:count] + chunks
             check(
-                Cache(sequences, heads, groups, size, block, dtype, padding=padding), decodes=count
+                Cache(sequences, heads, groups, size, block, dtype, padding=padding),
+                num_decodes=count,
             )
-    check(Cache([*decodes, (0, 1)], heads, groups, size, block, dtype, padding=9), decodes=5)
+    check(Cache([*decodes, (0, 1)], heads, groups, size, block, dtype, padding=9), num_decodes=5)
     nothing = [*decodes, (0, 0), (0, 0)]
-    check(Cache(nothing, heads, groups, size, block, dtype, padding=150), decodes=5)
+    check(Cache(nothing, heads, groups, size, block, dtype, padding=150), num_decodes=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -265,7 +268,7 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
     """Bit for bit alone, among decodes, and in a mixed batch of any padding; so is a chunk."""
     decodes, chunks = [(1, 700), (1, 40), (1, 5000), (1, 1)], [(70, 600), (9, 9), (0, 1)]
     mixed = Cache(decodes + chunks, 8, 2, 128, 16, dtype, padding=50)
-    whole = mixed(window=window, decodes=len(decodes))
+    whole = mixed(window=window, num_decodes=len(decodes))
     n = len(decodes)
     where = (
         mixed.kv,
@@ -294,8 +297,8 @@ def test_a_decode_is_the_same_beside_chunks(dtype: torch.dtype, window: int) -> 
 
 
 def test_more_decodes_than_sequences_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="decodes 4 of 3 sequences"):
-        Cache([(1, 40), (1, 3), (5, 5)], 4, 2, 32, 16, torch.bfloat16)(decodes=4)
+    with pytest.raises(RuntimeError, match="num_decodes 4 of 3 sequences"):
+        Cache([(1, 40), (1, 3), (5, 5)], 4, 2, 32, 16, torch.bfloat16)(num_decodes=4)
 
 
 def test_no_queries() -> None:

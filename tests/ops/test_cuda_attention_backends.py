@@ -101,7 +101,7 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         attend = backend.step(step, cache.block_tables, cache.context_lens)
         slot_mapping = torch.zeros(0, dtype=torch.int64)
         where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, slot_mapping)
-        view = KVView(*where, step.decodes, attend)
+        view = KVView(*where, step.num_decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
             check(actual, cache.q, view, needs, window)
@@ -206,7 +206,7 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     whole = StepLengths(cache.counts, cache.context_lens.tolist())
     slot_mapping = torch.zeros(0, dtype=torch.int64)
     where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, slot_mapping)
-    view = KVView(*where, whole.decodes)
+    view = KVView(*where, whole.num_decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):
         captured.plan(context_lens)

@@ -146,7 +146,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
         reach = Reach(1, [[True], [True]])
         batch, rows, lengths = builder.expand(shape, 400, reach, attention.attend)
         ahead = shape.decodes - len(step.decode)
-        assert batch.kv.decodes == shape.decodes
+        assert batch.kv.num_decodes == shape.decodes
         last, slots = [], []
         for s, (row, start, count) in enumerate(new, ahead):
             at, end = int(batch.kv.cu_seqlens_q[s]), int(batch.kv.cu_seqlens_q[s + 1])

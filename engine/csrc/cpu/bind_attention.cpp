@@ -35,14 +35,14 @@ void check_sequences(const char* op, const AttentionArgs& args, int64_t tokens, 
 
 Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables,
                             Tensor cu_seqlens_q, Tensor context_lens, double scale, double softcap,
-                            int64_t window, int64_t decodes) {
+                            int64_t window, int64_t num_decodes) {
   const char* op = "paged_attention";
   AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, cu_seqlens_q,
                                                      context_lens, scale, softcap, window);
   const int64_t tokens = q.size(0);
   // one kernel serves all sequences, so it need not know which of them decode
-  LORAX_CHECK(decodes >= 0 && decodes <= args.sequences, op, ": decodes ", decodes, " of ",
-              args.sequences, " sequences");
+  LORAX_CHECK(num_decodes >= 0 && num_decodes <= args.sequences, op, ": num_decodes ", num_decodes,
+              " of ", args.sequences, " sequences");
   check_sequences(op, args, tokens, block_tables.size(1), kv.size(0));
 
   Tensor out = empty(q, {tokens, args.heads, args.size}, q.scalar_type());

@@ -12,7 +12,7 @@ namespace {
 
 Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables,
                             Tensor cu_seqlens_q, Tensor context_lens, double scale, double softcap,
-                            int64_t window, int64_t decodes) {
+                            int64_t window, int64_t num_decodes) {
   const char* op = "paged_attention";
   AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, cu_seqlens_q,
                                                      context_lens, scale, softcap, window);
@@ -24,11 +24,11 @@ Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tab
   for (const Tensor* t : {&kv, &block_tables, &cu_seqlens_q, &context_lens})
     LORAX_CHECK(t->get_device() == q.get_device(), op, ": all tensors must be on the GPU of q");
   LORAX_CHECK(tokens == 0 || sequences > 0, op, ": ", tokens, " tokens without a sequence");
-  LORAX_CHECK(decodes >= 0 && decodes <= std::min(tokens, sequences), op, ": decodes ", decodes,
-              " of ", sequences, " sequences and ", tokens, " tokens");
+  LORAX_CHECK(num_decodes >= 0 && num_decodes <= std::min(tokens, sequences), op, ": num_decodes ",
+              num_decodes, " of ", sequences, " sequences and ", tokens, " tokens");
   args.tokens = int(tokens);
   // as many tokens as sequences: one for each, or a few without any, which the kernel sees
-  args.decodes = int(tokens == sequences ? tokens : decodes);
+  args.decodes = int(tokens == sequences ? tokens : num_decodes);
 
   Tensor out = empty(q, {tokens, heads, size}, q.scalar_type());
   args.out = out.mutable_data_ptr();

@@ -27,7 +27,7 @@ def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, wind
         scale,
         softcap,
         window,
-        view.decodes,
+        view.num_decodes,
     )
 
 

@@ -33,16 +33,16 @@ class _Chunks:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step: `decodes` sequences of one token, then chunks."""
+    """One step: `num_decodes` sequences of one token, then chunks."""
 
     package: Any
-    decodes: int
+    num_decodes: int
     chunks: _Chunks | None
 
     def __call__(
         self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
     ) -> Tensor:
-        n = self.decodes
+        n = self.num_decodes
         keys, values = view.cache[:, layer, 0], view.cache[:, layer, 1]
         options = {
             "softmax_scale": scale,
@@ -123,7 +123,7 @@ class FlashAttention:
     def start(self, room: Room) -> None: ...
 
     def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
-        n = step.decodes
+        n = step.num_decodes
         counts = step.counts[n:]
         if not counts:
             return _Step(self.package, n, None)

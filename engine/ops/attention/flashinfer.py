@@ -54,17 +54,17 @@ def _left(window: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step: `decodes` sequences of one token, then chunks. Wrappers are by window, planned for this step."""
+    """One step: `num_decodes` sequences of one token, then chunks. Wrappers are by window, planned for this step."""
 
     needs: Needs
     decode: Mapping[int, Any]
     prefill: Mapping[int, Any]
-    decodes: int
+    num_decodes: int
 
     def __call__(
         self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
     ) -> Tensor:
-        needs, n = self.needs, self.decodes
+        needs, n = self.needs, self.num_decodes
         assert (scale, softcap) == (needs.scale, needs.softcap), "the plan says otherwise"
         cache = view.cache[:, layer, 0], view.cache[:, layer, 1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -233,7 +233,7 @@ class FlashInfer:
 
     def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         self.copied.synchronize()
-        n = step.decodes
+        n = step.num_decodes
         rows, blocks = block_tables.shape
         pages = Pages.empty(rows, blocks, block_tables.device)
         pages.fill(block_tables, context_lens, self.block)

@@ -78,7 +78,7 @@ class StepLengths:
     context_lens: Sequence[int]  # positions of each sequence, this step's included
 
     @property
-    def decodes(self) -> int:
+    def num_decodes(self) -> int:
         """How many sequences, from the first on, have one token."""
         return next((i for i, count in enumerate(self.counts) if count != 1), len(self.counts))
 
@@ -95,7 +95,7 @@ class View(Protocol):
     @property
     def context_lens(self) -> Tensor: ...  # [S] int32
     @property
-    def decodes(self) -> int: ...  # so many first sequences have one token each
+    def num_decodes(self) -> int: ...  # the first `num_decodes` sequences have one token each
 
 
 class Attend(Protocol):
