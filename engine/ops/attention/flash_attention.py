@@ -124,18 +124,18 @@ class FlashAttention:
 
     def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         n = step.num_decodes
-        counts = step.counts[n:]
-        if not counts:
+        query_lens = step.query_lens[n:]
+        if not query_lens:
             return _Step(self.package, n, None)
         cu_seqlens_q = [0]
-        for count in counts:
-            cu_seqlens_q.append(cu_seqlens_q[-1] + count)
+        for length in query_lens:
+            cu_seqlens_q.append(cu_seqlens_q[-1] + length)
         cu_seqlens_k = torch.zeros(len(cu_seqlens_q), dtype=torch.int32, device=block_tables.device)
         torch.cumsum(context_lens[n:], 0, dtype=torch.int32, out=cu_seqlens_k[1:])
         chunks = _Chunks(
             _uploaded(cu_seqlens_q, block_tables.device),
             cu_seqlens_k,
-            max(counts),
+            max(query_lens),
             max(step.context_lens[n:]),
         )
         return _Step(self.package, n, chunks)

@@ -239,7 +239,7 @@ class FlashInfer:
         pages.fill(block_tables, context_lens, self.block)
         # what a plan takes up to the device, from pinned memory, so that nothing waits
         indptr, last = map(self._pinned, self.host_pages(step.context_lens))
-        qo_indptr = self._pinned(_running_sum(step.counts[n:]))
+        qo_indptr = self._pinned(_running_sum(step.query_lens[n:]))
         for window in self.plans:
             options = self.options(window)
             if n:

@@ -74,13 +74,14 @@ class KVFormat:
 class StepLengths:
     """A step as the host knows it, one entry a sequence: decode tokens first, then chunks."""
 
-    counts: Sequence[int]  # tokens of the step
+    query_lens: Sequence[int]  # tokens of the step
     context_lens: Sequence[int]  # positions of each sequence, this step's included
 
     @property
     def num_decodes(self) -> int:
-        """How many sequences, from the first on, have one token."""
-        return next((i for i, count in enumerate(self.counts) if count != 1), len(self.counts))
+        """The number of leading sequences with one token."""
+        longer = (i for i, length in enumerate(self.query_lens) if length != 1)
+        return next(longer, len(self.query_lens))
 
 
 class View(Protocol):
