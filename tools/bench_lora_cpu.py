@@ -164,7 +164,7 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Decode: one query of each sequence against its keys and values, layer after layer."""
-    block = 32
+    block_size = 32
 
     def attend(
         q: Tensor, rows: tuple[Tensor, Tensor, Tensor], kv: Tensor
@@ -175,10 +175,10 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         ]
 
     for sequences, length in ((16, 1024), (1, 8192), (64, 128)):
-        per_sequence = (length + block - 1) // block
+        per_sequence = (length + block_size - 1) // block_size
         num_blocks = sequences * per_sequence + 1
         kv = torch.empty(
-            num_blocks, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM, dtype=dtype
+            num_blocks, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM, dtype=dtype
         ).normal_()
         block_tables = (
             torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
@@ -197,8 +197,10 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         report(title, kv.nbytes, timings, "plain read")
 
     tokens = 512
-    kv = torch.randn(1 + tokens // block, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM).to(dtype)
-    table = torch.arange(1, 1 + tokens // block, dtype=torch.int32)[None]
+    kv = torch.randn(
+        1 + tokens // block_size, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM
+    ).to(dtype)
+    table = torch.arange(1, 1 + tokens // block_size, dtype=torch.int32)[None]
     rows = (
         table,
         torch.tensor([0, tokens], dtype=torch.int32),

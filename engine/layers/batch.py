@@ -13,7 +13,7 @@ from engine.ops.attention import Attend, builtin_attend
 class KVView:
     """The KV cache as one step sees it. Tokens after the last sequence are padding."""
 
-    cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
+    cache: Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     block_tables: Tensor  # [S, at least the blocks of the longest] int32
     cu_seqlens_q: Tensor  # [S + 1] int32: first token of each sequence, then the end of the last
     context_lens: Tensor  # [S] int32: positions of each sequence, this step's included

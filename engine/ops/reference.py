@@ -69,8 +69,8 @@ def rope_store_kv_(
     v: Tensor,  # [T, G, D]
     cos_sin: Tensor,  # [max positions, rotary dim], float32: cosines, then sines
     positions: Tensor,  # [T] int64
-    kv: Tensor,  # [blocks, layers, 2, block, G, D]
-    slot_mapping: Tensor,  # [T] int64: block * block size + offset
+    kv: Tensor,  # [blocks, layers, 2, block_size, G, D]
+    slot_mapping: Tensor,  # [T] int64: block * block_size + offset
     layer: int,
     interleaved: bool,
 ) -> None:
@@ -79,15 +79,15 @@ def rope_store_kv_(
         cos, sin = cos_sin[positions].chunk(2, dim=-1)
         _rotate(q, cos, sin, interleaved)
         _rotate(k, cos, sin, interleaved)
-    block = kv.shape[3]
-    index, offset = slot_mapping // block, slot_mapping % block
+    block_size = kv.shape[3]
+    index, offset = slot_mapping // block_size, slot_mapping % block_size
     kv[index, layer, 0, offset] = k.to(kv.dtype)
     kv[index, layer, 1, offset] = v.to(kv.dtype)
 
 
 def paged_attention(
     q: Tensor,  # [T, H, D]
-    kv: Tensor,  # [blocks, layers, 2, block, G, D]
+    kv: Tensor,  # [blocks, layers, 2, block_size, G, D]
     layer: int,
     block_tables: Tensor,  # [S, blocks of the longest] int32
     cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence
@@ -104,14 +104,14 @@ def paged_attention(
     are padding, and their output is not defined.
     """
     out = torch.empty_like(q)
-    block, groups = kv.shape[3], kv.shape[4]
+    block_size, groups = kv.shape[3], kv.shape[4]
     bounds = cu_seqlens_q.tolist()
     for s, length in enumerate(context_lens.tolist()):
         first, last = bounds[s], bounds[s + 1]
         if first == last:
             continue
-        table = block_tables[s, : (length + block - 1) // block].long()
-        pages = kv[table, layer]  # [blocks, 2, block, G, D]
+        table = block_tables[s, : (length + block_size - 1) // block_size].long()
+        pages = kv[table, layer]  # [blocks, 2, block_size, G, D]
         k = pages[:, 0].flatten(0, 1)[:length].float()
         v = pages[:, 1].flatten(0, 1)[:length].float()
         repeats = q.shape[1] // groups
@@ -149,10 +149,10 @@ def prepare_step_(
     first: Tensor,  # [S] int32: position of the first new token; below 0: where the row is
     cu_seqlens_q: Tensor,  # [S + 1] int32: first new token of each sequence
     num_tokens: int,  # T; those behind the last sequence are padding
-    block: int,
-    width: int,
+    block_size: int,
+    max_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids[T], positions[T], slot_mapping[T] int64, block_tables[S, width], context_lens[S] int32.
+    """ids[T], positions[T], slot_mapping[T] int64, block_tables[S, max_blocks], context_lens[S] int32.
 
     `computed` becomes `context_lens`.
 
@@ -169,8 +169,9 @@ def prepare_step_(
     positions = torch.where(inside, begin[owner] + at - cu_seqlens_q[owner], 0).long()
     row = index[owner]
     ids = torch.where(inside, tokens[row, positions], 0).long()
-    slot_mapping = blocks[row, positions // block].long() * block + positions % block
-    return ids, positions, torch.where(inside, slot_mapping, 0), blocks[index, :width], context_lens
+    slots = blocks[row, positions // block_size].long() * block_size + positions % block_size
+    slot_mapping = torch.where(inside, slots, 0)
+    return ids, positions, slot_mapping, blocks[index, :max_blocks], context_lens
 
 
 def pick_greedy_(

@@ -35,11 +35,11 @@ SCHEMAS = {
     # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
     # (destination, count, source) at the end of `patch`, the last one first
     "write_runs_": "(Tensor(a!) words, Tensor patch, int runs) -> ()",
-    # ids, positions and slot_mapping of the T new tokens of S sequences; their block_tables[S, width] and
+    # ids, positions and slot_mapping of the T new tokens of S sequences; their block_tables[S, max_blocks] and
     # context_lens[S]; counts `computed` on
     "prepare_step_": (
         "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,"
-        " int num_tokens, int block, int width)"
+        " int num_tokens, int block_size, int max_blocks)"
         " -> (Tensor ids, Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor context_lens)"
     ),
     # the largest logit's column of every row, also written to tokens[rows, lengths]

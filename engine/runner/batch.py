@@ -79,7 +79,7 @@ class BatchBuilder:
     ) -> None:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention
-        self.block = cache.shape[3]
+        self.block_size = cache.shape[3]
         self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
         self.decode = Description([], [], [], [])
         self._reached: tuple[Description, Reach | None] = (
@@ -153,8 +153,8 @@ class BatchBuilder:
             inputs.first,
             inputs.starts,
             shape.tokens,
-            self.block,
-            -(-longest // self.block),
+            self.block_size,
+            -(-longest // self.block_size),
         )
         attend = prepare(block_tables, context_lens)
         kv = KVView(

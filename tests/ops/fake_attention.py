@@ -64,14 +64,14 @@ class _Wrapper:
         self.qo_indptr, self.planned = qo_indptr, (indptr - indptr[0], last)
 
     def _run(self, q: Tensor, cache: tuple[Tensor, Tensor], out: Tensor) -> None:
-        heads, kv_heads, size, block = self.shape
-        assert cache[0].shape[1:] == (block, kv_heads, size)
+        heads, kv_heads, size, block_size = self.shape
+        assert cache[0].shape[1:] == (block_size, kv_heads, size)
         assert len(q) == self.qo_indptr[-1] and q.shape[1:] == (heads, size)
         indptr, indices, last = self.pages
         assert torch.equal(indptr - indptr[0], self.planned[0])
         assert torch.equal(last, self.planned[1])
         counts = indptr.diff()
-        context_lens = (counts - 1) * block + last
+        context_lens = (counts - 1) * block_size + last
         block_tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
         for s, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
             block_tables[s, : end - first] = indices[first:end]

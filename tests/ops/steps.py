@@ -22,8 +22,8 @@ class Step:
     first: Tensor
     cu_seqlens_q: Tensor
     num_tokens: int
-    block: int = BLOCK
-    width: int = BLOCKS
+    block_size: int = BLOCK
+    max_blocks: int = BLOCKS
 
     @property
     def arguments(self) -> list[object]:

@@ -30,23 +30,25 @@ class Cache:
         heads: int,
         groups: int,
         size: int,
-        block: int,
+        block_size: int,
         dtype: torch.dtype,
         *,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        needed = [(length + block - 1) // block for _, length in sequences]
+        needed = [(length + block_size - 1) // block_size for _, length in sequences]
         order = list(range(1, sum(needed) + 3))
         random.shuffle(order)
         self.kv = torch.full(
-            (len(order) + 1, LAYERS, 2, block, groups, size), float("nan"), dtype=kv_dtype or dtype
+            (len(order) + 1, LAYERS, 2, block_size, groups, size),
+            float("nan"),
+            dtype=kv_dtype or dtype,
         )
         self.block_tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             table, order = order[:count], order[count:]
             self.block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
-                used = min(block, length - i * block)
+                used = min(block_size, length - i * block_size)
                 self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(
                     self.kv.dtype
                 )
@@ -62,10 +64,10 @@ class Cache:
 
     def forget(self, window: int) -> None:
         """Gives back the blocks that no query of the step sees."""
-        block = self.kv.shape[3]
+        block_size = self.kv.shape[3]
         for s, length in enumerate(self.context_lens.tolist()):
             queries = int(self.cu_seqlens_q[s + 1] - self.cu_seqlens_q[s])
-            self.block_tables[s, : max(length - queries - window + 1, 0) // block] = -7
+            self.block_tables[s, : max(length - queries - window + 1, 0) // block_size] = -7
 
     def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
         where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.context_lens)
@@ -105,12 +107,14 @@ def check(cache: Cache, *, tolerance: float = 0.0, **options: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [16, 32, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 256])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
-def test_mixed_batch(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+def test_mixed_batch(
+    dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int
+) -> None:
     """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
     sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
-    check(Cache(sequences, heads, groups, size, block, dtype))
+    check(Cache(sequences, heads, groups, size, block_size, dtype))
 
 
 @pytest.mark.parametrize(
@@ -183,15 +187,20 @@ def test_chunked_is_whole(dtype: torch.dtype, isa: str) -> None:
 
 def test_block_size_and_place_do_not_matter() -> None:
     """Bit for bit: the same keys and values in blocks of 16, 32 and 256."""
-    caches = [Cache([(3, 400), (1, 77)], 4, 2, 64, block, torch.float32) for block in (16, 32, 256)]
+    caches = [
+        Cache([(3, 400), (1, 77)], 4, 2, 64, block_size, torch.float32)
+        for block_size in (16, 32, 256)
+    ]
     first = caches[0]
     for other in caches[1:]:
         other.q.copy_(first.q)
         for s, length in enumerate(first.context_lens.tolist()):
             for at in range(length):
                 source = first.kv[first.block_tables[s, at // 16], LAYER, :, at % 16]
-                block = other.kv.shape[3]
-                other.kv[other.block_tables[s, at // block], LAYER, :, at % block] = source
+                block_size = other.kv.shape[3]
+                other.kv[other.block_tables[s, at // block_size], LAYER, :, at % block_size] = (
+                    source
+                )
         assert torch.equal(other(), first())
 
 

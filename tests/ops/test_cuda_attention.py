@@ -31,23 +31,23 @@ class Cache:
         heads: int,
         groups: int,
         size: int,
-        block: int,
+        block_size: int,
         dtype: torch.dtype,
         *,
         kv_dtype: torch.dtype | None = None,
         padding: int = 0,
         skew: int = 0,
     ) -> None:
-        needed = [(length + block - 1) // block for _, length in sequences]
+        needed = [(length + block_size - 1) // block_size for _, length in sequences]
         order = list(range(1, sum(needed) + 3))
         random.shuffle(order)
-        kv = torch.full((len(order) + 1, LAYERS, 2, block, groups, size), float("nan"))
+        kv = torch.full((len(order) + 1, LAYERS, 2, block_size, groups, size), float("nan"))
         block_tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             table, order = order[:count], order[count:]
             block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
-                used = min(block, length - i * block)
+                used = min(block_size, length - i * block_size)
                 kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size)
         self.kv = kv.to(kv_dtype or dtype).cuda()
         self.whole_block_tables = block_tables.cuda()
@@ -65,9 +65,9 @@ class Cache:
 
     def forget(self, window: int) -> None:
         """Gives back the blocks that no query of the step sees."""
-        block = self.kv.shape[3]
+        block_size = self.kv.shape[3]
         for s, length in enumerate(self.context_lens.tolist()):
-            self.block_tables[s, : max(length - self.counts[s] - window + 1, 0) // block] = -7
+            self.block_tables[s, : max(length - self.counts[s] - window + 1, 0) // block_size] = -7
 
     def __call__(
         self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0, num_decodes: int = 0
@@ -112,20 +112,22 @@ SHAPES = [(9, 3, 64), (4, 4, 80), (8, 1, 128), (32, 8, 128), (40, 2, 64)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [16, 32, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 256])
 @pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
-def test_mixed_batch(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+def test_mixed_batch(
+    dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int
+) -> None:
     """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
     sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
-    check(Cache(sequences, heads, groups, size, block, dtype))
+    check(Cache(sequences, heads, groups, size, block_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [16, 32, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 256])
 @pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
-def test_decode(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+def test_decode(dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int) -> None:
     sequences = [(1, n) for n in (1, 15, 16, 17, 255, 256, 257, 600, 5000)]
-    check(Cache(sequences, heads, groups, size, block, dtype))
+    check(Cache(sequences, heads, groups, size, block_size, dtype))
 
 
 @pytest.mark.parametrize("heads", [4, 24])
@@ -242,10 +244,10 @@ def test_a_sequence_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [16, 256])
+@pytest.mark.parametrize("block_size", [16, 256])
 @pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
 def test_decodes_ahead_of_chunks(
-    dtype: torch.dtype, block: int, heads: int, groups: int, size: int
+    dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int
 ) -> None:
     """Decodes go to their own kernel, chunks to theirs; sequences without tokens and padding behind both."""
     decodes = [(1, 1), (1, 16), (1, 700), (1, 5000), (1, 33)]
@@ -254,12 +256,14 @@ def test_decodes_ahead_of_chunks(
         for padding in (0, 150):
             sequences = decodes[:count] + chunks
             check(
-                Cache(sequences, heads, groups, size, block, dtype, padding=padding),
+                Cache(sequences, heads, groups, size, block_size, dtype, padding=padding),
                 num_decodes=count,
             )
-    check(Cache([*decodes, (0, 1)], heads, groups, size, block, dtype, padding=9), num_decodes=5)
+    check(
+        Cache([*decodes, (0, 1)], heads, groups, size, block_size, dtype, padding=9), num_decodes=5
+    )
     nothing = [*decodes, (0, 0), (0, 0)]
-    check(Cache(nothing, heads, groups, size, block, dtype, padding=150), num_decodes=5)
+    check(Cache(nothing, heads, groups, size, block_size, dtype, padding=150), num_decodes=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -62,7 +62,7 @@ def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
     pytest.importorskip(PACKAGES[name])
     needs = needs_of(**CASES[case])
     backend = choose(name, needs)
-    backend.start(Room(16, 400, backend.block_size))
+    backend.start(Room(16, 400, backend.default_block_size))
     return backend, needs
 
 
@@ -94,7 +94,7 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         sequences = SEQUENCES[kind]
         if kind == "decodes":
             sequences = random.sample(sequences, len(sequences))
-        shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
+        shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.default_block_size)
         cache = Cache(sequences, *shape, needs.dtype)
         context_lens = [length for _, length in sequences]
         step = StepLengths(cache.counts, context_lens)
@@ -111,9 +111,9 @@ class Rows:
     """Rows of one token each in tensors at fixed addresses, and a cache that is full of numbers."""
 
     def __init__(self, backend: Backend, needs: Needs, rows: int, blocks: int) -> None:
-        self.rows, self.blocks, self.block = rows, blocks, backend.block_size
+        self.rows, self.blocks, self.block_size = rows, blocks, backend.default_block_size
         self.num_blocks = rows * blocks + 5
-        shape = (self.num_blocks, LAYERS, 2, self.block, needs.kv_heads, needs.head_dim)
+        shape = (self.num_blocks, LAYERS, 2, self.block_size, needs.kv_heads, needs.head_dim)
         self.cache = torch.full(shape, float("nan"), dtype=needs.dtype, device="cuda")
         self.cache[:, LAYER].normal_()
         self.block_tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
@@ -128,7 +128,7 @@ class Rows:
         """Other queries, blocks and lengths; one row is the scratch row of a graph's padding."""
         context_lens = [
             1,
-            *(random.randint(1, self.blocks * self.block) for _ in range(self.rows - 1)),
+            *(random.randint(1, self.blocks * self.block_size) for _ in range(self.rows - 1)),
         ]
         order = torch.randperm(self.num_blocks - 1)[: self.block_tables.numel()] + 1
         self.block_tables.copy_(order.view_as(self.block_tables).int())
@@ -154,7 +154,7 @@ class Rows:
 def test_graphs_replay_for_any_lengths(made: tuple[Backend, Needs]) -> None:
     """Two sizes, captured with rows of one position; then replayed in turn, planned but never captured again."""
     backend, needs = made
-    blocks = 400 // (backend.block_size // 16)
+    blocks = 400 // (backend.default_block_size // 16)
     graphs = []
     for size in (16, 3):
         rows, captured = Rows(backend, needs, size, blocks), backend.captured(size)
@@ -201,7 +201,7 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     with torch.cuda.graph(graph):
         out = run()
     context_lens = rows.change()
-    shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
+    shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.default_block_size)
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
     whole = StepLengths(cache.counts, cache.context_lens.tolist())
     slot_mapping = torch.zeros(0, dtype=torch.int64)

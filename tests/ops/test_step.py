@@ -29,11 +29,11 @@ extern "C" void prepare(int32_t* computed, int64_t computed_stride, const int32_
                         int64_t tokens_stride, const int32_t* blocks, int64_t blocks_stride,
                         const int32_t* rows, const int32_t* first, const int32_t* cu_seqlens_q,
                         int64_t* ids, int64_t* positions, int64_t* slot_mapping, int32_t* block_tables,
-                        int32_t* context_lens, int sequences, int num_tokens, int width, int block,
+                        int32_t* context_lens, int sequences, int num_tokens, int max_blocks, int block_size,
                         int threads) {
   const PrepareArgs args{computed, computed_stride, tokens, tokens_stride, blocks, blocks_stride,
                          rows, first, cu_seqlens_q, ids, positions, slot_mapping, block_tables, context_lens,
-                         sequences, num_tokens, width, block};
+                         sequences, num_tokens, max_blocks, block_size};
   for (int s = 0; s < sequences; ++s) {
     const std::vector<int> from(threads, first_position(args, s));
     for (int t = 0; t < threads; ++t) prepare_sequence(args, s, from[t], t, threads);
@@ -81,7 +81,7 @@ def prepare(library: ctypes.CDLL, step: Step) -> list[Tensor]:
     for tensor in (step.computed, step.tokens, step.blocks):
         table += [pointer(tensor), ctypes.c_int64(tensor.stride(0))]
     others = [step.rows, step.first, step.cu_seqlens_q, *outputs, block_tables, context_lens]
-    sizes = (sequences, tokens, step.width, step.block, THREADS)
+    sizes = (sequences, tokens, step.max_blocks, step.block_size, THREADS)
     library.prepare(*table, *map(pointer, others), *map(ctypes.c_int, sizes))
     return [*outputs, block_tables, context_lens]
 

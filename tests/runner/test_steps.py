@@ -117,13 +117,13 @@ def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int) -> None:
 def test_a_description_expands_to_its_tokens(seed: int) -> None:
     """Every token, place, output and slot of a step against what its rows hold, with padding and without."""
     generator = random.Random(seed)
-    max_rows, block = 20, 4
+    max_rows, block_size = 20, 4
     device = torch.device("cpu")
     spare = decode_words(max_rows) + mixed_words(max_rows, 300)
     table = RowTable(max_rows + 1, 400, 100, device, spare)
     records = torch.zeros(201, 2, 1, 8, dtype=torch.int32)
     attention = Builtin()
-    cache = torch.zeros(9, 1, 2, block, 1, 1)
+    cache = torch.zeros(9, 1, 2, block_size, 1, 1)
     adapters = Adapters(torch.zeros(16).byte(), records)
     builder = BatchBuilder(table, cache, adapters, attention)
     step = random_description(generator, max_rows, 300, chunks=seed % 3 > 0)
@@ -154,7 +154,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
             assert batch.positions[at:end].tolist() == positions
             assert batch.ids[at:end].tolist() == [held[row].tokens[i] for i in positions]
             assert batch.kv.slot_mapping[at:end].tolist() == [
-                held[row].blocks[i // block] * block + i % block for i in positions
+                held[row].blocks[i // block_size] * block_size + i % block_size for i in positions
             ]
             assert batch.kv.context_lens[s] == table.computed[row] == start + count
             last.append(end - 1)

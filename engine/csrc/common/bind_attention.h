@@ -34,15 +34,16 @@ Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t l
   args.dtype = dtype_of(op, "q", q);
   args.kv_dtype = dtype_of(op, "kv", kv);
   LORAX_CHECK(kv.size(2) == 2, op,
-              ": kv must be [blocks, layers, 2, block, groups, size], its shape is ", shape_of(kv));
+              ": kv must be [blocks, layers, 2, block_size, kv_heads, head_dim], its shape is ",
+              shape_of(kv));
   LORAX_CHECK(layer >= 0 && layer < kv.size(1), op, ": layer ", layer, " is not in the cache of ",
               kv.size(1), " layers");
-  const int64_t heads = q.size(1), size = q.size(2), block = kv.size(3), groups = kv.size(4);
+  const int64_t heads = q.size(1), size = q.size(2), block_size = kv.size(3), groups = kv.size(4);
   LORAX_CHECK(groups > 0 && heads > 0 && heads % groups == 0, op, ": ", heads,
               " query heads cannot share ", groups, " key-value heads");
   LORAX_CHECK(size > 0 && size == kv.size(5), op, ": q has head size ", size, " and kv ",
               kv.size(5));
-  LORAX_CHECK(block > 0, op, ": kv must have blocks of at least one position");
+  LORAX_CHECK(block_size > 0, op, ": kv must have blocks of at least one position");
   LORAX_CHECK(window >= 0, op, ": window ", window, " is negative");
   LORAX_CHECK(softcap >= 0, op, ": softcap ", softcap, " is negative");
   const int64_t sequences = context_lens.dim() == 1 ? context_lens.size(0) : 0;
@@ -54,7 +55,7 @@ Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t l
   args.heads = Count(heads);
   args.groups = Count(groups);
   args.size = Count(size);
-  args.block = Count(block);
+  args.block = Count(block_size);
   args.window = Count(std::min<int64_t>(window, std::numeric_limits<Count>::max()));
   args.q = q.const_data_ptr();
   args.q_stride = q.stride(0);

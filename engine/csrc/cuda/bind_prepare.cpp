@@ -43,7 +43,7 @@ void bind_write_runs(Tensor words, Tensor patch, int64_t runs) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
     Tensor computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,
-    int64_t num_tokens, int64_t block, int64_t width) {
+    int64_t num_tokens, int64_t block_size, int64_t max_blocks) {
   const char* op = "prepare_step_";
   LORAX_CHECK(
       computed.is_cuda() && computed.dim() == 1 && computed.scalar_type() == ScalarType::Int, op,
@@ -60,13 +60,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
   LORAX_CHECK(tokens.size(0) == computed.size(0) && blocks.size(0) == computed.size(0), op,
               ": tokens ", shape_of(tokens), " and blocks ", shape_of(blocks),
               " do not fit computed ", shape_of(computed));
-  LORAX_CHECK(num_tokens >= 0 && block > 0 && width >= 0 && width <= blocks.size(1), op,
-              ": num_tokens ", num_tokens, ", block ", block, " and width ", width,
-              " do not fit blocks ", shape_of(blocks));
+  LORAX_CHECK(
+      num_tokens >= 0 && block_size > 0 && max_blocks >= 0 && max_blocks <= blocks.size(1), op,
+      ": num_tokens ", num_tokens, ", block_size ", block_size, " and max_blocks ", max_blocks,
+      " do not fit blocks ", shape_of(blocks));
   Tensor ids = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor positions = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor slot_mapping = empty(rows, {num_tokens}, ScalarType::Long);
-  Tensor block_tables = empty(rows, {sequences, width}, ScalarType::Int);
+  Tensor block_tables = empty(rows, {sequences, max_blocks}, ScalarType::Int);
   Tensor context_lens = empty(rows, {sequences}, ScalarType::Int);
   PrepareArgs args{};
   args.computed = static_cast<int32_t*>(computed.mutable_data_ptr());
@@ -85,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
   args.lengths = static_cast<int32_t*>(context_lens.mutable_data_ptr());
   args.sequences = int(sequences);
   args.num_tokens = int(num_tokens);
-  args.width = int(width);
-  args.block = int(block);
+  args.width = int(max_blocks);
+  args.block = int(block_size);
   prepare_step(args, current_stream(rows));
   check_launch(op);
   return {ids, positions, slot_mapping, block_tables, context_lens};

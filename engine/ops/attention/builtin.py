@@ -12,7 +12,7 @@ from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, S
 
 ops = torch.ops.lorax
 
-DEFAULT_BLOCK = 16
+DEFAULT_BLOCK_SIZE = 16
 
 
 def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int) -> Tensor:
@@ -35,7 +35,7 @@ class Builtin:
     """Our own kernels; on a machine without them, their reference."""
 
     name = "builtin"
-    block_size = DEFAULT_BLOCK
+    default_block_size = DEFAULT_BLOCK_SIZE
     block_unit = 1
     captures_chunks = True
     serves: Mapping[str, str] = {}

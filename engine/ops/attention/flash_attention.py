@@ -94,7 +94,7 @@ class FlashAttention:
     """The package is imported here, and refused by name when it is missing."""
 
     name = "flash-attn"
-    block_size = PAGE
+    default_block_size = PAGE
     block_unit = PAGE
     captures_chunks = False
 

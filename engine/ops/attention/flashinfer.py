@@ -102,7 +102,7 @@ class _Graph:
         self.copied = backend.mark()
 
     def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
-        self.pages.fill(block_tables, context_lens, self.backend.block)
+        self.pages.fill(block_tables, context_lens, self.backend.block_size)
         return _Step(self.backend.needs, self.wrappers, {}, self.rows)
 
     def plan(self, context_lens: Iterable[int]) -> None:
@@ -127,7 +127,7 @@ class FlashInfer:
     """The package is imported here, and refused by name when it is missing."""
 
     name = "flashinfer"
-    block_size = 16
+    default_block_size = 16
     block_unit = 1
     captures_chunks = False
 
@@ -169,7 +169,7 @@ class FlashInfer:
 
     def start(self, room: Room) -> None:
         needs, device, package = self.needs, self.needs.device, self.package
-        self.block = room.block_size
+        self.block_size = room.block_size
         self.shape = (needs.heads, needs.kv_heads, needs.head_dim, room.block_size)
         # partial sums; FlashInfer wants zeros at first use
         self.workspace_buffer = torch.zeros(
@@ -225,8 +225,8 @@ class FlashInfer:
     def host_pages(self, context_lens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """indptr and length of each last page, int32 in host memory."""
         host = torch.tensor(context_lens, dtype=torch.int32)
-        counts = (host + (self.block - 1)) // self.block
-        return _running_sum(counts), host - (counts - 1) * self.block
+        counts = (host + (self.block_size - 1)) // self.block_size
+        return _running_sum(counts), host - (counts - 1) * self.block_size
 
     def _pinned(self, host: Tensor) -> Tensor:
         return host.pin_memory() if self.needs.device.type == "cuda" else host
@@ -236,7 +236,7 @@ class FlashInfer:
         n = step.num_decodes
         rows, blocks = block_tables.shape
         pages = Pages.empty(rows, blocks, block_tables.device)
-        pages.fill(block_tables, context_lens, self.block)
+        pages.fill(block_tables, context_lens, self.block_size)
         # what a plan takes up to the device, from pinned memory, so that nothing waits
         indptr, last = map(self._pinned, self.host_pages(step.context_lens))
         qo_indptr = self._pinned(_running_sum(step.query_lens[n:]))

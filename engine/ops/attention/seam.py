@@ -1,8 +1,8 @@
 """What an attention backend is: asked once at start, planned once a step, called once a layer.
 
-All backends read the same cache, `[blocks, layers, 2, block, kv_heads, head_dim]`, viewed per layer by strides. What a
-step's attention needs beside it is prepared once, by `Backend.step` or in a captured graph by `Captured`, and lies in
-the `Attend` that the layers call.
+All backends read the same cache, `[blocks, layers, 2, block_size, kv_heads, head_dim]`, viewed per layer by strides.
+What else a step's attention needs is prepared once per step, by `Backend.step` or, in a captured graph, by `Captured`.
+The result is the `Attend` that the layers call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The most that one step may hold, and the cache's block."""
+    """The most that one step may hold, and the cache's block size."""
 
     rows: int
     blocks: int  # of one row
@@ -88,7 +88,7 @@ class View(Protocol):
     """The KV cache as one step sees it: what a backend reads of `engine.layers.batch.KVView`."""
 
     @property
-    def cache(self) -> Tensor: ...  # [blocks, layers, 2, block, kv_heads, head_dim]
+    def cache(self) -> Tensor: ...  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     @property
     def block_tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
     @property
@@ -133,8 +133,8 @@ class Backend(Protocol):
     """One way to compute attention."""
 
     name: str  # as in --attention-backend
-    block_size: int  # positions of a block, unless the user says otherwise
-    block_unit: int  # a block is a multiple of so many positions
+    default_block_size: int  # positions of a block, unless the user says otherwise
+    block_unit: int  # block sizes are multiples of it
     captures_chunks: bool  # else steps with chunks are launched kernel by kernel
 
     def kv_format(self, dtype: torch.dtype) -> KVFormat:
