@@ -50,7 +50,7 @@ def act_and_mul(x: Tensor, act: str) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """Su et al. 2021 (RoFormer). Rotates the first 2 * cos.shape[-1] features of x[T, H, D] in place."""
+    """Su et al. 2021 (RoFormer). Rotates the first 2 * cos.shape[-1] features of x[T, heads, head_dim] in place."""
     half = cos.shape[-1]
     part = x[..., : 2 * half]
     a, b = (
@@ -64,12 +64,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
 
 
 def rope_store_kv_(
-    q: Tensor,  # [T, H, D]
-    k: Tensor,  # [T, G, D]
-    v: Tensor,  # [T, G, D]
+    q: Tensor,  # [T, heads, head_dim]
+    k: Tensor,  # [T, kv_heads, head_dim]
+    v: Tensor,  # [T, kv_heads, head_dim]
     cos_sin: Tensor,  # [max positions, rotary dim], float32: cosines, then sines
     positions: Tensor,  # [T] int64
-    kv: Tensor,  # [blocks, layers, 2, block_size, G, D]
+    kv: Tensor,  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     slot_mapping: Tensor,  # [T] int64: block * block_size + offset
     layer: int,
     interleaved: bool,
@@ -86,8 +86,8 @@ def rope_store_kv_(
 
 
 def paged_attention(
-    q: Tensor,  # [T, H, D]
-    kv: Tensor,  # [blocks, layers, 2, block_size, G, D]
+    q: Tensor,  # [T, heads, head_dim]
+    kv: Tensor,  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     layer: int,
     block_tables: Tensor,  # [S, blocks of the longest] int32
     cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence
@@ -104,18 +104,18 @@ def paged_attention(
     are padding, and their output is not defined.
     """
     out = torch.empty_like(q)
-    block_size, groups = kv.shape[3], kv.shape[4]
+    block_size, kv_heads = kv.shape[3], kv.shape[4]
     bounds = cu_seqlens_q.tolist()
     for s, length in enumerate(context_lens.tolist()):
         first, last = bounds[s], bounds[s + 1]
         if first == last:
             continue
         table = block_tables[s, : (length + block_size - 1) // block_size].long()
-        pages = kv[table, layer]  # [blocks, 2, block_size, G, D]
+        pages = kv[table, layer]  # [blocks, 2, block_size, kv_heads, head_dim]
         k = pages[:, 0].flatten(0, 1)[:length].float()
         v = pages[:, 1].flatten(0, 1)[:length].float()
-        repeats = q.shape[1] // groups
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        gqa_ratio = q.shape[1] // kv_heads
+        k, v = k.repeat_interleave(gqa_ratio, 1), v.repeat_interleave(gqa_ratio, 1)
         scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)

@@ -26,8 +26,8 @@ SCHEMAS = {
         "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(c!) kv, Tensor slot_mapping,"
         " int layer, bool interleaved) -> ()"
     ),
-    # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off; each of the first
-    # `num_decodes` sequences is known to have one token
+    # causal attention of q[T, heads, head_dim] over each sequence's blocks; softcap 0 and window 0 are off; each of the
+    # first `num_decodes` sequences is known to have one token
     "paged_attention": (
         "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor cu_seqlens_q, Tensor context_lens, float scale,"
         " float softcap, int window, int num_decodes=0) -> Tensor"

@@ -28,7 +28,7 @@ class Cache:
         self,
         sequences: list[tuple[int, int]],
         heads: int,
-        groups: int,
+        kv_heads: int,
         size: int,
         block_size: int,
         dtype: torch.dtype,
@@ -39,7 +39,7 @@ class Cache:
         order = list(range(1, sum(needed) + 3))
         random.shuffle(order)
         self.kv = torch.full(
-            (len(order) + 1, LAYERS, 2, block_size, groups, size),
+            (len(order) + 1, LAYERS, 2, block_size, kv_heads, size),
             float("nan"),
             dtype=kv_dtype or dtype,
         )
@@ -49,7 +49,7 @@ class Cache:
             self.block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
                 used = min(block_size, length - i * block_size)
-                self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(
+                self.kv[index, LAYER, :, :used] = torch.randn(2, used, kv_heads, size).to(
                     self.kv.dtype
                 )
         self.whole_block_tables = self.block_tables.clone()
@@ -59,7 +59,7 @@ class Cache:
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
         )
         # a view of a fused projection, as the model passes it
-        fused = torch.randn(sum(counts), (heads + 2 * groups) * size).to(dtype)
+        fused = torch.randn(sum(counts), (heads + 2 * kv_heads) * size).to(dtype)
         self.q = fused[:, : heads * size].unflatten(1, (heads, size))
 
     def forget(self, window: int) -> None:
@@ -108,13 +108,13 @@ def check(cache: Cache, *, tolerance: float = 0.0, **options: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
 def test_mixed_batch(
-    dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int
+    dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, size: int
 ) -> None:
     """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
     sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
-    check(Cache(sequences, heads, groups, size, block_size, dtype))
+    check(Cache(sequences, heads, kv_heads, size, block_size, dtype))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Cache:
         self,
         sequences: list[tuple[int, int]],
         heads: int,
-        groups: int,
+        kv_heads: int,
         size: int,
         block_size: int,
         dtype: torch.dtype,
@@ -41,14 +41,14 @@ class Cache:
         needed = [(length + block_size - 1) // block_size for _, length in sequences]
         order = list(range(1, sum(needed) + 3))
         random.shuffle(order)
-        kv = torch.full((len(order) + 1, LAYERS, 2, block_size, groups, size), float("nan"))
+        kv = torch.full((len(order) + 1, LAYERS, 2, block_size, kv_heads, size), float("nan"))
         block_tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             table, order = order[:count], order[count:]
             block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
                 used = min(block_size, length - i * block_size)
-                kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size)
+                kv[index, LAYER, :, :used] = torch.randn(2, used, kv_heads, size)
         self.kv = kv.to(kv_dtype or dtype).cuda()
         self.whole_block_tables = block_tables.cuda()
         self.block_tables = self.whole_block_tables.clone()
@@ -60,7 +60,7 @@ class Cache:
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
         ).cuda()
         # a view of a fused projection, as the model passes it
-        fused = torch.randn(self.tokens + padding, (heads + 2 * groups) * size + skew)
+        fused = torch.randn(self.tokens + padding, (heads + 2 * kv_heads) * size + skew)
         self.q = fused.to(dtype).cuda()[:, skew : skew + heads * size].unflatten(1, (heads, size))
 
     def forget(self, window: int) -> None:
@@ -113,21 +113,21 @@ SHAPES = [(9, 3, 64), (4, 4, 80), (8, 1, 128), (32, 8, 128), (40, 2, 64)]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-@pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
 def test_mixed_batch(
-    dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int
+    dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, size: int
 ) -> None:
     """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
     sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
-    check(Cache(sequences, heads, groups, size, block_size, dtype))
+    check(Cache(sequences, heads, kv_heads, size, block_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32, 256])
-@pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
-def test_decode(dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
+def test_decode(dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, size: int) -> None:
     sequences = [(1, n) for n in (1, 15, 16, 17, 255, 256, 257, 600, 5000)]
-    check(Cache(sequences, heads, groups, size, block_size, dtype))
+    check(Cache(sequences, heads, kv_heads, size, block_size, dtype))
 
 
 @pytest.mark.parametrize("heads", [4, 24])
@@ -203,12 +203,12 @@ def test_many_sequences(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(6, 2, 128), (4, 4, 64), (7, 1, 256)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 128), (4, 4, 64), (7, 1, 256)])
 def test_a_prompt_is_the_same_in_chunks(
-    dtype: torch.dtype, softcap: float, window: int, heads: int, groups: int, size: int
+    dtype: torch.dtype, softcap: float, window: int, heads: int, kv_heads: int, size: int
 ) -> None:
     """Bit for bit, wherever it is cut: whether a tile is masked depends on the rows beside."""
-    cache = Cache([(200, 233)], heads, groups, size, 16, dtype)
+    cache = Cache([(200, 233)], heads, kv_heads, size, 16, dtype)
     whole = cache(softcap=softcap, window=window)
     for cuts in ([0, 100, 200], [0, 2, 33, 64, 129, 200]):
         for begin, end in pairwise(cuts):
@@ -245,9 +245,9 @@ def test_a_sequence_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 256])
-@pytest.mark.parametrize(("heads", "groups", "size"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
 def test_decodes_ahead_of_chunks(
-    dtype: torch.dtype, block_size: int, heads: int, groups: int, size: int
+    dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, size: int
 ) -> None:
     """Decodes go to their own kernel, chunks to theirs; sequences without tokens and padding behind both."""
     decodes = [(1, 1), (1, 16), (1, 700), (1, 5000), (1, 33)]
@@ -256,14 +256,15 @@ def test_decodes_ahead_of_chunks(
         for padding in (0, 150):
             sequences = decodes[:count] + chunks
             check(
-                Cache(sequences, heads, groups, size, block_size, dtype, padding=padding),
+                Cache(sequences, heads, kv_heads, size, block_size, dtype, padding=padding),
                 num_decodes=count,
             )
     check(
-        Cache([*decodes, (0, 1)], heads, groups, size, block_size, dtype, padding=9), num_decodes=5
+        Cache([*decodes, (0, 1)], heads, kv_heads, size, block_size, dtype, padding=9),
+        num_decodes=5,
     )
     nothing = [*decodes, (0, 0), (0, 0)]
-    check(Cache(nothing, heads, groups, size, block_size, dtype, padding=150), num_decodes=5)
+    check(Cache(nothing, heads, kv_heads, size, block_size, dtype, padding=150), num_decodes=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

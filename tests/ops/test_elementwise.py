@@ -108,22 +108,22 @@ def test_activations_of_extreme_values(device: str, act: str) -> None:
 
 
 def fused_qkv(
-    tokens: int, heads: int, groups: int, dim: int, dtype: torch.dtype
+    tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as views of one projection's output."""
     qkv = (
-        torch.randn(tokens, (heads + 2 * groups) * dim)
+        torch.randn(tokens, (heads + 2 * kv_heads) * dim)
         .to(dtype)
-        .view(tokens, heads + 2 * groups, dim)
+        .view(tokens, heads + 2 * kv_heads, dim)
     )
-    return qkv[:, :heads], qkv[:, heads : heads + groups], qkv[:, heads + groups :]
+    return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "heads", "groups", "dim", "rotary"),
+    ("tokens", "heads", "kv_heads", "dim", "rotary"),
     [
         (1, 9, 3, 64, 64),
         (17, 4, 1, 48, 24),
@@ -142,15 +142,15 @@ def test_rope_store_kv(
     interleaved: bool,
     tokens: int,
     heads: int,
-    groups: int,
+    kv_heads: int,
     dim: int,
     rotary: int,
 ) -> None:
-    q, k, v = fused_qkv(tokens, heads, groups, dim, dtype)
+    q, k, v = fused_qkv(tokens, heads, kv_heads, dim, dtype)
     angles = torch.randn(200, rotary // 2)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions = torch.randint(200, (tokens,))
-    kv = torch.full((30, 3, 2, 4, groups, dim), float("nan"), dtype=kv_dtype or dtype)
+    kv = torch.full((30, 3, 2, 4, kv_heads, dim), float("nan"), dtype=kv_dtype or dtype)
     slot_mapping = torch.randperm(120)[:tokens]
     expected = [t.clone() for t in (q, k, v, kv)]
     reference.rope_store_kv_(

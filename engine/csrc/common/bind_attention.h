@@ -38,9 +38,9 @@ Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t l
               shape_of(kv));
   LORAX_CHECK(layer >= 0 && layer < kv.size(1), op, ": layer ", layer, " is not in the cache of ",
               kv.size(1), " layers");
-  const int64_t heads = q.size(1), size = q.size(2), block_size = kv.size(3), groups = kv.size(4);
-  LORAX_CHECK(groups > 0 && heads > 0 && heads % groups == 0, op, ": ", heads,
-              " query heads cannot share ", groups, " key-value heads");
+  const int64_t heads = q.size(1), size = q.size(2), block_size = kv.size(3), kv_heads = kv.size(4);
+  LORAX_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": ", heads,
+              " query heads cannot share ", kv_heads, " key-value heads");
   LORAX_CHECK(size > 0 && size == kv.size(5), op, ": q has head size ", size, " and kv ",
               kv.size(5));
   LORAX_CHECK(block_size > 0, op, ": kv must have blocks of at least one position");
@@ -53,7 +53,7 @@ Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t l
   args.table_stride = block_tables.stride(0);
   args.sequences = Count(sequences);
   args.heads = Count(heads);
-  args.groups = Count(groups);
+  args.groups = Count(kv_heads);
   args.size = Count(size);
   args.block = Count(block_size);
   args.window = Count(std::min<int64_t>(window, std::numeric_limits<Count>::max()));

@@ -159,10 +159,10 @@ class FlashInfer:
         """Partial sums in float32 of as many tiles as its scheduler may cut a step into."""
         needs = self.needs
         assert needs.gpu is not None
-        repeats = needs.heads // needs.kv_heads
+        gqa_ratio = needs.heads // needs.kv_heads
         cut = CTAS_PER_PROCESSOR * needs.gpu.processors // needs.kv_heads
-        tile = 16 if repeats <= 16 else 64 if repeats <= 64 else PREFILL_TILE
-        decode = tile * max(cut, -(-rows * repeats // tile) + rows - 1)
+        tile = 16 if gqa_ratio <= 16 else 64 if gqa_ratio <= 64 else PREFILL_TILE
+        decode = tile * max(cut, -(-rows * gqa_ratio // tile) + rows - 1)
         rows_of_tiles = max(decode, PREFILL_TILE * cut)
         aligned = 64  # bytes, of two allocations at 16
         return needs.heads * rows_of_tiles * (needs.head_dim + 1) * 4 + aligned
