@@ -144,17 +144,17 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
         t = ops.lora_shrink(xs[group], *records, args.rank * len(GROUPS[group][1]))
         ops.lora_expand_(ys[group], t, *records, GROUPS[group][1])
 
-    places = [(layer, group) for layer in range(LAYERS) for group in range(len(GROUPS))]
+    addresses = [(layer, group) for layer in range(LAYERS) for group in range(len(GROUPS))]
     runs: dict[str, Steps] = {
-        "plain read": plain_read(adapters.arena, len(places)),
-        "shrink and expand": [partial(both, *place) for place in places],
-        "base only": [partial(base_only, *place) for place in places],
+        "plain read": plain_read(adapters.arena, len(addresses)),
+        "shrink and expand": [partial(both, *place) for place in addresses],
+        "base only": [partial(base_only, *place) for place in addresses],
     }
     timings = interleaved(args.rounds, runs)
     title = f"LoRA, {args.adapters} adapters of rank {args.rank}, {tokens} tokens, {args.dtype}"
     report(title, adapters.num_bytes, timings, "plain read")
     print(
-        f"  a call that finds no adapter: {timings['base only'].undisturbed / 2 / len(places) * 1e6:.1f} us"
+        f"  a call that finds no adapter: {timings['base only'].undisturbed / 2 / len(addresses) * 1e6:.1f} us"
     )
     multiplied = (
         sum((k * len(splits) + sum(splits)) * args.rank for k, splits in GROUPS) * LAYERS * tokens
@@ -164,7 +164,7 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Decode: one query of each sequence against its keys and values, layer after layer."""
-    block = 32
+    block_size = 32
 
     def attend(
         q: Tensor, rows: tuple[Tensor, Tensor, Tensor], kv: Tensor
@@ -175,17 +175,19 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         ]
 
     for sequences, length in ((16, 1024), (1, 8192), (64, 128)):
-        per_sequence = (length + block - 1) // block
+        per_sequence = (length + block_size - 1) // block_size
         num_blocks = sequences * per_sequence + 1
         kv = torch.empty(
-            num_blocks, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM, dtype=dtype
+            num_blocks, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM, dtype=dtype
         ).normal_()
-        tables = torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
-        starts = torch.arange(sequences + 1, dtype=torch.int32)
-        lengths = torch.full((sequences,), length, dtype=torch.int32)
+        block_tables = (
+            torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
+        )
+        cu_seqlens_q = torch.arange(sequences + 1, dtype=torch.int32)
+        context_lens = torch.full((sequences,), length, dtype=torch.int32)
         q = torch.randn(sequences, HEADS, HEAD_DIM).to(dtype)
 
-        attention = attend(q, (tables, starts, lengths), kv)
+        attention = attend(q, (block_tables, cu_seqlens_q, context_lens), kv)
         timings = interleaved(
             args.rounds, {"plain read": plain_read(kv, args.kv_layers), "attention": attention}
         )
@@ -195,8 +197,10 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         report(title, kv.nbytes, timings, "plain read")
 
     tokens = 512
-    kv = torch.randn(1 + tokens // block, args.kv_layers, 2, block, KV_HEADS, HEAD_DIM).to(dtype)
-    table = torch.arange(1, 1 + tokens // block, dtype=torch.int32)[None]
+    kv = torch.randn(
+        1 + tokens // block_size, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM
+    ).to(dtype)
+    table = torch.arange(1, 1 + tokens // block_size, dtype=torch.int32)[None]
     rows = (
         table,
         torch.tensor([0, tokens], dtype=torch.int32),

@@ -110,8 +110,8 @@ def rope_case(tokens: int, dtype: torch.dtype) -> Case:
     kv = torch.zeros(tokens // 16 + 1, 1, 2, 16, 3, 64, dtype=dtype)
     angles = torch.randn(2048, 32)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    places = torch.arange(tokens)
-    arguments = (qkv[:, :9], qkv[:, 9:12], qkv[:, 12:], cos_sin, places, kv, places, 0, False)
+    positions = torch.arange(tokens)  # and the slot mapping
+    arguments = (qkv[:, :9], qkv[:, 9:12], qkv[:, 12:], cos_sin, positions, kv, positions, 0, False)
     return Case(
         "rope_store_kv_",
         f"{tokens} x (9 + 2 x 3) x 64",

@@ -31,8 +31,8 @@ class Attention:
         self.layer = qkv.layer
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        heads = self.qkv(x, batch.lora).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qkv = self.qkv(x, batch.lora).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         kv = batch.kv
         ops.rope_store_kv_(
             q,
@@ -41,7 +41,7 @@ class Attention:
             self.cos_sin,
             batch.positions,
             kv.cache,
-            kv.places,
+            kv.slot_mapping,
             self.layer,
             self.interleaved,
         )

@@ -11,14 +11,14 @@ from engine.ops.attention import Attend, builtin_attend
 
 @dataclass(frozen=True, slots=True)
 class KVView:
-    """The KV cache as one step sees it. S sequences, T tokens."""
+    """The KV cache as one step sees it. Tokens after the last sequence are padding."""
 
-    cache: Tensor  # [blocks, layers, 2, block, kv_heads, head_dim]
-    tables: Tensor  # [S, at least the blocks of the longest] int32
-    starts: Tensor  # [S + 1] int32: first token of each sequence
-    lengths: Tensor  # [S] int32: positions in the cache, with those of this step
-    places: Tensor  # [T] int64: where each token's k and v go: block * block size + offset
-    decodes: int  # so many first sequences have one token each; tokens behind the last sequence are padding
+    cache: Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
+    block_tables: Tensor  # [S, at least the blocks of the longest] int32
+    cu_seqlens_q: Tensor  # [S + 1] int32: first token of each sequence, then the end of the last
+    context_lens: Tensor  # [S] int32: positions of each sequence, this step's included
+    slot_mapping: Tensor  # [T] int64: where each token's k and v go: block * block_size + offset
+    num_decodes: int  # the first `num_decodes` sequences have one token each
     attend: Attend = builtin_attend  # made for this step by the attention backend
 
 

@@ -50,7 +50,7 @@ def act_and_mul(x: Tensor, act: str) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """Su et al. 2021 (RoFormer). Rotates the first 2 * cos.shape[-1] features of x[T, H, D] in place."""
+    """Su et al. 2021 (RoFormer). Rotates the first 2 * cos.shape[-1] features of x[T, heads, head_dim] in place."""
     half = cos.shape[-1]
     part = x[..., : 2 * half]
     a, b = (
@@ -64,58 +64,58 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
 
 
 def rope_store_kv_(
-    q: Tensor,  # [T, H, D]
-    k: Tensor,  # [T, G, D]
-    v: Tensor,  # [T, G, D]
+    q: Tensor,  # [T, heads, head_dim]
+    k: Tensor,  # [T, kv_heads, head_dim]
+    v: Tensor,  # [T, kv_heads, head_dim]
     cos_sin: Tensor,  # [max positions, rotary dim], float32: cosines, then sines
     positions: Tensor,  # [T] int64
-    kv: Tensor,  # [blocks, layers, 2, block, G, D]
-    places: Tensor,  # [T] int64: block * block size + offset
+    kv: Tensor,  # [blocks, layers, 2, block_size, kv_heads, head_dim]
+    slot_mapping: Tensor,  # [T] int64: block * block_size + offset
     layer: int,
     interleaved: bool,
 ) -> None:
-    """Rotates q and k in place, then writes k and v to their places in the cache."""
+    """Rotates q and k in place, then stores k and v in the cache at `slot_mapping`."""
     if cos_sin.shape[-1]:
         cos, sin = cos_sin[positions].chunk(2, dim=-1)
         _rotate(q, cos, sin, interleaved)
         _rotate(k, cos, sin, interleaved)
-    block = kv.shape[3]
-    index, offset = places // block, places % block
+    block_size = kv.shape[3]
+    index, offset = slot_mapping // block_size, slot_mapping % block_size
     kv[index, layer, 0, offset] = k.to(kv.dtype)
     kv[index, layer, 1, offset] = v.to(kv.dtype)
 
 
 def paged_attention(
-    q: Tensor,  # [T, H, D]
-    kv: Tensor,  # [blocks, layers, 2, block, G, D]
+    q: Tensor,  # [T, heads, head_dim]
+    kv: Tensor,  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     layer: int,
     block_tables: Tensor,  # [S, blocks of the longest] int32
-    starts: Tensor,  # [S + 1] int32: first token of each sequence
-    lengths: Tensor,  # [S] int32: positions in the cache, with those of this step
+    cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence
+    context_lens: Tensor,  # [S] int32: positions of each sequence, this step's included
     scale: float,
     softcap: float,
     window: int,
-    decodes: int = 0,
+    num_decodes: int = 0,
 ) -> Tensor:
     """Causal attention; the queries of a sequence are its last positions. Softmax in float32.
 
-    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2). `decodes` is
-    for kernels that treat sequences of one token apart; it changes no result. Tokens behind the last sequence are
-    padding: what they get is not defined.
+    A window of w lets position i see i - w + 1 .. i (Mistral). Softcap c: c * tanh(score / c) (Gemma 2). `num_decodes`
+    is for kernels that treat sequences of one token separately; it changes no result. Tokens after the last sequence
+    are padding, and their output is not defined.
     """
     out = torch.empty_like(q)
-    block, groups = kv.shape[3], kv.shape[4]
-    bounds = starts.tolist()
-    for s, length in enumerate(lengths.tolist()):
+    block_size, kv_heads = kv.shape[3], kv.shape[4]
+    bounds = cu_seqlens_q.tolist()
+    for s, length in enumerate(context_lens.tolist()):
         first, last = bounds[s], bounds[s + 1]
         if first == last:
             continue
-        table = block_tables[s, : (length + block - 1) // block].long()
-        pages = kv[table, layer]  # [blocks, 2, block, G, D]
+        table = block_tables[s, : (length + block_size - 1) // block_size].long()
+        pages = kv[table, layer]  # [blocks, 2, block_size, kv_heads, head_dim]
         k = pages[:, 0].flatten(0, 1)[:length].float()
         v = pages[:, 1].flatten(0, 1)[:length].float()
-        repeats = q.shape[1] // groups
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        gqa_ratio = q.shape[1] // kv_heads
+        k, v = k.repeat_interleave(gqa_ratio, 1), v.repeat_interleave(gqa_ratio, 1)
         scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -147,28 +147,31 @@ def prepare_step_(
     blocks: Tensor,  # [rows, blocks] int32
     rows: Tensor,  # [S] int32; 0: padding, which stays at position 0
     first: Tensor,  # [S] int32: position of the first new token; below 0: where the row is
-    starts: Tensor,  # [S + 1] int32: first new token of each sequence
+    cu_seqlens_q: Tensor,  # [S + 1] int32: first new token of each sequence
     num_tokens: int,  # T; those behind the last sequence are padding
-    block: int,
-    width: int,
+    block_size: int,
+    max_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids[T], positions[T], places[T] int64, tables[S, width], lengths[S] int32; `computed` becomes `lengths`.
+    """ids[T], positions[T], slot_mapping[T] int64, block_tables[S, max_blocks], context_lens[S] int32.
 
-    `tables[s, i]` is `blocks[rows[s], i]` as far as `lengths[s]` reaches, and not defined behind it.
+    `computed` becomes `context_lens`.
+
+    `block_tables[s, i]` is `blocks[rows[s], i]` as far as `context_lens[s]` reaches, and not defined behind it.
     """
     index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     begin = torch.where(first < 0, computed[index], first)
-    lengths = begin + starts.diff()
-    computed[index] = lengths
+    context_lens = begin + cu_seqlens_q.diff()
+    computed[index] = context_lens
     computed[:1] = 0
-    owner = torch.searchsorted(starts, at, right=True) - 1
+    owner = torch.searchsorted(cu_seqlens_q, at, right=True) - 1
     inside = owner < len(rows)
     owner = owner.clamp(max=len(rows) - 1)
-    positions = torch.where(inside, begin[owner] + at - starts[owner], 0).long()
+    positions = torch.where(inside, begin[owner] + at - cu_seqlens_q[owner], 0).long()
     row = index[owner]
     ids = torch.where(inside, tokens[row, positions], 0).long()
-    places = blocks[row, positions // block].long() * block + positions % block
-    return ids, positions, torch.where(inside, places, 0), blocks[index, :width], lengths
+    slots = blocks[row, positions // block_size].long() * block_size + positions % block_size
+    slot_mapping = torch.where(inside, slots, 0)
+    return ids, positions, slot_mapping, blocks[index, :max_blocks], context_lens
 
 
 def pick_greedy_(

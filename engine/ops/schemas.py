@@ -20,25 +20,27 @@ SCHEMAS = {
     "add_rms_norm": "(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor",
     # x[T, 2I] -> act(x[:, :I]) * x[:, I:];  act: silu | gelu | gelu_tanh
     "act_and_mul": "(Tensor x, str act) -> Tensor",
-    # rotates q and k in place by cos_sin[position] = [cos | sin] (width 0: not at all), then stores k and v at `places`
+    # rotates q and k in place by cos_sin[position] = [cos | sin] (width 0: not at all), then stores k and v in the
+    # cache at `slot_mapping`
     "rope_store_kv_": (
-        "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(c!) kv, Tensor places,"
+        "(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos_sin, Tensor positions, Tensor(c!) kv, Tensor slot_mapping,"
         " int layer, bool interleaved) -> ()"
     ),
-    # causal attention of q[T, H, D] over each sequence's blocks; softcap 0 and window 0 are off; each of the first
-    # `decodes` sequences is known to have one token
+    # causal attention of q[T, heads, head_dim] over each sequence's blocks; softcap 0 and window 0 are off; each of the
+    # first `num_decodes` sequences is known to have one token
     "paged_attention": (
-        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor starts, Tensor lengths, float scale,"
-        " float softcap, int window, int decodes=0) -> Tensor"
+        "(Tensor q, Tensor kv, int layer, Tensor block_tables, Tensor cu_seqlens_q, Tensor context_lens, float scale,"
+        " float softcap, int window, int num_decodes=0) -> Tensor"
     ),
     # edits: words[destination : destination + count] = patch[source : source + count] of every run; the runs are
     # (destination, count, source) at the end of `patch`, the last one first
     "write_runs_": "(Tensor(a!) words, Tensor patch, int runs) -> ()",
-    # ids, positions and places of the T new tokens of S sequences, and their tables[S, width] and lengths[S]; counts
-    # `computed` on
+    # ids, positions and slot_mapping of the T new tokens of S sequences; their block_tables[S, max_blocks] and
+    # context_lens[S]; counts `computed` on
     "prepare_step_": (
-        "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor starts, int num_tokens,"
-        " int block, int width) -> (Tensor ids, Tensor positions, Tensor places, Tensor tables, Tensor lengths)"
+        "(Tensor(a!) computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,"
+        " int num_tokens, int block_size, int max_blocks)"
+        " -> (Tensor ids, Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor context_lens)"
     ),
     # the largest logit's column of every row, also written to tokens[rows, lengths]
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",

@@ -88,7 +88,7 @@ class BatchBuilder:
     ) -> None:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention
-        self.block = cache.shape[3]
+        self.block_size = cache.shape[3]
         self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
         self.decode = Description([], [], [], [])
         self._reached: tuple[Description, Reach | None] = (
@@ -141,20 +141,20 @@ class BatchBuilder:
         self.rows.words.send()
         if self._reached[0] is not description:
             self._reached = (description, self.adapters.reach(description.slots))
-        lengths = self._lengths(description)
-        prepare = partial(self.attention.step, StepLengths(description.counts, lengths))
-        return self.expand(shape, max(lengths), self._reached[1], prepare)
+        context_lens = self._context_lens(description)
+        prepare = partial(self.attention.step, StepLengths(description.counts, context_lens))
+        return self.expand(shape, max(context_lens), self._reached[1], prepare)
 
-    def _lengths(self, description: Description) -> list[int]:
+    def _context_lens(self, description: Description) -> list[int]:
         """Positions of each sequence once the step is done."""
         known = self.rows.known
-        lengths = [known[row] + 1 for row in description.decode]
-        return lengths + [chunk.start + chunk.count for chunk in description.chunks]
+        of_decodes = [known[row] + 1 for row in description.decode]
+        return of_decodes + [chunk.start + chunk.count for chunk in description.chunks]
 
     def expand(self, shape: Shape, longest: int, reach: Reach | None, prepare: Prepare) -> Step:
         """The step whose inputs were sent; each row counts on. `longest`: no sequence has more positions."""
         table, inputs = self.rows, self.inputs(shape)
-        ids, positions, places, tables, lengths = ops.prepare_step_(
+        ids, positions, slot_mapping, block_tables, context_lens = ops.prepare_step_(
             table.computed,
             table.tokens,
             table.blocks,
@@ -162,14 +162,22 @@ class BatchBuilder:
             inputs.first,
             inputs.starts,
             shape.tokens,
-            self.block,
-            -(-longest // self.block),
+            self.block_size,
+            -(-longest // self.block_size),
         )
-        attend = prepare(tables, lengths)
-        kv = KVView(self.cache, tables, inputs.starts, lengths, places, shape.decodes, attend)
+        attend = prepare(block_tables, context_lens)
+        kv = KVView(
+            self.cache,
+            block_tables,
+            inputs.starts,
+            context_lens,
+            slot_mapping,
+            shape.decodes,
+            attend,
+        )
         lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
         if not shape.chunks:
-            return Step(Batch(ids, positions, kv, lora, None, lora), inputs.rows, lengths)
+            return Step(Batch(ids, positions, kv, lora, None, lora), inputs.rows, context_lens)
         of_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
         batch = Batch(ids, positions, kv, lora, inputs.outputs, of_outputs)
         return Step(batch, inputs.sampled_rows, inputs.sampled_lengths)

@@ -102,7 +102,7 @@ class StepGraphs:
 
     def _logits(self, shape: Shape, kind: int) -> tuple[Step, Tensor]:
         table = self.builder.rows
-        most = table.blocks.shape[1] * self.builder.block
+        most = table.blocks.shape[1] * self.builder.block_size
         prepare = self.attention[shape].attend
         step = self.builder.expand(shape, most, self.reaches[kind], prepare)
         return step, self.model(step.batch)

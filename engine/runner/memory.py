@@ -163,7 +163,7 @@ def plan_memory(
 
 def block_size(given: int | None, backend: Backend) -> int:
     """Positions of a KV block: what the user says, if the attention backend can read it, else what that likes."""
-    block = _positive(given, backend.block_size, "block_size")
+    block = _positive(given, backend.default_block_size, "block_size")
     if block % backend.block_unit:
         raise ConfigError(
             f"--block-size {block} is not a multiple of {backend.block_unit}, which"

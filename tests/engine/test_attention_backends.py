@@ -108,7 +108,7 @@ def test_captured_steps_give_what_the_builtin_ones_give(
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
-    ("name", "block", "serves"),
+    ("name", "block_size", "serves"),
     [
         ("auto", 16, None),
         ("builtin", 16, None),
@@ -117,13 +117,13 @@ def test_captured_steps_give_what_the_builtin_ones_give(
     ],
 )
 def test_info_names_the_backend_and_its_block(
-    name: str, block: int, serves: str | None, tmp_path: Path
+    name: str, block_size: int, serves: str | None, tmp_path: Path
 ) -> None:
     make_model("llama", tmp_path)
     harness = Harness(with_backend(config_of(tmp_path), name))
     info, cache = harness.engine.info, harness.engine.runner.builder.cache
     harness.close()
-    assert info.block_size == cache.shape[3] == block
+    assert info.block_size == cache.shape[3] == block_size
     assert info.backends["paged_attention"] in ([serves] if serves else ["extension", "reference"])
 
 
@@ -136,7 +136,7 @@ def test_a_backend_that_is_not_for_this_machine_ends_the_start(tmp_path: Path) -
 
 
 def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
-    """Its block, its workspace, and a block size that it cannot read."""
+    """Its block size, its workspace, and a block size that it cannot read."""
     make_model("llama", tmp_path)
     config, spec = config_of(tmp_path), spec_from(tmp_path)
     platform = Platform(torch.device("cuda"), "a GPU", 4 << 30, 1)
@@ -150,9 +150,9 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
         made = plan_memory(given, platform, spec, FOOTPRINT, backend)
         return made.block_size, made.kv_block, made.working
 
-    block, kv_block, working = plan(builtin)
-    assert plan(flash) == (256, kv_block * 256 // block, working)
-    assert plan(flashinfer) == (block, kv_block, working + flashinfer.workspace(256))
+    block_size, kv_block, working = plan(builtin)
+    assert plan(flash) == (256, kv_block * 256 // block_size, working)
+    assert plan(flashinfer) == (block_size, kv_block, working + flashinfer.workspace(256))
     assert plan(builtin, 32)[0] == plan(flashinfer, 32)[0] == 32
     assert plan(flash, 512)[0] == 512
     with pytest.raises(ConfigError, match="--block-size 128 is not a multiple of 256") as caught:

@@ -123,7 +123,7 @@ def test_memory_that_runs_out_at_random(scene: Scene, seed: int) -> None:
 
 def test_a_request_that_never_fits_fails_alone(scene: Scene) -> None:
     heavy = one("heavy", HEAVY, None, random.Random(1))
-    outcomes, refused = scene.run(lambda batch: int(batch.kv.lengths.max()) < HEAVY, heavy)
+    outcomes, refused = scene.run(lambda batch: int(batch.kv.context_lens.max()) < HEAVY, heavy)
     error = outcomes["heavy"].error
     assert error is not None and error["class"] == "OutOfMemory"
     found = from_wire(error)

@@ -18,16 +18,16 @@ from engine.ops import reference
 def _attend(
     q: Tensor,
     cache: tuple[Tensor, Tensor],
-    tables: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
     options: tuple[float, float, int],
 ) -> Tensor:
     """Options are scale, softcap, window."""
     keys, values = cache
     assert keys.stride() == values.stride() and keys.stride(-1) == 1 and q.stride(-1) == 1
     kv = torch.stack([keys, values], dim=1)[:, None]
-    return reference.paged_attention(q, kv, 0, tables, starts, lengths, *options)
+    return reference.paged_attention(q, kv, 0, block_tables, cu_seqlens_q, context_lens, *options)
 
 
 def _running(counts: Tensor) -> Tensor:
@@ -48,34 +48,34 @@ class _Wrapper:
 
     def _plan(
         self,
-        starts: Tensor,
+        qo_indptr: Tensor,
         indptr: Tensor,
         last: Tensor,
         shape: tuple[int, int, int, int],
         options: dict[str, Any],
     ) -> None:
-        assert starts.dtype == indptr.dtype == last.dtype == torch.int32
-        assert len(starts) == len(indptr) == len(last) + 1
+        assert qo_indptr.dtype == indptr.dtype == last.dtype == torch.int32
+        assert len(qo_indptr) == len(indptr) == len(last) + 1
         assert options["q_data_type"] == options["kv_data_type"]
         window = options["window_left"] + 1
         softcap = options["logits_soft_cap"] or 0.0
         self.options = (options["sm_scale"], softcap, window)
         self.shape = shape
-        self.starts, self.planned = starts, (indptr - indptr[0], last)
+        self.qo_indptr, self.planned = qo_indptr, (indptr - indptr[0], last)
 
     def _run(self, q: Tensor, cache: tuple[Tensor, Tensor], out: Tensor) -> None:
-        heads, kv_heads, size, block = self.shape
-        assert cache[0].shape[1:] == (block, kv_heads, size)
-        assert len(q) == self.starts[-1] and q.shape[1:] == (heads, size)
+        heads, kv_heads, size, block_size = self.shape
+        assert cache[0].shape[1:] == (block_size, kv_heads, size)
+        assert len(q) == self.qo_indptr[-1] and q.shape[1:] == (heads, size)
         indptr, indices, last = self.pages
         assert torch.equal(indptr - indptr[0], self.planned[0])
         assert torch.equal(last, self.planned[1])
         counts = indptr.diff()
-        lengths = (counts - 1) * block + last
-        tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
+        context_lens = (counts - 1) * block_size + last
+        block_tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
         for s, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
-            tables[s, : end - first] = indices[first:end]
-        out.copy_(_attend(q, cache, tables, self.starts, lengths, self.options))
+            block_tables[s, : end - first] = indices[first:end]
+        out.copy_(_attend(q, cache, block_tables, self.qo_indptr, context_lens, self.options))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
@@ -112,9 +112,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
             self.pages[2].copy_(last_page_len)
         else:
             self.pages = (indptr, indices, last_page_len)
-        starts = torch.arange(len(indptr), dtype=torch.int32)
+        qo_indptr = torch.arange(len(indptr), dtype=torch.int32)
         shape = (num_qo_heads, num_kv_heads, head_dim, page_size)
-        self._plan(starts, indptr, last_page_len, shape, options)
+        self._plan(qo_indptr, indptr, last_page_len, shape, options)
 
     def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, out: Tensor) -> None:
         self._run(q, paged_kv_cache, out)
@@ -164,7 +164,7 @@ def fast_decode_plan(
     assert wrapper.graph and len(indices) <= len(wrapper.pages[1])
     assert indptr is global_override_indptr_cpu
     shape = (num_qo_heads, num_kv_heads, head_dim, page_size)
-    wrapper._plan(wrapper.starts, indptr, last_page_len, shape, options)
+    wrapper._plan(wrapper.qo_indptr, indptr, last_page_len, shape, options)
 
 
 def flash_attn_with_kvcache(
@@ -183,9 +183,9 @@ def flash_attn_with_kvcache(
     assert causal and k_cache.shape[1] % 256 == 0
     assert cache_seqlens.dtype == block_table.dtype == torch.int32
     options = (softmax_scale, softcap, window_size[0] + 1)
-    starts = _running(counts)
+    cu_seqlens_q = _running(counts)
     found = _attend(
-        q.flatten(0, 1), (k_cache, v_cache), block_table, starts, cache_seqlens, options
+        q.flatten(0, 1), (k_cache, v_cache), block_table, cu_seqlens_q, cache_seqlens, options
     )
     return found.view(q.shape)
 
@@ -205,13 +205,13 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int],
     softcap: float,
 ) -> Tensor:
-    lengths = cu_seqlens_k.diff()
+    context_lens = cu_seqlens_k.diff()
     assert causal and k.shape[1] % 256 == 0
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == lengths.max()
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == context_lens.max()
     options = (softmax_scale, softcap, window_size[0] + 1)
-    return _attend(q, (k, v), block_table, cu_seqlens_q, lengths, options)
+    return _attend(q, (k, v), block_table, cu_seqlens_q, context_lens, options)
 
 
 class Mark:

@@ -20,10 +20,10 @@ class Step:
     blocks: Tensor
     rows: Tensor
     first: Tensor
-    starts: Tensor
+    cu_seqlens_q: Tensor
     num_tokens: int
-    block: int = BLOCK
-    width: int = BLOCKS
+    block_size: int = BLOCK
+    max_blocks: int = BLOCKS
 
     @property
     def arguments(self) -> list[object]:
@@ -38,7 +38,7 @@ class Step:
             "blocks": table[:, cut : cut + BLOCKS],
             "computed": table[:, -1],
         }
-        own |= {name: getattr(self, name).to(device) for name in ("rows", "first", "starts")}
+        own |= {name: getattr(self, name).to(device) for name in ("rows", "first", "cu_seqlens_q")}
         return replace(self, **own)  # type: ignore[arg-type]
 
 
@@ -63,36 +63,36 @@ def random_step(num_rows: int = 12) -> Step:
         first + [0] * padding,
         counts + [0] * padding,
     )
-    starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    cu_seqlens_q = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Step(
         computed,
         tokens,
         blocks,
         torch.tensor(all_rows, dtype=torch.int32),
         torch.tensor(first, dtype=torch.int32),
-        starts,
-        int(starts[-1]) + random.randint(0, 5),
+        cu_seqlens_q,
+        int(cu_seqlens_q[-1]) + random.randint(0, 5),
     )
 
 
 def by_hand(step: Step) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """(ids, positions and places; the used part of each table; computed afterwards), one token at a time."""
-    ids, positions, places, tables = [], [], [], []
+    """(ids, positions and slot_mapping; the used part of each table; computed afterwards), one token at a time."""
+    ids, positions, slot_mapping, block_tables = [], [], [], []
     computed = step.computed.tolist()
     for s, (row, first) in enumerate(zip(step.rows.tolist(), step.first.tolist(), strict=True)):
         at = computed[row] if first < 0 else first
-        for _ in range(int(step.starts[s + 1] - step.starts[s])):
+        for _ in range(int(step.cu_seqlens_q[s + 1] - step.cu_seqlens_q[s])):
             ids.append(int(step.tokens[row, at]))
             positions.append(at)
-            places.append(int(step.blocks[row, at // BLOCK]) * BLOCK + at % BLOCK)
+            slot_mapping.append(int(step.blocks[row, at // BLOCK]) * BLOCK + at % BLOCK)
             at += 1
-        tables.append(step.blocks[row, : -(-at // BLOCK)].tolist())
+        block_tables.append(step.blocks[row, : -(-at // BLOCK)].tolist())
         computed[row] = at if row else 0
     padding = [0] * (step.num_tokens - len(ids))
-    return [ids + padding, positions + padding, places + padding], tables, computed
+    return [ids + padding, positions + padding, slot_mapping + padding], block_tables, computed
 
 
-def used(tables: Tensor, lengths: Tensor) -> list[list[int]]:
+def used(block_tables: Tensor, context_lens: Tensor) -> list[list[int]]:
     """The part of each table that is defined."""
-    blocks = [-(-length // BLOCK) for length in lengths.tolist()]
-    return [table[:n] for table, n in zip(tables.tolist(), blocks, strict=True)]
+    blocks = [-(-length // BLOCK) for length in context_lens.tolist()]
+    return [table[:n] for table, n in zip(block_tables.tolist(), blocks, strict=True)]

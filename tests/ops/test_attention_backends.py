@@ -111,61 +111,74 @@ def test_kernels_that_cannot_be_built_are_refused() -> None:
 
 
 def test_decodes_are_the_leading_sequences_of_one_token() -> None:
-    assert StepLengths([1, 1, 5, 1], [3, 4, 9, 9]).decodes == 2
-    assert StepLengths([1, 1], [3, 4]).decodes == 2
-    assert StepLengths([7, 1], [7, 4]).decodes == 0
+    assert StepLengths([1, 1, 5, 1], [3, 4, 9, 9]).num_decodes == 2
+    assert StepLengths([1, 1], [3, 4]).num_decodes == 2
+    assert StepLengths([7, 1], [7, 4]).num_decodes == 0
 
 
-@pytest.mark.parametrize("block", [1, 16, 256])
-def test_pages_and_block_tables_hold_the_same(block: int) -> None:
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+def test_pages_and_block_tables_hold_the_same(block_size: int) -> None:
     """Each from the other, and the host's arrays equal the device's."""
     backend = FlashInfer(replace(LLAMA, head_dim=64), fake_attention.flashinfer)
-    backend.block = block
+    backend.block_size = block_size
     for _ in range(30):
         rows, widest = random.randint(1, 9), random.randint(1, 12)
-        tables = torch.randint(0, 1000, (rows, widest), dtype=torch.int32)
-        lengths = torch.randint(1, widest * block + 1, (rows,), dtype=torch.int32)
+        block_tables = torch.randint(0, 1000, (rows, widest), dtype=torch.int32)
+        context_lens = torch.randint(1, widest * block_size + 1, (rows,), dtype=torch.int32)
         pages = Pages.empty(rows + 2, widest + 3, CPU).first(rows)
         for _ in range(2):  # nothing of the first time is left
-            pages.fill(tables, lengths, block)
+            pages.fill(block_tables, context_lens, block_size)
         rebuilt = [
             pages.indices[a:b] for a, b in zip(pages.indptr[:-1], pages.indptr[1:], strict=True)
         ]
-        for table, owned, length, last in zip(tables, rebuilt, lengths, pages.last, strict=True):
+        for table, owned, length, last in zip(
+            block_tables, rebuilt, context_lens, pages.last, strict=True
+        ):
             assert torch.equal(owned, table[: len(owned)])
-            assert (len(owned) - 1) * block + last == length and 1 <= last <= block
-        indptr, last_pages = backend.host_pages(lengths.tolist())
+            assert (len(owned) - 1) * block_size + last == length and 1 <= last <= block_size
+        indptr, last_pages = backend.host_pages(context_lens.tolist())
         assert torch.equal(indptr, pages.indptr) and torch.equal(last_pages, pages.last)
         assert indptr.dtype == last_pages.dtype == torch.int32
 
 
 class Scene:
-    """Sequences of (tokens, length) over a cache whose other places hold NaN, and the built-in op over them."""
+    """Sequences of (tokens, length) over a cache that holds NaN everywhere else, and the built-in op over them."""
 
-    def __init__(self, sequences: list[tuple[int, int]], needs: Needs, block: int) -> None:
-        needed = [-(-length // block) for _, length in sequences]
+    def __init__(self, sequences: list[tuple[int, int]], needs: Needs, block_size: int) -> None:
+        needed = [-(-length // block_size) for _, length in sequences]
         order = random.sample(range(1, sum(needed) + 3), sum(needed) + 2)
-        shape = (len(order) + 1, LAYERS, 2, block, needs.kv_heads, needs.head_dim)
+        shape = (len(order) + 1, LAYERS, 2, block_size, needs.kv_heads, needs.head_dim)
         self.cache = torch.full(shape, float("nan"))
-        tables = torch.zeros(len(sequences), max(needed) + 1, dtype=torch.int32)
+        block_tables = torch.zeros(len(sequences), max(needed) + 1, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             owned, order = order[:count], order[count:]
-            tables[s, :count] = torch.tensor(owned)
+            block_tables[s, :count] = torch.tensor(owned)
             for i, index in enumerate(owned):
-                used = min(block, length - i * block)
+                used = min(block_size, length - i * block_size)
                 self.cache[index, LAYER, :, :used] = torch.randn(2, used, *shape[4:])
-        counts, lengths = [n for n, _ in sequences], [n for _, n in sequences]
-        self.step = StepLengths(counts, lengths)
-        self.tables, self.lengths = tables, torch.tensor(lengths, dtype=torch.int32)
-        self.starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int()
+        counts, context_lens = [n for n, _ in sequences], [n for _, n in sequences]
+        self.step = StepLengths(counts, context_lens)
+        self.block_tables, self.context_lens = (
+            block_tables,
+            torch.tensor(context_lens, dtype=torch.int32),
+        )
+        self.cu_seqlens_q = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int()
         wide = torch.randn(sum(counts), needs.heads + 2 * needs.kv_heads, needs.head_dim)
         self.q = wide[:, : needs.heads]
         self.needs = needs
 
     def view(self, attend: attention.Attend = attention.builtin_attend) -> KVView:
-        places = torch.zeros(0, dtype=torch.int64)
-        decodes = self.step.decodes
-        return KVView(self.cache, self.tables, self.starts, self.lengths, places, decodes, attend)
+        slot_mapping = torch.zeros(0, dtype=torch.int64)
+        num_decodes = self.step.num_decodes
+        return KVView(
+            self.cache,
+            self.block_tables,
+            self.cu_seqlens_q,
+            self.context_lens,
+            slot_mapping,
+            num_decodes,
+            attend,
+        )
 
     def attend(self, attend: attention.Attend, window: int) -> Tensor:
         view = self.view(attend)
@@ -206,24 +219,24 @@ STEPS = [
 @pytest.mark.parametrize("name", ["builtin", *PACKAGES])
 @pytest.mark.parametrize("needs", NEEDS)
 def test_a_step_equals_the_builtin_op(name: str, needs: Needs) -> None:
-    block = 256 if name == "flash-attn" else random.choice([16, 32])
-    backend = made(name, needs, Room(8, 20, block))
+    block_size = 256 if name == "flash-attn" else random.choice([16, 32])
+    backend = made(name, needs, Room(8, 20, block_size))
     for sequences in STEPS * 2:
-        scene = Scene(sequences, needs, block)
-        scene.check(backend.step(scene.step, scene.tables, scene.lengths))
+        scene = Scene(sequences, needs, block_size)
+        scene.check(backend.step(scene.step, scene.block_tables, scene.context_lens))
 
 
 @pytest.mark.parametrize("name", ["builtin", *PACKAGES])
 @pytest.mark.parametrize("needs", NEEDS)
 def test_a_graph_serves_any_lengths(name: str, needs: Needs) -> None:
     """Graphs of two sizes in turn, each planned ahead for rows of other lengths and blocks."""
-    block = 256 if name == "flash-attn" else 16
-    backend = made(name, needs, Room(6, 40, block))
+    block_size = 256 if name == "flash-attn" else 16
+    backend = made(name, needs, Room(6, 40, block_size))
     graphs = {rows: backend.captured(rows) for rows in (6, 3)}
     for rows in (6, 3, 3, 6):
-        scene = Scene([(1, random.randint(1, 600)) for _ in range(rows)], needs, block)
-        graphs[rows].plan(scene.lengths.tolist())
-        scene.check(graphs[rows].attend(scene.tables, scene.lengths))
+        scene = Scene([(1, random.randint(1, 600)) for _ in range(rows)], needs, block_size)
+        graphs[rows].plan(scene.context_lens.tolist())
+        scene.check(graphs[rows].attend(scene.block_tables, scene.context_lens))
 
 
 def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
@@ -233,7 +246,7 @@ def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
     scene = Scene([(1, 40), (1, 9)], SMALL, 16)
     graph.plan([40, 8])
     with pytest.raises(AssertionError):
-        scene.check(graph.attend(scene.tables, scene.lengths))
+        scene.check(graph.attend(scene.block_tables, scene.context_lens))
 
 
 def test_flashinfer_waits_for_its_last_upload_only() -> None:

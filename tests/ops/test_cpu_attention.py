@@ -28,62 +28,64 @@ class Cache:
         self,
         sequences: list[tuple[int, int]],
         heads: int,
-        groups: int,
+        kv_heads: int,
         size: int,
-        block: int,
+        block_size: int,
         dtype: torch.dtype,
         *,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        needed = [(length + block - 1) // block for _, length in sequences]
+        needed = [(length + block_size - 1) // block_size for _, length in sequences]
         order = list(range(1, sum(needed) + 3))
         random.shuffle(order)
         self.kv = torch.full(
-            (len(order) + 1, LAYERS, 2, block, groups, size), float("nan"), dtype=kv_dtype or dtype
+            (len(order) + 1, LAYERS, 2, block_size, kv_heads, size),
+            float("nan"),
+            dtype=kv_dtype or dtype,
         )
-        self.tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
+        self.block_tables = torch.full((len(sequences), max(needed) + 2), -7, dtype=torch.int32)
         for s, (count, (_, length)) in enumerate(zip(needed, sequences, strict=True)):
             table, order = order[:count], order[count:]
-            self.tables[s, :count] = torch.tensor(table, dtype=torch.int32)
+            self.block_tables[s, :count] = torch.tensor(table, dtype=torch.int32)
             for i, index in enumerate(table):
-                used = min(block, length - i * block)
-                self.kv[index, LAYER, :, :used] = torch.randn(2, used, groups, size).to(
+                used = min(block_size, length - i * block_size)
+                self.kv[index, LAYER, :, :used] = torch.randn(2, used, kv_heads, size).to(
                     self.kv.dtype
                 )
-        self.whole_tables = self.tables.clone()
-        self.lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
+        self.whole_block_tables = self.block_tables.clone()
+        self.context_lens = torch.tensor([length for _, length in sequences], dtype=torch.int32)
         counts = [queries for queries, _ in sequences]
-        self.starts = torch.tensor(
+        self.cu_seqlens_q = torch.tensor(
             [sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32
         )
         # a view of a fused projection, as the model passes it
-        fused = torch.randn(sum(counts), (heads + 2 * groups) * size).to(dtype)
+        fused = torch.randn(sum(counts), (heads + 2 * kv_heads) * size).to(dtype)
         self.q = fused[:, : heads * size].unflatten(1, (heads, size))
 
     def forget(self, window: int) -> None:
         """Gives back the blocks that no query of the step sees."""
-        block = self.kv.shape[3]
-        for s, length in enumerate(self.lengths.tolist()):
-            queries = int(self.starts[s + 1] - self.starts[s])
-            self.tables[s, : max(length - queries - window + 1, 0) // block] = -7
+        block_size = self.kv.shape[3]
+        for s, length in enumerate(self.context_lens.tolist()):
+            queries = int(self.cu_seqlens_q[s + 1] - self.cu_seqlens_q[s])
+            self.block_tables[s, : max(length - queries - window + 1, 0) // block_size] = -7
 
     def __call__(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.block_tables, self.cu_seqlens_q, self.context_lens)
         return ops.paged_attention(self.q, *where, scale, softcap, window)
 
     def expected(self, *, scale: float = 0.125, softcap: float = 0.0, window: int = 0) -> Tensor:
-        where = (self.kv, LAYER, self.whole_tables, self.starts, self.lengths)
+        where = (self.kv, LAYER, self.whole_block_tables, self.cu_seqlens_q, self.context_lens)
         return reference.paged_attention(self.q, *where, scale, softcap, window)
 
     def part(self, s: int, first: int, last: int) -> Tensor:
         """Queries first .. last of sequence s computed alone, as if the later ones were still to come."""
-        begin, end = self.starts[s].item(), self.starts[s + 1].item()
-        length = self.lengths[s].item() - (end - begin) + last
+        begin, end = self.cu_seqlens_q[s].item(), self.cu_seqlens_q[s + 1].item()
+        length = self.context_lens[s].item() - (end - begin) + last
         return ops.paged_attention(
             self.q[begin + first : begin + last],
             self.kv,
             LAYER,
-            self.tables[s : s + 1],
+            self.block_tables[s : s + 1],
             torch.tensor([0, last - first], dtype=torch.int32),
             torch.tensor([length], dtype=torch.int32),
             0.125,
@@ -92,25 +94,27 @@ class Cache:
         )
 
 
-def check(cache: Cache, *, places: float = 0.0, **options: float) -> None:
+def check(cache: Cache, *, tolerance: float = 0.0, **options: float) -> None:
     before = cache.kv.clone()
     actual, expected = cache(**options), cache.expected(**options)
     assert actual.is_contiguous()
     assert actual.dtype == cache.q.dtype
-    places = (
-        places or {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
+    tolerance = (
+        tolerance or {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[cache.q.dtype]
     )
-    torch.testing.assert_close(actual, expected, rtol=places, atol=places)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.kv.nan_to_num(1234.0), before.nan_to_num(1234.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [16, 32, 256])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
-def test_mixed_batch(dtype: torch.dtype, block: int, heads: int, groups: int, size: int) -> None:
+@pytest.mark.parametrize("block_size", [16, 32, 256])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
+def test_mixed_batch(
+    dtype: torch.dtype, block_size: int, heads: int, kv_heads: int, size: int
+) -> None:
     """Decodes, whole prompts, chunks behind a prefix and rows without queries, in one call."""
     sequences = [(1, 1), (1, 17), (1, 300), (5, 5), (70, 70), (33, 260), (1, 16), (0, 40), (2, 33)]
-    check(Cache(sequences, heads, groups, size, block, dtype))
+    check(Cache(sequences, heads, kv_heads, size, block_size, dtype))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +154,8 @@ def test_cache_of_another_dtype() -> None:
 def test_large_scores() -> None:
     """Scores in the thousands: the softmax is about one key, and nothing overflows. float32 scores err by 2e-4."""
     cache = Cache([(1, 200), (9, 70)], 4, 2, 32, 16, torch.float32)
-    check(cache, scale=400.0, places=5e-3)
-    check(cache, scale=400.0, softcap=50.0, places=5e-3)
+    check(cache, scale=400.0, tolerance=5e-3)
+    check(cache, scale=400.0, softcap=50.0, tolerance=5e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,7 +165,7 @@ def test_a_query_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
     cache = Cache(sequences, 6, 2, 64, 16, dtype)
     whole = cache()
     for s, (queries, _) in enumerate(sequences):
-        begin = cache.starts[s].item()
+        begin = cache.cu_seqlens_q[s].item()
         assert torch.equal(cache.part(s, 0, queries), whole[begin : begin + queries])
     for count in (2, 3, 7):
         torch.set_num_threads(count)
@@ -183,15 +187,20 @@ def test_chunked_is_whole(dtype: torch.dtype, isa: str) -> None:
 
 def test_block_size_and_place_do_not_matter() -> None:
     """Bit for bit: the same keys and values in blocks of 16, 32 and 256."""
-    caches = [Cache([(3, 400), (1, 77)], 4, 2, 64, block, torch.float32) for block in (16, 32, 256)]
+    caches = [
+        Cache([(3, 400), (1, 77)], 4, 2, 64, block_size, torch.float32)
+        for block_size in (16, 32, 256)
+    ]
     first = caches[0]
     for other in caches[1:]:
         other.q.copy_(first.q)
-        for s, length in enumerate(first.lengths.tolist()):
+        for s, length in enumerate(first.context_lens.tolist()):
             for at in range(length):
-                source = first.kv[first.tables[s, at // 16], LAYER, :, at % 16]
-                block = other.kv.shape[3]
-                other.kv[other.tables[s, at // block], LAYER, :, at % block] = source
+                source = first.kv[first.block_tables[s, at // 16], LAYER, :, at % 16]
+                block_size = other.kv.shape[3]
+                other.kv[other.block_tables[s, at // block_size], LAYER, :, at % block_size] = (
+                    source
+                )
         assert torch.equal(other(), first())
 
 
@@ -206,29 +215,29 @@ BAD = [
     ({"q": torch.zeros(4, 5, 32)}, "heads"),
     ({"q": torch.zeros(4, 4, 24)}, "head size"),
     ({"q": torch.zeros(4, 32, 4).mT}, "of q must"),
-    ({"q": torch.zeros(3, 4, 32)}, "starts must"),
+    ({"q": torch.zeros(3, 4, 32)}, "cu_seqlens_q must"),
     ({"kv": torch.zeros(9, 3, 2, 16, 2, 32, dtype=torch.uint8)}, "kv must"),
     ({"kv": torch.zeros(9, 3, 16, 2, 32)}, "kv must"),
     ({"kv": torch.zeros(9, 3, 3, 16, 2, 32)}, "kv must"),
     ({"layer": 3}, "layer 3"),
     ({"layer": -1}, "layer -1"),
-    ({"tables": torch.zeros(2, 3, dtype=torch.int64)}, "block_tables must"),
-    ({"tables": torch.zeros(1, 3, dtype=torch.int32)}, "block_tables must"),
-    ({"tables": torch.zeros(2, 2, dtype=torch.int32)}, "blocks of a sequence of 40"),
-    ({"tables": torch.full((2, 3), 9, dtype=torch.int32)}, "block 9"),
-    ({"tables": torch.full((2, 3), -1, dtype=torch.int32)}, "block -1"),
-    ({"starts": torch.tensor([0, 4], dtype=torch.int32)}, "starts must"),
-    ({"starts": torch.tensor([0, 1, 2], dtype=torch.int32)}, "starts must"),
-    ({"starts": torch.tensor([0, 5, 4], dtype=torch.int32)}, "starts must"),
-    ({"starts": torch.tensor([0, 1, 4])}, "starts must"),
-    ({"lengths": torch.tensor([40, 2], dtype=torch.int32)}, "3 queries"),
-    ({"lengths": torch.tensor([40], dtype=torch.int32)}, "starts must"),
-    ({"lengths": torch.tensor([[40, 9]], dtype=torch.int32)}, "lengths must"),
-    ({"lengths": torch.tensor([40, 9])}, "lengths must"),
+    ({"block_tables": torch.zeros(2, 3, dtype=torch.int64)}, "block_tables must"),
+    ({"block_tables": torch.zeros(1, 3, dtype=torch.int32)}, "block_tables must"),
+    ({"block_tables": torch.zeros(2, 2, dtype=torch.int32)}, "blocks of a sequence of 40"),
+    ({"block_tables": torch.full((2, 3), 9, dtype=torch.int32)}, "block 9"),
+    ({"block_tables": torch.full((2, 3), -1, dtype=torch.int32)}, "block -1"),
+    ({"cu_seqlens_q": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"cu_seqlens_q": torch.tensor([0, 5, 4], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"cu_seqlens_q": torch.tensor([0, 1, 4])}, "cu_seqlens_q must"),
+    ({"context_lens": torch.tensor([40, 2], dtype=torch.int32)}, "3 queries"),
+    ({"context_lens": torch.tensor([40], dtype=torch.int32)}, "cu_seqlens_q must"),
+    ({"context_lens": torch.tensor([[40, 9]], dtype=torch.int32)}, "context_lens must"),
+    ({"context_lens": torch.tensor([40, 9])}, "context_lens must"),
     ({"window": -1}, "window"),
     ({"softcap": -1.0}, "softcap"),
-    ({"decodes": -1}, "decodes"),
-    ({"decodes": 3}, "decodes 3 of 2 sequences"),
+    ({"num_decodes": -1}, "num_decodes"),
+    ({"num_decodes": 3}, "num_decodes 3 of 2 sequences"),
 ]
 
 
@@ -238,9 +247,9 @@ def test_bad_input_is_refused(changed: dict[str, object], message: str) -> None:
         "q": torch.zeros(4, 4, 32),
         "kv": torch.zeros(9, 3, 2, 16, 2, 32),
         "layer": 1,
-        "tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
-        "starts": torch.tensor([0, 1, 4], dtype=torch.int32),
-        "lengths": torch.tensor([40, 9], dtype=torch.int32),
+        "block_tables": torch.tensor([[1, 2, 3], [4, 0, 0]], dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "context_lens": torch.tensor([40, 9], dtype=torch.int32),
         "scale": 0.1,
         "softcap": 0.0,
         "window": 0,

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.layers.batch import KVView
 from engine.ops import attention, reference
 from engine.ops.attention import Backend, Gpu, Needs, Room, StepLengths, choose
-from tests.ops.test_cuda_attention import LAYER, LAYERS, PLACES, Cache
+from tests.ops.test_cuda_attention import LAYER, LAYERS, TOLERANCES, Cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,20 +62,20 @@ def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
     pytest.importorskip(PACKAGES[name])
     needs = needs_of(**CASES[case])
     backend = choose(name, needs)
-    backend.start(Room(16, 400, backend.block_size))
+    backend.start(Room(16, 400, backend.default_block_size))
     return backend, needs
 
 
 def check(actual: Tensor, q: Tensor, view: KVView, needs: Needs, window: int) -> None:
     """`actual` is as near to the float32 reference as the built-in op is asked to be, and near that op."""
-    where = (view.cache, LAYER, view.tables, view.starts, view.lengths)
+    where = (view.cache, LAYER, view.block_tables, view.cu_seqlens_q, view.context_lens)
     rest = (needs.scale, needs.softcap, window)
     expected = reference.paged_attention(q.float(), *where, *rest)
-    places = PLACES[needs.dtype]
+    tolerance = TOLERANCES[needs.dtype]
     assert actual.is_contiguous() and actual.dtype == needs.dtype
-    torch.testing.assert_close(actual.float(), expected, rtol=places, atol=places)
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
     own = torch.ops.lorax.paged_attention(q, *where, *rest)
-    torch.testing.assert_close(actual, own, rtol=2 * places, atol=2 * places)
+    torch.testing.assert_close(actual, own, rtol=2 * tolerance, atol=2 * tolerance)
 
 
 SEQUENCES = {
@@ -94,14 +94,14 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
         sequences = SEQUENCES[kind]
         if kind == "decodes":
             sequences = random.sample(sequences, len(sequences))
-        shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
+        shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.default_block_size)
         cache = Cache(sequences, *shape, needs.dtype)
-        lengths = [length for _, length in sequences]
-        step = StepLengths(cache.counts, lengths)
-        attend = backend.step(step, cache.tables, cache.lengths)
-        places = torch.zeros(0, dtype=torch.int64)
-        where = (cache.kv, cache.tables, cache.starts, cache.lengths, places)
-        view = KVView(*where, step.decodes, attend)
+        context_lens = [length for _, length in sequences]
+        step = StepLengths(cache.counts, context_lens)
+        attend = backend.step(step, cache.block_tables, cache.context_lens)
+        slot_mapping = torch.zeros(0, dtype=torch.int64)
+        where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, slot_mapping)
+        view = KVView(*where, step.num_decodes, attend)
         for window in needs.windows:
             actual = view.attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
             check(actual, cache.q, view, needs, window)
@@ -111,14 +111,14 @@ class Rows:
     """Rows of one token each in tensors at fixed addresses, and a cache that is full of numbers."""
 
     def __init__(self, backend: Backend, needs: Needs, rows: int, blocks: int) -> None:
-        self.rows, self.blocks, self.block = rows, blocks, backend.block_size
+        self.rows, self.blocks, self.block_size = rows, blocks, backend.default_block_size
         self.num_blocks = rows * blocks + 5
-        shape = (self.num_blocks, LAYERS, 2, self.block, needs.kv_heads, needs.head_dim)
+        shape = (self.num_blocks, LAYERS, 2, self.block_size, needs.kv_heads, needs.head_dim)
         self.cache = torch.full(shape, float("nan"), dtype=needs.dtype, device="cuda")
         self.cache[:, LAYER].normal_()
-        self.tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
-        self.lengths = torch.ones(rows, dtype=torch.int32, device="cuda")
-        self.starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+        self.block_tables = torch.zeros(rows, blocks, dtype=torch.int32, device="cuda")
+        self.context_lens = torch.ones(rows, dtype=torch.int32, device="cuda")
+        self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
         wide = (needs.heads + 2 * needs.kv_heads) * needs.head_dim
         self.fused = torch.zeros(rows, wide, dtype=needs.dtype, device="cuda")
         q = self.fused[:, : needs.heads * needs.head_dim]
@@ -126,31 +126,42 @@ class Rows:
 
     def change(self) -> list[int]:
         """Other queries, blocks and lengths; one row is the scratch row of a graph's padding."""
-        lengths = [1, *(random.randint(1, self.blocks * self.block) for _ in range(self.rows - 1))]
-        order = torch.randperm(self.num_blocks - 1)[: self.tables.numel()] + 1
-        self.tables.copy_(order.view_as(self.tables).int())
-        self.tables[0] = 0
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        context_lens = [
+            1,
+            *(random.randint(1, self.blocks * self.block_size) for _ in range(self.rows - 1)),
+        ]
+        order = torch.randperm(self.num_blocks - 1)[: self.block_tables.numel()] + 1
+        self.block_tables.copy_(order.view_as(self.block_tables).int())
+        self.block_tables[0] = 0
+        self.context_lens.copy_(torch.tensor(context_lens, dtype=torch.int32))
         self.fused.normal_()
-        return lengths
+        return context_lens
 
     def view(self, attend: attention.Attend) -> KVView:
-        places = torch.zeros(0, dtype=torch.int64)
-        return KVView(self.cache, self.tables, self.starts, self.lengths, places, self.rows, attend)
+        slot_mapping = torch.zeros(0, dtype=torch.int64)
+        return KVView(
+            self.cache,
+            self.block_tables,
+            self.cu_seqlens_q,
+            self.context_lens,
+            slot_mapping,
+            self.rows,
+            attend,
+        )
 
 
 @every_run
 def test_graphs_replay_for_any_lengths(made: tuple[Backend, Needs]) -> None:
     """Two sizes, captured with rows of one position; then replayed in turn, planned but never captured again."""
     backend, needs = made
-    blocks = 400 // (backend.block_size // 16)
+    blocks = 400 // (backend.default_block_size // 16)
     graphs = []
     for size in (16, 3):
         rows, captured = Rows(backend, needs, size, blocks), backend.captured(size)
         graph, outputs = torch.cuda.CUDAGraph(), {}
 
         def run(rows: Rows = rows, captured: Any = captured) -> dict[int, Tensor]:
-            view = rows.view(captured.attend(rows.tables, rows.lengths))
+            view = rows.view(captured.attend(rows.block_tables, rows.context_lens))
             return {
                 window: view.attend(rows.q, view, LAYER, needs.scale, needs.softcap, window)
                 for window in sorted(needs.windows)
@@ -181,7 +192,7 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     window = max(needs.windows)
 
     def run() -> Tensor:
-        view = rows.view(captured.attend(rows.tables, rows.lengths))
+        view = rows.view(captured.attend(rows.block_tables, rows.context_lens))
         return view.attend(rows.q, view, LAYER, needs.scale, needs.softcap, window)
 
     captured.plan([1] * 4)
@@ -189,19 +200,19 @@ def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
-    lengths = rows.change()
-    shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.block_size)
+    context_lens = rows.change()
+    shape = (needs.heads, needs.kv_heads, needs.head_dim, backend.default_block_size)
     cache = Cache([(1, 40), (9, 80), (30, 30)], *shape, needs.dtype)
-    whole = StepLengths(cache.counts, cache.lengths.tolist())
-    places = torch.zeros(0, dtype=torch.int64)
-    where = (cache.kv, cache.tables, cache.starts, cache.lengths, places)
-    view = KVView(*where, whole.decodes)
+    whole = StepLengths(cache.counts, cache.context_lens.tolist())
+    slot_mapping = torch.zeros(0, dtype=torch.int64)
+    where = (cache.kv, cache.block_tables, cache.cu_seqlens_q, cache.context_lens, slot_mapping)
+    view = KVView(*where, whole.num_decodes)
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(20):
-        captured.plan(lengths)
+        captured.plan(context_lens)
         graph.replay()
         first = out.clone()
-        attend = backend.step(whole, cache.tables, cache.lengths)
+        attend = backend.step(whole, cache.block_tables, cache.context_lens)
         second = attend(cache.q, view, LAYER, needs.scale, needs.softcap, window)
         found.append((first, second))
     for first, second in found:

@@ -108,22 +108,22 @@ def test_activations_of_extreme_values(device: str, act: str) -> None:
 
 
 def fused_qkv(
-    tokens: int, heads: int, groups: int, dim: int, dtype: torch.dtype
+    tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as views of one projection's output."""
     qkv = (
-        torch.randn(tokens, (heads + 2 * groups) * dim)
+        torch.randn(tokens, (heads + 2 * kv_heads) * dim)
         .to(dtype)
-        .view(tokens, heads + 2 * groups, dim)
+        .view(tokens, heads + 2 * kv_heads, dim)
     )
-    return qkv[:, :heads], qkv[:, heads : heads + groups], qkv[:, heads + groups :]
+    return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "heads", "groups", "dim", "rotary"),
+    ("tokens", "heads", "kv_heads", "dim", "rotary"),
     [
         (1, 9, 3, 64, 64),
         (17, 4, 1, 48, 24),
@@ -142,19 +142,21 @@ def test_rope_store_kv(
     interleaved: bool,
     tokens: int,
     heads: int,
-    groups: int,
+    kv_heads: int,
     dim: int,
     rotary: int,
 ) -> None:
-    q, k, v = fused_qkv(tokens, heads, groups, dim, dtype)
+    q, k, v = fused_qkv(tokens, heads, kv_heads, dim, dtype)
     angles = torch.randn(200, rotary // 2)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions = torch.randint(200, (tokens,))
-    kv = torch.full((30, 3, 2, 4, groups, dim), float("nan"), dtype=kv_dtype or dtype)
-    places = torch.randperm(120)[:tokens]
+    kv = torch.full((30, 3, 2, 4, kv_heads, dim), float("nan"), dtype=kv_dtype or dtype)
+    slot_mapping = torch.randperm(120)[:tokens]
     expected = [t.clone() for t in (q, k, v, kv)]
-    reference.rope_store_kv_(*expected[:3], cos_sin, positions, expected[3], places, 1, interleaved)
-    ops.rope_store_kv_(q, k, v, cos_sin, positions, kv, places, 1, interleaved)
+    reference.rope_store_kv_(
+        *expected[:3], cos_sin, positions, expected[3], slot_mapping, 1, interleaved
+    )
+    ops.rope_store_kv_(q, k, v, cos_sin, positions, kv, slot_mapping, 1, interleaved)
     for actual, wanted in zip((q, k, v, kv), expected, strict=True):
         assert torch.equal(actual.isnan(), wanted.isnan())
         assert_close(actual.nan_to_num(), wanted.nan_to_num())
@@ -166,21 +168,21 @@ def test_a_graph_replays_with_other_contents() -> None:
         q, k, v = fused_qkv(6, 4, 2, 64, torch.bfloat16)
         angles = torch.randn(50, 32)
         cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-        positions, places = torch.zeros(6, dtype=torch.int64), torch.arange(6)
+        positions, slot_mapping = torch.zeros(6, dtype=torch.int64), torch.arange(6)
         kv = torch.zeros(8, 2, 2, 4, 2, 64, dtype=torch.bfloat16)
         x, weight = torch.randn(6, 512).bfloat16(), torch.randn(512).bfloat16()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.rope_store_kv_(q, k, v, cos_sin, positions, kv, places, 1, False)
+        ops.rope_store_kv_(q, k, v, cos_sin, positions, kv, slot_mapping, 1, False)
         normed = ops.add_rms_norm(x, None, weight, 1e-5)
         gated = ops.act_and_mul(normed, "silu")
     for tensor in (q, k, v, x):
         tensor.normal_()
     positions.copy_(torch.randint(50, (6,)))
-    places.copy_(torch.randperm(32)[:6])
+    slot_mapping.copy_(torch.randperm(32)[:6])
     expected = [t.clone() for t in (q, k, v, kv)]
-    reference.rope_store_kv_(*expected[:3], cos_sin, positions, expected[3], places, 1, False)
+    reference.rope_store_kv_(*expected[:3], cos_sin, positions, expected[3], slot_mapping, 1, False)
     graph.replay()
     for actual, wanted in zip((q, k, v, kv), expected, strict=True):
         assert_close(actual, wanted)
@@ -197,7 +199,7 @@ def rope_arguments() -> dict[str, object]:
         "cos_sin": torch.randn(10, 8),
         "positions": torch.tensor([0, 1, 9]),
         "kv": torch.zeros(4, 2, 2, 4, 1, 8),
-        "places": torch.tensor([0, 1, 15]),
+        "slot_mapping": torch.tensor([0, 1, 15]),
         "layer": 1,
         "interleaved": False,
     }
@@ -233,8 +235,8 @@ def test_rope_refuses_a_layer_that_is_not_there(device: str) -> None:
     ("name", "values", "message"),
     [
         ("positions", [0, 1, 10], r"positions\[2\] is 10, the limit is 10"),
-        ("places", [0, -1, 2], r"places\[1\] is -1"),
-        ("places", [0, 16, 2], r"places\[1\] is 16, the limit is 16"),
+        ("slot_mapping", [0, -1, 2], r"slot_mapping\[1\] is -1"),
+        ("slot_mapping", [0, 16, 2], r"slot_mapping\[1\] is 16, the limit is 16"),
     ],
 )
 def test_rope_on_the_cpu_refuses_indices_out_of_range(

@@ -27,13 +27,13 @@ PROGRAM = """
 using namespace lorax::cuda;
 extern "C" void prepare(int32_t* computed, int64_t computed_stride, const int32_t* tokens,
                         int64_t tokens_stride, const int32_t* blocks, int64_t blocks_stride,
-                        const int32_t* rows, const int32_t* first, const int32_t* starts,
-                        int64_t* ids, int64_t* positions, int64_t* places, int32_t* tables,
-                        int32_t* lengths, int sequences, int num_tokens, int width, int block,
+                        const int32_t* rows, const int32_t* first, const int32_t* cu_seqlens_q,
+                        int64_t* ids, int64_t* positions, int64_t* slot_mapping, int32_t* block_tables,
+                        int32_t* context_lens, int sequences, int num_tokens, int max_blocks, int block_size,
                         int threads) {
   const PrepareArgs args{computed, computed_stride, tokens, tokens_stride, blocks, blocks_stride,
-                         rows, first, starts, ids, positions, places, tables, lengths,
-                         sequences, num_tokens, width, block};
+                         rows, first, cu_seqlens_q, ids, positions, slot_mapping, block_tables, context_lens,
+                         sequences, num_tokens, max_blocks, block_size};
   for (int s = 0; s < sequences; ++s) {
     const std::vector<int> from(threads, first_position(args, s));
     for (int t = 0; t < threads; ++t) prepare_sequence(args, s, from[t], t, threads);
@@ -46,12 +46,12 @@ extern "C" void prepare(int32_t* computed, int64_t computed_stride, const int32_
 @pytest.mark.parametrize("_", range(30))
 def test_prepare_is_what_the_loops_say(_: int) -> None:
     step = random_step().to("cpu")
-    tokens, tables, computed = by_hand(step)
-    *found, found_tables, lengths = reference.prepare_step_(*step.arguments)  # type: ignore[arg-type]
+    tokens, block_tables, computed = by_hand(step)
+    *found, found_block_tables, context_lens = reference.prepare_step_(*step.arguments)  # type: ignore[arg-type]
     assert [part.tolist() for part in found] == tokens
     assert all(part.dtype == torch.int64 for part in found)
-    assert (found_tables.dtype, lengths.dtype) == (torch.int32, torch.int32)
-    assert used(found_tables, lengths) == tables
+    assert (found_block_tables.dtype, context_lens.dtype) == (torch.int32, torch.int32)
+    assert used(found_block_tables, context_lens) == block_tables
     assert step.computed.tolist() == computed
 
 
@@ -71,8 +71,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def prepare(library: ctypes.CDLL, step: Step) -> list[Tensor]:
     sequences, tokens = len(step.rows), step.num_tokens
     outputs = [torch.full((tokens,), -9) for _ in range(3)]
-    tables = torch.full((sequences, BLOCKS), -9, dtype=torch.int32)
-    lengths = torch.full((sequences,), -9, dtype=torch.int32)
+    block_tables = torch.full((sequences, BLOCKS), -9, dtype=torch.int32)
+    context_lens = torch.full((sequences,), -9, dtype=torch.int32)
 
     def pointer(tensor: Tensor) -> ctypes.c_void_p:
         return ctypes.c_void_p(tensor.data_ptr())
@@ -80,10 +80,10 @@ def prepare(library: ctypes.CDLL, step: Step) -> list[Tensor]:
     table: list[object] = []
     for tensor in (step.computed, step.tokens, step.blocks):
         table += [pointer(tensor), ctypes.c_int64(tensor.stride(0))]
-    others = [step.rows, step.first, step.starts, *outputs, tables, lengths]
-    sizes = (sequences, tokens, step.width, step.block, THREADS)
+    others = [step.rows, step.first, step.cu_seqlens_q, *outputs, block_tables, context_lens]
+    sizes = (sequences, tokens, step.max_blocks, step.block_size, THREADS)
     library.prepare(*table, *map(pointer, others), *map(ctypes.c_int, sizes))
-    return [*outputs, tables, lengths]
+    return [*outputs, block_tables, context_lens]
 
 
 @pytest.mark.parametrize("_", range(30))

@@ -117,13 +117,13 @@ def test_every_step_fits_its_bucket(max_rows: int, max_tokens: int) -> None:
 def test_a_description_expands_to_its_tokens(seed: int) -> None:
     """Every token, place, output and slot of a step against what its rows hold, with padding and without."""
     generator = random.Random(seed)
-    max_rows, block = 20, 4
+    max_rows, block_size = 20, 4
     device = torch.device("cpu")
     spare = decode_words(max_rows) + mixed_words(max_rows, 300)
     table = RowTable(max_rows + 1, 400, 100, device, spare)
     records = torch.zeros(201, 2, 1, 8, dtype=torch.int32)
     attention = Builtin()
-    cache = torch.zeros(9, 1, 2, block, 1, 1)
+    cache = torch.zeros(9, 1, 2, block_size, 1, 1)
     adapters = Adapters(torch.zeros(16).byte(), records)
     builder = BatchBuilder(table, cache, adapters, attention)
     step = random_description(generator, max_rows, 300, chunks=seed % 3 > 0)
@@ -146,20 +146,20 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
         reach = Reach(1, [[True], [True]])
         batch, rows, lengths = builder.expand(shape, 400, reach, attention.attend)
         ahead = shape.decodes - len(step.decode)
-        assert batch.kv.decodes == shape.decodes
+        assert batch.kv.num_decodes == shape.decodes
         last, slots = [], []
         for s, (row, start, count) in enumerate(new, ahead):
-            at, end = int(batch.kv.starts[s]), int(batch.kv.starts[s + 1])
+            at, end = int(batch.kv.cu_seqlens_q[s]), int(batch.kv.cu_seqlens_q[s + 1])
             positions = [*range(start, start + count)]
             assert batch.positions[at:end].tolist() == positions
             assert batch.ids[at:end].tolist() == [held[row].tokens[i] for i in positions]
-            assert batch.kv.places[at:end].tolist() == [
-                held[row].blocks[i // block] * block + i % block for i in positions
+            assert batch.kv.slot_mapping[at:end].tolist() == [
+                held[row].blocks[i // block_size] * block_size + i % block_size for i in positions
             ]
-            assert batch.kv.lengths[s] == table.computed[row] == start + count
+            assert batch.kv.context_lens[s] == table.computed[row] == start + count
             last.append(end - 1)
             slots += [held[row].slot] * count
-        assert batch.kv.starts[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
+        assert batch.kv.cu_seqlens_q[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
         assert batch.lora is not None and batch.lora_outputs is not None
         assert per_token(batch.lora.slots, batch.lora.starts)[ahead:] == slots
         sampled, first = step.sampled, 0 if step.chunks else ahead

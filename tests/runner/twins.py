@@ -79,10 +79,10 @@ def let_attention_pad(monkeypatch: pytest.MonkeyPatch) -> None:
     own = builtin.ops
 
     def paged_attention(q: Tensor, *where: Any) -> Tensor:
-        starts, decodes = where[3], where[8]
-        assert starts[: decodes + 1].tolist() == [*range(decodes + 1)]
+        cu_seqlens_q, num_decodes = where[3], where[8]
+        assert cu_seqlens_q[: num_decodes + 1].tolist() == [*range(num_decodes + 1)]
         out = torch.full_like(q, float("nan"))
-        out[: starts[-1]] = own.paged_attention(q[: starts[-1]], *where)
+        out[: cu_seqlens_q[-1]] = own.paged_attention(q[: cu_seqlens_q[-1]], *where)
         return out
 
     monkeypatch.setattr(builtin, "ops", SimpleNamespace(paged_attention=paged_attention))

@@ -1,5 +1,5 @@
-// Checks and arguments of paged_attention. The values of block_tables, starts and lengths are not
-// checked here: a GPU's stay on the GPU.
+// Checks and arguments of paged_attention. The values of block_tables, cu_seqlens_q and
+// context_lens are not checked here: a GPU's stay on the GPU.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ inline const int32_t* check_table(const char* op, const char* name, const Tensor
 // one of them has, and `out`, stay 0.
 template <class Args>
 Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t layer,
-                    const Tensor& block_tables, const Tensor& starts, const Tensor& lengths,
-                    double scale, double softcap, int64_t window) {
+                    const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                    const Tensor& context_lens, double scale, double softcap, int64_t window) {
   using Count = decltype(Args::heads);
   check_layout(op, "q", q, 3);
   check_layout(op, "kv", kv, 6);
@@ -34,27 +34,28 @@ Args attention_args(const char* op, const Tensor& q, const Tensor& kv, int64_t l
   args.dtype = dtype_of(op, "q", q);
   args.kv_dtype = dtype_of(op, "kv", kv);
   LORAX_CHECK(kv.size(2) == 2, op,
-              ": kv must be [blocks, layers, 2, block, groups, size], its shape is ", shape_of(kv));
+              ": kv must be [blocks, layers, 2, block_size, kv_heads, head_dim], its shape is ",
+              shape_of(kv));
   LORAX_CHECK(layer >= 0 && layer < kv.size(1), op, ": layer ", layer, " is not in the cache of ",
               kv.size(1), " layers");
-  const int64_t heads = q.size(1), size = q.size(2), block = kv.size(3), groups = kv.size(4);
-  LORAX_CHECK(groups > 0 && heads > 0 && heads % groups == 0, op, ": ", heads,
-              " query heads cannot share ", groups, " key-value heads");
+  const int64_t heads = q.size(1), size = q.size(2), block_size = kv.size(3), kv_heads = kv.size(4);
+  LORAX_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, op, ": ", heads,
+              " query heads cannot share ", kv_heads, " key-value heads");
   LORAX_CHECK(size > 0 && size == kv.size(5), op, ": q has head size ", size, " and kv ",
               kv.size(5));
-  LORAX_CHECK(block > 0, op, ": kv must have blocks of at least one position");
+  LORAX_CHECK(block_size > 0, op, ": kv must have blocks of at least one position");
   LORAX_CHECK(window >= 0, op, ": window ", window, " is negative");
   LORAX_CHECK(softcap >= 0, op, ": softcap ", softcap, " is negative");
-  const int64_t sequences = lengths.dim() == 1 ? lengths.size(0) : 0;
-  args.lengths = check_table(op, "lengths", lengths, 1, sequences);
-  args.starts = check_table(op, "starts", starts, 1, sequences + 1);
+  const int64_t sequences = context_lens.dim() == 1 ? context_lens.size(0) : 0;
+  args.lengths = check_table(op, "context_lens", context_lens, 1, sequences);
+  args.starts = check_table(op, "cu_seqlens_q", cu_seqlens_q, 1, sequences + 1);
   args.tables = check_table(op, "block_tables", block_tables, 2, sequences);
   args.table_stride = block_tables.stride(0);
   args.sequences = Count(sequences);
   args.heads = Count(heads);
-  args.groups = Count(groups);
+  args.groups = Count(kv_heads);
   args.size = Count(size);
-  args.block = Count(block);
+  args.block = Count(block_size);
   args.window = Count(std::min<int64_t>(window, std::numeric_limits<Count>::max()));
   args.q = q.const_data_ptr();
   args.q_stride = q.stride(0);

@@ -1,5 +1,5 @@
-// Checks and arguments of rope_store_kv_. The values of positions and places are not checked here:
-// a GPU's stay on the GPU.
+// Checks and arguments of rope_store_kv_. The values of positions and slot_mapping are not checked
+// here: a GPU's stay on the GPU.
 #pragma once
 
 #include "bind.h"
@@ -28,7 +28,8 @@ inline const int64_t* indices_of(const char* op, const char* name, const Tensor&
 inline RopeStoreKvArgs rope_store_kv_args(const char* op, const Tensor& q, const Tensor& k,
                                           const Tensor& v, const Tensor& cos_sin,
                                           const Tensor& positions, const Tensor& kv,
-                                          const Tensor& places, int64_t layer, bool interleaved) {
+                                          const Tensor& slot_mapping, int64_t layer,
+                                          bool interleaved) {
   RopeStoreKvArgs args{};
   args.dtype = dtype_of(op, "q", q);
   args.kv_dtype = dtype_of(op, "kv", kv);
@@ -51,7 +52,7 @@ inline RopeStoreKvArgs rope_store_kv_args(const char* op, const Tensor& q, const
   args.cos_sin_stride = cos_sin.stride(0);
   args.block_size = kv.size(3);
   args.positions = args.half ? indices_of(op, "positions", positions, args.tokens) : nullptr;
-  args.places = indices_of(op, "places", places, args.tokens);
+  args.places = indices_of(op, "slot_mapping", slot_mapping, args.tokens);
   args.kv =
       static_cast<char*>(kv.mutable_data_ptr()) + layer * kv.stride(1) * int64_t(kv.element_size());
   args.kv_block_stride = kv.stride(0);

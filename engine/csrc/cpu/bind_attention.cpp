@@ -11,12 +11,12 @@ namespace {
 void check_sequences(const char* op, const AttentionArgs& args, int64_t tokens, int64_t table_width,
                      int64_t num_blocks) {
   LORAX_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == tokens, op,
-              ": starts must lead from 0 to ", tokens, " tokens, they lead from ", args.starts[0],
-              " to ", args.starts[args.sequences]);
+              ": cu_seqlens_q must lead from 0 to ", tokens, " tokens, they lead from ",
+              args.starts[0], " to ", args.starts[args.sequences]);
   for (int64_t s = 0; s < args.sequences; ++s) {
     const int64_t queries = args.starts[s + 1] - args.starts[s], length = args.lengths[s];
-    LORAX_CHECK(queries >= 0, op, ": starts must not fall, found ", args.starts[s + 1], " after ",
-                args.starts[s]);
+    LORAX_CHECK(queries >= 0, op, ": cu_seqlens_q must not fall, found ", args.starts[s + 1],
+                " after ", args.starts[s]);
     if (queries == 0) continue;
     LORAX_CHECK(queries <= length, op, ": a sequence of ", length, " positions cannot have ",
                 queries, " queries");
@@ -33,16 +33,16 @@ void check_sequences(const char* op, const AttentionArgs& args, int64_t tokens, 
   }
 }
 
-Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables, Tensor starts,
-                            Tensor lengths, double scale, double softcap, int64_t window,
-                            int64_t decodes) {
+Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables,
+                            Tensor cu_seqlens_q, Tensor context_lens, double scale, double softcap,
+                            int64_t window, int64_t num_decodes) {
   const char* op = "paged_attention";
-  AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, starts,
-                                                     lengths, scale, softcap, window);
+  AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, cu_seqlens_q,
+                                                     context_lens, scale, softcap, window);
   const int64_t tokens = q.size(0);
   // one kernel serves all sequences, so it need not know which of them decode
-  LORAX_CHECK(decodes >= 0 && decodes <= args.sequences, op, ": decodes ", decodes, " of ",
-              args.sequences, " sequences");
+  LORAX_CHECK(num_decodes >= 0 && num_decodes <= args.sequences, op, ": num_decodes ", num_decodes,
+              " of ", args.sequences, " sequences");
   check_sequences(op, args, tokens, block_tables.size(1), kv.size(0));
 
   Tensor out = empty(q, {tokens, args.heads, args.size}, q.scalar_type());

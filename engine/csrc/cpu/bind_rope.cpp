@@ -17,12 +17,12 @@ void check_values(const char* op, const char* name, const int64_t* values, int64
 }
 
 void bind_rope_store_kv(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor kv,
-                        Tensor places, int64_t layer, bool interleaved) {
+                        Tensor slot_mapping, int64_t layer, bool interleaved) {
   const char* op = "rope_store_kv_";
   const RopeStoreKvArgs args =
-      rope_store_kv_args(op, q, k, v, cos_sin, positions, kv, places, layer, interleaved);
+      rope_store_kv_args(op, q, k, v, cos_sin, positions, kv, slot_mapping, layer, interleaved);
   if (args.half) check_values(op, "positions", args.positions, args.tokens, cos_sin.size(0));
-  check_values(op, "places", args.places, args.tokens, kv.size(0) * kv.size(3));
+  check_values(op, "slot_mapping", args.places, args.tokens, kv.size(0) * kv.size(3));
   rope_store_kv(args);
 }
 

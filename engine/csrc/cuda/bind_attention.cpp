@@ -1,4 +1,5 @@
-// lorax::paged_attention on CUDA. Starts, lengths and tables are read by the kernels only.
+// lorax::paged_attention on CUDA. Only the kernels read what block_tables, cu_seqlens_q and
+// context_lens hold.
 #include "../common/bind_attention.h"
 
 #include <algorithm>
@@ -9,25 +10,25 @@
 namespace lorax::cuda {
 namespace {
 
-Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables, Tensor starts,
-                            Tensor lengths, double scale, double softcap, int64_t window,
-                            int64_t decodes) {
+Tensor bind_paged_attention(Tensor q, Tensor kv, int64_t layer, Tensor block_tables,
+                            Tensor cu_seqlens_q, Tensor context_lens, double scale, double softcap,
+                            int64_t window, int64_t num_decodes) {
   const char* op = "paged_attention";
-  AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, starts,
-                                                     lengths, scale, softcap, window);
+  AttentionArgs args = attention_args<AttentionArgs>(op, q, kv, layer, block_tables, cu_seqlens_q,
+                                                     context_lens, scale, softcap, window);
   const int64_t tokens = q.size(0), heads = q.size(1), size = q.size(2);
-  const int64_t sequences = lengths.size(0);
+  const int64_t sequences = context_lens.size(0);
   LORAX_CHECK(tokens <= INT32_MAX / heads, op, ": ", tokens, " tokens of ", heads,
               " heads do not fit 32 bits");
   LORAX_CHECK(size <= kAttentionMaxSize, op, ": head size ", size, " is above ", kAttentionMaxSize);
-  for (const Tensor* t : {&kv, &block_tables, &starts, &lengths})
+  for (const Tensor* t : {&kv, &block_tables, &cu_seqlens_q, &context_lens})
     LORAX_CHECK(t->get_device() == q.get_device(), op, ": all tensors must be on the GPU of q");
   LORAX_CHECK(tokens == 0 || sequences > 0, op, ": ", tokens, " tokens without a sequence");
-  LORAX_CHECK(decodes >= 0 && decodes <= std::min(tokens, sequences), op, ": decodes ", decodes,
-              " of ", sequences, " sequences and ", tokens, " tokens");
+  LORAX_CHECK(num_decodes >= 0 && num_decodes <= std::min(tokens, sequences), op, ": num_decodes ",
+              num_decodes, " of ", sequences, " sequences and ", tokens, " tokens");
   args.tokens = int(tokens);
   // as many tokens as sequences: one for each, or a few without any, which the kernel sees
-  args.decodes = int(tokens == sequences ? tokens : decodes);
+  args.decodes = int(tokens == sequences ? tokens : num_decodes);
 
   Tensor out = empty(q, {tokens, heads, size}, q.scalar_type());
   args.out = out.mutable_data_ptr();

@@ -41,11 +41,9 @@ void bind_write_runs(Tensor words, Tensor patch, int64_t runs) {
   check_launch(op);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor computed, Tensor tokens,
-                                                                     Tensor blocks, Tensor rows,
-                                                                     Tensor first, Tensor starts,
-                                                                     int64_t num_tokens,
-                                                                     int64_t block, int64_t width) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(
+    Tensor computed, Tensor tokens, Tensor blocks, Tensor rows, Tensor first, Tensor cu_seqlens_q,
+    int64_t num_tokens, int64_t block_size, int64_t max_blocks) {
   const char* op = "prepare_step_";
   LORAX_CHECK(
       computed.is_cuda() && computed.dim() == 1 && computed.scalar_type() == ScalarType::Int, op,
@@ -54,22 +52,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   check_int32(op, "blocks", blocks, 2);
   check_int32(op, "rows", rows, 1);
   check_int32(op, "first", first, 1);
-  check_int32(op, "starts", starts, 1);
+  check_int32(op, "cu_seqlens_q", cu_seqlens_q, 1);
   const int64_t sequences = rows.size(0);
-  LORAX_CHECK(first.size(0) == sequences && starts.size(0) == sequences + 1, op, ": first ",
-              shape_of(first), " and starts ", shape_of(starts), " do not fit rows ",
+  LORAX_CHECK(first.size(0) == sequences && cu_seqlens_q.size(0) == sequences + 1, op, ": first ",
+              shape_of(first), " and cu_seqlens_q ", shape_of(cu_seqlens_q), " do not fit rows ",
               shape_of(rows));
   LORAX_CHECK(tokens.size(0) == computed.size(0) && blocks.size(0) == computed.size(0), op,
               ": tokens ", shape_of(tokens), " and blocks ", shape_of(blocks),
               " do not fit computed ", shape_of(computed));
-  LORAX_CHECK(num_tokens >= 0 && block > 0 && width >= 0 && width <= blocks.size(1), op,
-              ": num_tokens ", num_tokens, ", block ", block, " and width ", width,
-              " do not fit blocks ", shape_of(blocks));
+  LORAX_CHECK(
+      num_tokens >= 0 && block_size > 0 && max_blocks >= 0 && max_blocks <= blocks.size(1), op,
+      ": num_tokens ", num_tokens, ", block_size ", block_size, " and max_blocks ", max_blocks,
+      " do not fit blocks ", shape_of(blocks));
   Tensor ids = empty(rows, {num_tokens}, ScalarType::Long);
   Tensor positions = empty(rows, {num_tokens}, ScalarType::Long);
-  Tensor places = empty(rows, {num_tokens}, ScalarType::Long);
-  Tensor tables = empty(rows, {sequences, width}, ScalarType::Int);
-  Tensor lengths = empty(rows, {sequences}, ScalarType::Int);
+  Tensor slot_mapping = empty(rows, {num_tokens}, ScalarType::Long);
+  Tensor block_tables = empty(rows, {sequences, max_blocks}, ScalarType::Int);
+  Tensor context_lens = empty(rows, {sequences}, ScalarType::Int);
   PrepareArgs args{};
   args.computed = static_cast<int32_t*>(computed.mutable_data_ptr());
   args.computed_stride = computed.stride(0);
@@ -79,19 +78,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bind_prepare_step(Tensor comp
   args.blocks_stride = blocks.stride(0);
   args.rows = static_cast<const int32_t*>(rows.const_data_ptr());
   args.first = static_cast<const int32_t*>(first.const_data_ptr());
-  args.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  args.starts = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
   args.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   args.positions = static_cast<int64_t*>(positions.mutable_data_ptr());
-  args.places = static_cast<int64_t*>(places.mutable_data_ptr());
-  args.tables = static_cast<int32_t*>(tables.mutable_data_ptr());
-  args.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
+  args.places = static_cast<int64_t*>(slot_mapping.mutable_data_ptr());
+  args.tables = static_cast<int32_t*>(block_tables.mutable_data_ptr());
+  args.lengths = static_cast<int32_t*>(context_lens.mutable_data_ptr());
   args.sequences = int(sequences);
   args.num_tokens = int(num_tokens);
-  args.width = int(width);
-  args.block = int(block);
+  args.width = int(max_blocks);
+  args.block = int(block_size);
   prepare_step(args, current_stream(rows));
   check_launch(op);
-  return {ids, positions, places, tables, lengths};
+  return {ids, positions, slot_mapping, block_tables, context_lens};
 }
 
 }  // namespace

@@ -8,9 +8,10 @@ namespace lorax::cuda {
 namespace {
 
 void bind_rope_store_kv(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor kv,
-                        Tensor places, int64_t layer, bool interleaved) {
+                        Tensor slot_mapping, int64_t layer, bool interleaved) {
   const char* op = "rope_store_kv_";
-  rope_store_kv(rope_store_kv_args(op, q, k, v, cos_sin, positions, kv, places, layer, interleaved),
+  rope_store_kv(rope_store_kv_args(op, q, k, v, cos_sin, positions, kv, slot_mapping, layer,
+                                   interleaved),
                 current_stream(q));
   check_launch(op);
 }

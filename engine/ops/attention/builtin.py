@@ -12,7 +12,7 @@ from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, S
 
 ops = torch.ops.lorax
 
-DEFAULT_BLOCK = 16
+DEFAULT_BLOCK_SIZE = 16
 
 
 def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int) -> Tensor:
@@ -21,13 +21,13 @@ def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, wind
         q,
         view.cache,
         layer,
-        view.tables,
-        view.starts,
-        view.lengths,
+        view.block_tables,
+        view.cu_seqlens_q,
+        view.context_lens,
         scale,
         softcap,
         window,
-        view.decodes,
+        view.num_decodes,
     )
 
 
@@ -35,7 +35,7 @@ class Builtin:
     """Our own kernels; on a machine without them, their reference."""
 
     name = "builtin"
-    block_size = DEFAULT_BLOCK
+    default_block_size = DEFAULT_BLOCK_SIZE
     block_unit = 1
     captures_chunks = True
     serves: Mapping[str, str] = {}
@@ -52,13 +52,13 @@ class Builtin:
 
     def start(self, room: Room) -> None: ...
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return attend
 
     def captured(self, rows: int) -> Captured:
         return self
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return attend
 
-    def plan(self, lengths: Iterable[int]) -> None: ...
+    def plan(self, context_lens: Iterable[int]) -> None: ...

@@ -25,24 +25,24 @@ PAGE = 256  # the kernels take multiples of it
 class _Chunks:
     """The sequences of a step behind its decode tokens."""
 
-    starts: Tensor  # [C + 1] int32, from 0
-    key_starts: Tensor  # [C + 1] int32: running sum of the lengths
-    most_tokens: int
-    most_keys: int
+    cu_seqlens_q: Tensor  # [C + 1] int32, from 0
+    cu_seqlens_k: Tensor  # [C + 1] int32: running sum of context_lens
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step: `decodes` sequences of one token, then chunks."""
+    """One step: `num_decodes` sequences of one token, then chunks."""
 
     package: Any
-    decodes: int
+    num_decodes: int
     chunks: _Chunks | None
 
     def __call__(
         self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
     ) -> Tensor:
-        n = self.decodes
+        n = self.num_decodes
         keys, values = view.cache[:, layer, 0], view.cache[:, layer, 1]
         options = {
             "softmax_scale": scale,
@@ -57,8 +57,8 @@ class _Step:
                 q[:n, None],
                 keys,
                 values,
-                cache_seqlens=view.lengths[:n],
-                block_table=view.tables[:n],
+                cache_seqlens=view.context_lens[:n],
+                block_table=view.block_tables[:n],
                 **options,
             )
             parts.append(found[:, 0])
@@ -67,11 +67,11 @@ class _Step:
                 q[n:],
                 keys,
                 values,
-                chunks.starts,
-                chunks.key_starts,
-                chunks.most_tokens,
-                chunks.most_keys,
-                block_table=view.tables[n:],
+                chunks.cu_seqlens_q,
+                chunks.cu_seqlens_k,
+                chunks.max_seqlen_q,
+                chunks.max_seqlen_k,
+                block_table=view.block_tables[n:],
                 **options,
             )
             parts.append(found)
@@ -84,17 +84,17 @@ class _Graph:
     def __init__(self, package: Any, rows: int) -> None:
         self.step = _Step(package, rows, None)
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return self.step
 
-    def plan(self, lengths: Iterable[int]) -> None: ...
+    def plan(self, context_lens: Iterable[int]) -> None: ...
 
 
 class FlashAttention:
     """The package is imported here, and refused by name when it is missing."""
 
     name = "flash-attn"
-    block_size = PAGE
+    default_block_size = PAGE
     block_unit = PAGE
     captures_chunks = False
 
@@ -122,18 +122,21 @@ class FlashAttention:
 
     def start(self, room: Room) -> None: ...
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
-        n = step.decodes
-        counts = step.counts[n:]
-        if not counts:
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
+        n = step.num_decodes
+        query_lens = step.query_lens[n:]
+        if not query_lens:
             return _Step(self.package, n, None)
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
-        key_starts = torch.zeros(len(starts), dtype=torch.int32, device=tables.device)
-        torch.cumsum(lengths[n:], 0, dtype=torch.int32, out=key_starts[1:])
+        cu_seqlens_q = [0]
+        for length in query_lens:
+            cu_seqlens_q.append(cu_seqlens_q[-1] + length)
+        cu_seqlens_k = torch.zeros(len(cu_seqlens_q), dtype=torch.int32, device=block_tables.device)
+        torch.cumsum(context_lens[n:], 0, dtype=torch.int32, out=cu_seqlens_k[1:])
         chunks = _Chunks(
-            _uploaded(starts, tables.device), key_starts, max(counts), max(step.lengths[n:])
+            _uploaded(cu_seqlens_q, block_tables.device),
+            cu_seqlens_k,
+            max(query_lens),
+            max(step.context_lens[n:]),
         )
         return _Step(self.package, n, chunks)
 

@@ -54,17 +54,17 @@ def _left(window: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step: `decodes` sequences of one token, then chunks. Wrappers are by window, planned for this step."""
+    """One step: `num_decodes` sequences of one token, then chunks. Wrappers are by window, planned for this step."""
 
     needs: Needs
     decode: Mapping[int, Any]
     prefill: Mapping[int, Any]
-    decodes: int
+    num_decodes: int
 
     def __call__(
         self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
     ) -> Tensor:
-        needs, n = self.needs, self.decodes
+        needs, n = self.needs, self.num_decodes
         assert (scale, softcap) == (needs.scale, needs.softcap), "the plan says otherwise"
         cache = view.cache[:, layer, 0], view.cache[:, layer, 1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -101,15 +101,15 @@ class _Graph:
             self.wrappers[window] = wrapper
         self.copied = backend.mark()
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
-        self.pages.fill(tables, lengths, self.backend.block)
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
+        self.pages.fill(block_tables, context_lens, self.backend.block_size)
         return _Step(self.backend.needs, self.wrappers, {}, self.rows)
 
-    def plan(self, lengths: Iterable[int]) -> None:
+    def plan(self, context_lens: Iterable[int]) -> None:
         """The page arrays are the graph's own, so only the cut of the keys goes up."""
         backend = self.backend
         self.copied.synchronize()
-        indptr, last = backend.host_pages(list(lengths))
+        indptr, last = backend.host_pages(list(context_lens))
         for window, wrapper in self.wrappers.items():
             backend.package.fast_decode_plan(
                 wrapper,
@@ -127,7 +127,7 @@ class FlashInfer:
     """The package is imported here, and refused by name when it is missing."""
 
     name = "flashinfer"
-    block_size = 16
+    default_block_size = 16
     block_unit = 1
     captures_chunks = False
 
@@ -159,17 +159,17 @@ class FlashInfer:
         """Partial sums in float32 of as many tiles as its scheduler may cut a step into."""
         needs = self.needs
         assert needs.gpu is not None
-        repeats = needs.heads // needs.kv_heads
+        gqa_ratio = needs.heads // needs.kv_heads
         cut = CTAS_PER_PROCESSOR * needs.gpu.processors // needs.kv_heads
-        tile = 16 if repeats <= 16 else 64 if repeats <= 64 else PREFILL_TILE
-        decode = tile * max(cut, -(-rows * repeats // tile) + rows - 1)
+        tile = 16 if gqa_ratio <= 16 else 64 if gqa_ratio <= 64 else PREFILL_TILE
+        decode = tile * max(cut, -(-rows * gqa_ratio // tile) + rows - 1)
         rows_of_tiles = max(decode, PREFILL_TILE * cut)
         aligned = 64  # bytes, of two allocations at 16
         return needs.heads * rows_of_tiles * (needs.head_dim + 1) * 4 + aligned
 
     def start(self, room: Room) -> None:
         needs, device, package = self.needs, self.needs.device, self.package
-        self.block = room.block_size
+        self.block_size = room.block_size
         self.shape = (needs.heads, needs.kv_heads, needs.head_dim, room.block_size)
         # partial sums; FlashInfer wants zeros at first use
         self.workspace_buffer = torch.zeros(
@@ -198,10 +198,10 @@ class FlashInfer:
         """Plans a tiny step, which loads the kernels and, on a machine that has not got them yet, builds them."""
         logger.info("FlashInfer loads its kernels; the first time on a machine it builds them")
         started = time.perf_counter()
-        lengths = torch.ones(2, dtype=torch.int32, device=self.needs.device)
-        tables = torch.zeros(2, 1, dtype=torch.int32, device=self.needs.device)
+        context_lens = torch.ones(2, dtype=torch.int32, device=self.needs.device)
+        block_tables = torch.zeros(2, 1, dtype=torch.int32, device=self.needs.device)
         try:
-            self.step(StepLengths([1, 2], [1, 2]), tables, lengths)
+            self.step(StepLengths([1, 2], [1, 2]), block_tables, context_lens)
         except (RuntimeError, OSError) as error:
             raise ConfigError(
                 f"--attention-backend {self.name} could not build or load its kernels: {error}",
@@ -222,24 +222,24 @@ class FlashInfer:
             "sm_scale": needs.scale,
         }
 
-    def host_pages(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def host_pages(self, context_lens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """indptr and length of each last page, int32 in host memory."""
-        host = torch.tensor(lengths, dtype=torch.int32)
-        counts = (host + (self.block - 1)) // self.block
-        return _running_sum(counts), host - (counts - 1) * self.block
+        host = torch.tensor(context_lens, dtype=torch.int32)
+        counts = (host + (self.block_size - 1)) // self.block_size
+        return _running_sum(counts), host - (counts - 1) * self.block_size
 
     def _pinned(self, host: Tensor) -> Tensor:
         return host.pin_memory() if self.needs.device.type == "cuda" else host
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         self.copied.synchronize()
-        n = step.decodes
-        rows, blocks = tables.shape
-        pages = Pages.empty(rows, blocks, tables.device)
-        pages.fill(tables, lengths, self.block)
+        n = step.num_decodes
+        rows, blocks = block_tables.shape
+        pages = Pages.empty(rows, blocks, block_tables.device)
+        pages.fill(block_tables, context_lens, self.block_size)
         # what a plan takes up to the device, from pinned memory, so that nothing waits
-        indptr, last = map(self._pinned, self.host_pages(step.lengths))
-        starts = self._pinned(_running_sum(step.counts[n:]))
+        indptr, last = map(self._pinned, self.host_pages(step.context_lens))
+        qo_indptr = self._pinned(_running_sum(step.query_lens[n:]))
         for window in self.plans:
             options = self.options(window)
             if n:
@@ -248,7 +248,7 @@ class FlashInfer:
                 )
             if n < len(last):
                 self.prefill[window].plan(
-                    starts,
+                    qo_indptr,
                     indptr[n:],
                     pages.indices,
                     last[n:],

@@ -13,7 +13,7 @@ class Pages(NamedTuple):
 
     indptr: Tensor  # [S + 1] int32
     indices: Tensor  # [S * blocks of the longest + 1] int32; the end is not defined
-    last: Tensor  # [S] int32, 1 to block size
+    last: Tensor  # [S] int32, 1 to block_size
 
     @classmethod
     def empty(cls, rows: int, blocks: int, device: torch.device) -> Pages:
@@ -28,13 +28,16 @@ class Pages(NamedTuple):
         """The same memory for fewer sequences."""
         return Pages(self.indptr[: rows + 1], self.indices, self.last[:rows])
 
-    def fill(self, tables: Tensor, lengths: Tensor, block: int) -> None:
-        """From `tables` [S, blocks] and `lengths` [S], int32 and above 0; on the device, so a graph may hold it."""
-        counts = (lengths + (block - 1)) // block
+    def fill(self, block_tables: Tensor, context_lens: Tensor, block_size: int) -> None:
+        """From `block_tables` [S, blocks] and `context_lens` [S], int32 and above 0.
+
+        Runs on the device, so a graph may hold it.
+        """
+        counts = (context_lens + (block_size - 1)) // block_size
         torch.cumsum(counts, 0, dtype=torch.int32, out=self.indptr[1:])
-        column = torch.arange(tables.shape[1], dtype=torch.int32, device=tables.device)
-        place = self.indptr[:-1, None] + column
-        # entries past a sequence's end go to the last place, which nothing reads
-        place = place.masked_fill(column >= counts[:, None], len(self.indices) - 1)
-        self.indices.scatter_(0, place.flatten().long(), tables.flatten())
-        torch.sub(lengths, (counts - 1) * block, out=self.last)
+        column = torch.arange(block_tables.shape[1], dtype=torch.int32, device=block_tables.device)
+        target = self.indptr[:-1, None] + column
+        # entries past a sequence's end go to the last element, which nothing reads
+        target = target.masked_fill(column >= counts[:, None], len(self.indices) - 1)
+        self.indices.scatter_(0, target.flatten().long(), block_tables.flatten())
+        torch.sub(context_lens, (counts - 1) * block_size, out=self.last)

@@ -1,8 +1,8 @@
 """What an attention backend is: asked once at start, planned once a step, called once a layer.
 
-All backends read the same cache, `[blocks, layers, 2, block, kv_heads, head_dim]`, viewed per layer by strides. What a
-step's attention needs beside it is prepared once, by `Backend.step` or in a captured graph by `Captured`, and lies in
-the `Attend` that the layers call.
+All backends read the same cache, `[blocks, layers, 2, block_size, kv_heads, head_dim]`, viewed per layer by strides.
+What else a step's attention needs is prepared once per step, by `Backend.step` or, in a captured graph, by `Captured`.
+The result is the `Attend` that the layers call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The most that one step may hold, and the cache's block."""
+    """The most that one step may hold, and the cache's block size."""
 
     rows: int
     blocks: int  # of one row
@@ -74,28 +74,29 @@ class KVFormat:
 class StepLengths:
     """A step as the host knows it, one entry a sequence: decode tokens first, then chunks."""
 
-    counts: Sequence[int]  # tokens of the step
-    lengths: Sequence[int]  # positions in the cache, with those of the step
+    query_lens: Sequence[int]  # tokens of the step
+    context_lens: Sequence[int]  # positions of each sequence, this step's included
 
     @property
-    def decodes(self) -> int:
-        """How many sequences, from the first on, have one token."""
-        return next((i for i, count in enumerate(self.counts) if count != 1), len(self.counts))
+    def num_decodes(self) -> int:
+        """The number of leading sequences with one token."""
+        longer = (i for i, length in enumerate(self.query_lens) if length != 1)
+        return next(longer, len(self.query_lens))
 
 
 class View(Protocol):
     """The KV cache as one step sees it: what a backend reads of `engine.layers.batch.KVView`."""
 
     @property
-    def cache(self) -> Tensor: ...  # [blocks, layers, 2, block, kv_heads, head_dim]
+    def cache(self) -> Tensor: ...  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     @property
-    def tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
+    def block_tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
     @property
-    def starts(self) -> Tensor: ...  # [S + 1] int32
+    def cu_seqlens_q(self) -> Tensor: ...  # [S + 1] int32
     @property
-    def lengths(self) -> Tensor: ...  # [S] int32
+    def context_lens(self) -> Tensor: ...  # [S] int32
     @property
-    def decodes(self) -> int: ...  # so many first sequences have one token each
+    def num_decodes(self) -> int: ...  # the first `num_decodes` sequences have one token each
 
 
 class Attend(Protocol):
@@ -109,19 +110,22 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-# Makes the attention of a step from its tables and lengths, as in `View`.
+# Makes the attention of a step from its (block_tables, context_lens), as in `View`.
 Prepare = Callable[[Tensor, Tensor], Attend]
 
 
 class Captured(Protocol):
     """The attention of one captured graph: rows with one token each, and chunks if the backend captures any."""
 
-    def attend(self, tables: Tensor, lengths: Tensor) -> Attend:
+    def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
         """Called while the graph is captured: what it launches is part of the graph."""
         ...
 
-    def plan(self, lengths: Iterable[int]) -> None:
-        """Before the capture and each replay: lengths of the rows with one token, and with it. Waits for no step."""
+    def plan(self, context_lens: Iterable[int]) -> None:
+        """Called before the capture and before each replay. Waits for no step.
+
+        `context_lens`: of the rows with one token, that token included.
+        """
         ...
 
 
@@ -129,8 +133,8 @@ class Backend(Protocol):
     """One way to compute attention."""
 
     name: str  # as in --attention-backend
-    block_size: int  # positions of a block, unless the user says otherwise
-    block_unit: int  # a block is a multiple of so many positions
+    default_block_size: int  # positions of a block, unless the user says otherwise
+    block_unit: int  # block sizes are multiples of it
     captures_chunks: bool  # else steps with chunks are launched kernel by kernel
 
     def kv_format(self, dtype: torch.dtype) -> KVFormat:
@@ -150,8 +154,8 @@ class Backend(Protocol):
         """Allocates, and builds what is built at first use; before any step. Raises ConfigError."""
         ...
 
-    def step(self, step: StepLengths, tables: Tensor, lengths: Tensor) -> Attend:
-        """The attention of a step that is launched now, kernel by kernel; `tables` and `lengths` as in `View`."""
+    def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
+        """The attention of a step that is launched now, kernel by kernel. The tensors are those of `View`."""
         ...
 
     def captured(self, rows: int) -> Captured:
