@@ -43,7 +43,9 @@ def state(descriptors: dict[str, int], what: str) -> dict[str, Any]:
 
 def _open_fds() -> list[int]:
     """All of them, however high; the one that lists them is closed by then."""
-    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{fd}")]
+    return [
+        fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{fd}")
+    ]
 
 
 def spin(descriptors: dict[str, int], what: str) -> dict[str, Any]:
