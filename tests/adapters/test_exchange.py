@@ -341,7 +341,7 @@ async def test_unload_and_preload(make: Make) -> None:
 async def test_adapters_of_the_demo_are_listed_before_they_are_used(
     make: Make, saved: Path
 ) -> None:
-    exchange = make(sources={"demo": DemoSource(saved)})
+    exchange = make(sources={"demo": DemoSource(saved), "local": CountingSource(saved)})
     names = sorted(folder.name for folder in saved.iterdir())
     with await exchange.acquire(ref("b")):
         states = {status.name: status.state for status in await exchange.adapters()}

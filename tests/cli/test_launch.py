@@ -185,3 +185,13 @@ def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 2, result.output
     assert f"127.0.0.1:{port} is already in use" in result.stderr and "hint: " in result.stderr
+
+
+def test_unknown_source(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before the processes start."""
+    monkeypatch.chdir(demo_folder)
+    monkeypatch.setattr(ProcessBackend, "start", None)
+    command = ["launch", "--model-id", "base", "--port", "0", "--adapter-source", "ftp"]
+    result = CliRunner().invoke(app, [*command, "--hostname", "127.0.0.1"])
+    assert result.exit_code == 2, result.output
+    assert "--adapter-source 'ftp' is not a source of this server" in result.stderr
