@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from engine.files import Closable
 
 # Which target module of an AdapterLayout: its layer, its group in the layer, its position in the group.
 TargetIndex = tuple[int, int, int]
@@ -63,7 +64,7 @@ class Pair:
 
 
 @dataclass(slots=True)
-class LoraWeights:
+class LoraWeights(Closable):
     """An adapter that fits its base model. A context manager; closing it closes the weight file."""
 
     pairs: Mapping[TargetIndex, Pair]
@@ -71,14 +72,3 @@ class LoraWeights:
     notes: list[str] = field(default_factory=list)  # hints for the user; no errors
     verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed
     close: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
