@@ -35,7 +35,7 @@ test: $(INSTALLED) ## run the tests that need no GPU
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(INSTALLED) ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m 'gpu or multi_gpu' $(ARGS)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

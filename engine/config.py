@@ -84,11 +84,13 @@ class AdapterConfig:
         ),
     ] = None
     adapter_source: Annotated[
-        Literal["hub", "local"], Option("Source of --adapter-id and --preloaded-adapter-ids.")
+        str, Option("Source of --adapter-id and --preloaded-adapter-ids: hub or local.")
     ] = "hub"
     default_adapter_source: Annotated[
-        Literal["hub", "local"] | None,
-        Option("Source of adapters in requests that name no source. Unset: --adapter-source."),
+        str | None,
+        Option(
+            "Source of adapters in requests that name no source: hub or local. Unset: --adapter-source."
+        ),
     ] = None
     preloaded_adapter_ids: Annotated[
         tuple[str, ...], Option("Adapter to load at start and never evict. Repeat for more.")

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError, OutOfMemory
 from engine.messages import AdapterImageRef, EngineStats, Request, StepPlan, Update
 from engine.ops.layout import ShardLayout
-from engine.runner.faults import empty_cache, first_line, out_of_memory
+from engine.runner.faults import empty_cache, first_line, num_refusals, out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Engine:
         self.scheduler = make_scheduler(config, built.plan, clock)
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         self.info = info_of(config, built)
+        self._refusals = num_refusals()  # not read again before a step fails: it takes long
         log_start(built, self.info, time.perf_counter() - started)
 
     def step(self) -> list[Update]:
@@ -65,7 +66,9 @@ class Engine:
         try:
             self.runner.launch(plan)
         except RuntimeError as error:
-            if (reason := out_of_memory(error)) is None:
+            reason = out_of_memory(error, self._refusals)
+            self._refusals = num_refusals()
+            if reason is None:
                 raise
             return reason  # the error itself would keep the step's activations alive
         return None

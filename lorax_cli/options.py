@@ -86,9 +86,19 @@ def _switch(flag: str) -> str:
     return f"{flag}/--no-{flag.removeprefix('--')}"
 
 
+def _adapter_sources() -> list[str]:
+    from engine.adapters.registry import make_sources, selectable
+
+    return selectable(make_sources(EngineConfig()))
+
+
+# Completions of settings whose values `engine.config` does not know.
+_COMPLETIONS = {"adapter_source": _adapter_sources, "default_adapter_source": _adapter_sources}
+
+
 def _setting_option(setting: Setting, panel: str) -> inspect.Parameter:
     annotation: Any = setting.type
-    complete: Callable[[], list[str]] | None = None
+    complete: Callable[[], list[str]] | None = _COMPLETIONS.get(setting.name)
     if setting.repeated:
         annotation = list[str]
     elif setting.type in (int, float):

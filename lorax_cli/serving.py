@@ -37,13 +37,15 @@ Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
 @asynccontextmanager
 async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
     """Starts an engine and yields the application on it: `local` in this process, else in its own processes."""
+    from engine.adapters.registry import default_source, make_sources
     from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
     from engine.server.app import build_app
     from engine.server.front import FRONT
     from engine.server.text import Text
 
-    # Before the processes start: one download, and a wrong name fails at once.
+    # Before the processes start: one download, and wrong names fail at once.
+    default_source(config.adapters, make_sources(config))
     folder = await asyncio.to_thread(folder_of, config.model, False)
     start: Start = LocalBackend.start if local else ProcessBackend.start
     if (

@@ -31,7 +31,6 @@ PLAIN_SETTINGS = """\
 [pytest]
 markers =
     gpu: needs a CUDA device
-    multi_gpu: needs two or more CUDA devices
     slow: takes more than ten seconds
     asyncio: a coroutine
 """

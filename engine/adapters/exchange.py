@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from engine.adapters.lease import Lease
 from engine.adapters.loader import AdapterState, Loader
 from engine.adapters.ref import AdapterRef
-from engine.adapters.registry import Registry, make_sources
+from engine.adapters.registry import Registry, default_source, make_sources
 from engine.adapters.room import Room
 from engine.adapters.sources import Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
@@ -73,17 +73,14 @@ class Exchange:
         recall: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         """`device`: the engine's. `sources`: by name; None makes those of the configuration. `recall` asks the front to
-        return unused leases that hold this many bytes."""
+        return unused leases that hold this many bytes. Raises ConfigError if a setting names an unknown source."""
         self._config = config
         self._layout = layout
         self.tier = HostTier(region.size)
         max_file_bytes = FILE_FACTOR * region.size
         if sources is None:
             sources = make_sources(config, max_file_bytes)
-        adapters = config.adapters
-        self._registry = Registry(
-            sources, adapters.default_adapter_source or adapters.adapter_source
-        )
+        self._registry = Registry(sources, default_source(config.adapters, sources))
         self._room = Room(self.tier, room_patience_s, recall)
         self._loader = Loader(
             config,

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
 from engine.adapters.ref import AdapterRef
@@ -302,25 +303,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _reporter(progress: Progress) -> Any:
-    """A class with tqdm's interface, for huggingface_hub, that calls `progress` and draws nothing."""
+def _reporter(progress: Progress) -> type[tqdm]:
+    """A progress bar for huggingface_hub that calls `progress` and draws nothing."""
 
-    class Reporter:
+    class Reporter(tqdm):
+        monitor_interval = 0  # no thread that redraws
+
         def __init__(self, *args: Any, **fields: Any) -> None:
-            self.total = int(fields.get("total") or 0)
-            self.n = int(fields.get("initial") or 0)
+            super().__init__(*args, **{**fields, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             self.n += int(n or 0)
-            progress(self.n, self.total)
-
-        def __enter__(self) -> Reporter:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *args, **fields: None
+            progress(self.n, int(self.total or 0))
 
     return Reporter

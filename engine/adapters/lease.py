@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
+from engine.files import Closable
 from engine.messages import AdapterImageRef
 
 
-class Lease:
+class Lease(Closable):
     """An adapter's image, kept in place until `release`. A context manager."""
 
     def __init__(
@@ -30,13 +29,6 @@ class Lease:
             release, self._release = self._release, None
             release()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """The end of `with`."""
         self.release()

@@ -8,12 +8,13 @@ from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef, refuse_merged
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
 from engine.checkpoint import DEMO, DEMO_FOLDER
-from engine.config import EngineConfig
+from engine.config import AdapterConfig, EngineConfig, flag_of
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
     AdapterNotFound,
+    ConfigError,
     InvalidRequest,
 )
 
@@ -43,6 +44,25 @@ def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dic
     if config.model.model_id == DEMO:
         table.insert(0, DemoSource(DEMO_FOLDER / "adapters"))
     return {source.name: source for source in table}
+
+
+def selectable(sources: Mapping[str, Source]) -> list[str]:
+    """The sources that a request or a setting may name."""
+    return [name for name, source in sources.items() if source.selectable]
+
+
+def default_source(config: AdapterConfig, sources: Mapping[str, Source]) -> str:
+    """The source for requests that name none. Raises ConfigError if a setting names a source that does not exist."""
+    names = selectable(sources)
+    for field in ("adapter_source", "default_adapter_source"):
+        name = getattr(config, field)
+        if name is not None and name not in names:
+            raise ConfigError(
+                f"{flag_of(field)} {name!r} is not a source of this server; it has {', '.join(names)}",
+                field=field,
+                hint=_INSTEAD.get(name, "use one of these"),
+            )
+    return config.default_adapter_source or config.adapter_source
 
 
 class Registry:
@@ -84,10 +104,10 @@ class Registry:
         return ref.at(source, self.sources[source].prefix)
 
     def _check_source(self, name: str) -> None:
-        selectable = [known for known, source in self.sources.items() if source.selectable]
-        if name not in selectable:
+        names = selectable(self.sources)
+        if name not in names:
             raise InvalidRequest(
-                f"this server has no adapter_source {name!r}; it has {', '.join(selectable)}",
+                f"this server has no adapter_source {name!r}; it has {', '.join(names)}",
                 field="adapter_source",
                 hint=_INSTEAD.get(name, "use one of these, or leave adapter_source out"),
             )

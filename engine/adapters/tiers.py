@@ -82,7 +82,6 @@ class HostTier:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity // IMAGE_ALIGN * IMAGE_ALIGN
-        self.evictions = 0
         self._images: OrderedDict[bytes, HostImage] = OrderedDict()  # least recently used first
         self._doomed: dict[int, HostImage] = {}  # by offset
         self._reserved: dict[int, int] = {}  # offset -> bytes
@@ -128,7 +127,6 @@ class HostTier:
         while (offset := self._first_fit(size)) is None:
             victim = next(image for image in self._images.values() if not image.leases)
             del self._images[victim.digest]
-            self.evictions += 1
         self._reserved[offset] = size
         return offset
 

@@ -18,7 +18,6 @@ class Attention:
         out: Linear,
         shape: tuple[int, int, int],
         cos_sin: Tensor,
-        interleaved: bool,
         scale: float,
         softcap: float,
         window: int,
@@ -26,8 +25,7 @@ class Attention:
         """`shape` is (heads, kv heads, head size); a `cos_sin` of width 0 rotates nothing."""
         self.qkv, self.out = qkv, out
         self.heads, self.kv_heads, self.head_dim = shape
-        self.cos_sin, self.interleaved = cos_sin, interleaved
-        self.scale, self.softcap, self.window = scale, softcap, window
+        self.cos_sin, self.scale, self.softcap, self.window = cos_sin, scale, softcap, window
         self.layer = qkv.layer
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
@@ -43,7 +41,7 @@ class Attention:
             kv.cache,
             kv.slot_mapping,
             self.layer,
-            self.interleaved,
+            False,  # not interleaved: feature j of a head turns with j + half
         )
         y = kv.attend(q, kv, self.layer, self.scale, self.softcap, self.window)
         return self.out(y.view(-1, self.heads * self.head_dim), batch.lora)

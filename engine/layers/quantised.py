@@ -242,8 +242,12 @@ def _load_bitsandbytes(quantize: str) -> None:
 
 @contextmanager
 def _hidden(package: str) -> Iterator[None]:
-    """Imports do not find `package`: bitsandbytes would use `kernels` to download code that is not needed here."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it says so
+    """Makes `import package` fail within the block.
+
+    On a CPU with AVX512-BF16, bitsandbytes downloads code with the package `kernels` when it is imported, and runs it.
+    It has no option against that, but it goes on without the package; None in sys.modules means "not installed".
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # no warning of that
     modules: dict[str, Any] = sys.modules
     found = modules.get(package)
     modules[package] = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.files import Closable
 from engine.ops.targets import Span
 
 
@@ -120,7 +120,7 @@ class Pair:
 
 
 @dataclass(slots=True)
-class LoraWeights:
+class LoraWeights(Closable):
     """An adapter that fits its base model. A context manager; closing it closes the weight file."""
 
     pairs: Mapping[TargetIndex, Pair]
@@ -128,14 +128,3 @@ class LoraWeights:
     notes: list[str] = field(default_factory=list)  # hints for the user; no errors
     verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed
     close: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -32,7 +32,6 @@ class Layer:
             model.linear(layer, OUT, attention.out_bias),
             (attention.heads, attention.kv_heads, attention.head_dim),
             model.cos_sin,
-            isinstance(spec.position, Rope) and spec.position.interleaved,
             attention.scale,
             attention.softcap,
             attention.window(layer),
@@ -129,11 +128,9 @@ class Decoder:
         return self.final_norm(x, residual)
 
     def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[O, hidden] -> [O, vocab]: of the model's dtype, or float32 if they are scaled or capped."""
+        """[O, hidden] -> [O, vocab]: of the model's dtype, or float32 if they are capped."""
         scales = self.spec.scales
         logits = self.head(hidden, batch.lora_outputs)
-        if scales.logits != 1.0:
-            logits = logits.float() * scales.logits
         if scales.softcap:
             logits = scales.softcap * torch.tanh(logits.float() / scales.softcap)
         return logits

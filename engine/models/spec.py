@@ -36,7 +36,6 @@ class Rope:
 
     rotary_dim: int
     parameters: dict[str, Any]
-    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,9 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Constant factors; 1 (softcap: 0) is none."""
+    """The factor of the embeddings (1: none) and the softcap of the logits (0: none)."""
 
     embedding: float = 1.0
-    logits: float = 1.0
     softcap: float = 0.0
 
 

@@ -14,26 +14,19 @@ MEMORY_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate m
 EXTENSION_TEXT = "API call failed"  # all that torch's stable ABI leaves of an error inside an op
 
 
-class Refusals:
-    """Of torch's CUDA allocator: its own count tells of those that an op's error says nothing of."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def new(self) -> bool:
-        """Whether there was one since the last call."""
-        before = self.seen
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            self.seen = torch.cuda.memory_stats().get("num_ooms", 0)
-        return self.seen > before
+def num_refusals() -> int:
+    """How often torch's CUDA allocator has refused memory in this process. An error inside an op may not say so."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.memory_stats().get("num_ooms", 0)
 
 
-_refusals = Refusals()
+def out_of_memory(error: BaseException | None, refusals: int) -> str | None:
+    """Why memory ran out, in `error` itself or in what it came from; None if it did not.
 
-
-def out_of_memory(error: BaseException | None) -> str | None:
-    """Why memory ran out, in `error` itself or in what it came from; None if it did not."""
-    refused = _refusals.new()
+    `refusals`: `num_refusals()` before the work that raised `error`.
+    """
+    refused = num_refusals() > refusals
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return first_line(error)
@@ -50,10 +43,11 @@ def out_of_memory(error: BaseException | None) -> str | None:
 @contextmanager
 def fitting(what: str, hint: str) -> Iterator[None]:
     """While the engine starts: raises ConfigError for `what` finds no room, with the flags that change that."""
+    refusals = num_refusals()
     try:
         yield
     except RuntimeError as error:
-        if (reason := out_of_memory(error)) is None:
+        if (reason := out_of_memory(error, refusals)) is None:
             raise
         raise ConfigError(
             f"the device's memory has no room for {what}: {reason}",

@@ -73,7 +73,7 @@ class MemoryPlan:
             ("adapter arena", self.arena + self.records),
             *([("working memory of a step", self.working)] if self.working else []),
             ("adapters in host memory, at most", self.host_tier),
-            (f"unused of the {self.budget / GIB:.3f} of {self.budget_flag}", self.unused),
+            (f"unused, of {self.budget / GIB:.3f} GiB ({self.budget_flag})", self.unused),
         ]
 
 

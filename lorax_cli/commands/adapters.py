@@ -30,12 +30,11 @@ def finder(config: EngineConfig) -> Finder:
     import asyncio
 
     from engine.adapters.ref import AdapterRef
-    from engine.adapters.registry import Registry, make_sources
+    from engine.adapters.registry import Registry, default_source, make_sources
     from engine.adapters.sources import Version
 
     sources = make_sources(config)
-    default = config.adapters.default_adapter_source or config.adapters.adapter_source
-    registry = Registry(sources, default)
+    registry = Registry(sources, default_source(config.adapters, sources))
 
     async def ask(ref: AdapterRef) -> Version:
         assert ref.source is not None, "the registry resolves with one source at a time"

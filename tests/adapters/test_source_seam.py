@@ -10,7 +10,7 @@ import pytest
 
 from engine.adapters.exchange import Exchange
 from engine.adapters.ref import AdapterRef
-from engine.adapters.registry import Registry, make_sources
+from engine.adapters.registry import Registry, default_source, make_sources, selectable
 from engine.adapters.sources import (
     AdapterFiles,
     Progress,
@@ -21,7 +21,9 @@ from engine.adapters.sources import (
 )
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
-from engine.errors import AdapterNotFound, InvalidRequest
+from engine.errors import AdapterNotFound, ConfigError, InvalidRequest
+from engine.settings import resolve
+from engine.settings import settings as engine_settings
 from tests.lora import tiny
 
 LAYOUT = tiny.llama_layout("bfloat16")
@@ -113,6 +115,37 @@ async def test_preloaded_and_listed(exchange: Exchange) -> None:
     assert (image.name, image.source) == ("bucket://c", "bucket")
     listed = {(one.name, one.source) for one in await exchange.adapters() if one.state == "listed"}
     assert listed == {("bucket://b", "bucket"), ("bucket://b", "hidden")}
+
+
+async def test_as_the_default_source(bucket: BucketSource) -> None:
+    """By the flags: the config knows no source."""
+    config = resolve({"adapter_source": "bucket", "preloaded_adapter_ids": ["c"]}, environment={})
+    region = HostRegion.create(1 << 20)
+    exchange = Exchange(config, LAYOUT, region, sources={"bucket": bucket})
+    await exchange.start()
+    with await exchange.acquire(AdapterRef.parse("a")) as lease:
+        assert lease.image.source == "bucket"
+    assert [(image.name, image.source) for image in exchange.preloaded] == [("c", "bucket")]
+    await exchange.close()
+    region.close()
+
+
+@pytest.mark.parametrize("field", ["adapter_source", "default_adapter_source"])
+@pytest.mark.parametrize("name", ["ftp", "hidden", "s3"])
+def test_default_sources_that_do_not_exist(bucket: BucketSource, field: str, name: str) -> None:
+    config = resolve({"adapter_source": "bucket", field: name}, environment={})
+    sources = {"bucket": bucket, "hidden": HiddenSource(bucket.bucket)}
+    with pytest.raises(ConfigError, match=rf"'{name}' .* it has bucket \(") as caught:
+        default_source(config.adapters, sources)
+    assert caught.value.field == field and caught.value.hint
+
+
+def test_the_help_names_every_source() -> None:
+    settings = [one for one in engine_settings() if one.name.endswith("adapter_source")]
+    assert len(settings) == 2
+    for setting in settings:
+        for name in selectable(make_sources(EngineConfig())):
+            assert name in setting.option.help
 
 
 async def test_a_source_that_requests_cannot_name(exchange: Exchange) -> None:

@@ -116,3 +116,11 @@ def test_pull_goes_on_after_a_failure() -> None:
     assert result.exit_code == 11
     assert Path(result.stdout.strip()).samefile("adapters/two")
     assert "error: nobody: " in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--adapter-source", "--default-adapter-source"])
+def test_unknown_source(flag: str) -> None:
+    result = CliRunner().invoke(app, ["adapters", "pull", "adapters/one", flag, "s3"])
+    assert result.exit_code == 2
+    assert f"error: {flag} 's3' is not a source of this server; it has local, hub" in result.stderr
+    assert "hint: copy the adapter under a folder of --adapter-root" in result.stderr

@@ -47,13 +47,17 @@ def test_examples_parse(path: str, line: str) -> None:
         assert not context.args
 
 
-def test_completion_asks_the_program() -> None:
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [("--load-format", ["safetensors", "dummy"]), ("--adapter-source", ["local", "hub"])],
+)
+def test_completion_asks_the_program(flag: str, values: list[str]) -> None:
     environment = {
         **os.environ,
-        "COMP_WORDS": "lorax launch --load-format ",
+        "COMP_WORDS": f"lorax launch {flag} ",
         "COMP_CWORD": "3",
         "_LORAX_COMPLETE": "complete_bash",
     }
     program = [sys.executable, "-m", "lorax_cli"]
     done = subprocess.run(program, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    assert done.stdout.split() == ["safetensors", "dummy"]
+    assert done.stdout.split() == values

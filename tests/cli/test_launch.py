@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from engine.config import EngineConfig, ModelConfig
-from engine.messages import EngineInfo
 from engine.process import ProcessBackend
 from engine.server.front import FRONT
 from lorax_cli import serving
@@ -26,26 +25,14 @@ from lorax_cli.client import Client
 from lorax_cli.commands.launch import announce
 from lorax_cli.output import Output
 from tests.cli.conftest import BUDGET
+from tests.engine_info import INFO
 
-INFO = EngineInfo(
+BASE = replace(
+    INFO,
     model_id="base",
-    model_type="llama",
-    revision=None,
-    dtype="float32",
-    device="cpu",
     device_name="a processor",
-    vocab_size=400,
-    max_input_length=10,
-    max_total_tokens=11,
-    max_batch_total_tokens=100,
-    max_batch_size=4,
-    max_step_tokens=16,
-    block_size=16,
-    adapter_bytes=1,
-    host_bytes=1,
     backends={"lora_shrink": "extension", "linear": "reference"},
     memory_plan=[("weights", 3 << 29), ("records", 3 << 19)],
-    targets=["q_proj"],
 )
 
 
@@ -54,7 +41,7 @@ def test_shows_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def serve(config: EngineConfig, started: serving.Started) -> None:
         seen.append(config)
-        started(INFO, "http://127.0.0.1:1234")
+        started(BASE, "http://127.0.0.1:1234")
 
     monkeypatch.setattr(serving, "serve", serve)
     command = [
@@ -86,7 +73,7 @@ def test_shows_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shows_the_quantisation(capsys: pytest.CaptureFixture[str]) -> None:
-    announce(Output(), replace(INFO, quantize="bitsandbytes-nf4"), EngineConfig())
+    announce(Output(), replace(BASE, quantize="bitsandbytes-nf4"), EngineConfig())
     assert "base on a processor (float32, linears bitsandbytes-nf4)" in capsys.readouterr().err
 
 
@@ -136,7 +123,7 @@ async def test_the_processes_get_what_is_left_of_the_end(
     timeouts: list[float] = []
 
     class Backend(ProcessBackend):
-        info = INFO
+        info = BASE
 
         @classmethod
         async def start(cls, config: EngineConfig, parts: object = None) -> Backend:
@@ -185,3 +172,13 @@ def test_taken_port(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 2, result.output
     assert f"127.0.0.1:{port} is already in use" in result.stderr and "hint: " in result.stderr
+
+
+def test_unknown_source(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before the processes start."""
+    monkeypatch.chdir(demo_folder)
+    monkeypatch.setattr(ProcessBackend, "start", None)
+    command = ["launch", "--model-id", "base", "--port", "0", "--adapter-source", "ftp"]
+    result = CliRunner().invoke(app, [*command, "--hostname", "127.0.0.1"])
+    assert result.exit_code == 2, result.output
+    assert "--adapter-source 'ftp' is not a source of this server" in result.stderr

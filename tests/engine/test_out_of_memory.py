@@ -19,8 +19,7 @@ from engine.messages import Request
 from engine.models.decoder import Decoder
 from engine.process.pipe_messages import Submit
 from engine.process.stepper import Stepper
-from engine.runner import faults
-from engine.runner.faults import fitting, out_of_memory
+from engine.runner.faults import fitting, num_refusals, out_of_memory
 from engine.runner.memory import compared
 from tests.engine.harness import Harness, Outcome, Wrapper, config_of, request
 from tests.tiny import TARGETS, VOCAB, make_adapter, make_model
@@ -185,23 +184,28 @@ def test_which_errors_are_of_memory() -> None:
         "lora_shrink: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED when",
     ):
-        assert out_of_memory(RuntimeError(f"{text}\nadvice")) == text
-    assert out_of_memory(chained()) == "full"
+        assert out_of_memory(RuntimeError(f"{text}\nadvice"), 0) == text
+    assert out_of_memory(chained(), 0) == "full"
     for error in (RuntimeError("an illegal memory access was encountered"), ValueError(text)):
-        assert out_of_memory(error) is None
+        assert out_of_memory(error, 0) is None
     with pytest.raises(RuntimeError, match="another"), fitting("all", "less"):
         raise RuntimeError("another")
 
 
 def test_an_op_that_was_refused_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error inside an extension's op loses its text; torch's allocator counts what it refused."""
-    ooms = iter((0, 1, 1))
+    stats: dict[str, int] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": next(ooms)})
-    monkeypatch.setattr(faults, "_refusals", faults.Refusals())
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats)
     error = RuntimeError('torch_call_dispatcher("aten::linear", ...) API call failed at line 16')
-    assert [out_of_memory(error) is not None for _ in range(3)] == [False, True, False]
+    found = []
+    for refusals in (0, 1, 1):
+        before = num_refusals()
+        stats["num_ooms"] = refusals
+        for _ in range(2):  # to ask changes nothing
+            found.append(out_of_memory(error, before) is not None)
+    assert found == [False, False, True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
@@ -19,7 +21,6 @@ from engine.errors import AdapterNotFound, InvalidRequest, LoraxError, ModelErro
 from engine.messages import (
     AdapterImageRef,
     AdapterStatus,
-    EngineInfo,
     EngineStats,
     Request,
     SamplingParams,
@@ -30,6 +31,7 @@ from engine.messages import (
 from engine.ops.layout import ShardLayout
 from engine.ops.targets import Group, ModelTargets, Target
 from engine.process import LocalBackend, Parts, ProcessBackend
+from tests.engine_info import INFO
 
 REFUSED, POISON, DEADLY, SLOW = (
     900_001,
@@ -127,10 +129,19 @@ class EchoEngine:
         self._cancelled: list[str] = []
         self._steps = 0
         self.layout = LAYOUT
-        self.info = EngineInfo(
-            config.model.model_id, "echo", None, "float32", "cpu", "none", 1_000_000, 4096,
-            4096, 65536, self.ROWS, 512, 16, 1 << 20, region.size, {}, [("all", 1)], ["q_proj"],
-        )  # fmt: skip
+        self.info = replace(
+            INFO,
+            model_id=config.model.model_id,
+            model_type="echo",
+            vocab_size=1_000_000,
+            max_input_length=4096,
+            max_total_tokens=4096,
+            max_batch_total_tokens=65536,
+            max_batch_size=self.ROWS,
+            max_step_tokens=512,
+            host_bytes=region.size,
+            memory_plan=[("all", 1)],
+        )
 
     @property
     def stats(self) -> EngineStats:

@@ -29,6 +29,7 @@ from engine.messages import (
     Usage,
 )
 from engine.server.text import Text
+from tests.engine_info import INFO
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 EOS = 1
@@ -99,28 +100,6 @@ def write_sentencepiece(folder: Path) -> Path:
     )
     fast.save_pretrained(folder)
     return folder
-
-
-INFO = EngineInfo(
-    model_id="tiny/base",
-    model_type="llama",
-    revision=None,
-    dtype="float32",
-    device="cpu",
-    device_name="test",
-    vocab_size=400,
-    max_input_length=200,
-    max_total_tokens=256,
-    max_batch_total_tokens=4096,
-    max_batch_size=8,
-    max_step_tokens=64,
-    block_size=16,
-    adapter_bytes=1 << 20,
-    host_bytes=1 << 22,
-    backends={"attention": "reference"},
-    memory_plan=[("weights", 1000), ("kv", 2000)],
-    targets=["q_proj"],
-)
 
 
 @dataclass

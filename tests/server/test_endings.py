@@ -19,7 +19,8 @@ from engine.server.events import Finish, Token
 from engine.server.generation import Generation, Generator
 from engine.server.parameters import Parameters
 from engine.server.text import Text
-from tests.server.fake import INFO, FakeBackend, FakeLease
+from tests.engine_info import INFO
+from tests.server.fake import FakeBackend, FakeLease
 
 ADAPTER = AdapterRef(("lora",))
 
