@@ -52,7 +52,7 @@ class AdapterImageRef(Struct, frozen=True):
     digest: bytes  # content digest: identity for residency and for the prefix cache
     offset: int  # bytes from the start of the host region
     data_bytes: int  # bytes of data, without the records; what the arena must hold
-    max_rank: int  # largest stacked rank of any group
+    stacked_rank: int  # largest stacked rank of any group
     name: str = ""  # for logs and metrics only
     source: str = ""  # where it was found, for answers
 
@@ -239,7 +239,7 @@ class AdapterStatus(Struct, frozen=True):
     digest: bytes | None
     state: Literal["listed", "fetching", "parsing", "ready", "failed"]  # listed: not asked for yet
     data_bytes: int
-    max_rank: int
+    stacked_rank: int
     targets: list[str]
     base_model: str | None
     leases: int  # open requests that use it

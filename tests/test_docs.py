@@ -1,5 +1,6 @@
 """The generated pages and completions are those that the code of today makes."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -26,6 +27,26 @@ def test_every_setting_has_a_row() -> None:
 
 def test_architecture_is_short() -> None:
     assert len((ROOT / "docs" / "architecture.md").read_text().splitlines()) < 80
+
+
+def test_architecture_names_what_exists() -> None:
+    """Every file and function in its tables, and at most 25 nouns."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`(engine/[\w/]+\.py)` `([\w.]+)`", page)
+    assert len(named) == 10
+    for path, name in named:
+        body: list[ast.stmt] = ast.parse((ROOT / path).read_text()).body
+        for part in name.split("."):
+            found = [node for node in body if getattr(node, "name", None) == part]
+            assert found, f"{path} has no {name}"
+            body = found[0].body  # type: ignore[attr-defined]
+        assert isinstance(found[0], ast.FunctionDef | ast.AsyncFunctionDef), f"{path}: {name}"
+    for table in ("make_sources", "METHODS", "FAMILIES", "KINDS", "FORMATS"):
+        assert f"`{table}`" in page
+        sources = "".join(path.read_text() for path in (ROOT / "engine").rglob("*.py"))
+        assert re.search(rf"^(def )?{table}\b", sources, re.MULTILINE), f"there is no {table}"
+    words = re.findall(r"\*\*(\w+)\*\* ", page.split("## Words")[1].split("##")[0])
+    assert 20 <= len(words) == len(set(words)) <= 25
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

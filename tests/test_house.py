@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -143,6 +143,60 @@ def test_every_package_has_a_level() -> None:
         module_of(path) for path in sources("engine", "lorax_cli") if module_of(path) != "engine"
     }
     assert not sorted(module for module in unknown if package_of(module) is None)
+
+
+def checked_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def runtime_imports(tree: ast.Module, modules: Container[str]) -> set[str]:
+    """Which of `modules` a module imports when it runs, inside functions too."""
+    skipped: set[int] = set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if checked_for_types_only(node):
+            skipped |= {id(inner) for inner in ast.walk(node)}
+        elif id(node) in skipped:
+            continue
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:  # `from package import module` needs the module
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in modules else node.module)
+    return {name for name in found if name in modules}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports; empty: there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, ())):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+def test_no_import_circle() -> None:
+    trees = {
+        module_of(path): ast.parse(path.read_text())
+        for path in sources("engine", "lorax_cli", "tools")
+    }
+    graph = {module: runtime_imports(tree, trees) - {module} for module, tree in trees.items()}
+    assert circle(graph) == []
+    assert sum(map(len, graph.values())) > 300, "imports were not found"
+    graph["engine.messages"].add("engine.engine")
+    assert {"engine.messages", "engine.engine"} <= set(circle(graph))
+    text = "def f():\n    import engine.engine\nif TYPE_CHECKING:\n    import engine.build"
+    assert runtime_imports(ast.parse(text), trees) == {"engine.engine"}
 
 
 def run_python(program: str) -> str:

@@ -59,4 +59,4 @@ def stage(
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[offset : offset + size.total])
     end = offset + aligned(size.total)
-    return AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, folder.name), end
+    return AdapterImageRef(digest, offset, size.data_bytes, size.stacked_rank, folder.name), end

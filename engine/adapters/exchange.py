@@ -146,7 +146,7 @@ class Exchange:
                 digest=image.digest,
                 offset=image.offset,
                 data_bytes=adapter.size.data_bytes,
-                max_rank=adapter.size.max_rank,
+                stacked_rank=adapter.size.stacked_rank,
                 name=ref.name,
                 source=version.source,
             ),
@@ -164,7 +164,7 @@ class Exchange:
         """
 
         def lease(ref: AdapterImageRef) -> Lease:
-            size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.max_rank)
+            size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.stacked_rank)
             image = self.tier.adopt(ref.digest, ref.offset, size.total)
             state = AdapterState(ref.name, ref.source, "ready", ref.digest, size)
             self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)
@@ -223,7 +223,7 @@ class Exchange:
                 digest=adapter.digest,
                 state=adapter.state,
                 data_bytes=adapter.size.data_bytes if adapter.size else 0,
-                max_rank=adapter.size.max_rank if adapter.size else 0,
+                stacked_rank=adapter.size.stacked_rank if adapter.size else 0,
                 targets=adapter.targets,
                 base_model=adapter.base_model,
                 leases=leases.get(adapter.digest or b"", 0),
@@ -241,7 +241,7 @@ class Exchange:
                 digest=None,
                 state="listed",
                 data_bytes=0,
-                max_rank=0,
+                stacked_rank=0,
                 targets=[],
                 base_model=None,
                 leases=0,

@@ -130,7 +130,7 @@ class Images:
                 digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=16).digest()
                 name = f"random-{number}-rank-{rank}"
                 size = template.size
-                ref = AdapterImageRef(digest, offset, size.data_bytes, size.max_rank, name)
+                ref = AdapterImageRef(digest, offset, size.data_bytes, size.stacked_rank, name)
                 refs.append(ref)
                 offset = aligned(end)
                 number += 1

@@ -48,7 +48,7 @@ class ImageSize:
 
     record_bytes: int
     data_bytes: int
-    max_rank: int  # largest stacked rank of any group
+    stacked_rank: int  # largest stacked rank of any group
 
     @property
     def data_start(self) -> int:
@@ -153,15 +153,17 @@ def _section(
 
 def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
     """The size of the image. Raises AdapterTooLarge above 64 GiB, the limit of a record's offsets."""
-    data_bytes = max_rank = 0
+    data_bytes = stacked_rank = 0
     for group in _groups(weights, layout):
         data_bytes = group.end
-        max_rank = max(max_rank, *(sum(section.ranks) for section in group.sections if section))
+        stacked_rank = max(
+            stacked_rank, *(sum(section.ranks) for section in group.sections if section)
+        )
     if data_bytes >= ALIGN << 32:
         raise AdapterTooLarge(
             f"the adapter takes {data_bytes} bytes; the limit is {ALIGN << 32} bytes (64 GiB)"
         )
-    return ImageSize(layout.record_bytes, data_bytes, max_rank)
+    return ImageSize(layout.record_bytes, data_bytes, stacked_rank)
 
 
 def write_image(

@@ -158,7 +158,7 @@ class Runner:
         for placement in plan.placements:
             self.placer.start(placement)
             touched = self.placer.touched(placement)
-            self.adapters.placed(placement.slot, placement.image.max_rank, touched)
+            self.adapters.placed(placement.slot, placement.image.stacked_rank, touched)
         for admit in plan.admit:
             self.rows.admit(admit)
         for row, blocks in plan.extend:

@@ -123,7 +123,7 @@ async def test_acquire(make: Make, saved: Path) -> None:
     with await exchange.acquire(ref("a")) as lease:
         assert lease.image.digest == digest_of(exchange, lease)
         assert lease.image.digest.hex() == tiny.inspect(saved / "a", LAYOUT).digest
-        assert lease.image.name == "a" and lease.image.max_rank == 4 and lease.cache_salt == b""
+        assert lease.image.name == "a" and lease.image.stacked_rank == 4 and lease.cache_salt == b""
         assert len(read_image(image_of(exchange, lease), LAYOUT)) == 2 * tiny.LAYERS
         (status,) = await exchange.adapters()
         assert (status.name, status.source, status.state) == ("a", "local", "ready")

@@ -48,7 +48,7 @@ def test_images(tmp_path: Path, family: str, targets: tuple[str, ...], dtype: st
     for mix, ranks in zip(images.mixes, mixes, strict=True):
         for ref, rank in zip(mix, itertools.cycle(ranks)):
             size = size_of(layout, rank, targets)
-            assert (ref.data_bytes, ref.max_rank) == (size.data_bytes, size.max_rank)
+            assert (ref.data_bytes, ref.stacked_rank) == (size.data_bytes, size.stacked_rank)
             image = images.region.view[ref.offset : ref.offset + size.total]
             pairs = read_image(image, layout)
             for a, b, scale in pairs.values():

@@ -28,7 +28,14 @@ from tests.tiny import CONFIGS, SMALL, VOCAB, make_adapter, make_model
 
 MIB = 1 << 20
 FOOTPRINT = Footprint(
-    itemsize=2, kv=KVFormat(torch.bfloat16), weights=MIB, scratch=0, records=1024, host_tier=MIB
+    itemsize=2,
+    kv=KVFormat(torch.bfloat16),
+    weights=MIB,
+    scratch=0,
+    widest_output=192,  # of SMALL: gate and up
+    widest_input=96,
+    records=1024,
+    host_tier=MIB,
 )
 PACKAGES = {"flashinfer": "flashinfer", "flash-attn": "flash_attn"}
 HOPPER = Gpu((9, 0), 132)

@@ -44,7 +44,7 @@ def place(
     records = torch.zeros((4, layout.num_layers + 1, layout.num_groups, 8), dtype=torch.int32)
     placer = Placer(arena, records, region)
     placer.start(
-        Placement(slot, offset, AdapterImageRef(digest, start, size.data_bytes, size.max_rank))
+        Placement(slot, offset, AdapterImageRef(digest, start, size.data_bytes, size.stacked_rank))
     )
     resident: list[int] = []
     while not resident:

@@ -232,7 +232,7 @@ def test_an_image_with_experts(dtype: str, tmp_path: Path) -> None:
         found = read_image(image, layout)
         assert found.keys() == ADAPTED
         size = image_size(weights, layout)
-        assert size.max_rank == 10, "the largest stacked rank of one expert"
+        assert size.stacked_rank == 10, "the largest stacked rank of one expert"
         matrices = 0
         for index, (a, b, scale) in found.items():
             pair = weights.pairs[index]

@@ -137,7 +137,7 @@ async def test_slow_reader_holds_up_nobody(backend: AnyBackend) -> None:
 
 async def test_lease_names_the_image_and_is_released_once(backend: AnyBackend) -> None:
     lease = await backend.acquire(AdapterRef(("a",), "local", "main"), "tenant")
-    assert (lease.image.name, lease.image.max_rank, lease.cache_salt) == ("a", 8, b"tenant")
+    assert (lease.image.name, lease.image.stacked_rank, lease.cache_salt) == ("a", 8, b"tenant")
     assert (await leases_of(backend))["a"] == 1
     lease.release()
     lease.release()

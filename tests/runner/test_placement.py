@@ -22,7 +22,7 @@ def test_placements_share_the_budget_in_order(tmp_path: Path) -> None:
     with tiny.load(folder, layout) as weights:
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[512 : 512 + size.total])
-    image = AdapterImageRef(digest, 512, size.data_bytes, size.max_rank)
+    image = AdapterImageRef(digest, 512, size.data_bytes, size.stacked_rank)
     arena = torch.zeros(4 * size.data_bytes, dtype=torch.uint8)
     records = torch.zeros((4, layout.num_layers + 1, layout.num_groups, 8), dtype=torch.int32)
     placer = Placer(arena, records, region)

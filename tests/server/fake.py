@@ -262,7 +262,7 @@ class FakeBackend:
             digest=ref.id.encode(),
             offset=0,
             data_bytes=64,
-            max_rank=8,
+            stacked_rank=8,
             name=ref.name,
             source=ref.source or self.found_in,
         )
@@ -279,7 +279,7 @@ class FakeBackend:
                 digest=b"d",
                 state="ready",
                 data_bytes=64,
-                max_rank=8,
+                stacked_rank=8,
                 targets=["q_proj"],
                 base_model=None,
                 leases=0,

@@ -129,7 +129,7 @@ def test_a_second_load_counts_again() -> None:
             digest=None,
             state="ready",
             data_bytes=1,
-            max_rank=8,
+            stacked_rank=8,
             targets=[],
             base_model=None,
             leases=0,
