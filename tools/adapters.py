@@ -31,7 +31,7 @@ def write_adapter(
     dtype = getattr(torch, layout.dtype)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(layout.num_layers):
-        for group in layout.groups:
+        for group in layout.targets.groups:
             for target in group.targets:
                 if wanted is not None and target.name not in wanted:
                     continue
