@@ -21,7 +21,7 @@ def cache_folder(configured: str | None = None) -> Path:
 
 
 def folder_of(config: ModelConfig, weights: bool = True) -> Path:
-    """The folder with config, tokenizer and (if wanted) weights of `--model-id`, downloaded if need be.
+    """The folder with config, tokenizer and (if wanted) weights of `--model-id`, downloaded if needed.
 
     Raises ModelError that says what is missing: the folder, the repository, the permission, the network.
     """
@@ -64,7 +64,7 @@ def _download(config: ModelConfig, repository: str, revision: str | None, weight
         if not weights:
             return download()
         folder = download("*.safetensors")
-        # Their names are the same in every repository; many hold the same weights a second time as .bin.
+        # Many repositories hold the same weights twice, as safetensors and as .bin.
         return folder if any(folder.glob("*.safetensors")) else download("pytorch_model*.bin")
     except HFValidationError as error:
         raise ModelError(

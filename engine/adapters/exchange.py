@@ -313,7 +313,7 @@ class Exchange:
         return leased
 
     def _refuse_again(self, key: Key) -> None:
-        """Raises the error again with which this version was refused as incompatible or too large."""
+        """Raises the earlier error if this version was refused as incompatible or too large."""
         failed = self._failed.get(key)
         if failed is None or failed.error is None:
             return

@@ -242,7 +242,7 @@ class HubSource(Source):
                 failure = error
             except hub_client.TooMuch:
                 raise
-            except Exception as error:  # a boundary: the answer may not be a hub's in any way
+            except Exception as error:  # a boundary: the answer may be anything
                 failure = error
             if attempt < self._attempts:
                 time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))

@@ -36,7 +36,7 @@ from engine.sandbox import Converter, is_pickle
 T = TypeVar("T")
 
 FETCH_THREADS = 32  # per source, so a slow source delays no other; they wait for network and disk
-CONVERT_THREADS = 16  # they wait for child processes, few of which run at a time
+CONVERT_THREADS = 16  # they wait for child processes; few of these run at a time
 PARSE_THREADS = 2  # with an engine on the CPU, which needs the cores
 MAX_PARSE_THREADS = 8  # with an engine on a GPU, which leaves most cores idle
 RESOLVE_S = 45.0  # limit of one `resolve`, retries included

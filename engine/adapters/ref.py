@@ -18,7 +18,7 @@ MAX_SOURCE_LENGTH = 64
 class AdapterRef:
     """An adapter as a client names it.
 
-    `ids` has more than one entry for adapters that are to be merged. `source` is the name of a source, which need not
+    `ids` has more than one entry for adapters to merge. `source` is the name of a source, which need not
     exist: the registry checks it. It is None if the client named none; the registry then decides where to look.
     """
 

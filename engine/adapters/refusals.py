@@ -22,7 +22,7 @@ class Refusals:
     """Refusals by the digest of the configuration and the header of the weights. Thread-safe."""
 
     def __init__(self) -> None:
-        # As they cross processes: an exception would keep the frames that raised it, and all that they read.
+        # In wire form: an exception would keep its frames, which hold what they read.
         self._known: Lru[bytes, dict[str, Any]] = Lru(MAX_REFUSED)
         self._lock = threading.Lock()
 

@@ -20,7 +20,7 @@ from engine.errors import (
 
 Ask = Callable[[AdapterRef], Awaitable[Version]]  # resolves a reference that names its source
 
-# Sources that other servers have: what to do instead.
+# Sources that other servers have -> what to do instead.
 _INSTEAD = {
     "s3": "copy the adapter under a folder of --adapter-root and request it with adapter_source local",
     "pbase": "export the adapter to the hub, or under a folder of --adapter-root",
@@ -79,11 +79,11 @@ class Registry:
         self._registered: dict[str, AdapterRef] = {}
 
     def register(self, ref: AdapterRef, source: str) -> None:
-        """From now on a reference of this name means the adapter in this source."""
+        """Makes references of this name mean the adapter in this source."""
         self._registered[ref.name] = self._at(ref, source)
 
     def candidates(self, ref: AdapterRef) -> list[AdapterRef]:
-        """The same adapter in each source where it is to be looked up, in order; at least one.
+        """The same adapter in each source to search, in order; at least one.
 
         Raises InvalidRequest for merged adapters and for sources that a client cannot name on this server.
         """

@@ -1,7 +1,7 @@
 """Threads for calls that may never return: a file system that hangs, a source that does not answer.
 
-A pool of a fixed number of threads is lost when all of them are stuck. Here a job that misses its deadline is
-*abandoned*: its caller gets an error, another job may start in its place, and its thread ends whenever it can. Memory
+A pool of fixed size stops working when all its threads are stuck. Here a job that misses its deadline is
+*abandoned*: its caller gets an error, another job may start in its place, and its thread ends when it can. Memory
 that it may write to is freed only then (`Job.when_ended`).
 """
 
@@ -67,7 +67,7 @@ class Job(Generic[T]):
         error: BaseException | None = None
         try:
             value = self._call()
-        except LoraxError as caught:  # without the frames that raised it, and all that they read
+        except LoraxError as caught:  # without its frames, which hold what they read
             error = from_wire(caught.to_wire())
         except BaseException as caught:  # a thread boundary: `result` raises it
             error = caught

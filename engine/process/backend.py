@@ -1,4 +1,4 @@
-"""The engine and the exchange in processes of their own, seen from the front: `engine.backend.Backend`.
+"""The front's side of an engine and an exchange in child processes: `engine.backend.Backend`.
 
 The front is an asyncio loop and never waits for a write. When the shard's pipe ends, everything that waits fails with
 EngineDead, `alive` turns False and `closed` is set: the program then calls `close` and exits. An exchange that ends is
@@ -16,7 +16,7 @@ from engine.backend import Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError, from_wire
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request
-from engine.process.exchange_client import ExchangeClient, how
+from engine.process.exchange_client import ExchangeClient, exit_text
 from engine.process.grants import GrantLease
 from engine.process.parts import Parts
 from engine.process.pipe_messages import (
@@ -28,7 +28,7 @@ from engine.process.pipe_messages import (
     ShardReady,
     Updates,
 )
-from engine.process.questions import refuse
+from engine.process.questions import fail_future
 from engine.process.spawn import END_S, Child
 from engine.process.streams import Streams
 from engine.process.watch import Watch
@@ -57,14 +57,14 @@ class ProcessBackend:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._burial: asyncio.Task[None] | None = None
+        self._exit_report: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
         cls, config: EngineConfig, parts: Parts | None = None, watch: Watch | None = None
     ) -> ProcessBackend:
-        """Starts both processes side by side; raises what kept one of them from starting."""
+        """Starts both processes in parallel. Raises the error of the one that cannot start."""
         setup = Setup(config, parts or Parts())
         backend = cls(setup, watch or Watch())
         try:
@@ -125,7 +125,7 @@ class ProcessBackend:
         return await self._exchange.unload(name)
 
     async def close(self, timeout: float = END_S) -> None:
-        """Fails what is open and ends both processes, if need be with force. May be called again."""
+        """Fails open requests and ends both processes, by force if they do not end. May be called again."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(timeout))
         await asyncio.shield(self._closing)
@@ -137,8 +137,8 @@ class ProcessBackend:
             await asyncio.gather(self._shard.ended(timeout), self._exchange.close(timeout))
         finally:
             self._region.close()
-        if self._burial is not None:
-            await self._burial
+        if self._exit_report is not None:
+            await self._exit_report
 
     def _from_shard(self, message: ShardReady | Preloaded | Failed | Updates) -> None:
         if isinstance(message, Updates):
@@ -151,33 +151,33 @@ class ProcessBackend:
             if not self._started.done():
                 self._started.set_result(None)
         else:
-            self._not_started(from_wire(message.error))
+            self._fail_start(from_wire(message.error))
 
     def _shard_ended(self) -> None:
         if self.alive:
             self._die(EngineDead("the shard process ended"))
-            self._burial = asyncio.create_task(self._report_exit())
+            self._exit_report = asyncio.create_task(self._report_exit())
 
     async def _report_exit(self) -> None:
-        code = how(await self._shard.ended())
+        code = exit_text(await self._shard.ended())
         logger.critical("the shard process ended: %s", code)
-        self._not_started(EngineDead(f"the shard process ended while starting: {code}"))
+        self._fail_start(EngineDead(f"the shard process ended while starting: {code}"))
 
     def _exchange_lost(self, error: LoraxError) -> None:
-        self._not_started(error)
+        self._fail_start(error)
         if self.failure is None:
             self._die(EngineDead(error.message, hint=error.hint))
 
-    def _not_started(self, error: LoraxError) -> None:
+    def _fail_start(self, error: LoraxError) -> None:
         self.closed.set()
-        refuse(self._started, error)
+        fail_future(self._started, error)
 
     def _die(self, error: EngineDead) -> None:
         self.failure = error
         self._fail(error)
 
     def _fail(self, error: EngineDead) -> None:
-        """Nothing more is served."""
+        """Fails all requests, open and later ones."""
         self.closed.set()
         self._streams.fail(error)
         self._exchange.fail(error)

@@ -1,6 +1,6 @@
-"""How a child process begins: what it inherits, what it is told, and how it says that it cannot start.
+"""The start of a child process: its pipe, its setup, and the report of a failed start.
 
-A child ends when its pipe does.
+A child ends when its pipe ends.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PR_SET_NAME = 15
 logger = logging.getLogger(__name__)
 
 
-def join(role: str, socket_fd: int) -> tuple[socket.socket, Setup]:
-    """The pipe to the front and what it wants built. Ends the process if the front has ended already."""
+def connect(role: str, socket_fd: int) -> tuple[socket.socket, Setup]:
+    """The pipe to the front, and the setup from it. Ends the process if the front has already ended."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -38,17 +38,17 @@ def join(role: str, socket_fd: int) -> tuple[socket.socket, Setup]:
     return end, setup
 
 
-def cannot_start(role: str, error: Exception) -> tuple[msgspec.Struct, int]:
-    """What to tell the front of an error while starting, and the exit code."""
+def start_failure(role: str, error: Exception) -> tuple[msgspec.Struct, int]:
+    """The message to the front about a failed start, and the exit code."""
     if not isinstance(error, LoraxError):
         logger.error("the %s could not start", role, exc_info=error)
         error = EngineDead(f"the {role} could not start: {error!r}")
     return Failed(error.to_wire()), error.exit_code
 
 
-def refuse(end: socket.socket, role: str, error: Exception) -> int:
-    """`cannot_start` for who has no loop yet: tells the front and returns the exit code."""
-    message, code = cannot_start(role, error)
+def report_failure(end: socket.socket, role: str, error: Exception) -> int:
+    """Sends `start_failure` to the front and returns the exit code. For a process without a loop."""
+    message, code = start_failure(role, error)
     with end:
         end.setblocking(True)
         end.sendall(frame(message))

@@ -1,4 +1,4 @@
-"""The garbage collector of a process that serves."""
+"""The garbage collector of a serving process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import gc
 
 
 def freeze_gc() -> None:
-    """Says that what is alive now stays: modules, a model, an application. Called once, when a process is ready.
+    """Excludes all existing objects from later collections. Called once, when a process is ready.
 
-    A full collection among it would stop every thread: a shard's for tens of ms, the exchange's for 0.1 s every few
-    adapters, and the front's for 0.3 s in which no stream gets its tokens.
+    A full collection of modules, model and application would stop every thread: in a shard for tens of ms, in the
+    exchange for 0.1 s every few adapters, and in the front for 0.3 s, in which no stream gets tokens.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The exchange's process: answers the front's calls, one task each, and holds what was acquired until released."""
+"""The exchange's process: answers the front's calls, one task each, and keeps adapters until they are released."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from engine.process.pipe_messages import (
 Call = Acquire | ListAdapters | Unload
 
 MAX_STUCK = 64  # threads that a hung file system may hold before a new process takes over
-LOOK_S = 1.0  # between two looks at them
+POLL_S = 1.0  # between two checks of them
 STUCK_EXIT = 24
 M_ARENA_MAX = -8  # mallopt(3)
 ARENAS = 2
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 def main(socket_fd: int, region_fd: int) -> int:
     """Runs until the front ends the pipe; returns the exit code."""
-    end, setup = child.join("exchange", socket_fd)
+    end, setup = child.connect("exchange", socket_fd)
     try:
         import torch
 
@@ -63,7 +63,7 @@ def main(socket_fd: int, region_fd: int) -> int:
         use_few_heaps()
         factory = load(setup.parts.exchange)
     except Exception as error:
-        return child.refuse(end, "exchange", error)
+        return child.report_failure(end, "exchange", error)
 
     def build(layout: ShardLayout, device: str, recall: Callable[[int], None]) -> Exchange:
         region = HostRegion.attach(region_fd)
@@ -73,20 +73,20 @@ def main(socket_fd: int, region_fd: int) -> int:
         exchange: Exchange = factory(setup.config, layout, region, device=device, recall=recall)
         return exchange
 
-    # Not asyncio.run: it would wait for threads that read adapters which nobody wants any more.
+    # Not asyncio.run: it would wait for the threads of abandoned loads.
     return asyncio.new_event_loop().run_until_complete(Service(build).run(end))
 
 
 def use_few_heaps() -> None:
-    """Every load runs in threads of its own, and glibc would keep what they freed in heaps of their own."""
+    """Limits the heaps of glibc, which would keep the freed memory of each loading thread in its own heap."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
 
 def return_free_memory() -> None:
-    """What was freed goes back to the system, which glibc does for the end of a heap only.
+    """Returns freed memory to the system. glibc alone returns only the end of a heap.
 
-    What refers to itself is found first: an adapter's files may be tens of MB, and few objects.
+    Reference cycles are collected first: few objects may hold tens of MB of an adapter's files.
     """
     gc.collect()
     with suppress(OSError, AttributeError):
@@ -94,11 +94,11 @@ def return_free_memory() -> None:
 
 
 def lower_priority() -> None:
-    """Leaves the cores to the engine, which computes on all of them: this thread, and every thread that it starts.
+    """Lowers the priority of this thread and of those that it starts: the engine computes on all cores.
 
-    Measured on two cores that the engine keeps busy (docs/notebook/cold-adapters.md): at a niceness of 10
-    parsing 313 MB takes 11 s and stretches the 99th percentile of the gap between tokens by 1.36, here 23 s and 1.01.
-    At ordinary priority the gap grows ninefold; with SCHED_IDLE or a niceness of 19 parsing may starve.
+    Measured on two cores that the engine keeps busy (docs/notebook/cold-adapters.md): at niceness 10, parsing 313 MB
+    takes 11 s and the 99th percentile of the gap between tokens grows by a factor of 1.36; here 23 s and 1.01. At
+    normal priority the factor is 9; with SCHED_IDLE or niceness 19, parsing may starve.
     """
     os.nice(15)
     if sys.platform == "linux":
@@ -107,7 +107,7 @@ def lower_priority() -> None:
 
 
 class Service:
-    """One exchange behind a pipe."""
+    """Serves one exchange over a pipe."""
 
     def __init__(
         self, build: Callable[[ShardLayout, str, Callable[[int], None]], Exchange]
@@ -121,14 +121,14 @@ class Service:
         self._starting: asyncio.Task[None] | None = None
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._leases: dict[int, ExchangeLease] = {}
-        self._released: set[int] = set()  # before what was held is adopted
-        self._answered = False  # a call, since free memory was returned
+        self._released: set[int] = set()  # calls that ended before their images were adopted
+        self._answered = False  # a call since free memory was returned
         self._exit_code = 0
 
     async def run(self, end: socket.socket) -> int:
         """Serves until the pipe ends; returns the exit code."""
         await self._pipe.connect(end)
-        await self._until_the_end()
+        await self._wait_for_end()
         tasks = [*self._calls.values(), *filter(None, (self._starting,))]
         for task in tasks:
             task.cancel()
@@ -139,11 +139,11 @@ class Service:
             await self._exchange.close()
         return self._exit_code
 
-    async def _until_the_end(self) -> None:
-        """Until the front ends the pipe, or too many threads are stuck: only a new process is rid of them."""
+    async def _wait_for_end(self) -> None:
+        """Waits until the front ends the pipe. Exits if too many threads are stuck: only that frees them."""
         while not self._ended.is_set():
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(POLL_S):
                     await self._ended.wait()
             if self._answered:
                 self._answered = False
@@ -184,7 +184,7 @@ class Service:
             else:
                 await self._exchange.start()
         except Exception as error:
-            answer, self._exit_code = child.cannot_start("exchange", error)
+            answer, self._exit_code = child.start_failure("exchange", error)
             self._pipe.send(answer)
         else:
             self._pipe.send(ExchangeReady(self._exchange.preloaded))

@@ -1,4 +1,4 @@
-"""The exchange's process as the front sees it: questions, leases, and a watch that restarts it alone.
+"""The front's client of the exchange: questions, leases, and a watch that restarts the process.
 
 A heartbeat detects a process that stopped. It is killed and reaped before the next process maps the region. The front
 sends the next process the list of held images: they stay in place, so running requests continue. Open questions are
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExchangeClient:
-    """One exchange, whichever process it runs in now. `on_lost` is called once, when it cannot be had any more."""
+    """One exchange, over all restarts of its process. `on_lost` is called once, when it is given up."""
 
     def __init__(
         self,
@@ -77,22 +77,22 @@ class ExchangeClient:
         self._watch = watch
         self._child = self._new_child()
         self._begin: Begin | None = None
-        self._began = False  # this process was told to begin
+        self._begin_sent = False  # to this process
         self._ready = False  # this process answers questions
         self._away = asyncio.Event()
         self._away_since: float | None = None
         self._pings, self._pongs = 0, 0
         self._questions = Questions(self._send_if_ready)
         self._calls = itertools.count(1)
-        self._grants = Grants(self._give_back)
+        self._grants = Grants(self._release)
         self._preloaded: list[AdapterImageRef] = []
         self._listed: list[AdapterStatus] = []
         self._ends: deque[float] = deque(maxlen=watch.max_ends)
         self._suspects = Suspects(watch.max_deaths, watch.window_s)
-        self._failure: LoraxError | None = None  # why it cannot be had any more
+        self._failure: LoraxError | None = None  # why the exchange was given up
         self._watching: asyncio.Task[None] | None = None
 
-    # -- its life
+    # -- the process
 
     def _new_child(self) -> Child[FromChild]:
         self._ended = asyncio.Event()
@@ -104,9 +104,9 @@ class ExchangeClient:
         self._watching = asyncio.create_task(self._run())
 
     def begin(self, layout: bytes, device: str) -> None:
-        """The shard has told what adapters must fit."""
+        """Starts the exchange with the layout of the shard."""
         self._begin = Begin(layout, device)
-        self._tell_begin()
+        self._send_begin()
 
     @property
     def pid(self) -> int | None:
@@ -114,7 +114,7 @@ class ExchangeClient:
 
     @property
     def is_away(self) -> bool:
-        """It is silent, or being restarted."""
+        """Whether the exchange is silent or restarting."""
         return self._away.is_set()
 
     def fail(self, error: LoraxError) -> None:
@@ -123,7 +123,7 @@ class ExchangeClient:
         self._questions.fail(error)
 
     async def close(self, timeout: float = END_S) -> None:
-        """Ends the process; one that is silent gets no time for it."""
+        """Ends the process. A silent one is killed at once."""
         self.fail(EngineDead("the engine is shutting down"))
         if self._watching is not None:
             self._watching.cancel()
@@ -132,15 +132,17 @@ class ExchangeClient:
         await self._child.ended(0 if self.is_away else timeout)
 
     async def _run(self) -> None:
-        """Watches one process after the other."""
+        """Watches the process, and restarts it when it ends."""
         try:
             while True:
-                await self._until_it_ends()
+                await self._watch_process()
                 if self._failure is not None:
                     return
                 if not self._ready and not self.restarts:
                     code = await self._child.ended(0)
-                    raise EngineDead(f"the exchange process ended while starting: {how(code)}")
+                    raise EngineDead(
+                        f"the exchange process ended while starting: {exit_text(code)}"
+                    )
                 await self._restart()
         except Exception as error:
             if not isinstance(error, LoraxError):
@@ -150,8 +152,8 @@ class ExchangeClient:
             self.fail(error)
             self._on_lost(error)
 
-    async def _until_it_ends(self) -> None:
-        """Returns when the process has ended or is to be killed."""
+    async def _watch_process(self) -> None:
+        """Returns when the process has ended or must be killed."""
         watch, starting = self._watch, Starting(self._watch)
         self._pings = self._pongs = 0
         while not self._ended.is_set():
@@ -166,42 +168,43 @@ class ExchangeClient:
             missed = self._pings - self._pongs
             if missed >= watch.dead_ticks:
                 silent = missed * watch.tick_s
-                logger.error("the exchange has not answered for %.0f s; it is killed", silent)
+                logger.error("the exchange has not answered for %.0f s; killing it", silent)
                 return
             if missed >= watch.away_ticks:
-                self._leave()
+                self._set_away()
             self._pings += 1
             self._child.send(Ping(self._pings))
 
     async def _restart(self) -> None:
-        """Reaps the process and starts the next. Raises EngineDead when that has happened too often."""
+        """Reaps the process and starts the next. Raises EngineDead after too many restarts."""
         watch, now = self._watch, time.monotonic()
-        self._leave()
-        self._ready = self._began = False
-        self._suspect_what_was_loaded()
+        self._set_away()
+        self._ready = self._begin_sent = False
+        self._suspect_loading()
         code = await self._child.ended(0, reap_s=None)
         self._ends.append(now)
         if len(self._ends) == watch.max_ends and now - self._ends[0] < watch.window_s:
             raise EngineDead(
-                f"the exchange process ended {watch.max_ends} times within {watch.window_s:.0f} s, last: {how(code)}",
+                f"the exchange process ended {watch.max_ends} times within {watch.window_s:.0f} s,"
+                f" last: {exit_text(code)}",
                 hint="see its last lines in the log",
             )
-        logger.error("the exchange process ended: %s; starting another", how(code))
+        logger.error("the exchange process ended: %s; starting another", exit_text(code))
         self.restarts += 1
         while True:
             self._child = self._new_child()
             try:
                 await self._child.start(self._region_fd, self._setup)
                 break
-            except OSError as error:  # no descriptors or no memory, for the moment
+            except OSError as error:  # no descriptors or memory at the moment
                 logger.error("the exchange cannot be started: %s; trying again", error)
                 await asyncio.sleep(watch.tick_s)
-        self._tell_begin()
+        self._send_begin()
 
-    def _tell_begin(self) -> None:
-        if self._begin is None or self._began:
+    def _send_begin(self) -> None:
+        if self._begin is None or self._begin_sent:
             return
-        self._began = True
+        self._begin_sent = True
         begin = self._begin
         if self.restarts:
             held = self._grants.held()
@@ -210,12 +213,12 @@ class ExchangeClient:
             )
         self._child.send(begin)
 
-    def _leave(self) -> None:
+    def _set_away(self) -> None:
         if not self.is_away:
             self._away.set()
             self._away_since = time.monotonic()
 
-    def _back(self) -> None:
+    def _clear_away(self) -> None:
         self._away.clear()
         self._away_since = None
 
@@ -225,9 +228,9 @@ class ExchangeClient:
         if isinstance(message, Pong):
             self._pongs = message.number
             if self._ready and self._pings - self._pongs < self._watch.away_ticks:
-                self._back()
+                self._clear_away()
         elif isinstance(message, ExchangeReady):
-            self._is_ready(message)
+            self._handle_ready(message)
         elif isinstance(message, Recall):
             self._grants.recall(message.num_bytes)
         elif isinstance(message, Failed):
@@ -240,7 +243,7 @@ class ExchangeClient:
         else:
             self._questions.answered(message)
 
-    def _is_ready(self, message: ExchangeReady) -> None:
+    def _handle_ready(self, message: ExchangeReady) -> None:
         if self.restarts:
             away = time.monotonic() - (self._away_since or time.monotonic())
             kept = len(self._grants) + len(self._preloaded)
@@ -249,13 +252,13 @@ class ExchangeClient:
             self._preloaded = message.preloaded
             self._on_ready(message.preloaded)
         self._ready = True
-        self._back()
+        self._clear_away()
         self._questions.ask_again()
 
     # -- calls
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> GrantLease:
-        """See `Backend.acquire`. While the exchange is away, what was granted a moment ago is granted again."""
+        """See `Backend.acquire`. While the exchange is away, recent grants are granted again."""
         self._raise_if_lost()
         key = (ref, token)
         grant = self._grants.get(key)
@@ -265,25 +268,25 @@ class ExchangeClient:
             self._suspects.check(ref)
             return await self._acquired(key)
         except AdapterLoadFailed:
-            # The source or the exchange does not deliver. What was valid a moment ago serves on.
+            # The source or the exchange fails. A recent grant still serves.
             grant = self._grants.get(key)
             if grant is None or not grant.serves_outage:
                 raise
             return self._grants.lease(grant)
 
     async def _acquired(self, key: Key) -> GrantLease:
-        """Asks the exchange. If it goes away meanwhile, an adapter that was granted before does not wait for it."""
+        """Asks the exchange. If it goes away meanwhile, an adapter that was granted before does not wait."""
         call = next(self._calls)
         asking = asyncio.ensure_future(self._questions.ask(Acquire(call, *key)))
         try:
             if self._grants.get(key) is not None and await self._goes_away_before(asking):
                 grant = self._grants.get(key)
                 if grant is not None and grant.serves_outage:
-                    self._give_up(call, asking)
+                    self._abandon(call, asking)
                     return self._grants.lease(grant)
             answer = await asyncio.shield(asking)
         except asyncio.CancelledError:
-            self._give_up(call, asking)
+            self._abandon(call, asking)
             raise
         except (AdapterLoadFailed, EngineDead, Overloaded):
             raise
@@ -294,7 +297,7 @@ class ExchangeClient:
         return self._grants.add(key, answer)
 
     async def adapters(self) -> list[AdapterStatus]:
-        """What the exchange knows; while it is away, what it knew last. Leases are the requests' own."""
+        """The exchange's list; while it is away, the last one. Leases are counted by request."""
         self._raise_if_lost()
         call = next(self._calls)
         asking = asyncio.ensure_future(self._questions.ask(ListAdapters(call)))
@@ -318,12 +321,12 @@ class ExchangeClient:
         return answer.found
 
     def _send_if_ready(self, message: msgspec.Struct) -> None:
-        """Questions that come before the process is ready are put when it is."""
+        """Earlier questions are sent when the process is ready."""
         if self._ready:
             self._child.send(message)
 
     async def _goes_away_before(self, asking: asyncio.Future[Any]) -> bool:
-        """Waits for the answer or for the exchange to go away, whichever is first."""
+        """Waits for the answer or until the exchange goes away. True if it went away first."""
         away = asyncio.ensure_future(self._away.wait())
         try:
             await asyncio.wait({asking, away}, return_when=asyncio.FIRST_COMPLETED)
@@ -331,12 +334,12 @@ class ExchangeClient:
             away.cancel()
         return not asking.done()
 
-    def _give_up(self, call: int, asking: asyncio.Future[Any]) -> None:
+    def _abandon(self, call: int, asking: asyncio.Future[Any]) -> None:
         """Drops the question, and returns the image if it was acquired."""
         asking.cancel()
-        self._give_back(call)
+        self._release(call)
 
-    def _give_back(self, call: int) -> None:
+    def _release(self, call: int) -> None:
         self._child.send(Release(call))
 
     def _raise_if_lost(self) -> None:
@@ -357,9 +360,9 @@ class ExchangeClient:
         if now - since > self._watch.patience_s:
             self._questions.fail(error, before=now - self._watch.patience_s)
 
-    def _suspect_what_was_loaded(self) -> None:
-        """What has seen too many ends is refused; the others are asked for again."""
-        self._suspects.saw_the_end(message.ref for message in self._questions.acquiring())
+    def _suspect_loading(self) -> None:
+        """Refuses adapters whose loads ended the exchange too often. Other questions are sent again."""
+        self._suspects.record_end(message.ref for message in self._questions.acquiring())
         for message in self._questions.acquiring():
             try:
                 self._suspects.check(message.ref)
@@ -368,11 +371,11 @@ class ExchangeClient:
 
 
 def _with_users(status: AdapterStatus, users: dict[bytes, tuple[int, int]]) -> AdapterStatus:
-    """Its leases, as the requests that use it: the exchange counts a grant once, whoever uses it."""
+    """The status with a lease for each request. The exchange counts one for each grant."""
     grants, requests = users.get(status.digest or b"", (0, 0))
     return msgspec.structs.replace(status, leases=max(0, status.leases - grants) + requests)
 
 
-def how(code: int) -> str:
-    """The way a process ended."""
+def exit_text(code: int) -> str:
+    """How a process ended, for messages."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

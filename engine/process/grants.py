@@ -1,9 +1,9 @@
 """Adapters that the exchange holds for the front, kept for a while after their last request.
 
-A *grant* is one answered `Acquire`: while it lasts, the image stays where it is, whatever becomes of the exchange. So
-requests for an adapter that is in use need no question as long as its version is fresh, and while the exchange is away
-they are served with the version that was valid last. A grant that no request uses is returned when the exchange
-recalls it for room, when there are too many, or when its adapter is unloaded.
+A *grant* is one answered `Acquire`. While it lasts, the image stays in place, even if the exchange restarts. Requests
+for an adapter in use need no question while its version is fresh. While the exchange is away, they are served with the
+last valid version. An unused grant is returned when the exchange recalls it for room, when there are too many, or when
+its adapter is unloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.messages import AdapterImageRef
 from engine.process.pipe_messages import Acquired
 
 MAX_IDLE = 1024  # grants that no request uses
-OUTAGE_S = 300.0  # after its version was last known to be valid, a grant serves on while the exchange is away
+OUTAGE_S = 300.0  # a grant serves this long after its version expired, while the exchange is away
 
 Key = tuple[AdapterRef, str | None]  # the reference and the caller's token
 
@@ -31,9 +31,9 @@ class Grant:
     call: int
     image: AdapterImageRef
     cache_salt: bytes
-    fresh_until: float  # time.monotonic(): until then the version counts as the newest, and the caller as allowed
+    fresh_until: float  # time.monotonic(); version and permission are valid until then
     users: int = 0
-    retired: bool = False  # another took its place: it ends with its last user
+    retired: bool = False  # no longer granted; ends with its last user
 
     @property
     def is_fresh(self) -> bool:
@@ -41,7 +41,7 @@ class Grant:
 
     @property
     def serves_outage(self) -> bool:
-        """Whether it may serve while the exchange cannot be asked."""
+        """Whether it may serve while the exchange is away."""
         return time.monotonic() < self.fresh_until + OUTAGE_S
 
 
@@ -84,13 +84,13 @@ class Grants:
         return self._current.get(key)
 
     def lease(self, grant: Grant) -> GrantLease:
-        """One more user."""
+        """Adds a user."""
         if grant.key in self._current:
             self._current.move_to_end(grant.key)
         return GrantLease(self, grant)
 
     def add(self, key: Key, acquired: Acquired) -> GrantLease:
-        """The answer to a question becomes a grant with one user; what is held already is not held twice."""
+        """Makes a grant with one user from an answer. The same image is not held twice."""
         fresh_until = time.monotonic() + acquired.fresh_s
         old = self._current.get(key)
         if old is not None and (old.image, old.cache_salt) == (acquired.image, acquired.cache_salt):
@@ -108,14 +108,14 @@ class Grants:
         return lease
 
     def released(self, grant: Grant) -> None:
-        """One user less. Called by leases."""
+        """Removes a user. Called by leases."""
         grant.users -= 1
         if grant.retired and not grant.users:
             self._retired.discard(grant)
             self._give_back(grant.call)
 
     def refused(self, key: Key) -> None:
-        """The exchange said no: what was granted before is not given to anybody again."""
+        """The exchange refused the key: its grant serves no new request."""
         if (old := self._current.get(key)) is not None:
             self._retire(old)
 
@@ -125,7 +125,7 @@ class Grants:
             self._retire(grant)
 
     def recall(self, num_bytes: int) -> None:
-        """Gives back grants that no request uses, the least recently used first, until they make `num_bytes`."""
+        """Returns unused grants, the least recently used first, until they free `num_bytes`."""
         idle = [one for one in self._current.values() if not one.users]
         for grant in idle:
             if num_bytes <= 0:

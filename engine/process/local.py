@@ -1,6 +1,6 @@
 """The engine and the exchange in this process: `engine.backend.Backend` without pipes.
 
-Every call of the engine comes from one worker thread, a turn at a time; the exchange lives on the loop.
+One worker thread makes all calls of the engine, a turn at a time. The exchange runs on the loop.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LocalBackend:
         self._worker = worker
         self._streams = Streams(self._send)
         self._inbox: list[Submit | Cancel] = []
-        self._mail = asyncio.Event()
+        self._has_messages = asyncio.Event()
         self._info = stepper.engine.info
         self._stats = stepper.engine.stats
         self._running = asyncio.create_task(self._run())
@@ -50,7 +50,7 @@ class LocalBackend:
 
     @classmethod
     async def start(cls, config: EngineConfig, parts: Parts | None = None) -> LocalBackend:
-        """Builds both; raises what keeps one of them from starting."""
+        """Builds both. Raises the error of the one that cannot start."""
         parts = parts or Parts()
         worker = ThreadPoolExecutor(1, "engine")
         try:
@@ -87,7 +87,7 @@ class LocalBackend:
 
     @property
     def exchange_away(self) -> bool:
-        """Never: it runs here."""
+        """Always False: the exchange runs in this process."""
         return False
 
     @property
@@ -104,16 +104,16 @@ class LocalBackend:
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
         """See `Backend.acquire`."""
-        return await self._living_exchange().acquire(ref, token)
+        return await self._open_exchange().acquire(ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
-        return await self._living_exchange().adapters()
+        return await self._open_exchange().adapters()
 
     async def unload(self, name: str) -> bool:
-        return await self._living_exchange().unload(name)
+        return await self._open_exchange().unload(name)
 
     async def close(self) -> None:
-        """Fails what is open and ends the engine and the exchange. May be called again."""
+        """Fails open requests and ends the engine and the exchange. May be called again."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
@@ -131,20 +131,20 @@ class LocalBackend:
             self._worker.shutdown()
             self._region.close()
 
-    def _living_exchange(self) -> Exchange:
+    def _open_exchange(self) -> Exchange:
         if not self.alive:
             raise EngineDead(str(self.failure or "the engine is shutting down"))
         return self._exchange
 
     def _send(self, message: Submit | Cancel) -> None:
         self._inbox.append(message)
-        self._mail.set()
+        self._has_messages.set()
 
     async def _run(self) -> None:
         in_worker = asyncio.get_running_loop().run_in_executor
         try:
             while True:
-                await self._wait_for_mail(self._stepper.patience)
+                await self._wait_for_messages(self._stepper.wait_s)
                 messages, self._inbox = self._inbox, []
                 updates, stats = await in_worker(self._worker, self._turn, messages)
                 self._stats = stats or self._stats
@@ -154,19 +154,19 @@ class LocalBackend:
             self.failure = error if isinstance(error, EngineDead) else EngineDead(repr(error))
             self._fail(self.failure)
 
-    async def _wait_for_mail(self, patience: float | None) -> None:
-        if patience != 0:
+    async def _wait_for_messages(self, wait_s: float | None) -> None:
+        if wait_s != 0:
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self._mail.wait()
-        self._mail.clear()
+                async with asyncio.timeout(wait_s):
+                    await self._has_messages.wait()
+        self._has_messages.clear()
 
     def _turn(self, messages: list[Submit | Cancel]) -> tuple[list[Update], EngineStats | None]:
         updates = self._stepper.turn(messages)
         return updates, self._stepper.report()
 
     def _fail(self, error: EngineDead) -> None:
-        """Nothing more is served."""
+        """Fails all requests, open and later ones."""
         self.closed.set()
         self._streams.fail(error)
 

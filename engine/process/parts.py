@@ -1,4 +1,4 @@
-"""What the processes are made of, by name: a child can load it, and a test can put something else in its place."""
+"""The classes that processes run, by name: a child imports them, and a test can replace them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.messages import (
     Update,
 )
 
-if TYPE_CHECKING:  # a front does without torch
+if TYPE_CHECKING:  # the front does not import torch
     from engine.ops.layout import ShardLayout
 
 
@@ -41,7 +41,7 @@ def load(factory: str) -> Callable[..., Any]:
 
 
 class Engine(Protocol):
-    """What is asked of `engine.engine.Engine`."""
+    """The methods of `engine.engine.Engine` that are used here."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -60,14 +60,14 @@ class Engine(Protocol):
 
 
 class ExchangeLease(Lease, Protocol):
-    """A lease in the exchange, with the seconds for which its version counts as the newest."""
+    """A lease, with the seconds until version and permission must be checked again."""
 
     @property
     def fresh_s(self) -> float: ...
 
 
 class Exchange(Protocol):
-    """What is asked of `engine.adapters.exchange.Exchange`."""
+    """The methods of `engine.adapters.exchange.Exchange` that are used here."""
 
     @property
     def preloaded(self) -> list[AdapterImageRef]: ...

@@ -1,7 +1,7 @@
 """Frames over a socket pair: four bytes of length, then one msgpack message.
 
-`Frames` cuts a byte stream into messages; `Pipe` is an end in an asyncio loop; `Port` is an end in a loop that must
-never wait for its reader. End-of-file is the only sign of a peer that ended, and the only request to end.
+`Frames` splits a byte stream into messages; `Pipe` is an end in an asyncio loop; `Port` is an end in a loop that must
+never wait for its reader. End-of-file is the only sign that a peer has ended, and the only request to end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
-_MAX_READ_BYTES = 1 << 23  # of one call: a flood of messages must not hold up the engine's steps
+_MAX_READ_BYTES = 1 << 23  # of one call, so that many messages do not delay the engine's steps
 
 logger = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
@@ -51,7 +51,7 @@ class Frames(Generic[T]):
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[T]:
-        """The messages that `data` completes. Raises msgspec.DecodeError on what is none of ours."""
+        """The messages that `data` completes. Raises msgspec.DecodeError for invalid data."""
         self._buffer += data
         messages = []
         start, end = 0, len(self._buffer)
@@ -81,7 +81,7 @@ class Pipe(asyncio.Protocol, Generic[T]):
         self._finished = False
 
     async def connect(self, end: socket.socket) -> None:
-        """Takes `end` over, whatever comes."""
+        """Takes ownership of `end`, also if it fails."""
         try:
             await asyncio.get_running_loop().create_connection(lambda: self, sock=end)
         except BaseException:
@@ -89,12 +89,12 @@ class Pipe(asyncio.Protocol, Generic[T]):
             raise
 
     def send(self, message: msgspec.Struct) -> None:
-        """Does not wait; to a peer that ended, or was told to, does nothing."""
+        """Does not wait. Drops the message if the peer has ended or after `finish`."""
         if (transport := self._writable) is not None:
             transport.write(frame(message))
 
     def finish(self) -> None:
-        """Tells the peer to end; what it still says arrives."""
+        """Asks the peer to end. Its last messages still arrive."""
         if (transport := self._writable) is not None:
             transport.write_eof()
         self._finished = True
@@ -116,7 +116,7 @@ class Pipe(asyncio.Protocol, Generic[T]):
         try:
             messages = self._frames.feed(data)
         except msgspec.DecodeError:
-            logger.exception("a peer sent what is no message")
+            logger.exception("a peer sent an invalid message")
             self.close()
             return
         for message in messages:
@@ -127,7 +127,7 @@ class Pipe(asyncio.Protocol, Generic[T]):
 
 
 class Port(Generic[T]):
-    """An end in a synchronous loop. What the peer does not take at once is kept and sent later."""
+    """An end in a synchronous loop. Bytes that the peer does not read at once are sent later."""
 
     def __init__(self, end: socket.socket, kind: Any) -> None:
         self.ended = False  # the peer closed its end
@@ -138,7 +138,7 @@ class Port(Generic[T]):
         self._poll = select.poll()
 
     def receive(self, timeout: float | None) -> list[T]:
-        """The messages that have arrived; waits `timeout` seconds (None: as long as it takes) for the first bytes."""
+        """The messages that have arrived; waits `timeout` seconds (None: no limit) for the first bytes."""
         self._flush()
         if timeout != 0:
             events = select.POLLIN | (select.POLLOUT if self._unsent else 0)
@@ -166,12 +166,12 @@ class Port(Generic[T]):
         self._flush()
 
     def close(self, timeout: float) -> None:
-        """Sends what is left, for `timeout` seconds at most."""
+        """Sends the remaining bytes, for at most `timeout` seconds."""
         self._socket.settimeout(timeout)
         try:
             self._socket.sendall(self._unsent)
         except OSError:
-            logger.debug("the front left before the last message")
+            logger.debug("the front ended before the last message")
         self._socket.close()
 
     def _flush(self) -> None:

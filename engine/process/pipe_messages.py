@@ -1,7 +1,7 @@
-"""What crosses the pipes between front, exchange and shard: msgpack, one tagged union per direction.
+"""The messages between front, exchange and shard: msgpack, one tagged union per direction.
 
-The first frame to a child says what it is; its first answer is `Ready...` or `Failed`. A *call* is the front's number
-for one question to the exchange; an acquired adapter is held under the number of its call.
+The first message to a child is `Setup`; its first answer is `ShardReady`, `ExchangeReady` or `Failed`. A *call* is the
+front's number for one question to the exchange; an acquired adapter is held under the number of its call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.process.parts import Parts
 
 
 class Setup(Struct, frozen=True, tag=True):
-    """What a child is to build; `parts` says what from."""
+    """The configuration of a child, and the parts to build."""
 
     config: EngineConfig
     parts: Parts
@@ -45,10 +45,10 @@ class Preload(Struct, frozen=True, tag=True):
 
 
 class Begin(Struct, frozen=True, tag=True):
-    """The exchange may start: the shard has told what adapters must fit.
+    """The exchange may start, with the layout of the shard.
 
-    After a restart, what the one before left in the region for others stays in place: `held` by its call, and what
-    was `preloaded`.
+    After a restart, images that the previous process left in the region stay in place: `held`, by call, and
+    `preloaded`.
     """
 
     layout: bytes  # as in ShardReady
@@ -71,7 +71,7 @@ class Acquire(Struct, frozen=True, tag=True):
 
 
 class Release(Struct, frozen=True, tag=True):
-    """Nobody wants anything more of this call: a wait is given up, a lease is returned."""
+    """Ends a call: cancels a wait, or returns a lease."""
 
     call: int
 
@@ -93,18 +93,16 @@ class Failed(Struct, frozen=True, tag=True):
 
 class ShardReady(Struct, frozen=True, tag=True):
     info: EngineInfo
-    layout: (
-        bytes  # ShardLayout in msgpack: the front, which does without torch, passes it on unread
-    )
+    layout: bytes  # ShardLayout in msgpack; the front passes it on without decoding it
     stats: EngineStats
 
 
 class Preloaded(Struct, frozen=True, tag=True):
-    """The answer to Preload, if they all fit; else `Failed`."""
+    """The answer to Preload if all adapters fit. Else the answer is `Failed`."""
 
 
 class Updates(Struct, frozen=True, tag=True):
-    """All news of one turn of the engine."""
+    """All updates of one turn of the engine."""
 
     updates: list[Update]
     stats: EngineStats | None = None
@@ -118,11 +116,11 @@ class Acquired(Struct, frozen=True, tag=True):
     call: int
     image: AdapterImageRef
     cache_salt: bytes
-    fresh_s: float = 0.0  # seconds for which the version counts as the newest, and the caller as allowed to have it
+    fresh_s: float = 0.0  # seconds until version and permission must be checked again
 
 
 class Recall(Struct, frozen=True, tag=True):
-    """The host tier is full: leases that no request uses are to be given back, until they make `num_bytes`."""
+    """The host tier is full: the front returns unused leases until they free `num_bytes`."""
 
     num_bytes: int
 

@@ -1,4 +1,4 @@
-"""What the front has asked the exchange and waits for, whichever process answers it."""
+"""The open questions of the front to the exchange. They outlive the process of the exchange."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Question:
 
 
 class Questions:
-    """Every open question by its call. `send` carries one to the exchange, or drops it where there is none yet."""
+    """Every open question by its call. `send` sends one to the exchange, or drops it if none is ready."""
 
     def __init__(self, send: Callable[[msgspec.Struct], None]) -> None:
         self._send = send
@@ -45,7 +45,7 @@ class Questions:
         return len(self._open)
 
     async def ask(self, message: Message) -> Answer:
-        """The answer, or what it was refused with."""
+        """The answer. Raises the error of a refusal."""
         question = _Question(message, asyncio.get_running_loop().create_future())
         self._open[message.call] = question
         try:
@@ -55,7 +55,7 @@ class Questions:
             del self._open[message.call]
 
     def ask_again(self) -> None:
-        """Another exchange answers now."""
+        """Sends all open questions to a new process."""
         for question in self._open.values():
             if not question.answer.done():
                 self._send(question.message)
@@ -63,26 +63,26 @@ class Questions:
     def answered(self, message: Refused | Answer) -> None:
         question = self._open.get(message.call)
         if question is None or question.answer.done():
-            return  # given up, and the exchange has been told so
+            return  # abandoned; the exchange has received `Release`
         if isinstance(message, Refused):
-            refuse(question.answer, from_wire(message.error))
+            fail_future(question.answer, from_wire(message.error))
         else:
             question.answer.set_result(message)
 
     def fail(self, error: LoraxError, before: float = math.inf) -> None:
-        """Refuses what was asked before a time (monotonic); without one, everything."""
+        """Fails the questions from before a time (monotonic); by default all."""
         for question in self._open.values():
             if question.asked < before:
-                refuse(question.answer, from_wire(error.to_wire()))
+                fail_future(question.answer, from_wire(error.to_wire()))
 
     def acquiring(self) -> list[Acquire]:
-        """The adapters that are waited for."""
+        """The open questions for an adapter."""
         messages = (question.message for question in self._open.values())
         return [message for message in messages if isinstance(message, Acquire)]
 
 
-def refuse(future: asyncio.Future[T], error: LoraxError) -> None:
-    """Fails what somebody may wait for."""
+def fail_future(future: asyncio.Future[T], error: LoraxError) -> None:
+    """Fails a future that is not done."""
     if not future.done():
         future.set_exception(error)
-        future.exception()  # whoever waited may be gone; that is no error of its own
+        future.exception()  # marked retrieved, so asyncio does not log it

@@ -1,7 +1,7 @@
 """The shard's process: one engine, one loop, no other Python thread.
 
-While there is work the pipe is only looked at between steps; without work the loop sleeps on it. Nothing here waits for
-the front to read: what it has not taken is kept (`Port`).
+While there is work, the loop checks the pipe between steps; without work, it waits for the pipe. It never waits for the
+front to read: `Port` keeps unsent bytes.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from engine.process.pipe_messages import (
 )
 from engine.process.stepper import Stepper, set_threads
 
-LAST_WORDS_S = 1.0
+FLUSH_S = 1.0  # for the last messages
 
 logger = logging.getLogger(__name__)
 
 
 def main(socket_fd: int, region_fd: int) -> int:
-    """Runs until the front ends the pipe or steps go on failing; returns the exit code."""
-    end, setup = child.join("shard", socket_fd)
+    """Runs until the front ends the pipe or too many steps fail; returns the exit code."""
+    end, setup = child.connect("shard", socket_fd)
     try:
         set_threads(setup.config)
         os.ftruncate(region_fd, host_tier_bytes(setup.config))
         region = HostRegion.attach(region_fd)
         stepper = Stepper(load(setup.parts.engine)(setup.config, region))
     except Exception as error:
-        return child.refuse(end, "shard", error)
+        return child.report_failure(end, "shard", error)
     freeze_gc()
     port: Port[Setup | Preload | Submit | Cancel] = Port(end, ToShard)
     try:
@@ -61,13 +61,13 @@ def main(socket_fd: int, region_fd: int) -> int:
         logger.critical("the shard ends", exc_info=True)
         return 1
     finally:
-        port.close(LAST_WORDS_S)
+        port.close(FLUSH_S)
 
 
 def serve(port: Port[Setup | Preload | Submit | Cancel], stepper: Stepper) -> None:
-    """Messages in, one step, news out, until the front ends the pipe."""
+    """Receives messages, steps and sends updates, until the front ends the pipe."""
     while not port.ended:
-        messages = port.receive(stepper.patience)
+        messages = port.receive(stepper.wait_s)
         requests: list[Submit | Cancel] = []
         for message in messages:
             if isinstance(message, Preload):

@@ -22,13 +22,12 @@ from engine.process.pipe import Pipe
 T = TypeVar("T")
 
 END_S = 10.0  # a child that takes longer to end is killed
-REAP_S = 1.0  # and one that was killed is given up
-_LOOK_S = 0.01
+REAP_S = 1.0  # longest wait for a killed child
+_POLL_S = 0.01
 _STDERR = 2
 
-# The child imports from where its parent does. Arguments: role, descriptors of pipe and host region, parent's path.
-# The front decides about signals: a terminal's or a supervisor's, sent to every process of the group, ends nothing by
-# itself, and interrupts no import.
+# The child has the import path of its parent. Arguments: role, descriptors of pipe and host region, import path.
+# Only the front handles signals: terminals and supervisors send them to the whole group, where they would end children.
 _BOOT = """\
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -36,7 +35,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.path[:] = sys.argv[4:]
 from importlib import import_module
 code = import_module("engine.process." + sys.argv[1]).main(int(sys.argv[2]), int(sys.argv[3]))
-os._exit(code)  # taking down an interpreter with torch in it takes a second, and nothing depends on it
+os._exit(code)  # ending an interpreter with torch takes a second
 """
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Child(Generic[T]):
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self, region_fd: int, setup: msgspec.Struct) -> None:
-        """Starts the process from the loop's own thread: Linux ends a child with the thread that started it."""
+        """Starts the process in the loop's thread: Linux ends a child with the thread that started it."""
         ours, theirs = socket.socketpair()
         with theirs:
             await self._pipe.connect(ours)
@@ -79,7 +78,7 @@ class Child(Generic[T]):
 
     @property
     def cpu_seconds(self) -> float | None:
-        """Processor time that the process has taken; None where the system does not say."""
+        """Processor time of the process; None if the system does not report it."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -90,25 +89,25 @@ class Child(Generic[T]):
         self._pipe.send(message)
 
     def finish(self) -> None:
-        """Tells the child to end."""
+        """Asks the child to end."""
         self._pipe.finish()
 
     async def ended(self, timeout: float = END_S, reap_s: float | None = REAP_S) -> int:
-        """Waits for the child to end, then kills it; returns its exit code (negative: of a signal).
+        """Waits `timeout` seconds for the child to end, then kills it. Returns its exit code (negative: a signal).
 
-        `reap_s`: how long a killed child may take to go, which the kernel may delay; None: as long as it takes.
+        `reap_s`: longest wait for a killed child, whose end the kernel may delay; None: no limit.
         """
         process = self._process
         if process is None:
             self._pipe.close()
             return 0
         try:
-            if not await _until(lambda: process.poll() is not None, timeout):
+            if not await _wait_for(lambda: process.poll() is not None, timeout):
                 if timeout > 0:
-                    logger.warning("the %s does not end; it is killed", self.role)
+                    logger.warning("the %s does not end; killing it", self.role)
                 process.kill()
-                if not await _until(lambda: process.poll() is not None, reap_s):
-                    logger.error("the %s was killed and has not gone", self.role)
+                if not await _wait_for(lambda: process.poll() is not None, reap_s):
+                    logger.error("the %s was killed but still exists", self.role)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -121,11 +120,11 @@ class Child(Generic[T]):
         self._on_end()
 
 
-async def _until(condition: Callable[[], bool], timeout: float | None) -> bool:
-    """Waits for a condition; False if it does not hold within `timeout` seconds (None: as long as it takes)."""
+async def _wait_for(condition: Callable[[], bool], timeout: float | None) -> bool:
+    """Waits for a condition; False if it does not hold within `timeout` seconds (None: no limit)."""
     deadline = time.monotonic() + (math.inf if timeout is None else timeout)
     while not condition():
         if time.monotonic() >= deadline:
             return False
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
     return True

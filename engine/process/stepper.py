@@ -1,4 +1,4 @@
-"""One engine and what its loop needs: the order of messages and steps, what a failure costs, when to report."""
+"""The loop of one engine: messages, steps, failures and reports."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from engine.process.pipe_messages import Cancel, Submit
 
 MAX_FAILURES = 3  # steps in a row
 BUSY_REPORT_S = 0.2  # between two reports while there is work
-IDLE_REPORT_S = 0.02  # and when there is none
-EMPTY_STEP_S = 0.0005  # a quicker step without news computed nothing
-EMPTY_STEPS = 3  # in a row, before the loop takes a breath
-BREATH_S = 0.001
+IDLE_REPORT_S = 0.02  # between two reports without work
+EMPTY_STEP_S = 0.0005  # a quicker step without updates computed nothing
+EMPTY_STEPS = 3  # in a row, before the loop pauses
+PAUSE_S = 0.001
 
 logger = logging.getLogger(__name__)
 
 
 def set_threads(config: EngineConfig) -> None:
-    """Gives torch the threads of the compute process; in effect for the calling thread."""
+    """Sets torch's number of threads in the calling thread."""
     import torch
 
     torch.set_num_threads(config.memory.num_threads or len(os.sched_getaffinity(0)))
@@ -43,8 +43,8 @@ class Stepper:
     def turn(self, messages: Sequence[Submit | Cancel]) -> list[Update]:
         """Takes the messages, then steps once if there is work.
 
-        A failed submission or step costs the requests in it. Raises EngineDead when steps go on failing, or at once
-        when the engine says that its device works no more.
+        A failed submission or step fails only its requests. Raises EngineDead after MAX_FAILURES failed steps in a
+        row, or at once if the device is in an unrecoverable state.
         """
         updates: list[Update] = []
         for message in messages:
@@ -63,10 +63,10 @@ class Stepper:
         return self.engine.stats
 
     @property
-    def patience(self) -> float | None:
-        """Seconds to wait for messages before the next turn; None: as long as it takes."""
+    def wait_s(self) -> float | None:
+        """Seconds to wait for messages before the next turn; None: no limit."""
         if self.engine.has_work:
-            return 0 if self._empty < EMPTY_STEPS else BREATH_S
+            return 0 if self._empty < EMPTY_STEPS else PAUSE_S
         return max(self._until_report(), 0.0) if self._unreported else None
 
     def _until_report(self) -> float:

@@ -1,4 +1,4 @@
-"""The open requests of a backend, and who reads the news of each."""
+"""The open requests of a backend, and the reader of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Streams:
-    """Every open request by its id. `send` carries messages to the engine without waiting."""
+    """Every open request by its id. `send` sends messages to the engine and does not wait."""
 
     def __init__(self, send: Callable[[Submit | Cancel], None]) -> None:
         self._send = send
@@ -30,7 +30,7 @@ class Streams:
     def submit(self, request: Request, reader: Reader) -> None:
         """See `Backend.submit`."""
         if self._dead is not None:
-            raise _again(self._dead)
+            raise _copy_of(self._dead)
         if request.id in self._open:
             raise InvalidRequest(f"a request with the id {request.id} is open", field="id")
         self._send(Submit(request))
@@ -42,29 +42,29 @@ class Streams:
             self._send(Cancel(id))
 
     def deliver(self, updates: Iterable[Update]) -> None:
-        """Hands news to its readers."""
+        """Passes updates to their readers."""
         for update in updates:
             find = self._open.pop if update.is_last else self._open.get
             reader = find(update.id, None)
             if reader is not None:
-                _tell(reader.take, update)
+                _call(reader.take, update)
 
     def fail(self, error: EngineDead) -> None:
-        """No more news will come, of these requests or of any other."""
+        """Fails all requests, open and later ones."""
         self._dead = self._dead or error
         readers, self._open = self._open, {}
         for reader in readers.values():
-            _tell(reader.on_engine_lost, _again(error))
+            _call(reader.on_engine_lost, _copy_of(error))
 
 
-def _tell(hears: Callable[[T], None], news: T) -> None:
+def _call(method: Callable[[T], None], argument: T) -> None:
     """A task boundary: a reader that fails must not affect the others."""
     try:
-        hears(news)
+        method(argument)
     except Exception:
         logger.exception("a request's reader failed")
 
 
-def _again(error: EngineDead) -> EngineDead:
-    """A copy for one more reader: a raised exception collects the traceback of whoever raises it."""
+def _copy_of(error: EngineDead) -> EngineDead:
+    """A copy for one reader: a raised exception collects tracebacks."""
     return EngineDead(error.message, field=error.field, hint=error.hint)

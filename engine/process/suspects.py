@@ -1,4 +1,4 @@
-"""Adapters that were being loaded when the exchange ended: what has seen that too often is not tried again at once."""
+"""Adapters that were loading when the exchange ended. After too many ends an adapter is refused for a while."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from engine.errors import AdapterLoadFailed
 
 
 class Suspects:
-    """A reference that saw `max_ends` ends within `window_s` seconds is refused until they are older than that."""
+    """A reference that saw `max_ends` ends within `window_s` seconds is refused until they are older."""
 
     def __init__(self, max_ends: int, window_s: float) -> None:
         self._max_ends = max_ends
         self._window_s = window_s
         self._ends: dict[AdapterRef, list[float]] = {}  # time.monotonic() of each
 
-    def saw_the_end(self, refs: Iterable[AdapterRef]) -> None:
+    def record_end(self, refs: Iterable[AdapterRef]) -> None:
         """The exchange ended while it loaded these."""
         now = time.monotonic()
         self._ends = {ref: recent for ref in self._ends if (recent := self._recent(ref, now))}
@@ -25,7 +25,7 @@ class Suspects:
             self._ends.setdefault(ref, []).append(now)
 
     def check(self, ref: AdapterRef) -> None:
-        """Raises AdapterLoadFailed for a reference that is not tried now."""
+        """Raises AdapterLoadFailed for a reference that is refused now."""
         now = time.monotonic()
         recent = self._recent(ref, now)
         if len(recent) >= self._max_ends:
@@ -33,7 +33,7 @@ class Suspects:
             raise AdapterLoadFailed(
                 f"the adapter exchange ended {len(recent)} times while it loaded {ref.name}",
                 field="adapter_id",
-                hint=f"it is tried again in {left:.0f} s",
+                hint=f"try again in {left:.0f} s",
             )
 
     def _recent(self, ref: AdapterRef, now: float) -> list[float]:

@@ -14,19 +14,17 @@ class Watch:
     """When the exchange counts as silent, and how long others wait for it."""
 
     tick_s: float = 0.25  # between two heartbeats
-    away_ticks: int = 2  # unanswered: it is not waited for where there is another way
+    away_ticks: int = 2  # unanswered: requests with a grant do not wait
     dead_ticks: int = 40  # unanswered: it is killed
-    ready_s: float = 90.0  # that a new process gets to start
-    patience_s: float = 60.0  # that a question waits for an exchange that is away
+    ready_s: float = 90.0  # limit of the start of a new process
+    patience_s: float = 60.0  # limit of the wait for an exchange that is away
     max_ends: int = 5  # within `window_s`: the program gives up
     window_s: float = 60.0
-    max_deaths: int = (
-        2  # of the exchange within `window_s` while it loaded the same adapter: that is refused
-    )
+    max_deaths: int = 2  # within `window_s` while one adapter was loading: it is refused
 
 
 class Starting:
-    """A process that starts: before its loop runs it answers nothing, but it works."""
+    """A starting process. It does not answer before its loop runs, but it takes processor time."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -34,18 +32,18 @@ class Starting:
         self._cpu_seconds: float | None = None
 
     def hangs(self, cpu_seconds: float | None) -> bool:
-        """Whether it is to be killed: it takes too long, or no processor time, as one that is stopped.
+        """Whether it must be killed: it takes too long, or it takes no processor time.
 
-        `cpu_seconds`: what it has taken so far; None: the system does not say.
+        `cpu_seconds`: taken so far; None: unknown.
         """
         now, watch = time.monotonic(), self._watch
         if now - self._started > watch.ready_s:
-            logger.error("the exchange did not start within %.0f s; it is killed", watch.ready_s)
+            logger.error("the exchange did not start within %.0f s; killing it", watch.ready_s)
             return True
         if cpu_seconds is None or cpu_seconds != self._cpu_seconds:
             self._cpu_seconds, self._worked = cpu_seconds, now
         idle = now - self._worked
         if idle < watch.dead_ticks * watch.tick_s:
             return False
-        logger.error("the exchange has done nothing for %.0f s while starting; it is killed", idle)
+        logger.error("the exchange has done nothing for %.0f s while starting; killing it", idle)
         return True

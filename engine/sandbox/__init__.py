@@ -1,7 +1,7 @@
-"""Work on what strangers wrote that may take any time and memory: in a child process that is thrown away.
+"""Processes untrusted files in a child process, with limits of time and memory.
 
-`run` starts the child, confines it, and returns its answer or says which limit it reached. `Converter` turns the
-pickles of torch.save into safetensors there. Nothing on the parent's side imports torch.
+`run` starts a confined child and returns its answer, or raises an error that names the limit it reached. `Converter`
+converts the pickles of torch.save to safetensors in such a child. The parent's side never imports torch.
 """
 
 from engine.sandbox.call import Limits

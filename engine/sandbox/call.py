@@ -1,4 +1,4 @@
-"""What parent and child of a sandbox say to each other."""
+"""The messages between the parent and the child of a sandbox."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 
 READY = (
-    b"ready "  # then the resident bytes and a line's end: the child is confined and begins its task
+    b"ready "  # followed by the resident bytes and a newline: the confined child begins its task
 )
-EXIT_MEMORY = 77  # exit code of a child that was refused memory
+EXIT_MEMORY = 77  # exit code of a child that ran out of memory
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a task may take. What the child needs before it begins (its imports) does not count."""
+    """The limits of a task. The child's imports before the task do not count."""
 
     cpu_s: int
     wall_s: float

@@ -1,7 +1,7 @@
-"""The child: confines itself, does one task, writes the answer to stdout, ends.
+"""The child: confines itself, runs one task, writes the answer to stdout and ends.
 
 A task is a module (see `engine.sandbox.tasks`) with two functions: `prepare()` imports what it needs, and
-`run(descriptors, arguments)` returns the answer, of JSON's types. The limits hold from `run` on.
+`run(descriptors, arguments)` returns the answer, in JSON's types. The limits hold from `run` on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STDOUT = 1
 
 
 def main(call_fd: int, parent: int) -> None:
-    """Never returns. `parent`: the process whose end is this one's end."""
+    """Never returns. `parent`: the id of the parent; the child ends with it."""
     code = 1
     try:
         _tie_to_parent(parent)
@@ -40,7 +40,7 @@ def main(call_fd: int, parent: int) -> None:
         task = importlib.import_module(call.task)
         task.prepare()
         _limit(call.limits)
-        _write(READY + f"{_memory()[1]}\n".encode())
+        _write(READY + f"{_memory_bytes()[1]}\n".encode())
         _write(msgspec.json.encode(task.run(call.descriptors, call.arguments)))
         code = 0
     except MemoryError:
@@ -48,11 +48,11 @@ def main(call_fd: int, parent: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(code)  # whatever the task left behind; taking torch down would take a second
+        os._exit(code)  # ends threads of the task, and saves the second that torch takes to exit
 
 
 def _tie_to_parent(parent: int) -> None:
-    """Ends with the parent, gains no rights, and gives way to whoever needs the processor or the memory."""
+    """Ends with the parent, gains no privileges, runs at low priority, and is killed first without memory."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -60,21 +60,21 @@ def _tie_to_parent(parent: int) -> None:
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
     if os.getppid() != parent:
-        os._exit(1)  # it ended before it could be asked to take this process with it
+        os._exit(1)  # the parent ended before PR_SET_PDEATHSIG
     os.nice(NICE)
 
 
 def _limit(limits: Limits) -> None:
-    _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_NOFILE, MAX_FILES)
-    _lower(resource.RLIMIT_FSIZE, limits.file_bytes)
-    _lower(resource.RLIMIT_CPU, math.ceil(time.process_time()) + limits.cpu_s)
-    if virtual := _memory()[0]:
-        _lower(resource.RLIMIT_AS, virtual + limits.memory_bytes)
+    _set_limit(resource.RLIMIT_CORE, 0)
+    _set_limit(resource.RLIMIT_NOFILE, MAX_FILES)
+    _set_limit(resource.RLIMIT_FSIZE, limits.file_bytes)
+    _set_limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + limits.cpu_s)
+    if virtual := _memory_bytes()[0]:
+        _set_limit(resource.RLIMIT_AS, virtual + limits.memory_bytes)
 
 
-def _lower(kind: int, value: int) -> None:
-    """Sets a limit; the hard one of the processor's time stays above, so that the soft one's signal comes first."""
+def _set_limit(kind: int, value: int) -> None:
+    """Sets a limit. The hard limit of processor time is higher, so that the signal of the soft limit comes first."""
     hard = resource.getrlimit(kind)[1]
     top = value + 5 if kind == resource.RLIMIT_CPU else value
     if hard != resource.RLIM_INFINITY:
@@ -82,8 +82,8 @@ def _lower(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, top))
 
 
-def _memory() -> tuple[int, int]:
-    """Bytes of address space and resident; zeros where the system does not say."""
+def _memory_bytes() -> tuple[int, int]:
+    """Bytes of address space and resident memory; zeros if unknown."""
     try:
         virtual, resident = Path("/proc/self/statm").read_text().split()[:2]
     except OSError:

@@ -1,4 +1,4 @@
-"""Pickles of torch.save as safetensors: converted once in a sandbox, then kept on disk by their contents."""
+"""Pickles of torch.save as safetensors: converted once in a sandbox, then stored on disk by content."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from engine.files import Changed, OpenFile
 from engine.names import shown
 from engine.safetensors import MAX_HEADER_BYTES, read_header
 from engine.sandbox.call import Limits
-from engine.sandbox.parent import LOOK_S, CannotRun, Crashed, LimitReached, SandboxError, run
-from engine.sandbox.tasks.convert import most_bytes
+from engine.sandbox.parent import POLL_S, CannotRun, Crashed, LimitReached, SandboxError, run
+from engine.sandbox.tasks.convert import max_tensor_bytes
 
 FOLDER = "lorax-converted"
 TASK = "engine.sandbox.tasks.convert"
-MAX_REASON = 300  # characters of it
+MAX_REASON = 300  # characters of a refusal
 MAX_REFUSED = 512  # files whose refusal is remembered
 _MEMORY_BYTES = 512 << 20  # beyond the file's own size, which is mapped
 _CPU_S = 5
-_BYTES_PER_S = 32 << 20  # a slow disk's and processor's
-_WALL_FACTOR = 10  # the child gives way to everybody else
+_BYTES_PER_S = 32 << 20  # of a slow disk and processor
+_WALL_FACTOR = 10  # the child runs at low priority
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
 _TEMPORARY = ".tmp"
 
@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 
 
 class Converter:
-    """Converts into the folder `lorax-converted` of `cache`, or of a private one if that cannot be written.
+    """Converts into the folder `lorax-converted` of `cache`, or into a private folder if that is not writable.
 
-    For any number of threads. Refusals are remembered by the file's SHA-256; failures of the machine are not.
+    Thread-safe. Refusals are remembered by the file's SHA-256; failures of the machine are not.
     """
 
     def __init__(self, cache: Path, max_bytes: int | None = None) -> None:
@@ -55,7 +55,7 @@ class Converter:
         self._max_bytes = max_bytes
         self._folder = cache / FOLDER
         self._private: Path | None = None
-        self._refused: dict[bytes, str] = {}  # why
+        self._refused: dict[bytes, str] = {}  # digest -> reason
         self._busy: set[bytes] = set()
         self._changed = threading.Condition()
 
@@ -66,8 +66,8 @@ class Converter:
     def convert(self, file: OpenFile, pause: Callable[[], None] = lambda: None) -> OpenFile:
         """The safetensors file, open: converted before, or now.
 
-        `pause` is called again and again and may raise. Raises AdapterIncompatible for what the file holds,
-        AdapterLoadFailed for what the disk or the machine does, AdapterTooLarge.
+        `pause` is called repeatedly and may raise. Raises AdapterIncompatible for a file that cannot be served,
+        AdapterLoadFailed for a failure of the disk or the machine, and AdapterTooLarge.
         """
         if self._max_bytes is not None and file.size > self._max_bytes:
             raise AdapterTooLarge(
@@ -76,10 +76,10 @@ class Converter:
             )
         try:
             digest = file.sha256(pause)
-            with self._alone(digest, pause):
+            with self._exclusive(digest, pause):
                 if (refused := self._refused.get(digest)) is not None:
                     raise AdapterIncompatible(f"{file.name} {refused}", hint=RESAVE)
-                return self._found(digest) or self._made(file, digest, pause)
+                return self._find(digest) or self._create_converted(file, digest, pause)
         except Changed as error:
             raise AdapterLoadFailed(f"{file.name} {error.strerror}", hint=RENAME) from None
         except OSError as error:
@@ -94,11 +94,11 @@ class Converter:
             shutil.rmtree(private, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _alone(self, digest: bytes, pause: Callable[[], None]) -> Iterator[None]:
+    def _exclusive(self, digest: bytes, pause: Callable[[], None]) -> Iterator[None]:
         """One thread at a time converts the same contents."""
         with self._changed:
             while digest in self._busy:
-                self._changed.wait(LOOK_S)
+                self._changed.wait(POLL_S)
                 pause()
             self._busy.add(digest)
         try:
@@ -108,28 +108,30 @@ class Converter:
                 self._busy.discard(digest)
                 self._changed.notify_all()
 
-    def _found(self, digest: bytes) -> OpenFile | None:
-        """What was converted before, if it is whole."""
+    def _find(self, digest: bytes) -> OpenFile | None:
+        """The file that was converted before, if it is complete."""
         for folder in filter(None, (self._private, self._folder)):
             try:
                 file = OpenFile(folder / _name(digest), [folder.resolve()])
             except OSError:
                 continue
-            if _is_whole(file):
+            if _is_complete(file):
                 return file
             file.close()
         return None
 
-    def _made(self, file: OpenFile, digest: bytes, pause: Callable[[], None]) -> OpenFile:
+    def _create_converted(
+        self, file: OpenFile, digest: bytes, pause: Callable[[], None]
+    ) -> OpenFile:
         folder, path, fd = self._temporary()
         try:
             self._run(file, fd, digest, pause)
             os.fsync(fd)
             with OpenFile(path, [folder.resolve()]) as made:
-                if not _is_whole(made):
+                if not _is_complete(made):
                     raise self._refuse(file, digest, "cannot be converted")
             os.rename(path, folder / _name(digest))
-            _sync(folder)
+            _sync_folder(folder)
             return OpenFile(folder / _name(digest), [folder.resolve()])
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -142,17 +144,17 @@ class Converter:
             cpu_s=cpu_s,
             wall_s=_WALL_FACTOR * cpu_s,
             memory_bytes=file.size + _MEMORY_BYTES,
-            file_bytes=most_bytes(file.size) + MAX_HEADER_BYTES + 8,
+            file_bytes=max_tensor_bytes(file.size) + MAX_HEADER_BYTES + 8,
         )
         try:
             answer = run(TASK, {"source": file.fd, "target": target}, {}, limits, pause)
         except SandboxError as error:
-            file.verify()  # what was written to while it was read may fail in any way
-            if _is_machines(error):
+            file.verify()  # a file that changes while it is read may fail in any way
+            if _is_transient(error):
                 raise AdapterLoadFailed(f"cannot convert {file.name}: {error}") from None
             if isinstance(error, LimitReached):
                 raise self._refuse(file, digest, f"{error} to read") from None
-            raise self._refuse(file, digest, f"cannot be read: its reader {error}") from None
+            raise self._refuse(file, digest, f"cannot be read: {error}") from None
         file.verify()
         if "failed" in answer:
             raise AdapterLoadFailed(f"cannot convert {file.name}: {answer['failed']}")
@@ -160,7 +162,7 @@ class Converter:
             raise self._refuse(file, digest, shown(str(answer["refused"]), MAX_REASON))
 
     def _refuse(self, file: OpenFile, digest: bytes, why: str) -> AdapterIncompatible:
-        """The error, remembered."""
+        """Remembers and returns the error."""
         error = AdapterIncompatible(f"{file.name} {why}", hint=RESAVE)
         with self._changed:
             self._refused[digest] = why
@@ -169,7 +171,7 @@ class Converter:
         return error
 
     def _temporary(self) -> tuple[Path, Path, int]:
-        """A folder that can be written, and a new file in it: path and descriptor, locked while it is in use."""
+        """A writable folder, and a new file in it: path and descriptor, locked while it is in use."""
         if self._private is None:
             try:
                 return self._folder, *_create(self._folder)
@@ -190,7 +192,7 @@ class Converter:
 
 
 def is_pickle(file: OpenFile) -> bool:
-    """Whether the file's name says that it is of torch.save."""
+    """Whether the file is a pickle of torch.save, by its name."""
     return file.path.suffix == ".bin"
 
 
@@ -198,8 +200,8 @@ def _name(digest: bytes) -> str:
     return f"{digest.hex()}.safetensors"
 
 
-def _is_machines(error: SandboxError) -> bool:
-    """Whether another try may succeed. SIGBUS: the disk did not give what was mapped."""
+def _is_transient(error: SandboxError) -> bool:
+    """Whether another try may succeed. SIGBUS: a mapped file could not be read."""
     if isinstance(error, Crashed):
         return error.signal == signal.SIGBUS
     return isinstance(error, CannotRun) or (
@@ -207,7 +209,7 @@ def _is_machines(error: SandboxError) -> bool:
     )
 
 
-def _is_whole(file: OpenFile) -> bool:
+def _is_complete(file: OpenFile) -> bool:
     try:
         entries, start = read_header(file)
     except (ValueError, OSError):
@@ -216,31 +218,29 @@ def _is_whole(file: OpenFile) -> bool:
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """A new file, locked. Removes those of processes that ended before they were done."""
+    """A new file, locked. Removes unfinished files of processes that have ended."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"*{_TEMPORARY}"):
-        _sweep(path)
+        _remove_stale(path)
     while True:
         path = folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(
-            OSError
-        ):  # a file system without locks: nobody sweeps there either
+        with contextlib.suppress(OSError):  # without locks, `_remove_stale` removes nothing
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_nlink:
             return path, fd
-        os.close(fd)  # swept by another process between the two calls
+        os.close(fd)  # another process removed it between the two calls
 
 
-def _sweep(path: Path) -> None:
-    """Removes a file that nobody holds locked."""
+def _remove_stale(path: Path) -> None:
+    """Removes a file that no process has locked."""
     with contextlib.suppress(OSError), OpenFile(path) as file:
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
 
 
-def _sync(folder: Path) -> None:
-    """The name too is to survive a power cut."""
+def _sync_folder(folder: Path) -> None:
+    """Makes new names in the folder survive a power cut."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -1,4 +1,4 @@
-"""The parent's side: starts a child for one task, watches its time and memory, and leaves nothing of it behind."""
+"""The parent: starts a child for one task, watches its time and memory, and cleans up after it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import msgspec
 
 from engine.sandbox.call import EXIT_MEMORY, READY, Call, Limits
 
-Pause = Callable[[], None]  # called again and again while a caller waits; may raise
+Pause = Callable[[], None]  # called repeatedly while a caller waits; may raise
 
-LOOK_S = 0.05
-START_S = 120.0  # for its imports, on the slowest of machines
+POLL_S = 0.05
+START_S = 120.0  # for its imports, on a slow machine
 MAX_ANSWER = 1 << 16  # bytes of stdout
-_KEPT = 1 << 12  # bytes of stderr
+_STDERR_BYTES = 1 << 12  # last bytes of it that are kept
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
-# The child imports from where its parent does. Arguments: descriptor of the call, the parent's id, its path.
+# The child has the import path of its parent. Arguments: descriptor of the call, id of the parent, import path.
 _BOOT = """\
 import sys
 call, parent = map(int, sys.argv[1:3])
@@ -36,16 +36,16 @@ from engine.sandbox.child import main
 main(call, parent)
 """
 
-# One for this process, since the processors that it counts are shared by all of it.
+# Limits the children of this process, for all callers together: they share its processors.
 _TURNS = threading.BoundedSemaphore(max(1, len(os.sched_getaffinity(0)) // 4))
 
 
 class SandboxError(Exception):
-    """A task that did not come to its answer."""
+    """A task that gave no answer."""
 
 
 class LimitReached(SandboxError):
-    """The task wanted more than it may take: of "cpu", "wall" or "memory"."""
+    """The task exceeded its limit of "cpu", "wall" or "memory"."""
 
     def __init__(self, limit: str, text: str) -> None:
         super().__init__(text)
@@ -53,7 +53,7 @@ class LimitReached(SandboxError):
 
 
 class Crashed(SandboxError):
-    """The child died of an error of its own. `signal`: of which; 0: it exited."""
+    """The child failed. `signal`: the signal that ended it; 0: it exited."""
 
     def __init__(self, text: str, signal: int = 0) -> None:
         super().__init__(text)
@@ -61,7 +61,7 @@ class Crashed(SandboxError):
 
 
 class CannotRun(SandboxError):
-    """The machine's failure, not the task's: the child cannot start, or another process killed it."""
+    """A failure of the machine: the child cannot start, or another process killed it."""
 
 
 def run(
@@ -71,14 +71,14 @@ def run(
     limits: Limits,
     pause: Pause = lambda: None,
 ) -> dict[str, Any]:
-    """The answer of a task (the name of its module), done in a child of its own. Blocks, so call it from a thread.
+    """Runs a task (the name of its module) in a new child and returns its answer. Blocks, so call it from a thread.
 
-    The child inherits `descriptors` and nothing else. `pause` is called about every LOOK_S; if it raises, the child is
-    killed. Few children run at a time; waiting for a turn counts as nothing. Raises SandboxError.
+    The child inherits only `descriptors`. `pause` is called about every POLL_S; if it raises, the child is killed. Few
+    children run at a time; waiting for a turn does not count as time of the task. Raises SandboxError.
     """
     call = msgspec.json.encode(Call(task, dict(descriptors), dict(arguments), limits))
     pause()
-    while not _TURNS.acquire(timeout=LOOK_S):
+    while not _TURNS.acquire(timeout=POLL_S):
         pause()
     try:
         child = _start(call, descriptors.values())
@@ -109,7 +109,7 @@ def _start(call: bytes, fds: Any) -> _Child:
 
 @contextlib.contextmanager
 def _inherited(data: bytes) -> Iterator[int]:
-    """A file without a name that holds `data`."""
+    """An unnamed file that holds `data`."""
     with contextlib.ExitStack() as stack:
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("lorax-call")
@@ -124,7 +124,7 @@ def _inherited(data: bytes) -> Iterator[int]:
 
 
 def _environment() -> dict[str, str]:
-    """No proxies, tokens or settings; one thread and one heap, so that the address space is what the task needs."""
+    """No proxies, tokens or settings; one thread and one heap, so that address space is the memory of the task."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return kept | {
         "PATH": os.defpath,
@@ -138,13 +138,13 @@ def _environment() -> dict[str, str]:
 
 
 class _Child:
-    """A running child. A context manager: after it there is no process and no pipe."""
+    """A running child. A context manager that ends the process and closes its pipes."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None and process.stderr is not None
         self._process = process
         self._out, self._err = process.stdout, process.stderr
-        self._said, self._complained = bytearray(), bytearray()
+        self._output, self._errors = bytearray(), bytearray()
         self._poll = select.poll()
         for pipe in (self._out, self._err):
             os.set_blocking(pipe.fileno(), False)
@@ -161,10 +161,10 @@ class _Child:
         self._err.close()
 
     def answer(self, limits: Limits, pause: Pause) -> dict[str, Any]:
-        """Waits for it. Raises SandboxError, or what `pause` raises."""
+        """Waits for the answer. Raises SandboxError, or what `pause` raises."""
         deadline, base = time.monotonic() + START_S, None
         while not self._ended():
-            self._read(LOOK_S)
+            self._read(POLL_S)
             pause()
             if base is None and (base := self._ready()) is not None:
                 deadline = time.monotonic() + limits.wall_s
@@ -174,11 +174,11 @@ class _Child:
                 if base is None:
                     raise CannotRun(f"a process did not start in {START_S:g} s")
                 raise LimitReached("wall", f"takes longer than {limits.wall_s:g} s")
-            if len(self._said) > MAX_ANSWER:
-                raise Crashed(f"it said more than {MAX_ANSWER} bytes")
-        self._kill()  # whatever it may have started
+            if len(self._output) > MAX_ANSWER:
+                raise Crashed(f"its answer has more than {MAX_ANSWER} bytes")
+        self._kill()  # and the processes that it started
         code = self._process.wait()
-        while len(self._said) <= MAX_ANSWER and self._read(0):
+        while len(self._output) <= MAX_ANSWER and self._read(0):
             pass
         return self._outcome(code, limits)
 
@@ -190,18 +190,18 @@ class _Child:
         if code == -signal.SIGKILL:
             raise CannotRun("the process was killed; the machine may be out of memory")
         if self._ready() is None:
-            raise CannotRun(f"a process did not start: {self._last_words(code)}")
+            raise CannotRun(f"a process did not start: {self._last_error(code)}")
         if code < 0:
-            raise Crashed(f"died of {_signal_name(-code)}", -code)
+            raise Crashed(f"the process died of {_signal_name(-code)}", -code)
         if code:
-            raise Crashed(self._last_words(code))
+            raise Crashed(self._last_error(code))
         try:
-            return msgspec.json.decode(self._said.partition(b"\n")[2], type=dict[str, Any])
+            return msgspec.json.decode(self._output.partition(b"\n")[2], type=dict[str, Any])
         except msgspec.MsgspecError:
             raise Crashed("its answer cannot be read") from None
 
     def _ended(self) -> bool:
-        """Looks without reaping: until then its group's id is nobody else's."""
+        """Whether it has ended. Does not reap it, so that its group id stays reserved."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, flags) is not None
 
@@ -211,7 +211,7 @@ class _Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self, timeout: float) -> bool:
-        """Takes what its pipes have; waits for that if they have nothing. False: they had nothing."""
+        """Reads its pipes, after waiting up to `timeout` seconds for data. False: there was none."""
         if not self._open:
             time.sleep(timeout / 10)
             return False
@@ -223,14 +223,14 @@ class _Child:
                 self._poll.unregister(fd)
                 self._open.discard(fd)
             elif fd == self._out.fileno():
-                self._said += data
+                self._output += data
             else:
-                self._complained = (self._complained + data)[-_KEPT:]
+                self._errors = (self._errors + data)[-_STDERR_BYTES:]
         return found
 
     def _ready(self) -> int | None:
-        """Its resident bytes when it began."""
-        line, end, _ = self._said.partition(b"\n")
+        """Resident bytes when the task began; None before."""
+        line, end, _ = self._output.partition(b"\n")
         return int(line.removeprefix(READY)) if end and line.startswith(READY) else None
 
     def _resident(self) -> int:
@@ -239,8 +239,8 @@ class _Child:
         except (OSError, IndexError):
             return 0
 
-    def _last_words(self, code: int) -> str:
-        lines = self._complained.decode(errors="replace").strip().splitlines()
+    def _last_error(self, code: int) -> str:
+        lines = self._errors.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {code}"
 
 

@@ -22,7 +22,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
 from engine.server.bodies import BUDGET_BYTES, MAX_BODY_BYTES, Bodies
-from engine.server.connections import Site, most_connections
+from engine.server.connections import Site, make_connections
 from engine.server.formats import Format
 from engine.server.front import FRONT, Front
 from engine.server.protocol import REFUSED, Deadlines, Runner
@@ -191,7 +191,7 @@ async def _let_go(app: web.Application) -> None:
 def runner_of(app: web.Application, **options: Any) -> Runner:
     """A runner of the application; listening is up to the caller."""
     server = app[FRONT].config.server
-    connections = most_connections(server.max_concurrent_requests)
+    connections = make_connections(server.max_concurrent_requests)
     deadlines = Deadlines(server.client_header_timeout_s)
     options = {"shutdown_timeout": CANCEL_S, "handler_cancellation": True} | options
     return Runner(app, connections, deadlines, app[FRONT].error_response, **options)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from aiohttp import StreamReader, web
 
 from engine.errors import LoraxError, MalformedRequest
-from engine.server.protocol import CONTINUES, Connection
+from engine.server.protocol import EXPECTS_CONTINUE, Connection
 from engine.server.refusals import refused
 
 MAX_BODY_BYTES = 32 << 20
@@ -99,7 +99,7 @@ class Bodies:
             except web.RequestPayloadError as error:
                 raise MalformedRequest(f"the body cannot be read: {_said(error)}") from None
             if connection is not None:
-                connection.growing = None
+                connection.on_body_bytes = None
                 connection.complete()
             yield data
         finally:
@@ -108,7 +108,7 @@ class Bodies:
 
     async def _collect(self, request: web.Request, body: _Body) -> bytearray:
         data, content = bytearray(), body.content
-        if request.get(CONTINUES) and not content.is_eof():
+        if request.get(EXPECTS_CONTINUE) and not content.is_eof():
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # no byte of the answer is sent yet
         while not content.at_eof():
@@ -145,7 +145,7 @@ class Bodies:
     def _enter(self, body: _Body) -> None:
         self._open.add(body)
         if body.connection is not None:
-            body.connection.growing = lambda: self._grew(body)
+            body.connection.on_body_bytes = lambda: self._grew(body)
         self._grew(body)
 
     def _leave(self, body: _Body) -> None:
@@ -153,8 +153,8 @@ class Bodies:
         self._large.pop(body, None)
         self.num_bytes -= body.counted
         if body.connection is not None:
-            body.connection.growing = None
-            body.connection.go_on()
+            body.connection.on_body_bytes = None
+            body.connection.resume()
         self._num_held -= body.held
         if self._num_held or self._full:
             self._settle_all()
@@ -190,13 +190,13 @@ class Bodies:
             body.turn.clear()
             self._watch()
             if body.connection is not None:
-                body.connection.hold()
+                body.connection.pause()
         else:
             body.since = asyncio.get_running_loop().time()
             body.marked = body.counted
             body.turn.set()
             if body.connection is not None:
-                body.connection.go_on()
+                body.connection.resume()
 
     def _watch(self) -> None:
         if self._look is None:

@@ -23,17 +23,17 @@ from aiohttp import web
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-MOST_DESCRIPTORS = 65536  # children inherit the limit, and some programs loop over all of it
+MAX_DESCRIPTORS = 65536  # children inherit the limit, and some programs loop over all of it
 RESERVE = 128  # descriptors that connections leave for everything else
 HEADROOM = 32  # connections above the limit when none can be closed, so that /health still answers
-AT_ONCE = 32  # connections accepted before other tasks run
-LOOK_S = 0.02
+MAX_ACCEPTS = 32  # connections accepted before other tasks run
+POLL_S = 0.02
 BACK_OFF_S = (0.1, 1.0)  # first and longest pause of accepting without descriptors or memory
-LINE_S = 60.0  # between two log lines about the same problem
+WARNING_INTERVAL_S = 60.0  # between two log lines about the same problem
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-class Closable(Protocol):
+class Abortable(Protocol):
     def abort(self) -> None:
         """Closes the connection now. Unsent bytes are lost."""
         ...
@@ -51,18 +51,18 @@ class ThrottledWarning:
         now = time.monotonic()
         if now >= self._next:
             log.warning("%s (%d times since the last such warning)", message, self._count)
-            self._count, self._next = 0, now + LINE_S
+            self._count, self._next = 0, now + WARNING_INTERVAL_S
 
 
 class Connections:
-    """All connections of one server. With `most` open, a new one closes one that waits."""
+    """All connections of one server. With `limit` open, a new one closes one that waits."""
 
-    def __init__(self, most: int, headroom: int = HEADROOM) -> None:
-        self.most = most
+    def __init__(self, limit: int, headroom: int = HEADROOM) -> None:
+        self.limit = limit
         self.headroom = headroom
         self.closing = False  # new connections are closed at once
-        self._open: set[Closable] = set()
-        self._waiting: OrderedDict[Closable, None] = OrderedDict()  # longest first
+        self._open: set[Abortable] = set()
+        self._waiting: OrderedDict[Abortable, None] = OrderedDict()  # longest first
         self._full = ThrottledWarning()
 
     @property
@@ -73,37 +73,37 @@ class Connections:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def add(self, connection: Closable) -> None:
+    def add(self, connection: Abortable) -> None:
         self._open.add(connection)
-        self.wait(connection)
+        self.start_waiting(connection)
 
-    def remove(self, connection: Closable) -> None:
+    def remove(self, connection: Abortable) -> None:
         self._open.discard(connection)
         self._waiting.pop(connection, None)
 
-    def wait(self, connection: Closable) -> None:
+    def start_waiting(self, connection: Abortable) -> None:
         """`connection` begins to wait for a complete request. While the server stops, its last answer is sent first."""
         if connection in self._open and not self.closing:
             self._waiting[connection] = None
             self._waiting.move_to_end(connection)
 
-    def answer(self, connection: Closable) -> None:
+    def stop_waiting(self, connection: Abortable) -> None:
         """`connection` has a complete request and no longer waits."""
         self._waiting.pop(connection, None)
 
     def has_room(self, arriving: int) -> bool:
         """Whether one more may be accepted; `arriving` are accepted and not yet open."""
-        return bool(self._waiting) or self.num_open + arriving < self.most + self.headroom
+        return bool(self._waiting) or self.num_open + arriving < self.limit + self.headroom
 
     def make_room(self, arriving: int) -> None:
         """After accepting one more: closes a waiting connection at the limit."""
-        if self.num_open + arriving >= self.most:
+        if self.num_open + arriving >= self.limit:
             self._full.warn(
-                f"{self.most} connections are open, which is the limit: closing the one that waited longest"
+                f"{self.limit} connections are open, which is the limit: closing the one that waited longest"
             )
-            self.close_longest()
+            self.close_longest_waiting()
 
-    def close_longest(self) -> bool:
+    def close_longest_waiting(self) -> bool:
         """Closes the connection that has waited longest; False if none waits."""
         if not self._waiting:
             return False
@@ -115,7 +115,7 @@ class Connections:
     def close_waiting(self) -> None:
         """The server stops: closes connections that wait, and new ones."""
         self.closing = True
-        while self.close_longest():
+        while self.close_longest_waiting():
             pass
 
     def abort(self) -> None:
@@ -124,20 +124,20 @@ class Connections:
         for connection in list(self._open):
             connection.abort()
 
-    async def gone(self, timeout: float) -> bool:
+    async def wait_closed(self, timeout: float) -> bool:
         """Waits until no connection is open; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._open:
             if time.monotonic() >= deadline:
                 return False
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
         return True
 
 
 def raise_descriptor_limit() -> None:
     """Raises the limit of open files for this process and its children, up to the hard limit or 65,536."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     with suppress(OSError, ValueError):
@@ -145,23 +145,23 @@ def raise_descriptor_limit() -> None:
         log.debug("raised the limit of open files from %d to %d", soft, wanted)
 
 
-def most_connections(max_concurrent_requests: int) -> Connections:
+def make_connections(max_concurrent_requests: int) -> Connections:
     """As many connections as the limit of open files allows. Warns if max_concurrent_requests is larger."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        soft = MOST_DESCRIPTORS
+        soft = MAX_DESCRIPTORS
     free = max(8, soft - _num_descriptors())
     reserve = min(RESERVE, free // 2)
-    most = free - reserve
-    if most < max_concurrent_requests:
+    limit = free - reserve
+    if limit < max_concurrent_requests:
         log.warning(
             "max_concurrent_requests is %d, but the limit of open files (%d) allows only %d connections: raise it"
             " (ulimit -n) or lower --max-concurrent-requests",
             max_concurrent_requests,
             soft,
-            most,
+            limit,
         )
-    return Connections(most, min(HEADROOM, reserve // 2))
+    return Connections(limit, min(HEADROOM, reserve // 2))
 
 
 def _num_descriptors() -> int:
@@ -221,7 +221,7 @@ class Site(web.BaseSite):
         await super().stop()
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(min(AT_ONCE, max(1, self._connections.headroom))):
+        for _ in range(min(MAX_ACCEPTS, max(1, self._connections.headroom))):
             if not self._connections.has_room(len(self._arriving)):
                 self._pause(listening)
                 return
@@ -232,18 +232,18 @@ class Site(web.BaseSite):
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     self._exhausted.warn(f"cannot accept connections: {error.strerror}")
-                    self._connections.close_longest()
+                    self._connections.close_longest_waiting()
                     self._pause(listening)
                     return
                 log.warning("cannot accept a connection: %s", error.strerror)
                 return
             self._delay = BACK_OFF_S[0]
             self._connections.make_room(len(self._arriving))
-            task = asyncio.create_task(self._welcome(accepted))
+            task = asyncio.create_task(self._serve(accepted))
             self._arriving.add(task)
             task.add_done_callback(self._arriving.discard)
 
-    async def _welcome(self, accepted: socket.socket) -> None:
+    async def _serve(self, accepted: socket.socket) -> None:
         server = self._runner.server
         if server is None:
             accepted.close()

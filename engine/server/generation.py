@@ -58,7 +58,7 @@ class _Running:
     generation: Generation
     choice: Choice
     last: float = 0.0  # when the newest token came
-    over: bool = False  # finished, failed or cancelled: later updates are ignored
+    done: bool = False  # finished, failed or cancelled: later updates are ignored
     cancelled: bool = False  # the engine was asked to drop it
 
     def take(self, update: Update) -> None:
@@ -67,7 +67,7 @@ class _Running:
 
     def on_engine_lost(self, error: LoraxError) -> None:
         """See `Reader`."""
-        self.generation.lose(self, error)
+        self.generation.on_engine_lost(self, error)
 
 
 class Generation:
@@ -158,7 +158,7 @@ class Generation:
             self._open.add(running)
 
     async def close(self) -> None:
-        """Cancels what still runs and waits until the engine has dropped it. Idempotent."""
+        """Cancels running sequences and waits until the engine has dropped them. Idempotent."""
         for running in list(self._open):
             self._cancel(running)
         while any(running.choice.index not in self.finished for running in self._open):
@@ -168,12 +168,12 @@ class Generation:
 
     def take(self, running: _Running, update: Update) -> None:
         """Reads an update. An error here fails only this request."""
-        if not running.over:
+        if not running.done:
             try:
                 self._observe(running, update)
                 finish = running.choice.read(update, self._events)
                 if finish is not None:
-                    running.over = True
+                    running.done = True
                     self.finished[finish.choice] = finish
                     self._events.append(finish)
                     self.timings.finished = time.monotonic()
@@ -185,12 +185,12 @@ class Generation:
             self._waiter.wake()
         if update.is_last:
             self._ended(running)
-        elif running.over:
+        elif running.done:
             self._cancel(running)
 
-    def lose(self, running: _Running, error: LoraxError) -> None:
+    def on_engine_lost(self, running: _Running, error: LoraxError) -> None:
         """The engine is gone; no more updates come."""
-        if not running.over:
+        if not running.done:
             self._fail(running, error)
         self._ended(running)
 
@@ -209,12 +209,12 @@ class Generation:
             running.last = now
 
     def _fail(self, running: _Running, error: LoraxError) -> None:
-        running.over = True
+        running.done = True
         self._error = self._error or error
 
     def _cancel(self, running: _Running) -> None:
         if not running.cancelled:
-            running.over = running.cancelled = True
+            running.done = running.cancelled = True
             self._owner.backend.cancel(running.choice.request.id)
 
     def _ended(self, running: _Running) -> None:
@@ -325,7 +325,7 @@ class Generator:
         return made
 
     def _check_length(self, characters: int, parameters: Parameters) -> None:
-        """Raises InvalidRequest for a text that is too long whatever its tokens are; tokenizing it would take long."""
+        """Raises InvalidRequest for a text that is certainly too long, before tokenizing, which would take long."""
         if characters > self.max_characters:
             raise invalid(
                 parameters.name("inputs"),

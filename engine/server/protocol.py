@@ -1,7 +1,7 @@
 """HTTP on one connection: aiohttp's protocol with our deadlines, our errors and bounded memory.
 
 A connection waits for headers (`head`), then for a body (`body`), then for its answer (`answer`). If the answer came
-before the end of the request, the connection is read a little longer (`over`), because closing at once could lose the
+before the end of the request, the connection is read a little longer (`linger`), because closing at once could lose the
 answer on its way. Bytes read then are dropped. So are all bytes after a request that is not valid HTTP.
 """
 
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 IDLE_S = 75.0  # a connection may be idle between two requests
 LINGER_S = 5.0  # a connection is still read after an early answer
 MAX_HEAD = 1 << 16  # bytes of a request line and all headers
-RECEIVED = 1 << 14  # bytes of one read from a socket
+READ_BYTES = 1 << 14  # bytes of one read from a socket
 BUFFER = 1 << 14  # unread bytes of a body; at twice as many, reading pauses
-_RECEIVE_SIZE = "max_size"  # asyncio's name for RECEIVED on its transports
+_RECEIVE_SIZE = "max_size"  # asyncio's name for READ_BYTES on its transports
 REFUSED = web.RequestKey("refused", LoraxError)  # the error of its headers
-CONTINUES = web.RequestKey("continues", bool)  # the client sends the body after `100 Continue`
+EXPECTS_CONTINUE = web.RequestKey("continues", bool)  # the client waits for `100 Continue`
 
-State = Literal["head", "body", "answer", "over"]
+State = Literal["head", "body", "answer", "linger"]
 HttpRequest = web.BaseRequest
 ErrorResponse = Callable[[str, LoraxError], web.Response]  # of the path and the error
 
@@ -65,14 +65,14 @@ class Connection(web.RequestHandler):
         "_failed",
         "_head",
         "_head_bytes",
-        "_late",
-        "_over",
+        "_head_timer",
+        "_lost",
         "_payload",
         "_respond",
+        "_socket_transport",
         "_state",
-        "_wire",
-        "growing",
-        "held",
+        "is_paused",
+        "on_body_bytes",
     )
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
@@ -94,21 +94,21 @@ class Connection(web.RequestHandler):
         self._deadlines = server.deadlines
         self._respond = server.error_response
         self._state: State = "head"
-        self._late: asyncio.TimerHandle | None = None  # when headers must be complete
+        self._head_timer: asyncio.TimerHandle | None = None  # when headers must be complete
         self._head = b""  # the beginning of incomplete headers
         self._head_bytes = 0
         self._failed = False  # the client sent invalid HTTP
         self._payload: StreamReader = EMPTY_PAYLOAD  # of the request in progress
-        self._over: asyncio.Future[None] | None = None
+        self._lost: asyncio.Future[None] | None = None
         # aiohttp clears its own reference before all bytes are sent.
-        self._wire: asyncio.WriteTransport | None = None
-        self.held = False  # reading waits for `go_on`
-        self.growing: Callable[[], None] | None = None  # called when bytes of the body have arrived
+        self._socket_transport: asyncio.WriteTransport | None = None
+        self.is_paused = False  # reading waits for `resume`
+        self.on_body_bytes: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._wire = self.transport
-        setattr(transport, _RECEIVE_SIZE, RECEIVED)
+        self._socket_transport = self.transport
+        setattr(transport, _RECEIVE_SIZE, READ_BYTES)
         self._connections.add(self)
         if self._connections.closing:
             self.abort()
@@ -119,18 +119,18 @@ class Connection(web.RequestHandler):
         self._disarm()
         self._connections.remove(self)
         super().connection_lost(exc)
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
 
     def abort(self) -> None:
-        """See `Closable`."""
-        if self._wire is not None:
-            self._wire.abort()
+        """See `Abortable`."""
+        if self._socket_transport is not None:
+            self._socket_transport.abort()
 
     # -- what arrives
 
     def data_received(self, data: bytes) -> None:
-        if self._failed or self._state == "over":
+        if self._failed or self._state == "linger":
             return
         num_before = len(self._messages)
         super().data_received(data)
@@ -142,12 +142,12 @@ class Connection(web.RequestHandler):
                 self._head, self._head_bytes = b"", 0
         elif data and self._state != "body":
             self._part_of_head(data)
-        if self.growing is not None:
-            self.growing()
+        if self.on_body_bytes is not None:
+            self.on_body_bytes()
 
     def _part_of_head(self, data: bytes) -> None:
-        if self._state == "head" and self._late is None:
-            self._connections.wait(self)  # from now on: it is a new request
+        if self._state == "head" and self._head_timer is None:
+            self._connections.start_waiting(self)  # from now on: it is a new request
             self._arm()
         self._head += data[: MAX_LINE + 2 - len(self._head)]
         self._head_bytes += len(data)
@@ -179,15 +179,15 @@ class Connection(web.RequestHandler):
     # -- deadlines
 
     def _arm(self) -> None:
-        self._late = self._loop.call_later(self._deadlines.header_s, self._head_late)
+        self._head_timer = self._loop.call_later(self._deadlines.header_s, self._on_head_timeout)
 
     def _disarm(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _head_late(self) -> None:
-        self._late = None
+    def _on_head_timeout(self) -> None:
+        self._head_timer = None
         if not self._head_bytes:
             self.force_close()
             return
@@ -197,29 +197,29 @@ class Connection(web.RequestHandler):
         )
 
     def _process_keepalive(self) -> None:
-        if self._late is None:
+        if self._head_timer is None:
             super()._process_keepalive()
         else:  # the next request has begun: only the deadline of its headers counts
             self._keepalive_handle = None
 
     # -- flow
 
-    def hold(self) -> None:
-        """Pauses reading until `go_on`."""
-        self.held = True
+    def pause(self) -> None:
+        """Pauses reading until `resume`."""
+        self.is_paused = True
         self._pause_transport_reading()
 
-    def go_on(self) -> None:
-        if self.held:
-            self.held = False
+    def resume(self) -> None:
+        if self.is_paused:
+            self.is_paused = False
             self.resume_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        if not self.held:  # else aiohttp would decompress what has arrived
+        if not self.is_paused:  # else aiohttp would decompress what has arrived
             super().resume_reading(resume_parser)
 
     def _resume_transport_reading(self) -> None:
-        if not self.held:
+        if not self.is_paused:
             super()._resume_transport_reading()
 
     # -- one request
@@ -232,9 +232,9 @@ class Connection(web.RequestHandler):
             self.complete()
 
     def complete(self) -> None:
-        """The body is complete, too."""
+        """The body is complete."""
         self._state = "answer"
-        self._connections.answer(self)
+        self._connections.stop_waiting(self)
 
     async def finish_response(
         self, request: HttpRequest, resp: web.StreamResponse, start_time: float | None
@@ -246,27 +246,27 @@ class Connection(web.RequestHandler):
         if early and not reset and not self._connections.closing:
             await self._linger()
         self._payload, self._state = EMPTY_PAYLOAD, "head"
-        self._connections.wait(self)
+        self._connections.start_waiting(self)
         if self._head_bytes and not self._messages:
             self._arm()
         return answer, reset
 
     async def _linger(self) -> None:
         """Reads and drops the rest of the request for at most `linger_s`, then closes."""
-        self._state, self._parser = "over", None
-        self._connections.wait(self)
+        self._state, self._parser = "linger", None
+        self._connections.start_waiting(self)
         transport = self.transport
         if transport is not None and not transport.is_closing():
             with suppress(OSError, NotImplementedError):
                 transport.write_eof()
-            self.go_on()
+            self.resume()
             transport.resume_reading()
             if self._payload.exception() is None:
                 self._payload.read_nowait()
-            self._over = self._loop.create_future()
+            self._lost = self._loop.create_future()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._deadlines.linger_s):
-                    await self._over
+                    await self._lost
         self.force_close()
 
     # -- errors
@@ -346,7 +346,7 @@ class Server(web.Server):
         request = self._make(message, payload, protocol, writer, task)
         if error is not None:
             request[REFUSED] = error
-        request[CONTINUES] = expected is not None and message.version == HttpVersion11
+        request[EXPECTS_CONTINUE] = expected is not None and message.version == HttpVersion11
         return request
 
 
@@ -379,7 +379,7 @@ class Runner(web.AppRunner):
         if self.server is not None:
             self.server.pre_shutdown()
         self.connections.close_waiting()
-        return await self.connections.gone(timeout)
+        return await self.connections.wait_closed(timeout)
 
     async def cleanup(self) -> None:
         """Closes all connections at once."""

@@ -162,7 +162,7 @@ async def test_an_adapter_in_use_is_not_refused(start: Start) -> None:
     backend = await start(replace(WATCH, max_deaths=2))
     granted = await backend.acquire(ref("granted"), None)
     for _ in range(2):
-        backend._exchange._suspects.saw_the_end([ref("granted"), ref("other")])
+        backend._exchange._suspects.record_end([ref("granted"), ref("other")])
     assert (await backend.acquire(ref("granted"), None)).image == granted.image
     with pytest.raises(AdapterLoadFailed, match="ended 2 times"):
         await backend.acquire(ref("other"), None)

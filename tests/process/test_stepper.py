@@ -1,4 +1,4 @@
-"""Order, failures, reports and patience, with an engine that does as it is told."""
+"""Order, failures, reports and waits, with an engine that does as it is told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.adapters.tiers import HostRegion
 from engine.errors import EngineDead, Overloaded
 from engine.messages import Request, Update
 from engine.process.pipe_messages import Cancel, Submit
-from engine.process.stepper import BREATH_S, EMPTY_STEPS, MAX_FAILURES, Stepper
+from engine.process.stepper import EMPTY_STEPS, MAX_FAILURES, PAUSE_S, Stepper
 from tests.process.fakes import CONFIG, POISON, EchoEngine, request
 
 
@@ -47,10 +47,10 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_messages_are_taken_before_the_step(engine: ToldEngine) -> None:
     stepper = Stepper(engine)
-    assert stepper.patience is None
+    assert stepper.wait_s is None
     updates = stepper.turn([Submit(request("a", [1, 2])), Submit(request("b", [3])), Cancel("b")])
     assert [(u.id, u.finish) for u in updates] == [("b", "cancelled"), ("a", None)]
-    assert stepper.patience == 0
+    assert stepper.wait_s == 0
     assert [u.finish for u in stepper.turn([])] == ["length"]
 
 
@@ -94,9 +94,9 @@ def test_reports_are_few_and_the_last_one_says_idle(engine: ToldEngine) -> None:
     stepper.turn([Cancel("a")])
     end = time.monotonic() + 1
     while (report := stepper.report()) is None and time.monotonic() < end:
-        time.sleep(stepper.patience or 0)
+        time.sleep(stepper.wait_s or 0)
     assert report is not None and report.running == 0
-    assert stepper.report() is None and stepper.patience is None
+    assert stepper.report() is None and stepper.wait_s is None
 
 
 def test_engine_that_waits_for_something_is_not_asked_in_a_tight_loop(engine: ToldEngine) -> None:
@@ -105,7 +105,7 @@ def test_engine_that_waits_for_something_is_not_asked_in_a_tight_loop(engine: To
     stepper.turn([Submit(request("a", [1]))])
     for _ in range(EMPTY_STEPS):
         stepper.turn([])
-    assert stepper.patience == BREATH_S
+    assert stepper.wait_s == PAUSE_S
     engine.stuck = False
     stepper.turn([])
-    assert stepper.patience != BREATH_S
+    assert stepper.wait_s != PAUSE_S

@@ -111,7 +111,7 @@ def test_size_of_files(tmp_path: Path) -> None:
 
 
 def test_what_it_says_is_bounded() -> None:
-    with pytest.raises(Crashed, match="said more"):
+    with pytest.raises(Crashed, match="answer has more"):
         do("flood", fd=1)
     assert do("flood", fd=2) == {}, "what it complains of does not matter"
 

@@ -20,7 +20,7 @@ import pytest
 from aiohttp import web
 
 from engine.server import app as server_app
-from engine.server.connections import Connections, most_connections
+from engine.server.connections import Connections, make_connections
 from engine.server.text import Text
 from tests.server.fake import FakeBackend
 from tests.server.wire import Served, announce, get, post, served, until
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 def few(monkeypatch: pytest.MonkeyPatch) -> Connections:
     """Room for ten connections."""
     found = Connections(10, headroom=2)
-    monkeypatch.setattr(server_app, "most_connections", lambda _: found)
+    monkeypatch.setattr(server_app, "make_connections", lambda _: found)
     return found
 
 
@@ -143,9 +143,9 @@ async def test_answers_are_not_closed_for_room(
 def test_limits(caplog: pytest.LogCaptureFixture) -> None:
     """Of connections, by that of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert 0 < most_connections(1).most < soft
+    assert 0 < make_connections(1).limit < soft
     assert not caplog.records
-    most_connections(soft)
+    make_connections(soft)
     assert f"max_concurrent_requests is {soft}" in caplog.text
 
 

@@ -1,1 +1,1 @@
-"""What children do. Each module is one task; see `engine.sandbox.child`."""
+"""The tasks of children, one module each; see `engine.sandbox.child`."""

@@ -1,7 +1,7 @@
-"""A `.bin` of torch.save becomes a safetensors file: the same bytes, dtypes and shapes.
+"""Converts a `.bin` of torch.save to safetensors with the same bytes, dtypes and shapes.
 
-Descriptors: `source` to read, `target` to write. The answer is {}, {"refused": what the file is or does}, or
-{"failed": what the system says}.
+Descriptors: `source` to read, `target` to write. The answer is {}, {"refused": the problem of the file}, or
+{"failed": the error of the system}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.safetensors import ITEM_BYTES, MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROWTH = 2  # times the file's bytes, and SLACK_BYTES more: what its tensors may take one by one
+GROWTH = 2  # tensors may take this many times the file's bytes, and SLACK_BYTES more
 SLACK_BYTES = 1 << 20
 PIECE_BYTES = 16 << 20
 _ZIP = b"PK\x03\x04"
@@ -31,10 +31,10 @@ _DTYPES = {
 
 
 class Refused(Exception):
-    """What the file is or does, as the end of a sentence that begins with its name."""
+    """The problem of a file, as the end of a sentence that begins with its name."""
 
 
-def most_bytes(packed: int) -> int:
+def max_tensor_bytes(packed: int) -> int:
     """Bytes that the tensors of a file of `packed` bytes may take."""
     return GROWTH * packed + SLACK_BYTES
 
@@ -48,7 +48,7 @@ def prepare() -> None:
 def run(descriptors: dict[str, int], arguments: dict[str, Any]) -> dict[str, Any]:
     source, target = descriptors["source"], descriptors["target"]
     try:
-        tensors = _checked(_loaded(source), most_bytes(os.fstat(source).st_size))
+        tensors = _check(_load(source), max_tensor_bytes(os.fstat(source).st_size))
         _write(tensors, target)
     except Refused as refused:
         return {"refused": str(refused)[:1000]}
@@ -57,8 +57,8 @@ def run(descriptors: dict[str, int], arguments: dict[str, Any]) -> dict[str, Any
     return {}
 
 
-def _loaded(source: int) -> object:
-    """What the file holds; mapped, not read, where it can be."""
+def _load(source: int) -> object:
+    """The content of the file, mapped into memory if possible."""
     import torch
 
     path = f"/proc/self/fd/{source}"
@@ -69,7 +69,7 @@ def _loaded(source: int) -> object:
         raise
     except (pickle.UnpicklingError, zipfile.BadZipFile):
         raise Refused("holds more than tensors and is not unpickled") from None
-    except Exception as error:  # a boundary: what is in the file may fail in any way
+    except Exception as error:  # a boundary: the file may fail in any way
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         why = str(error).split("\n", 1)[0]
@@ -79,12 +79,12 @@ def _loaded(source: int) -> object:
 
 
 def _is_packed(path: str) -> bool:
-    """Whether a record is compressed: torch.save compresses none, and a mapping would show it as it is."""
+    """Whether a record is compressed, which torch.save does not do. Such a record cannot be mapped."""
     with zipfile.ZipFile(path) as file:
         return any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist())
 
 
-def _checked(loaded: object, most: int) -> dict[str, tuple[str, Tensor]]:
+def _check(loaded: object, limit: int) -> dict[str, tuple[str, Tensor]]:
     """Name -> dtype's name in the format, and tensor. Raises Refused."""
     import torch
 
@@ -104,10 +104,12 @@ def _checked(loaded: object, most: int) -> dict[str, tuple[str, Tensor]]:
         if tensor.dtype not in names:
             raise Refused(f"holds {name} as {tensor.dtype}")
         if tensor.dim() > MAX_DIMENSIONS:
-            raise Refused(f"holds {name} of {tensor.dim()} dimensions, at most {MAX_DIMENSIONS}")
+            raise Refused(
+                f"holds {name} of {tensor.dim()} dimensions; the limit is {MAX_DIMENSIONS}"
+            )
         total += tensor.numel() * tensor.element_size()
-        if total > most:
-            raise Refused(f"unpacks to more than {most} bytes, {GROWTH} times its own size")
+        if total > limit:
+            raise Refused(f"unpacks to more than {limit} bytes, {GROWTH} times its own size")
         found[name] = names[tensor.dtype], tensor
     return found
 
@@ -125,7 +127,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _write(tensors: dict[str, tuple[str, Tensor]], target: int) -> None:
-    """Wide elements first, so that each tensor lies at a multiple of its element's size."""
+    """Writes wide elements first, so that each tensor is aligned to the size of its elements."""
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
     entries, end = {}, 0
     for name in order:
@@ -144,7 +146,7 @@ def _write(tensors: dict[str, tuple[str, Tensor]], target: int) -> None:
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Its elements in order, as bytes; what does not lie in that order is copied piece by piece."""
+    """The elements in order, as bytes. A tensor that is not contiguous is copied in pieces."""
     import torch
 
     if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):

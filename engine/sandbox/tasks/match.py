@@ -1,9 +1,9 @@
 """Which modules a PEFT configuration names, by the rules of peft 0.21's check_target_module_exists.
 
-Its expressions are Python's and a stranger's: one may take for ever. Arguments: `served`, modules of the base model
-("all-linear" means them but `ends`, which are not in the layers); `adapted`, modules that the adapter's file holds; and
-fields of the configuration. The answer is {"named", "first_missing", "missing", "extra", "first_extra"}, or
-{"refused": why it cannot be told}.
+Its expressions are Python's and untrusted: one may never end. Arguments: `served`, modules of the base model
+("all-linear" means all of them except `ends`, which are outside the layers); `adapted`, modules in the adapter's file;
+and fields of the configuration. The answer is {"named", "first_missing", "missing", "extra", "first_extra"}, or
+{"refused": the reason}.
 """
 
 from __future__ import annotations
