@@ -121,12 +121,14 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
     tokens = args.tokens or args.adapters
     counts = [tokens // args.adapters + (s < tokens % args.adapters) for s in range(args.adapters)]
     slots = torch.arange(1, args.adapters + 1, dtype=torch.int32)
-    starts = torch.tensor([sum(counts[:s]) for s in range(args.adapters + 1)], dtype=torch.int32)
+    segment_starts = torch.tensor(
+        [sum(counts[:s]) for s in range(args.adapters + 1)], dtype=torch.int32
+    )
     xs = [torch.randn(tokens, k).to(dtype) for k, _ in GROUPS]
     ys = [torch.randn(tokens, sum(splits)).to(dtype) for _, splits in GROUPS]
 
     def where(layer: int, group: int) -> tuple[object, ...]:
-        return adapters.arena, adapters.records, slots, starts, layer, group
+        return adapters.arena, adapters.records, slots, segment_starts, layer, group
 
     def shrink(layer: int, group: int) -> Tensor:
         t: Tensor = ops.lora_shrink(

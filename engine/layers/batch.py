@@ -28,8 +28,8 @@ class LoraBatch:
 
     arena: Tensor  # [bytes] uint8
     records: Tensor  # [slots, layers + 1, groups, 8] int32
-    slots: Tensor  # [S] int32
-    starts: Tensor  # [S + 1] int32
+    slots: Tensor  # [G] int32: the slot of each segment
+    segment_starts: Tensor  # [G + 1] int32: first token of each segment, then the end of the last
     width: int  # columns of t: at least the largest stacked rank in the batch
     touched: list[list[bool]]  # [layers + 1][groups]: does any adapter of the batch act there
 

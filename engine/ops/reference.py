@@ -204,10 +204,10 @@ def top_p_floor(
 
 
 def _segments(
-    records: Tensor, slots: Tensor, starts: Tensor, layer: int, group: int
+    records: Tensor, slots: Tensor, segment_starts: Tensor, layer: int, group: int
 ) -> Iterator[tuple[int, int, list[int], list[int], list[float]]]:
     """(first token, last token + 1, words, ranks, scales) of each segment whose slot adapts this group."""
-    bounds = starts.tolist()
+    bounds = segment_starts.tolist()
     for s, slot in enumerate(slots.tolist()):
         first, last = bounds[s], bounds[s + 1]
         record = records[slot, layer, group]
@@ -232,8 +232,8 @@ def lora_shrink(
     x: Tensor,  # [T, K]
     arena: Tensor,  # [bytes] uint8
     records: Tensor,  # [slots, layers + 1, groups, 8] int32
-    slots: Tensor,  # [S] int32
-    starts: Tensor,  # [S + 1] int32
+    slots: Tensor,  # [G] int32
+    segment_starts: Tensor,  # [G + 1] int32
     layer: int,
     group: int,
     width: int,
@@ -241,7 +241,7 @@ def lora_shrink(
 ) -> Tensor:
     """Partial sums t[P, T, width] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
     t = x.new_zeros((1, x.shape[0], width), dtype=torch.float32)
-    for first, last, words, ranks, _ in _segments(records, slots, starts, layer, group):
+    for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         a = _matrix(arena, words[WORD_A], sum(ranks), x.shape[1], x.dtype)
         t[0, first:last, : sum(ranks)] = x[first:last].float() @ a.float().T
     return t
@@ -252,7 +252,7 @@ def lora_gather(
     arena: Tensor,
     records: Tensor,
     slots: Tensor,
-    starts: Tensor,
+    segment_starts: Tensor,
     layer: int,
     group: int,
     width: int,
@@ -260,7 +260,7 @@ def lora_gather(
 ) -> Tensor:
     """The shrink of an embedding: rows of A[vocab, r] by token id, as t[1, T, width] float32."""
     t = torch.zeros((1, ids.shape[0], width), dtype=torch.float32, device=ids.device)
-    for first, last, words, ranks, _ in _segments(records, slots, starts, layer, group):
+    for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         rows = int(ids[first:last].max()) + 1
         a = _matrix(arena, words[WORD_A], rows, ranks[0], dtype)
         t[0, first:last, : ranks[0]] = a[ids[first:last]].float()
@@ -273,14 +273,16 @@ def lora_expand_(
     arena: Tensor,
     records: Tensor,
     slots: Tensor,
-    starts: Tensor,
+    segment_starts: Tensor,
     layer: int,
     group: int,
     splits: list[int],
 ) -> None:
     """`y[i, cols(t)] += scale(t) * sum(t)[i, ranks(t)] @ B(t)`, added in float32 and rounded once."""
     size = y.dtype.itemsize
-    for first, last, words, ranks, scales in _segments(records, slots, starts, layer, group):
+    for first, last, words, ranks, scales in _segments(
+        records, slots, segment_starts, layer, group
+    ):
         total = t[:, first:last].sum(0)
         offset, column, row = words[WORD_B], 0, 0
         for rank, scale, n in zip(ranks, scales, splits, strict=False):

@@ -49,18 +49,18 @@ SCHEMAS = {
     # t[P, T, width] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the op that was launched
     # last, so the two may run side by side
     "lora_shrink": (
-        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width,"
-        " bool beside=False) -> Tensor"
+        "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group,"
+        " int width, bool beside=False) -> Tensor"
     ),
     # the same for an embedding: t[1, T, width] = A(slot)[ids]
     "lora_gather": (
-        "(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width,"
-        " ScalarType dtype) -> Tensor"
+        "(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group,"
+        " int width, ScalarType dtype) -> Tensor"
     ),
     # y[i, cols(t)] += scale(t) * sum(t[:, i, ranks(t)]) @ B(slot, t)
     "lora_expand_": (
-        "(Tensor(a!) y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group,"
-        " int[] splits) -> ()"
+        "(Tensor(a!) y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer,"
+        " int group, int[] splits) -> ()"
     ),
 }
 

@@ -52,11 +52,11 @@ class Adapters:
         touched = [[any(group) for group in zip(*layer, strict=True)] for layer in layers]
         return Reach(max(self.widths[slot] for slot in used), touched)
 
-    def batch(self, slots: Tensor, starts: Tensor, reach: Reach | None) -> LoraBatch | None:
-        """The segments `slots` [S], `starts` [S + 1] for the layers."""
+    def batch(self, slots: Tensor, segment_starts: Tensor, reach: Reach | None) -> LoraBatch | None:
+        """The layers' view of the segments `slots` [G], `segment_starts` [G + 1]."""
         if reach is None:
             return None
-        return LoraBatch(self.arena, self.records, slots, starts, *reach)
+        return LoraBatch(self.arena, self.records, slots, segment_starts, *reach)
 
 
 class Model(Protocol):

@@ -24,13 +24,13 @@ int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 int64_t padded(int64_t bytes) { return (bytes + kLoraAlign - 1) / kLoraAlign * kLoraAlign; }
 
-// The checked view of arena, records, slots and starts that the three ops share.
+// The checked view of arena, records, slots and segment_starts that the three ops share.
 class Segments {
  public:
   Segments(const char* op, const Tensor& arena, const Tensor& records, const Tensor& slots,
-           const Tensor& starts, int64_t layer, int64_t group, int64_t tokens)
+           const Tensor& segment_starts, int64_t layer, int64_t group, int64_t tokens)
       : op_(op) {
-    check_segments(op, arena, records, slots, starts, layer, group);
+    check_segments(op, arena, records, slots, segment_starts, layer, group);
     const int64_t layers = records.size(1), groups = records.size(2);
     count_ = slots.size(0);
     arena_ = static_cast<const char*>(arena.const_data_ptr());
@@ -39,12 +39,12 @@ class Segments {
     stride_ = layers * groups;
     records_ = static_cast<const Record*>(records.const_data_ptr()) + layer * groups + group;
     slots_ = static_cast<const int32_t*>(slots.const_data_ptr());
-    starts_ = static_cast<const int32_t*>(starts.const_data_ptr());
+    starts_ = static_cast<const int32_t*>(segment_starts.const_data_ptr());
     int64_t before = 0;
     for (int64_t s = 0; s <= count_; ++s) {
       LORAX_CHECK(starts_[s] >= before && starts_[s] <= tokens, op,
-                  ": starts must rise from 0 to at most ", tokens, " tokens, found ", starts_[s],
-                  " after ", before);
+                  ": segment_starts must rise from 0 to at most ", tokens, " tokens, found ",
+                  starts_[s], " after ", before);
       before = starts_[s];
     }
   }
@@ -88,14 +88,14 @@ T* outer_scratch(int64_t count) {
   return static_cast<T*>(scratch(Scratch::outer, size_t(count) * sizeof(T)));
 }
 
-Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
+Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts,
                         int64_t layer, int64_t group, int64_t width, bool) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
   ShrinkArgs args{};
   args.dtype = dtype_of(op, "x", x);
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
-  const Segments segments(op, arena, records, slots, starts, layer, group, x.size(0));
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, x.size(0));
   Tensor t = empty(x, {1, x.size(0), width}, ScalarType::Float);
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
@@ -113,12 +113,13 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   return t;
 }
 
-Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
+Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots,
+                        Tensor segment_starts, int64_t layer, int64_t group, int64_t width,
+                        ScalarType dtype) {
   const char* op = "lora_gather";
   check_contiguous(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
   LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
-  const Segments segments(op, arena, records, slots, starts, layer, group, ids.size(0));
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, ids.size(0));
   GatherArgs args{};
   args.dtype = dtype_of(op, "dtype", dtype);
   Tensor t = empty(ids, {1, ids.size(0), width}, ScalarType::Float);
@@ -153,8 +154,9 @@ const float* sum_parts(const Tensor& t, float* sums) {
   return sums;
 }
 
-void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                      int64_t layer, int64_t group, std::vector<int64_t> splits) {
+void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots,
+                      Tensor segment_starts, int64_t layer, int64_t group,
+                      std::vector<int64_t> splits) {
   const char* op = "lora_expand_";
   check_layout(op, "y", y, 2);
   ExpandArgs args{};
@@ -168,7 +170,7 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   for (int64_t n : splits) columns = n < 0 || columns < 0 ? -1 : columns + n;
   LORAX_CHECK(num_splits <= kLoraTargets && columns == y.size(1), op,
               ": splits must be the widths of at most 3 targets that fill y ", shape_of(y));
-  const Segments segments(op, arena, records, slots, starts, layer, group, y.size(0));
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, y.size(0));
   const int64_t pieces_bytes =
       padded(segments.count() * kLoraTargets * int64_t(sizeof(ExpandPiece)));
   const int64_t sums_bytes = t.size(0) == 1 ? 0 : t.size(1) * t.size(2) * int64_t(sizeof(float));
