@@ -30,7 +30,7 @@ class LoraBatch:
     records: Tensor  # [slots, layers + 1, groups, 8] int32
     slots: Tensor  # [G] int32: the slot of each segment
     segment_starts: Tensor  # [G + 1] int32: first token of each segment, then the end of the last
-    width: int  # columns of t: at least the largest stacked rank in the batch
+    stacked_rank: int  # of the batch, or more: the columns of t
     touched: list[list[bool]]  # [layers + 1][groups]: does any adapter of the batch act there
 
 

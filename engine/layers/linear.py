@@ -127,7 +127,7 @@ class Linear:
             return self.method.matmul(x)
         where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
         y = self.method.matmul(x)
-        t = ops.lora_shrink(x, *where, lora.width, beside=True)
+        t = ops.lora_shrink(x, *where, lora.stacked_rank, beside=True)
         ops.lora_expand_(y, t, *where, self.splits)
         return y
 
@@ -153,6 +153,6 @@ class Embedding:
                 self.layer,
                 self.number,
             )
-            t = ops.lora_gather(ids, *where, lora.width, self.table.dtype)
+            t = ops.lora_gather(ids, *where, lora.stacked_rank, self.table.dtype)
             ops.lora_expand_(y, t, *where, self.splits)
         return y

@@ -236,11 +236,11 @@ def lora_shrink(
     segment_starts: Tensor,  # [G + 1] int32
     layer: int,
     group: int,
-    width: int,
+    stacked_rank: int,
     beside: bool = False,
 ) -> Tensor:
-    """Partial sums t[P, T, width] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
-    t = x.new_zeros((1, x.shape[0], width), dtype=torch.float32)
+    """Partial sums t[P, T, stacked_rank] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
+    t = x.new_zeros((1, x.shape[0], stacked_rank), dtype=torch.float32)
     for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         a = _matrix(arena, words[WORD_A], sum(ranks), x.shape[1], x.dtype)
         t[0, first:last, : sum(ranks)] = x[first:last].float() @ a.float().T
@@ -255,11 +255,11 @@ def lora_gather(
     segment_starts: Tensor,
     layer: int,
     group: int,
-    width: int,
+    stacked_rank: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The shrink of an embedding: rows of A[vocab, r] by token id, as t[1, T, width] float32."""
-    t = torch.zeros((1, ids.shape[0], width), dtype=torch.float32, device=ids.device)
+    """The shrink of an embedding: rows of A[vocab, r] by token id, as t[1, T, stacked_rank] float32."""
+    t = torch.zeros((1, ids.shape[0], stacked_rank), dtype=torch.float32, device=ids.device)
     for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         rows = int(ids[first:last].max()) + 1
         a = _matrix(arena, words[WORD_A], rows, ranks[0], dtype)
@@ -269,7 +269,7 @@ def lora_gather(
 
 def lora_expand_(
     y: Tensor,  # [T, sum(splits)]
-    t: Tensor,  # [P, T, width] float32
+    t: Tensor,  # [P, T, stacked_rank] float32
     arena: Tensor,
     records: Tensor,
     slots: Tensor,

@@ -46,16 +46,16 @@ SCHEMAS = {
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",
     # floor[n, 1]: the least probability inside the smallest set of mass top_p[n] or more
     "top_p_floor": "(Tensor probs, Tensor top_p) -> Tensor",
-    # t[P, T, width] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the op that was launched
-    # last, so the two may run side by side
+    # t[P, T, stacked_rank] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the op that was
+    # launched last, so the two may run side by side
     "lora_shrink": (
         "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group,"
-        " int width, bool beside=False) -> Tensor"
+        " int stacked_rank, bool beside=False) -> Tensor"
     ),
-    # the same for an embedding: t[1, T, width] = A(slot)[ids]
+    # the same for an embedding: t[1, T, stacked_rank] = A(slot)[ids]
     "lora_gather": (
         "(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group,"
-        " int width, ScalarType dtype) -> Tensor"
+        " int stacked_rank, ScalarType dtype) -> Tensor"
     ),
     # y[i, cols(t)] += scale(t) * sum(t[:, i, ranks(t)]) @ B(slot, t)
     "lora_expand_": (

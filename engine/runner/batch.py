@@ -28,7 +28,7 @@ Touched = list[list[bool]]  # [layers + 1][groups]
 class Reach(NamedTuple):
     """What the adapters of a step may do."""
 
-    width: int  # the largest stacked rank
+    stacked_rank: int  # the largest stacked rank
     touched: Touched  # where any of them acts
 
 
@@ -37,11 +37,11 @@ class Adapters:
 
     def __init__(self, arena: Tensor, records: Tensor) -> None:
         self.arena, self.records = arena, records
-        self.widths = [0] * records.shape[0]  # largest stacked rank of each slot
+        self.stacked_ranks = [0] * records.shape[0]  # largest stacked rank of each slot
         self.touched: list[Touched] = [[] for _ in range(records.shape[0])]
 
-    def placed(self, slot: int, width: int, touched: Touched) -> None:
-        self.widths[slot], self.touched[slot] = width, touched
+    def placed(self, slot: int, stacked_rank: int, touched: Touched) -> None:
+        self.stacked_ranks[slot], self.touched[slot] = stacked_rank, touched
 
     def reach(self, slots: Iterable[int]) -> Reach | None:
         """Of all adapters in `slots` together; None: all base."""
@@ -50,7 +50,7 @@ class Adapters:
             return None
         layers = zip(*(self.touched[slot] for slot in used), strict=True)
         touched = [[any(group) for group in zip(*layer, strict=True)] for layer in layers]
-        return Reach(max(self.widths[slot] for slot in used), touched)
+        return Reach(max(self.stacked_ranks[slot] for slot in used), touched)
 
     def batch(self, slots: Tensor, segment_starts: Tensor, reach: Reach | None) -> LoraBatch | None:
         """The layers' view of the segments `slots` [G], `segment_starts` [G + 1]."""

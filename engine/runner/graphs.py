@@ -41,8 +41,10 @@ class Captured:
 class StepGraphs:
     """The graphs of every shape, with and without adapters."""
 
-    def __init__(self, model: Model, builder: BatchBuilder, width: int, max_tokens: int) -> None:
-        """`width`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
+    def __init__(
+        self, model: Model, builder: BatchBuilder, stacked_rank: int, max_tokens: int
+    ) -> None:
+        """`stacked_rank`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
         self.model, self.builder = model, builder
         max_rows = len(builder.rows.known) - 1
         self.decode_shapes = decode_shapes(max_rows)
@@ -53,8 +55,8 @@ class StepGraphs:
         inside = [[True] * groups] * (layers - 1)
         self.reaches: dict[int, Reach | None] = {NO_LORA: None}
         if builder.adapters.arena.numel():
-            self.reaches[IN_LAYERS] = Reach(width, [*inside, [False] * groups])
-            self.reaches[EVERYWHERE] = Reach(width, [*inside, [True] * groups])
+            self.reaches[IN_LAYERS] = Reach(stacked_rank, [*inside, [False] * groups])
+            self.reaches[EVERYWHERE] = Reach(stacked_rank, [*inside, [True] * groups])
         self.captured: dict[tuple[Shape, int], Captured] = {}
         self.logits: Tensor | None = None  # [most outputs, vocab], of the graph that ran last
         self._found: tuple[Description, Captured | None] | None = None

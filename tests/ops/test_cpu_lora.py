@@ -40,7 +40,7 @@ class Adapters:
     dtype: torch.dtype
 
     @property
-    def width(self) -> int:
+    def stacked_rank(self) -> int:
         return max(map(sum, self.ranks))
 
 
@@ -171,8 +171,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """(t with zeros where undefined, y after expand); expand reads NaN where t is undefined."""
     where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
-    t = ops.lora_shrink(x, *where, adapters.width)
-    assert t.shape == (1, x.shape[0], adapters.width)
+    t = ops.lora_shrink(x, *where, adapters.stacked_rank)
+    assert t.shape == (1, x.shape[0], adapters.stacked_rank)
     assert t.dtype == torch.float32
     ops.lora_expand_(
         y, defined(t, adapters, slots, segment_starts, float("nan")), *where, adapters.splits
@@ -196,7 +196,7 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
     before = adapters.arena.clone()
     where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
 
-    expected_t = reference.lora_shrink(x, *where, adapters.width)
+    expected_t = reference.lora_shrink(x, *where, adapters.stacked_rank)
     expected_y = y.clone()
     reference.lora_expand_(expected_y, expected_t, *where, adapters.splits)
 
@@ -295,7 +295,7 @@ def test_partial_sums_are_added_in_order() -> None:
     """t may come in P parts (a sharded or split shrink); expand adds them up."""
     adapters = make_adapters([(16, 4), (3, 9)], 64, [48, 40], torch.float32)
     slots, segment_starts = make_batch(6, 2, "distinct")
-    t = torch.randn(3, 6, adapters.width)
+    t = torch.randn(3, 6, adapters.stacked_rank)
     y = torch.randn(6, 88)
     where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
     expected = y.clone()
@@ -367,7 +367,7 @@ def call(name: str, **changed: object) -> object:
         "segment_starts": torch.tensor([0, 1, 3, 5], dtype=torch.int32),
         "layer": LAYER,
         "group": GROUP,
-        "width": 6,
+        "stacked_rank": 6,
         "dtype": torch.float32,
         "splits": [16, 24],
     }
@@ -381,7 +381,7 @@ def call(name: str, **changed: object) -> object:
             "segment_starts",
             "layer",
             "group",
-            "width",
+            "stacked_rank",
         ],
         "lora_gather": [
             "ids",
@@ -391,7 +391,7 @@ def call(name: str, **changed: object) -> object:
             "segment_starts",
             "layer",
             "group",
-            "width",
+            "stacked_rank",
             "dtype",
         ],
         "lora_expand_": [
@@ -414,7 +414,7 @@ BAD = [
     ("lora_shrink", {"x": torch.zeros(32)}, "x must"),
     ("lora_shrink", {"x": torch.zeros(32, 5).T}, "x must"),
     ("lora_shrink", {"x": torch.zeros(5, 32000)}, "past the end of the arena"),
-    ("lora_shrink", {"width": 5}, "width 5 is below"),
+    ("lora_shrink", {"stacked_rank": 5}, "stacked_rank 5 is below"),
     ("lora_shrink", {"slots": torch.tensor([0, 1, 3], dtype=torch.int32)}, "slot 3"),
     ("lora_shrink", {"slots": torch.tensor([0, 1, -1], dtype=torch.int32)}, "slot -1"),
     ("lora_shrink", {"slots": torch.tensor([0, 1, 2])}, "slots must"),
@@ -442,10 +442,10 @@ BAD = [
     ("lora_gather", {"ids": torch.tensor([0, 1, -1, 0, 0])}, "id -1"),
     ("lora_gather", {"ids": torch.tensor([0, 10**9, 1, 0, 0])}, "past the end of the arena"),
     ("lora_gather", {"dtype": torch.int8}, "dtype"),
-    ("lora_gather", {"width": 2}, "width 2 is below"),
+    ("lora_gather", {"stacked_rank": 2}, "stacked_rank 2 is below"),
     ("lora_expand_", {"y": torch.zeros(5, 40, dtype=torch.float64)}, "y must"),
     ("lora_expand_", {"y": torch.zeros(5, 41)}, "splits must"),
-    ("lora_expand_", {"t": torch.zeros(1, 5, 5)}, "width 5 is below"),
+    ("lora_expand_", {"t": torch.zeros(1, 5, 5)}, "stacked_rank 5 is below"),
     ("lora_expand_", {"t": torch.zeros(1, 4, 6)}, "t must"),
     ("lora_expand_", {"t": torch.zeros(5, 6)}, "t must"),
     ("lora_expand_", {"t": torch.zeros(1, 5, 6, dtype=torch.bfloat16)}, "t must"),

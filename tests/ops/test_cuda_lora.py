@@ -48,7 +48,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """(sum of t with zeros where undefined, y after expand); expand reads NaN where t is undefined."""
     where = (adapters.arena.cuda(), adapters.records.cuda(), slots.cuda(), segment_starts.cuda())
-    t = ops.lora_shrink(on_gpu(x), *where, LAYER, GROUP, adapters.width).cpu()
+    t = ops.lora_shrink(on_gpu(x), *where, LAYER, GROUP, adapters.stacked_rank).cpu()
     poisoned = defined(t, adapters, slots, segment_starts, float("nan")).cuda()
     y = on_gpu(y)
     ops.lora_expand_(y, poisoned, *where, LAYER, GROUP, adapters.splits)
@@ -71,7 +71,7 @@ def check(adapters: Adapters, tokens: int, popularity: str) -> None:
     x = strided(tokens, adapters.k, adapters.dtype)
     y = strided(tokens, sum(adapters.splits), adapters.dtype)
     where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
-    expected_t = reference.lora_shrink(x, *where, adapters.width)
+    expected_t = reference.lora_shrink(x, *where, adapters.stacked_rank)
     expected_y = y.clone()
     reference.lora_expand_(expected_y, expected_t, *where, adapters.splits)
     t, new = run(adapters, x, y, slots, segment_starts)
