@@ -80,7 +80,7 @@ class BatchBuilder:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention
         self.block_size = cache.shape[3]
-        self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
+        self.mixed_at = decode_words(len(rows.num_computed) - 1)  # in the spare words
         self.decode = Description([], [], [], [])
         self._reached: tuple[Description, Reach | None] = (
             self.decode,
@@ -98,15 +98,17 @@ class BatchBuilder:
             return self.decode
         decode = self.decode.decode
         slots = self.decode.slots + [self.rows.slots[chunk.row] for chunk in chunks]
-        return Description(decode, chunks, slots, [self.rows.known[row] + 1 for row in decode])
+        return Description(
+            decode, chunks, slots, [self.rows.num_computed[row] + 1 for row in decode]
+        )
 
     def advance(self, description: Description) -> None:
         """Counts the positions that the step computes."""
-        known = self.rows.known
+        num_computed = self.rows.num_computed
         for row in description.decode:
-            known[row] += 1
+            num_computed[row] += 1
         for chunk in description.chunks:
-            known[chunk.row] = chunk.start + chunk.count
+            num_computed[chunk.row] = chunk.start + chunk.count
 
     def inputs(self, shape: Shape) -> Inputs:
         """Where a step of this shape finds its inputs on the device, which is always the same."""
@@ -138,8 +140,8 @@ class BatchBuilder:
 
     def _context_lens(self, description: Description) -> list[int]:
         """Positions of each sequence once the step is done."""
-        known = self.rows.known
-        of_decodes = [known[row] + 1 for row in description.decode]
+        num_computed = self.rows.num_computed
+        of_decodes = [num_computed[row] + 1 for row in description.decode]
         return of_decodes + [chunk.start + chunk.count for chunk in description.chunks]
 
     def expand(self, shape: Shape, longest: int, reach: Reach | None, prepare: Prepare) -> Step:

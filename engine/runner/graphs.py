@@ -46,7 +46,7 @@ class StepGraphs:
     ) -> None:
         """`stacked_rank`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
         self.model, self.builder = model, builder
-        max_rows = len(builder.rows.known) - 1
+        max_rows = len(builder.rows.num_computed) - 1
         self.decode_shapes = decode_shapes(max_rows)
         attention = builder.attention
         self.mixed_shapes = mixed_shapes(max_rows, max_tokens) if attention.captures_chunks else []
@@ -111,10 +111,10 @@ class StepGraphs:
 
     def _plan(self, shape: Shape, description: Description) -> None:
         """Tells the attention of the shape's graphs how long the rows are that decode; padding has one position."""
-        known = self.builder.rows.known
+        num_computed = self.builder.rows.num_computed
         padding = shape.decodes - len(description.decode)
-        lengths = (known[row] + 1 for row in description.decode)
-        self.attention[shape].plan(chain(repeat(1, padding), lengths))
+        context_lens = (num_computed[row] + 1 for row in description.decode)
+        self.attention[shape].plan(chain(repeat(1, padding), context_lens))
 
     def _run(self, shape: Shape, kind: int) -> Step:
         """One step on the current stream."""

@@ -228,8 +228,9 @@ class SamplePlan:
         """The float32 logits with the penalties of those rows that have any."""
         changed, index = logits[self.punished], rows[self.punished].long()
         tokens = table.tokens[index, :longest].long()
-        known, prompt = lengths[self.punished].long(), table.prompt_lengths[index].long()
-        penalise(changed, tokens, known, prompt, *self.penalties)
+        known_lengths = lengths[self.punished].long()
+        prompt_lengths = table.prompt_lengths[index].long()
+        penalise(changed, tokens, known_lengths, prompt_lengths, *self.penalties)
         return logits.index_copy(0, self.punished, changed)
 
 

@@ -131,8 +131,8 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
     for row, slot in zip([*step.decode, *(c.row for c in step.chunks)], step.slots, strict=True):
         tokens = [generator.randrange(1, 999) for _ in range(400)]
         blocks = [generator.randrange(1, 999) for _ in range(100)]
-        known = generator.randint(0, 399)
-        held[row] = Admit(row, slot, tokens, 1, known, blocks, SamplingParams())
+        computed = generator.randint(0, 399)
+        held[row] = Admit(row, slot, tokens, 1, computed, blocks, SamplingParams())
         table.admit(held[row])
     builder.set_decode(step.decode)
     step = builder.describe(step.chunks)
