@@ -162,7 +162,7 @@ class Admission:
         self._rows.take(sequence, slot)
         sequence.preempted = False
         if slot:
-            self._slots.pin(slot)
+            self._slots.acquire(slot)
             self._rotation.left_waiting(sequence)
         if sequence.admitted is None:
             sequence.admitted = now
