@@ -180,7 +180,7 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         per_sequence = (length + block_size - 1) // block_size
         num_blocks = sequences * per_sequence + 1
         kv = torch.empty(
-            num_blocks, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM, dtype=dtype
+            (num_blocks, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM), dtype=dtype
         ).normal_()
         block_tables = (
             torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
@@ -200,7 +200,7 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
     tokens = 512
     kv = torch.randn(
-        1 + tokens // block_size, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM
+        (1 + tokens // block_size, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM)
     ).to(dtype)
     table = torch.arange(1, 1 + tokens // block_size, dtype=torch.int32)[None]
     rows = (

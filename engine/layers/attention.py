@@ -45,5 +45,5 @@ class Attention:
             self.layer,
             self.interleaved,
         )
-        y = kv.attend(q, kv, self.layer, self.scale, self.softcap, self.window)
+        y = kv.attend(q, kv, self.layer, scale=self.scale, softcap=self.softcap, window=self.window)
         return self.out(y.view(-1, self.heads * self.head_dim), batch.lora)

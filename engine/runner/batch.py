@@ -158,19 +158,28 @@ class BatchBuilder:
             self.block_size,
             -(-longest // self.block_size),
         )
-        attend = prepare(block_tables, context_lens)
         kv = KVView(
-            self.cache,
-            block_tables,
-            inputs.starts,
-            context_lens,
-            slot_mapping,
-            shape.decodes,
-            attend,
+            cache=self.cache,
+            block_tables=block_tables,
+            cu_seqlens_q=inputs.starts,
+            context_lens=context_lens,
+            slot_mapping=slot_mapping,
+            num_decodes=shape.decodes,
+            attend=prepare(block_tables, context_lens),
         )
         lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
-        if not shape.chunks:
-            return Step(Batch(ids, positions, kv, lora, None, lora), inputs.rows, context_lens)
-        of_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
-        batch = Batch(ids, positions, kv, lora, inputs.outputs, of_outputs)
-        return Step(batch, inputs.sampled_rows, inputs.sampled_lengths)
+        outputs, lora_outputs = None, lora
+        rows, lengths = inputs.rows, context_lens
+        if shape.chunks:
+            outputs = inputs.outputs
+            lora_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
+            rows, lengths = inputs.sampled_rows, inputs.sampled_lengths
+        batch = Batch(
+            ids=ids,
+            positions=positions,
+            kv=kv,
+            lora=lora,
+            outputs=outputs,
+            lora_outputs=lora_outputs,
+        )
+        return Step(batch, rows, lengths)

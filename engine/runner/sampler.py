@@ -149,13 +149,13 @@ def _filters(
     """The filters that any of the drawn rows uses."""
     temperature, top_p, typical_p, min_p = fractions
     return _Filters(
-        temperature,
-        seeds,
-        top_k if any(p.top_k for p in params) else None,
-        max(p.top_k for p in params),
-        top_p if any(p.top_p < 1 for p in params) else None,
-        typical_p if any(p.typical_p < 1 for p in params) else None,
-        min_p if any(p.min_p > 0 for p in params) else None,
+        temperature=temperature,
+        seeds=seeds,
+        top_k=top_k if any(p.top_k for p in params) else None,
+        largest_top_k=max(p.top_k for p in params),
+        top_p=top_p if any(p.top_p < 1 for p in params) else None,
+        typical_p=typical_p if any(p.typical_p < 1 for p in params) else None,
+        min_p=min_p if any(p.min_p > 0 for p in params) else None,
     )
 
 
