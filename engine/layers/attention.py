@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: one fused projection in, rotation and store, attention, one projection out."""
+"""Attention over the paged KV cache: qkv projection, rotary embedding, store, attention, output projection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Attention:
         softcap: float,
         window: int,
     ) -> None:
-        """`shape` is (heads, kv heads, head size); a `cos_sin` of width 0 rotates nothing."""
+        """`shape` is (heads, kv_heads, head_dim). A `cos_sin` of width 0 rotates nothing."""
         self.qkv, self.out = qkv, out
         self.heads, self.kv_heads, self.head_dim = shape
         self.cos_sin, self.interleaved = cos_sin, interleaved
