@@ -91,7 +91,12 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         engine, images = engine_of(
-            Path(folder), given.shape, given.batch, given.adapters, given.rank, LONGEST
+            Path(folder),
+            given.shape,
+            batch=given.batch,
+            adapters=given.adapters,
+            rank=given.rank,
+            total=LONGEST,
         )
     (refs,) = images.mixes
     copies = Copies(engine, refs)

@@ -121,12 +121,14 @@ def bench_lora(args: argparse.Namespace, dtype: torch.dtype) -> None:
     tokens = args.tokens or args.adapters
     counts = [tokens // args.adapters + (s < tokens % args.adapters) for s in range(args.adapters)]
     slots = torch.arange(1, args.adapters + 1, dtype=torch.int32)
-    starts = torch.tensor([sum(counts[:s]) for s in range(args.adapters + 1)], dtype=torch.int32)
+    segment_starts = torch.tensor(
+        [sum(counts[:s]) for s in range(args.adapters + 1)], dtype=torch.int32
+    )
     xs = [torch.randn(tokens, k).to(dtype) for k, _ in GROUPS]
     ys = [torch.randn(tokens, sum(splits)).to(dtype) for _, splits in GROUPS]
 
     def where(layer: int, group: int) -> tuple[object, ...]:
-        return adapters.arena, adapters.records, slots, starts, layer, group
+        return adapters.arena, adapters.records, slots, segment_starts, layer, group
 
     def shrink(layer: int, group: int) -> Tensor:
         t: Tensor = ops.lora_shrink(
@@ -178,7 +180,7 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
         per_sequence = (length + block_size - 1) // block_size
         num_blocks = sequences * per_sequence + 1
         kv = torch.empty(
-            num_blocks, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM, dtype=dtype
+            (num_blocks, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM), dtype=dtype
         ).normal_()
         block_tables = (
             torch.randperm(num_blocks - 1, dtype=torch.int32).view(sequences, per_sequence) + 1
@@ -198,7 +200,7 @@ def bench_attention(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
     tokens = 512
     kv = torch.randn(
-        1 + tokens // block_size, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM
+        (1 + tokens // block_size, args.kv_layers, 2, block_size, KV_HEADS, HEAD_DIM)
     ).to(dtype)
     table = torch.arange(1, 1 + tokens // block_size, dtype=torch.int32)[None]
     rows = (

@@ -63,13 +63,13 @@ def linear_case(
         return call
 
     return Case(
-        f"linear {label}",
-        f"{tokens} tokens",
-        run(lambda x, weight: ops.linear(x, weight, None)),
-        run(F.linear),
-        copies,
-        size * dtype.itemsize,
-        2 * tokens * size,
+        name=f"linear {label}",
+        shape=f"{tokens} tokens",
+        ours=run(lambda x, weight: ops.linear(x, weight, None)),
+        torchs=run(F.linear),
+        calls=copies,
+        num_bytes=size * dtype.itemsize,
+        num_flops=2 * tokens * size,
     )
 
 
@@ -82,44 +82,44 @@ def norm_case(tokens: int, width: int, dtype: torch.dtype) -> Case:
         return F.rms_norm(residual, (width,), weight, 1e-5)
 
     return Case(
-        "add_rms_norm",
-        f"{tokens} x {width}",
-        lambda _: ops.add_rms_norm(x, residual, weight, 1e-5),
-        torchs,
-        100,
-        4 * x.nbytes,
-        0,
+        name="add_rms_norm",
+        shape=f"{tokens} x {width}",
+        ours=lambda _: ops.add_rms_norm(x, residual, weight, 1e-5),
+        torchs=torchs,
+        calls=100,
+        num_bytes=4 * x.nbytes,
+        num_flops=0,
     )
 
 
 def act_case(tokens: int, width: int, dtype: torch.dtype) -> Case:
     x = torch.randn(tokens, 2 * width).to(dtype)
     return Case(
-        "act_and_mul silu",
-        f"{tokens} x {width}",
-        lambda _: ops.act_and_mul(x, "silu"),
-        lambda _: reference.act_and_mul(x, "silu"),
-        100,
-        1.5 * x.nbytes,
-        0,
+        name="act_and_mul silu",
+        shape=f"{tokens} x {width}",
+        ours=lambda _: ops.act_and_mul(x, "silu"),
+        torchs=lambda _: reference.act_and_mul(x, "silu"),
+        calls=100,
+        num_bytes=1.5 * x.nbytes,
+        num_flops=0,
     )
 
 
 def rope_case(tokens: int, dtype: torch.dtype) -> Case:
     qkv = torch.randn(tokens, 15, 64).to(dtype)
-    kv = torch.zeros(tokens // 16 + 1, 1, 2, 16, 3, 64, dtype=dtype)
+    kv = torch.zeros((tokens // 16 + 1, 1, 2, 16, 3, 64), dtype=dtype)
     angles = torch.randn(2048, 32)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions = torch.arange(tokens)  # and the slot mapping
     arguments = (qkv[:, :9], qkv[:, 9:12], qkv[:, 12:], cos_sin, positions, kv, positions, 0, False)
     return Case(
-        "rope_store_kv_",
-        f"{tokens} x (9 + 2 x 3) x 64",
-        lambda _: ops.rope_store_kv_(*arguments),
-        lambda _: reference.rope_store_kv_(*arguments),
-        50,
-        3 * qkv.nbytes,
-        0,
+        name="rope_store_kv_",
+        shape=f"{tokens} x (9 + 2 x 3) x 64",
+        ours=lambda _: ops.rope_store_kv_(*arguments),
+        torchs=lambda _: reference.rope_store_kv_(*arguments),
+        calls=50,
+        num_bytes=3 * qkv.nbytes,
+        num_flops=0,
     )
 
 

@@ -125,7 +125,14 @@ class Ours:
         for i, prompt in enumerate(self.prompts):
             self.count += 1
             image = self.images[i] if adapters else None
-            request = Request(str(self.count), prompt, SamplingParams(), steps + 8, [], image)
+            request = Request(
+                id=str(self.count),
+                tokens=prompt,
+                sampling=SamplingParams(),
+                max_new_tokens=steps + 8,
+                eos_token_ids=[],
+                adapter=image,
+            )
             self.engine.submit(request)
         seconds: list[float] = []
         while self.engine.has_work:

@@ -112,7 +112,14 @@ def copy_adapter(source: Path, target: Path, alpha: int) -> None:
 async def cold_request(backend: ProcessBackend, name: str) -> None:
     """From the name of an unknown adapter to its first token."""
     lease = await backend.acquire(AdapterRef((name,), "local"), None)
-    request = Request(f"cold-{name}", [7] * 16, SamplingParams(), 1, [], lease.image)
+    request = Request(
+        id=f"cold-{name}",
+        tokens=[7] * 16,
+        sampling=SamplingParams(),
+        max_new_tokens=1,
+        eos_token_ids=[],
+        adapter=lease.image,
+    )
     await Stream([]).run(backend, request)
     lease.release()
 

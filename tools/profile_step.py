@@ -105,7 +105,15 @@ class Steps:
         for number in range(self.submitted, self.submitted + requests):
             tokens = [(number * 31 + i) % self.engine.spec.vocab for i in range(length)]
             adapter = self.refs[number % len(self.refs)]
-            self.engine.submit(Request(str(number), tokens, SamplingParams(), new, [], adapter))
+            request = Request(
+                id=str(number),
+                tokens=tokens,
+                sampling=SamplingParams(),
+                max_new_tokens=new,
+                eos_token_ids=[],
+                adapter=adapter,
+            )
+            self.engine.submit(request)
         self.submitted += requests
 
     def prepare(self, mode: str, new: int) -> None:
@@ -159,7 +167,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engine, images = engine_of(
-            folder, given.shape, given.batch, max(given.adapters, 1), 16, PROMPT + new + 1
+            folder,
+            given.shape,
+            batch=given.batch,
+            adapters=max(given.adapters, 1),
+            rank=16,
+            total=PROMPT + new + 1,
         )
         steps = Steps(engine, images, given.batch, given.adapters)
         what = f"{given.adapters} distinct adapters" if given.adapters else "base"

@@ -73,7 +73,15 @@ def requests(refs: list[AdapterImageRef], vocab: int) -> list[Request]:
     for i in range(REQUESTS):
         tokens = [chooser.randrange(vocab) for _ in range(1 + i * (LONGEST - 1) // (REQUESTS - 1))]
         adapter = [None, *refs][i % (1 + len(refs))]
-        made.append(Request(str(i), tokens, ways[i % len(ways)], NEW, [], adapter))
+        request = Request(
+            id=str(i),
+            tokens=tokens,
+            sampling=ways[i % len(ways)],
+            max_new_tokens=NEW,
+            eos_token_ids=[],
+            adapter=adapter,
+        )
+        made.append(request)
     return made
 
 

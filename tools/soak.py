@@ -127,7 +127,7 @@ class Levels:
             "threads of shard": threads_of(self.processes)["shard"],
             "blocks in use": stats.total_blocks - stats.free_blocks,
             "rows in use": stats.running,
-            "slots pinned": stats.pinned,
+            "slots in use": stats.in_use,
             "leases": leases,
         }
 

@@ -213,10 +213,17 @@ async def compare(args: argparse.Namespace, text: Text) -> None:
         server = ServerConfig(max_concurrent_requests=args.streams)
         app = build_app(backend, text, EngineConfig(server=server))  # type: ignore[arg-type]
         taken, size = await measure(
-            app, path, args.streams, json.dumps(body).encode(), backend.run, args.profile
+            app,
+            path,
+            streams=args.streams,
+            body=json.dumps(body).encode(),
+            run=backend.run,
+            profile=args.profile,
         )
         least_app, run = bare(args.streams, args.tokens, size // total)
-        least, _ = await measure(least_app, "/", args.streams, b"x", run, None)
+        least, _ = await measure(
+            least_app, "/", streams=args.streams, body=b"x", run=run, profile=None
+        )
         print(
             f"front {1e6 * taken / total:6.1f} us a token, bare {1e6 * least / total:6.1f}, "
             f"ratio {taken / least:.2f}, {size / total:.0f} bytes a token"

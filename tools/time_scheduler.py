@@ -24,8 +24,15 @@ def main(rows: int = 64, adapters: int = 16, waiting: int = 0) -> None:
         number = index % (adapters + 1)
         digest = number.to_bytes(16, "little")
         image = AdapterImageRef(digest, 0, 1 << 20, 8) if number else None
-        prompt = [index + 1] * 32
-        scheduler.add(Request(str(index), prompt, SamplingParams(), 8000, [0], image))
+        request = Request(
+            id=str(index),
+            tokens=[index + 1] * 32,
+            sampling=SamplingParams(),
+            max_new_tokens=8000,
+            eos_token_ids=[0],
+            adapter=image,
+        )
+        scheduler.add(request)
     plans: list[float] = []
     commits: list[float] = []
     decoding, flight = 0, None

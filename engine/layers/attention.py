@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: one fused projection in, rotation and store, attention, one projection out."""
+"""Attention over the paged KV cache: qkv projection, rotary embedding, store, attention, output projection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Attention:
         softcap: float,
         window: int,
     ) -> None:
-        """`shape` is (heads, kv heads, head size); a `cos_sin` of width 0 rotates nothing."""
+        """`shape` is (heads, kv_heads, head_dim). A `cos_sin` of width 0 rotates nothing."""
         self.qkv, self.out = qkv, out
         self.heads, self.kv_heads, self.head_dim = shape
         self.cos_sin, self.scale, self.softcap, self.window = cos_sin, scale, softcap, window
@@ -43,5 +43,5 @@ class Attention:
             self.layer,
             False,  # not interleaved: feature j of a head turns with j + half
         )
-        y = kv.attend(q, kv, self.layer, self.scale, self.softcap, self.window)
+        y = kv.attend(q, kv, self.layer, scale=self.scale, softcap=self.softcap, window=self.window)
         return self.out(y.view(-1, self.heads * self.head_dim), batch.lora)

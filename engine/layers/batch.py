@@ -1,4 +1,8 @@
-"""The one argument of every layer beside x: what the tokens of a step are and where their state lies."""
+"""What every layer reads of a step besides x: its tokens, the KV cache, and the adapter of each token.
+
+Letters in shapes, here and in the ops: T tokens of the step, S sequences, G adapter segments (runs of consecutive
+tokens that use one slot), O outputs (tokens whose logits are wanted).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ class KVView:
     """The KV cache as one step sees it. Tokens after the last sequence are padding."""
 
     cache: Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
-    block_tables: Tensor  # [S, at least the blocks of the longest] int32
+    block_tables: Tensor  # [S, blocks of the longest sequence, or more] int32
     cu_seqlens_q: Tensor  # [S + 1] int32: first token of each sequence, then the end of the last
     context_lens: Tensor  # [S] int32: positions of each sequence, this step's included
     slot_mapping: Tensor  # [T] int64: where each token's k and v go: block * block_size + offset
@@ -28,19 +32,19 @@ class LoraBatch:
 
     arena: Tensor  # [bytes] uint8
     records: Tensor  # [slots, layers + 1, groups, 8] int32
-    slots: Tensor  # [S] int32
-    starts: Tensor  # [S + 1] int32
-    width: int  # columns of t: at least the largest stacked rank in the batch
-    touched: list[list[bool]]  # [layers + 1][groups]: does any adapter of the batch act there
+    slots: Tensor  # [G] int32: the slot of each segment
+    segment_starts: Tensor  # [G + 1] int32: first token of each segment, then the end of the last
+    stacked_rank: int  # at least the largest stacked rank in the batch: the number of columns of t
+    touched: list[list[bool]]  # [layers + 1][groups]: whether any adapter of the batch acts there
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `lora` is None when every token is the base model's."""
+    """One step. `lora` is None when every token uses the base model."""
 
     ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     kv: KVView
     lora: LoraBatch | None
     outputs: Tensor | None  # [O] int32: tokens whose logits are wanted; None: all
-    lora_outputs: LoraBatch | None  # `lora` over the wanted tokens only
+    lora_outputs: LoraBatch | None  # as `lora`, with segments of outputs instead of tokens

@@ -125,9 +125,9 @@ class Linear:
     def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         if lora is None or not lora.touched[self.layer][self.number]:
             return self.method.matmul(x)
-        where = (lora.arena, lora.records, lora.slots, lora.starts, self.layer, self.number)
+        where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
         y = self.method.matmul(x)
-        t = ops.lora_shrink(x, *where, lora.width, beside=True)
+        t = ops.lora_shrink(x, *where, lora.stacked_rank, beside=True)
         ops.lora_expand_(y, t, *where, self.splits)
         return y
 
@@ -146,7 +146,14 @@ class Embedding:
     def __call__(self, ids: Tensor, lora: LoraBatch | None) -> Tensor:
         y = self.table[ids]
         if lora is not None and lora.touched[self.layer][self.number]:
-            where = (lora.arena, lora.records, lora.slots, lora.starts, self.layer, self.number)
-            t = ops.lora_gather(ids, *where, lora.width, self.table.dtype)
+            where = (
+                lora.arena,
+                lora.records,
+                lora.slots,
+                lora.segment_starts,
+                self.layer,
+                self.number,
+            )
+            t = ops.lora_gather(ids, *where, lora.stacked_rank, self.table.dtype)
             ops.lora_expand_(y, t, *where, self.splits)
         return y

@@ -1,4 +1,4 @@
-"""Normalisation, fused with the residual addition before it."""
+"""Normalisation, fused with the residual addition that comes before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of rotary positions, with scaling as transformers defines it."""
+"""The table of rotary position embeddings, scaled as transformers defines it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.errors import ModelError
 
-STATIC = (
-    "linear",
-    "llama3",
-    "yarn",
-)  # scalings whose frequencies do not depend on the length of a sequence
+# Scalings whose frequencies do not depend on the length of a sequence.
+STATIC = ("linear", "llama3", "yarn")
 
 
 def cos_sin_table(

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled ops; without them the references serve, and the status says so."""
+"""Finds and loads the compiled ops. Without them the references serve, and the status says so."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ Backend = Literal["extension", "torch", "reference"]
 
 CPU_LIBRARY = Path(__file__).with_name("_lorax_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_lorax_cuda.so")
-DEVICES = ("cpu", "cuda")  # those an extension exists for
-# Those whose reference is as fast as torch is there: cuBLAS, and vectorised work on small tensors.
+DEVICES = ("cpu", "cuda")  # that an extension exists for
+# (op, device) whose reference calls fast torch code: cuBLAS, or vectorised work on small tensors.
 BY_TORCH = {("linear", "cuda")}
 BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy_", "top_p_floor")}
 
-CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and the minor one behind it
+CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; the minor one is the next
 
 CPU_FUNCTIONS = {
-    # source, image, pieces, number of pieces, dtype
+    # arguments: source, image, pieces, number of pieces, dtype
     "lorax_cpu_write_matrices": ([c_void_p, c_void_p, c_void_p, c_int64, c_int32], c_int64),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ExtensionStatus:
-    """What was loaded, or why nothing was."""
+    """What was loaded, or why nothing was loaded."""
 
     device: str
     path: Path | None  # None: not loaded
     isa: str | None  # instruction set in use: generic, avx2, avx512, avx512_bf16; None on a GPU
-    ops: frozenset[str]  # those that it serves; the reference serves the others
+    ops: frozenset[str]  # that it serves; the reference serves the others
     reason: str | None  # why it is missing; None if it is loaded
 
 
 @cache
 def load(library: Path = CPU_LIBRARY) -> ExtensionStatus:
-    """Loads the CPU library once, which registers its ops. Never raises: a missing library has a reason."""
+    """Loads the CPU library once, which registers its ops. Never raises: the status has the reason of a failure."""
     if not library.exists():
         reason = f"{library.name} was not built; `pip install` the package with a C++ compiler"
         return ExtensionStatus("cpu", None, None, frozenset(), reason)
@@ -63,7 +63,7 @@ def load(library: Path = CPU_LIBRARY) -> ExtensionStatus:
 
 @cache
 def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
-    """Loads the CUDA library once, where torch sees a GPU. Never raises: a missing library has a reason."""
+    """Loads the CUDA library once, if torch sees a GPU. Never raises: the status has the reason of a failure."""
     missing = ExtensionStatus("cuda", None, None, frozenset(), "torch sees no GPU")
     if not torch.cuda.is_available():
         return missing
@@ -87,7 +87,7 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
 
 
 def capability() -> tuple[int, int] | None:
-    """Compute capability of the first GPU, asked of the driver: torch would begin to use the GPU to tell it."""
+    """Compute capability of the first GPU. The driver tells it, because torch would create a context on the GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -100,7 +100,7 @@ def capability() -> tuple[int, int] | None:
 
 
 def built_for(library: Path) -> list[str]:
-    """The GPUs of a CUDA library that is not loaded, as LORAX_CUDA_ARCHS names them: 80, 90a. [] if it does not say."""
+    """The GPUs that a CUDA library file was built for, as in LORAX_CUDA_ARCHS: 80, 90a. [] if it does not say."""
     found = re.search(rb"lorax_cuda_archs=([0-9a-z;]+)", library.read_bytes())
     return found[1].decode().split(";") if found else []
 
@@ -108,10 +108,11 @@ def built_for(library: Path) -> list[str]:
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for `arch` runs on a GPU (CUDA C++ Programming Guide, "Compute Capabilities").
 
-    The GPU is of the same major version and no older minor one; or of just this one, where the arch ends in a.
+    The GPU has the same major version and the same or a later minor version. If the arch ends in a, the GPU has exactly
+    that version.
     """
     if (parsed := re.fullmatch(r"(\d+)([af]?)", arch)) is None:
-        return True  # a kind that nvcc knows and this does not
+        return True  # a form that nvcc knows and this function does not
     major, minor = divmod(int(parsed[1]), 10)
     if parsed[2] == "a":
         return capability == (major, minor)
@@ -119,7 +120,7 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def require_cuda() -> None:
-    """Raises ConfigError where an op would run on its reference on the GPU."""
+    """Raises ConfigError if an op would run its reference on the GPU."""
     status = load_cuda()
     if missing := [op for op, served in backends().items() if served["cuda"] == "reference"]:
         raise ConfigError(
@@ -144,7 +145,7 @@ def _backend(op: str, device: str) -> Backend:
 
 
 def use_isa(name: str, library: Path = CPU_LIBRARY) -> bool:
-    """For tests: runs the kernels of instruction set `name` from now on. False if this machine cannot."""
+    """For tests: from now on, runs the kernels of instruction set `name`. False if this machine cannot."""
     return bool(_functions(library).lorax_cpu_use_isa(name.encode()))
 
 
@@ -154,7 +155,7 @@ def _registered(op: str, key: str) -> bool:
 
 @cache
 def cpu_function(name: str) -> Callable[..., int] | None:
-    """A function of the CPU library that is no op, of the signature in CPU_FUNCTIONS; None where there is none."""
+    """A plain function of the CPU library, with the signature in CPU_FUNCTIONS; None if the library lacks it."""
     library = load().path
     if library is None or not hasattr(_functions(library), name):  # an older build
         return None

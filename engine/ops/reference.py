@@ -1,6 +1,7 @@
-"""The oracle: every op in plain PyTorch, for any device and dtype. Slow and obviously right.
+"""Every op in plain PyTorch, for any device and dtype: slow and obviously right.
 
-Kernels are tested against these functions, and the CPU uses them where the extension is missing.
+The kernels are tested against these functions. The CPU uses them where the extension is missing. Letters in shapes are
+those of `engine.layers.batch` and `engine.ops.schemas`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 
 def act_and_mul(x: Tensor, act: str) -> Tensor:
-    """Gated activation: `act(x[:, :I]) * x[:, I:]`."""
+    """Gated activation: `act(x[:, :size]) * x[:, size:]` of x[T, 2 * size]."""
     gate, up = x.chunk(2, dim=-1)
     if act == "silu":
         return F.silu(gate) * up
@@ -90,7 +91,7 @@ def paged_attention(
     kv: Tensor,  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     layer: int,
     block_tables: Tensor,  # [S, blocks of the longest] int32
-    cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence
+    cu_seqlens_q: Tensor,  # [S + 1] int32: first token of each sequence, then the end of the last
     context_lens: Tensor,  # [S] int32: positions of each sequence, this step's included
     scale: float,
     softcap: float,
@@ -130,8 +131,8 @@ def paged_attention(
 
 
 def write_runs_(
-    words: Tensor,  # [N] int32
-    patch: Tensor,  # [P] int32, on the host or with `words`: values, and from the end the runs
+    words: Tensor,  # 1-d int32
+    patch: Tensor,  # 1-d int32, on the host or with `words`: values, and from the end backwards the runs
     runs: int,
 ) -> None:
     """`words[to : to + count] = patch[source : source + count]` of each run (to, count, source)."""
@@ -146,17 +147,16 @@ def prepare_step_(
     tokens: Tensor,  # [rows, positions] int32
     blocks: Tensor,  # [rows, blocks] int32
     rows: Tensor,  # [S] int32; 0: padding, which stays at position 0
-    first: Tensor,  # [S] int32: position of the first new token; below 0: where the row is
-    cu_seqlens_q: Tensor,  # [S + 1] int32: first new token of each sequence
-    num_tokens: int,  # T; those behind the last sequence are padding
+    first: Tensor,  # [S] int32: position of the first new token; below 0: take it from `computed`
+    cu_seqlens_q: Tensor,  # [S + 1] int32: first new token of each sequence, then the end of the last
+    num_tokens: int,  # T; tokens after the last sequence are padding
     block_size: int,
     max_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ids[T], positions[T], slot_mapping[T] int64, block_tables[S, max_blocks], context_lens[S] int32.
 
-    `computed` becomes `context_lens`.
-
-    `block_tables[s, i]` is `blocks[rows[s], i]` as far as `context_lens[s]` reaches, and not defined behind it.
+    `computed[rows]` becomes `context_lens`. `block_tables[s]` is `blocks[rows[s]]` up to the last block that
+    `context_lens[s]` needs. Its other entries are not defined.
     """
     index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     begin = torch.where(first < 0, computed[index], first)
@@ -180,20 +180,20 @@ def pick_greedy_(
     lengths: Tensor,  # [n] int32 or int64
     tokens: Tensor,  # [rows, positions] int32
 ) -> Tensor:
-    """[n] int64: the column of each row's largest logit, of equals the first; also at tokens[rows, lengths]."""
+    """[n] int64: the column of each row's largest logit, the first among equals. Also in tokens[rows, lengths]."""
     chosen = logits.argmax(-1)
     tokens[rows.long(), lengths.long()] = chosen.to(torch.int32)
     return chosen
 
 
-NUCLEUS = 1024  # most likely tokens to look for a top-p set in before all of them are sorted
+NUCLEUS = 1024  # tokens in which a top-p set is searched, the likeliest ones, before all are sorted
 
 
 def top_p_floor(
     probs: Tensor,  # [n, vocab] float32
     top_p: Tensor,  # [n] float32
 ) -> Tensor:
-    """[n, 1]: the least probability inside the smallest set of mass top_p or more (Holtzman et al. 2020)."""
+    """[n, 1]: the smallest probability in the smallest set of mass top_p or more (Holtzman et al. 2020)."""
     count = min(NUCLEUS, probs.shape[1])
     values = probs.topk(count).values
     if count < probs.shape[1] and bool((values.sum(-1) < top_p).any()):
@@ -204,10 +204,10 @@ def top_p_floor(
 
 
 def _segments(
-    records: Tensor, slots: Tensor, starts: Tensor, layer: int, group: int
+    records: Tensor, slots: Tensor, segment_starts: Tensor, layer: int, group: int
 ) -> Iterator[tuple[int, int, list[int], list[int], list[float]]]:
     """(first token, last token + 1, words, ranks, scales) of each segment whose slot adapts this group."""
-    bounds = starts.tolist()
+    bounds = segment_starts.tolist()
     for s, slot in enumerate(slots.tolist()):
         first, last = bounds[s], bounds[s + 1]
         record = records[slot, layer, group]
@@ -220,7 +220,7 @@ def _segments(
 
 
 def _matrix(arena: Tensor, offset: int, rows: int, length: int, dtype: torch.dtype) -> Tensor:
-    """The `[rows, length]` matrix that lies at `offset` (in units of ALIGN) in the arena."""
+    """The `[rows, length]` matrix at `offset` (in units of ALIGN) in the arena."""
     size = dtype.itemsize
     stride = row_stride(length, size)
     start = offset * ALIGN
@@ -232,16 +232,16 @@ def lora_shrink(
     x: Tensor,  # [T, K]
     arena: Tensor,  # [bytes] uint8
     records: Tensor,  # [slots, layers + 1, groups, 8] int32
-    slots: Tensor,  # [S] int32
-    starts: Tensor,  # [S + 1] int32
+    slots: Tensor,  # [G] int32
+    segment_starts: Tensor,  # [G + 1] int32
     layer: int,
     group: int,
-    width: int,
+    stacked_rank: int,
     beside: bool = False,
 ) -> Tensor:
-    """Partial sums t[P, T, width] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
-    t = x.new_zeros((1, x.shape[0], width), dtype=torch.float32)
-    for first, last, words, ranks, _ in _segments(records, slots, starts, layer, group):
+    """Partial sums t[P, T, stacked_rank] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
+    t = x.new_zeros((1, x.shape[0], stacked_rank), dtype=torch.float32)
+    for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         a = _matrix(arena, words[WORD_A], sum(ranks), x.shape[1], x.dtype)
         t[0, first:last, : sum(ranks)] = x[first:last].float() @ a.float().T
     return t
@@ -252,15 +252,15 @@ def lora_gather(
     arena: Tensor,
     records: Tensor,
     slots: Tensor,
-    starts: Tensor,
+    segment_starts: Tensor,
     layer: int,
     group: int,
-    width: int,
+    stacked_rank: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The shrink of an embedding: rows of A[vocab, r] by token id, as t[1, T, width] float32."""
-    t = torch.zeros((1, ids.shape[0], width), dtype=torch.float32, device=ids.device)
-    for first, last, words, ranks, _ in _segments(records, slots, starts, layer, group):
+    """The shrink of an embedding: rows of A[vocab, r] by token id, as t[1, T, stacked_rank] float32."""
+    t = torch.zeros((1, ids.shape[0], stacked_rank), dtype=torch.float32, device=ids.device)
+    for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         rows = int(ids[first:last].max()) + 1
         a = _matrix(arena, words[WORD_A], rows, ranks[0], dtype)
         t[0, first:last, : ranks[0]] = a[ids[first:last]].float()
@@ -269,18 +269,20 @@ def lora_gather(
 
 def lora_expand_(
     y: Tensor,  # [T, sum(splits)]
-    t: Tensor,  # [P, T, width] float32
+    t: Tensor,  # [P, T, stacked_rank] float32
     arena: Tensor,
     records: Tensor,
     slots: Tensor,
-    starts: Tensor,
+    segment_starts: Tensor,
     layer: int,
     group: int,
     splits: list[int],
 ) -> None:
-    """`y[i, cols(t)] += scale(t) * sum(t)[i, ranks(t)] @ B(t)`, added in float32 and rounded once."""
+    """`y[i, columns(j)] += scale(j) * sum(t)[i, ranks(j)] @ B(j)` for every target j, in float32, rounded once."""
     size = y.dtype.itemsize
-    for first, last, words, ranks, scales in _segments(records, slots, starts, layer, group):
+    for first, last, words, ranks, scales in _segments(
+        records, slots, segment_starts, layer, group
+    ):
         total = t[:, first:last].sum(0)
         offset, column, row = words[WORD_B], 0, 0
         for rank, scale, n in zip(ranks, scales, splits, strict=False):

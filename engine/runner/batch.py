@@ -28,7 +28,7 @@ Touched = list[list[bool]]  # [layers + 1][groups]
 class Reach(NamedTuple):
     """What the adapters of a step may do."""
 
-    width: int  # the largest stacked rank
+    stacked_rank: int  # the largest stacked rank
     touched: Touched  # where any of them acts
 
 
@@ -37,11 +37,11 @@ class Adapters:
 
     def __init__(self, arena: Tensor, records: Tensor) -> None:
         self.arena, self.records = arena, records
-        self.widths = [0] * records.shape[0]  # largest stacked rank of each slot
+        self.stacked_ranks = [0] * records.shape[0]  # largest stacked rank of each slot
         self.touched: list[Touched] = [[] for _ in range(records.shape[0])]
 
-    def placed(self, slot: int, width: int, touched: Touched) -> None:
-        self.widths[slot], self.touched[slot] = width, touched
+    def placed(self, slot: int, stacked_rank: int, touched: Touched) -> None:
+        self.stacked_ranks[slot], self.touched[slot] = stacked_rank, touched
 
     def reach(self, slots: Iterable[int]) -> Reach | None:
         """Of all adapters in `slots` together; None: all base."""
@@ -50,13 +50,13 @@ class Adapters:
             return None
         layers = zip(*(self.touched[slot] for slot in used), strict=True)
         touched = [[any(group) for group in zip(*layer, strict=True)] for layer in layers]
-        return Reach(max(self.widths[slot] for slot in used), touched)
+        return Reach(max(self.stacked_ranks[slot] for slot in used), touched)
 
-    def batch(self, slots: Tensor, starts: Tensor, reach: Reach | None) -> LoraBatch | None:
-        """The segments `slots` [S], `starts` [S + 1] for the layers."""
+    def batch(self, slots: Tensor, segment_starts: Tensor, reach: Reach | None) -> LoraBatch | None:
+        """The layers' view of the segments `slots` [G], `segment_starts` [G + 1]."""
         if reach is None:
             return None
-        return LoraBatch(self.arena, self.records, slots, starts, *reach)
+        return LoraBatch(self.arena, self.records, slots, segment_starts, *reach)
 
 
 class Model(Protocol):
@@ -89,7 +89,7 @@ class BatchBuilder:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention
         self.block_size = cache.shape[3]
-        self.mixed_at = decode_words(len(rows.known) - 1)  # in the spare words
+        self.mixed_at = decode_words(len(rows.num_computed) - 1)  # in the spare words
         self.decode = Description([], [], [], [])
         self._reached: tuple[Description, Reach | None] = (
             self.decode,
@@ -107,15 +107,17 @@ class BatchBuilder:
             return self.decode
         decode = self.decode.decode
         slots = self.decode.slots + [self.rows.slots[chunk.row] for chunk in chunks]
-        return Description(decode, chunks, slots, [self.rows.known[row] + 1 for row in decode])
+        return Description(
+            decode, chunks, slots, [self.rows.num_computed[row] + 1 for row in decode]
+        )
 
     def advance(self, description: Description) -> None:
         """Counts the positions that the step computes."""
-        known = self.rows.known
+        num_computed = self.rows.num_computed
         for row in description.decode:
-            known[row] += 1
+            num_computed[row] += 1
         for chunk in description.chunks:
-            known[chunk.row] = chunk.start + chunk.count
+            num_computed[chunk.row] = chunk.start + chunk.count
 
     def inputs(self, shape: Shape) -> Inputs:
         """Where a step of this shape finds its inputs on the device, which is always the same."""
@@ -147,8 +149,8 @@ class BatchBuilder:
 
     def _context_lens(self, description: Description) -> list[int]:
         """Positions of each sequence once the step is done."""
-        known = self.rows.known
-        of_decodes = [known[row] + 1 for row in description.decode]
+        num_computed = self.rows.num_computed
+        of_decodes = [num_computed[row] + 1 for row in description.decode]
         return of_decodes + [chunk.start + chunk.count for chunk in description.chunks]
 
     def expand(self, shape: Shape, longest: int, reach: Reach | None, prepare: Prepare) -> Step:
@@ -165,19 +167,28 @@ class BatchBuilder:
             self.block_size,
             -(-longest // self.block_size),
         )
-        attend = prepare(block_tables, context_lens)
         kv = KVView(
-            self.cache,
-            block_tables,
-            inputs.starts,
-            context_lens,
-            slot_mapping,
-            shape.decodes,
-            attend,
+            cache=self.cache,
+            block_tables=block_tables,
+            cu_seqlens_q=inputs.starts,
+            context_lens=context_lens,
+            slot_mapping=slot_mapping,
+            num_decodes=shape.decodes,
+            attend=prepare(block_tables, context_lens),
         )
         lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
-        if not shape.chunks:
-            return Step(Batch(ids, positions, kv, lora, None, lora), inputs.rows, context_lens)
-        of_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
-        batch = Batch(ids, positions, kv, lora, inputs.outputs, of_outputs)
-        return Step(batch, inputs.sampled_rows, inputs.sampled_lengths)
+        outputs, lora_outputs = None, lora
+        rows, lengths = inputs.rows, context_lens
+        if shape.chunks:
+            outputs = inputs.outputs
+            lora_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
+            rows, lengths = inputs.sampled_rows, inputs.sampled_lengths
+        batch = Batch(
+            ids=ids,
+            positions=positions,
+            kv=kv,
+            lora=lora,
+            outputs=outputs,
+            lora_outputs=lora_outputs,
+        )
+        return Step(batch, rows, lengths)

@@ -41,10 +41,12 @@ class Captured:
 class StepGraphs:
     """The graphs of every shape, with and without adapters."""
 
-    def __init__(self, model: Model, builder: BatchBuilder, width: int, max_tokens: int) -> None:
-        """`width`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
+    def __init__(
+        self, model: Model, builder: BatchBuilder, stacked_rank: int, max_tokens: int
+    ) -> None:
+        """`stacked_rank`: the largest stacked rank that an adapter may have; `max_tokens`: of a step."""
         self.model, self.builder = model, builder
-        max_rows = len(builder.rows.known) - 1
+        max_rows = len(builder.rows.num_computed) - 1
         self.decode_shapes = decode_shapes(max_rows)
         attention = builder.attention
         self.mixed_shapes = mixed_shapes(max_rows, max_tokens) if attention.captures_chunks else []
@@ -53,8 +55,8 @@ class StepGraphs:
         inside = [[True] * groups] * (layers - 1)
         self.reaches: dict[int, Reach | None] = {NO_LORA: None}
         if builder.adapters.arena.numel():
-            self.reaches[IN_LAYERS] = Reach(width, [*inside, [False] * groups])
-            self.reaches[EVERYWHERE] = Reach(width, [*inside, [True] * groups])
+            self.reaches[IN_LAYERS] = Reach(stacked_rank, [*inside, [False] * groups])
+            self.reaches[EVERYWHERE] = Reach(stacked_rank, [*inside, [True] * groups])
         self.captured: dict[tuple[Shape, int], Captured] = {}
         self.logits: Tensor | None = None  # [most outputs, vocab], of the graph that ran last
         self._found: tuple[Description, Captured | None] | None = None
@@ -109,10 +111,10 @@ class StepGraphs:
 
     def _plan(self, shape: Shape, description: Description) -> None:
         """Tells the attention of the shape's graphs how long the rows are that decode; padding has one position."""
-        known = self.builder.rows.known
+        num_computed = self.builder.rows.num_computed
         padding = shape.decodes - len(description.decode)
-        lengths = (known[row] + 1 for row in description.decode)
-        self.attention[shape].plan(chain(repeat(1, padding), lengths))
+        context_lens = (num_computed[row] + 1 for row in description.decode)
+        self.attention[shape].plan(chain(repeat(1, padding), context_lens))
 
     def _run(self, shape: Shape, kind: int) -> Step:
         """One step on the current stream."""

@@ -42,7 +42,7 @@ class RowTable:
         self.blocks = table[:, self._blocks_at : self._computed_at]
         self.computed = table[:, self._computed_at]
         self.prompt_lengths = table[:, self._computed_at + 1]
-        self.known = [0] * num_rows  # `computed`, as the host counts it
+        self.num_computed = [0] * num_rows  # as `computed`, but on the host: counts launched steps
         self.slots = [0] * num_rows
         self.params = [GREEDY] * num_rows
         self.kinds = [GENERATE.name] * num_rows
@@ -59,7 +59,7 @@ class RowTable:
         row = admit.row
         self._write(row, 0, admit.tokens)
         self._write(row, self._computed_at, [admit.computed, admit.prompt_length])
-        self.known[row] = admit.computed
+        self.num_computed[row] = admit.computed
         self.slots[row] = admit.slot
         self.params[row] = admit.sampling
         self.kinds[row] = admit.kind

@@ -204,7 +204,7 @@ class Runner:
             if new:
                 params = [self.rows.params[row] for row in new]
                 sampling = SamplePlan(sampling.params + params, self.rows.device)
-            longest = max(self.rows.known[row] for row in (*description.decode, *new))
+            longest = max(self.rows.num_computed[row] for row in (*description.decode, *new))
             part = slice(count)
             sampled = sampling.sample(
                 allowed(logits[part], bitmask),

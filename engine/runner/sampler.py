@@ -149,13 +149,13 @@ def _filters(
     """The filters that any of the drawn rows uses."""
     temperature, top_p, typical_p, min_p = fractions
     return _Filters(
-        temperature,
-        seeds,
-        top_k if any(p.top_k for p in params) else None,
-        max(p.top_k for p in params),
-        top_p if any(p.top_p < 1 for p in params) else None,
-        typical_p if any(p.typical_p < 1 for p in params) else None,
-        min_p if any(p.min_p > 0 for p in params) else None,
+        temperature=temperature,
+        seeds=seeds,
+        top_k=top_k if any(p.top_k for p in params) else None,
+        largest_top_k=max(p.top_k for p in params),
+        top_p=top_p if any(p.top_p < 1 for p in params) else None,
+        typical_p=typical_p if any(p.typical_p < 1 for p in params) else None,
+        min_p=min_p if any(p.min_p > 0 for p in params) else None,
     )
 
 
@@ -228,8 +228,9 @@ class SamplePlan:
         """The float32 logits with the penalties of those rows that have any."""
         changed, index = logits[self.punished], rows[self.punished].long()
         tokens = table.tokens[index, :longest].long()
-        known, prompt = lengths[self.punished].long(), table.prompt_lengths[index].long()
-        penalise(changed, tokens, known, prompt, *self.penalties)
+        known_lengths = lengths[self.punished].long()
+        prompt_lengths = table.prompt_lengths[index].long()
+        penalise(changed, tokens, known_lengths, prompt_lengths, *self.penalties)
         return logits.index_copy(0, self.punished, changed)
 
 

@@ -22,7 +22,7 @@ from engine.scheduler.sequence import Sequence
 from engine.scheduler.tables import BlockTables
 
 HEADROOM = 32  # decode steps of the running sequences that an admission leaves blocks for
-LOOKED_AT = 256
+MAX_QUEUE_SCAN = 256
 MAX_PLACING = 32  # copies under way at one time; more would only evict earlier
 
 _age = attrgetter("age")
@@ -62,11 +62,11 @@ class Admission:
         """Prompt tokens of the step behind number `last`, in which so many rows decode: `bounds` of that many.
 
         In proportion more where more requests wait for their first token, and for nothing but room, than are held up,
-        and the longer prompts do not keep up. Only the first LOOKED_AT of the queue count.
+        and the longer prompts do not keep up. Only the first MAX_QUEUE_SCAN of the queue count.
         """
         ready = sum(
             sequence.adapter is None or self._slots.slot_of(sequence.adapter.digest) is not None
-            for sequence in islice(self.waiting, LOOKED_AT)
+            for sequence in islice(self.waiting, MAX_QUEUE_SCAN)
         )
         held_up, bound = len(self._rows.prefilling) + ready, bounds[decoding]
         growth = self.backlog.growth(last, now)
@@ -162,7 +162,7 @@ class Admission:
         self._rows.take(sequence, slot)
         sequence.preempted = False
         if slot:
-            self._slots.pin(slot)
+            self._slots.acquire(slot)
             self._rotation.left_waiting(sequence)
         if sequence.admitted is None:
             sequence.admitted = now

@@ -264,7 +264,7 @@ class Scheduler:
     def _leave_row(self, sequence: Sequence) -> None:
         """Row and slot become free for the next plan."""
         if sequence.slot:
-            self.slots.unpin(sequence.slot, self._step)
+            self.slots.release(sequence.slot, self._step)
         self._tables.stop_filling(sequence)
         self._rows.leave(sequence)
         self._admission.wake()
@@ -365,7 +365,7 @@ class Scheduler:
             resident=self.slots.residents(),
             arena_bytes=self.slots.arena_bytes,
             arena_used=self.slots.used_bytes,
-            pinned=self.slots.num_pinned,
+            in_use=self.slots.num_in_use,
             placements=self.slots.num_placements,
             placed=self._num_placed,
             place_seconds=list(self._place_seconds),
@@ -396,5 +396,5 @@ class Scheduler:
                 pins[sequence.slot] = pins.get(sequence.slot, 0) + 1
         for _, digest, _ in self.slots.residents():
             slot = self.slots.slot_of(digest)
-            assert slot is not None and self.slots.pins(slot) == pins.pop(slot, 0)
+            assert slot is not None and self.slots.num_users(slot) == pins.pop(slot, 0)
         assert not pins, "a sequence runs in a slot that holds no adapter"

@@ -1,10 +1,10 @@
 """Which adapter is in which slot, and where in the arena its bytes lie.
 
-Slot 0 is the base model: no bytes, always there. An adapter is *placing* from the plan that carries its placement
-until the runner reports it resident; it is *pinned* while a running sequence uses it, and for good if it was
-preloaded. Intervals start at multiples of 256 bytes and never overlap. An adapter is evicted only when nobody pins
-it and every launched step that could read it has been committed, because copies into the arena are not ordered with
-the steps.
+Slot 0 is the base model: it has no bytes and is always resident. An adapter is *placing* from the plan that carries
+its placement until the runner reports it *resident*. It is *in use* while a running sequence uses it. A preloaded
+adapter is *permanent*: it is never evicted. Any other is evicted only when it is not in use and every launched step
+that could read it has been committed, because copies into the arena are not ordered with the steps. Intervals start at
+multiples of 256 bytes and never overlap.
 
 Room is found first-fit; if there is none, the least recently used idle adapters are taken for gone, one more at a
 time, until a gap is wide enough, and only those that really lie in that gap are evicted. A *reservation* promises an
@@ -29,9 +29,9 @@ class _Entry:
     since: float  # time of placement
     resident: bool = False
     permanent: bool = False
-    pins: int = 0
+    num_users: int = 0  # running sequences that use it
     used: int = 0  # tick of the last use
-    last_step: int = 0  # the last launched step that could read it, once unpinned
+    last_step: int = 0  # the last launched step that could read it, once it is not in use
 
     @property
     def end(self) -> int:
@@ -63,7 +63,7 @@ class SlotTable:
         self._num_placing = 0
         self._tick = 0
         self._committed = 0
-        self._idle_after = 0  # the last step that could read an adapter that nobody pins any more
+        self._idle_after = 0  # the last step that could read an adapter that is no longer in use
 
     # -- questions
 
@@ -96,9 +96,9 @@ class SlotTable:
         entries = [entry for entry in self._entries.values() if entry.resident]
         return [(e.image.name, e.image.digest, e.image.data_bytes) for e in entries]
 
-    def pins(self, slot: int) -> int:
+    def num_users(self, slot: int) -> int:
         """Running sequences that use the slot."""
-        return self._by_slot[slot].pins
+        return self._by_slot[slot].num_users
 
     @property
     def num_placing(self) -> int:
@@ -109,9 +109,9 @@ class SlotTable:
         return self._by_slot[slot].since
 
     @property
-    def num_pinned(self) -> int:
+    def num_in_use(self) -> int:
         """Adapters that running sequences use."""
-        return sum(entry.pins > 0 for entry in self._by_slot.values())
+        return sum(entry.num_users > 0 for entry in self._by_slot.values())
 
     @property
     def used_bytes(self) -> int:
@@ -168,7 +168,7 @@ class SlotTable:
         taken = self._leaving() | keep
 
         def order(entry: _Entry) -> tuple[bool, float]:
-            active = entry.pins > 0 or not entry.resident
+            active = entry.num_users > 0 or not entry.resident
             return (active, entry.since if active else entry.used)
 
         movable = [
@@ -190,17 +190,17 @@ class SlotTable:
     def make_permanent(self, digest: bytes) -> None:
         self._entries[digest].permanent = True
 
-    def pin(self, slot: int) -> None:
+    def acquire(self, slot: int) -> None:
         """One more running sequence uses the slot."""
         entry = self._by_slot[slot]
-        assert entry.resident, "pinned an adapter that is not resident"
-        entry.pins += 1
+        assert entry.resident, "acquired an adapter that is not resident"
+        entry.num_users += 1
 
-    def unpin(self, slot: int, step: int) -> None:
+    def release(self, slot: int, step: int) -> None:
         """One less; `step` is the last launched step, the last that could read the adapter for that sequence."""
         entry = self._by_slot[slot]
-        assert entry.pins > 0, "unpinned more often than pinned"
-        entry.pins -= 1
+        assert entry.num_users > 0, "released more often than acquired"
+        entry.num_users -= 1
         entry.last_step = self._idle_after = step
         self._touch(entry)
 
@@ -235,7 +235,7 @@ class SlotTable:
 
     def _evictable(self, digest: bytes) -> bool:
         entry = self._entries[digest]
-        idle = entry.resident and not entry.pins and not entry.permanent
+        idle = entry.resident and not entry.num_users and not entry.permanent
         return idle and entry.last_step <= self._committed
 
     def _evict(self, entry: _Entry) -> None:
@@ -302,7 +302,7 @@ class SlotTable:
             assert entry.image.digest == digest and self._by_slot[entry.slot] is entry
             assert entry.start % IMAGE_ALIGN == 0 and entry.start >= 0
             assert entry.end <= self.arena_bytes, "an adapter lies outside the arena"
-            assert entry.pins >= 0 and (entry.resident or not entry.pins)
+            assert entry.num_users >= 0 and (entry.resident or not entry.num_users)
         assert self._intervals == sorted((entry.start, entry.end) for entry in entries)
         for left, right in zip(self._intervals, self._intervals[1:], strict=False):
             assert left[1] <= right[0], "two adapters overlap"

@@ -71,8 +71,8 @@ def delta(
     """What the ops add to a zero output: [T, sum of out_features] in the layout's dtype."""
     layer, number, group = address
     dtype = getattr(torch, layout.dtype)
-    slots, starts = torch.tensor([2], dtype=torch.int32), torch.tensor([0, len(x)])
-    at = (arena, records, slots, starts, layer, number)
+    slots, segment_starts = torch.tensor([2], dtype=torch.int32), torch.tensor([0, len(x)])
+    at = (arena, records, slots, segment_starts, layer, number)
     if group.whole.embedding:
         t = reference.lora_gather(x, *at, 64, dtype)
     else:

@@ -41,7 +41,7 @@ class Adapters:
     dtype: torch.dtype
 
     @property
-    def width(self) -> int:
+    def stacked_rank(self) -> int:
         return max(map(sum, self.ranks))
 
 
@@ -118,7 +118,7 @@ def fill(
 
 
 def make_batch(tokens: int, num_slots: int, popularity: str) -> tuple[Tensor, Tensor]:
-    """(slots[S], starts[S + 1]) of tokens sorted by slot, base first; one empty segment now and then."""
+    """(slots[G], segment_starts[G + 1]) of tokens sorted by slot, base first; one empty segment now and then."""
     if popularity == "distinct":
         chosen = [1 + i % num_slots for i in range(tokens)]
     elif popularity == "uniform":
@@ -132,20 +132,20 @@ def make_batch(tokens: int, num_slots: int, popularity: str) -> tuple[Tensor, Te
         chosen = [1 if i < tokens - 2 else random.randint(0, num_slots) for i in range(tokens)]
     chosen.sort()
     slots = sorted(set(chosen))
-    starts = [sum(c < s for c in chosen) for s in slots]
+    segment_starts = [sum(c < s for c in chosen) for s in slots]
     if random.random() < 0.3:  # a segment without tokens
         slots.append(num_slots)
-        starts.append(tokens)
+        segment_starts.append(tokens)
     return torch.tensor(slots, dtype=torch.int32), torch.tensor(
-        [*starts, tokens], dtype=torch.int32
+        [*segment_starts, tokens], dtype=torch.int32
     )
 
 
-def per_token(slots: Tensor, starts: Tensor) -> list[int]:
+def per_token(slots: Tensor, segment_starts: Tensor) -> list[int]:
     return [
         slot
         for slot, first, last in zip(
-            slots.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True
+            slots.tolist(), segment_starts[:-1].tolist(), segment_starts[1:].tolist(), strict=True
         )
         for _ in range(last - first)
     ]
@@ -156,25 +156,29 @@ def strided(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, columns + 24).to(dtype)[:, 8 : 8 + columns]
 
 
-def defined(t: Tensor, adapters: Adapters, slots: Tensor, starts: Tensor, poison: float) -> Tensor:
+def defined(
+    t: Tensor, adapters: Adapters, slots: Tensor, segment_starts: Tensor, poison: float
+) -> Tensor:
     """t, with poison wherever the contract leaves it undefined."""
     clean = torch.full_like(t, poison)
-    for i, slot in enumerate(per_token(slots, starts)):
+    for i, slot in enumerate(per_token(slots, segment_starts)):
         rank = sum(adapters.ranks[slot])
         clean[:, i, :rank] = t[:, i, :rank]
     return clean
 
 
 def run(
-    adapters: Adapters, x: Tensor, y: Tensor, slots: Tensor, starts: Tensor
+    adapters: Adapters, x: Tensor, y: Tensor, slots: Tensor, segment_starts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(t with zeros where undefined, y after expand); expand reads NaN where t is undefined."""
-    where = (adapters.arena, adapters.records, slots, starts, LAYER, GROUP)
-    t = ops.lora_shrink(x, *where, adapters.width)
-    assert t.shape == (1, x.shape[0], adapters.width)
+    where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
+    t = ops.lora_shrink(x, *where, adapters.stacked_rank)
+    assert t.shape == (1, x.shape[0], adapters.stacked_rank)
     assert t.dtype == torch.float32
-    ops.lora_expand_(y, defined(t, adapters, slots, starts, float("nan")), *where, adapters.splits)
-    return defined(t, adapters, slots, starts, 0.0), y
+    ops.lora_expand_(
+        y, defined(t, adapters, slots, segment_starts, float("nan")), *where, adapters.splits
+    )
+    return defined(t, adapters, slots, segment_starts, 0.0), y
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -186,18 +190,18 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 
 
 def check(adapters: Adapters, tokens: int, popularity: str) -> None:
-    slots, starts = make_batch(tokens, len(adapters.ranks) - 1, popularity)
+    slots, segment_starts = make_batch(tokens, len(adapters.ranks) - 1, popularity)
     x = strided(tokens, adapters.k, adapters.dtype)
     y = strided(tokens, sum(adapters.splits), adapters.dtype)
     around = y._base.clone()
     before = adapters.arena.clone()
-    where = (adapters.arena, adapters.records, slots, starts, LAYER, GROUP)
+    where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
 
-    expected_t = reference.lora_shrink(x, *where, adapters.width)
+    expected_t = reference.lora_shrink(x, *where, adapters.stacked_rank)
     expected_y = y.clone()
     reference.lora_expand_(expected_y, expected_t, *where, adapters.splits)
 
-    t, y = run(adapters, x, y, slots, starts)
+    t, y = run(adapters, x, y, slots, segment_starts)
     torch.testing.assert_close(
         t, expected_t, **tolerance(torch.float32)
     )  # elements of t and y are about 1
@@ -254,9 +258,9 @@ def test_a_token_is_the_same_in_every_batch(dtype: torch.dtype, k: int, isa: str
     adapters = make_adapters(ranks, k, splits, dtype)
     tokens = 150
     x, y = strided(tokens, k, dtype), strided(tokens, sum(splits), dtype)
-    slots, starts = make_batch(tokens, len(ranks), "zipf")
-    owners = per_token(slots, starts)
-    whole_t, whole_y = run(adapters, x, y.clone(), slots, starts)
+    slots, segment_starts = make_batch(tokens, len(ranks), "zipf")
+    owners = per_token(slots, segment_starts)
+    whole_t, whole_y = run(adapters, x, y.clone(), slots, segment_starts)
 
     for i in [0, tokens - 1, *random.sample(range(tokens), 20)]:
         one = torch.tensor([owners[i]], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
@@ -275,7 +279,7 @@ def test_a_token_is_the_same_in_every_batch(dtype: torch.dtype, k: int, isa: str
 
     for count in (2, 3, 5):
         torch.set_num_threads(count)
-        t3, y3 = run(adapters, x, y.clone(), slots, starts)
+        t3, y3 = run(adapters, x, y.clone(), slots, segment_starts)
         assert torch.equal(t3, whole_t)
         assert torch.equal(y3, whole_y)
 
@@ -291,13 +295,15 @@ def test_one_large_adapter_is_shared_by_threads(threads: int) -> None:
 def test_partial_sums_are_added_in_order() -> None:
     """t may come in P parts (a sharded or split shrink); expand adds them up."""
     adapters = make_adapters([(16, 4), (3, 9)], 64, [48, 40], torch.float32)
-    slots, starts = make_batch(6, 2, "distinct")
-    t = torch.randn(3, 6, adapters.width)
+    slots, segment_starts = make_batch(6, 2, "distinct")
+    t = torch.randn(3, 6, adapters.stacked_rank)
     y = torch.randn(6, 88)
-    where = (adapters.arena, adapters.records, slots, starts, LAYER, GROUP)
+    where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
     expected = y.clone()
     reference.lora_expand_(expected, t, *where, adapters.splits)
-    ops.lora_expand_(y, defined(t, adapters, slots, starts, float("nan")), *where, adapters.splits)
+    ops.lora_expand_(
+        y, defined(t, adapters, slots, segment_starts, float("nan")), *where, adapters.splits
+    )
     torch.testing.assert_close(y, expected, **tolerance(torch.float32))
 
 
@@ -306,13 +312,13 @@ def test_gather(dtype: torch.dtype) -> None:
     vocab, hidden = 50, 72
     adapters = make_adapters([(8,), (3,), (0,), (17,)], 0, [hidden], dtype, vocab=vocab)
     for popularity in POPULARITIES:
-        slots, starts = make_batch(21, 4, popularity)
+        slots, segment_starts = make_batch(21, 4, popularity)
         ids = torch.randint(vocab, (21,))
-        where = (adapters.arena, adapters.records, slots, starts, LAYER, GROUP)
+        where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
         t = ops.lora_gather(ids, *where, 17, dtype)
         expected = reference.lora_gather(ids, *where, 17, dtype)
         assert t.shape == (1, 21, 17)
-        assert torch.equal(defined(t, adapters, slots, starts, 0.0), expected)
+        assert torch.equal(defined(t, adapters, slots, segment_starts, 0.0), expected)
 
 
 def test_base_only_and_empty() -> None:
@@ -359,25 +365,34 @@ def call(name: str, **changed: object) -> object:
         "arena": adapters.arena,
         "records": adapters.records,
         "slots": torch.tensor([0, 1, 2], dtype=torch.int32),
-        "starts": torch.tensor([0, 1, 3, 5], dtype=torch.int32),
+        "segment_starts": torch.tensor([0, 1, 3, 5], dtype=torch.int32),
         "layer": LAYER,
         "group": GROUP,
-        "width": 6,
+        "stacked_rank": 6,
         "dtype": torch.float32,
         "splits": [16, 24],
     }
     arguments.update(changed)
     names = {
-        "lora_shrink": ["x", "arena", "records", "slots", "starts", "layer", "group", "width"],
+        "lora_shrink": [
+            "x",
+            "arena",
+            "records",
+            "slots",
+            "segment_starts",
+            "layer",
+            "group",
+            "stacked_rank",
+        ],
         "lora_gather": [
             "ids",
             "arena",
             "records",
             "slots",
-            "starts",
+            "segment_starts",
             "layer",
             "group",
-            "width",
+            "stacked_rank",
             "dtype",
         ],
         "lora_expand_": [
@@ -386,7 +401,7 @@ def call(name: str, **changed: object) -> object:
             "arena",
             "records",
             "slots",
-            "starts",
+            "segment_starts",
             "layer",
             "group",
             "splits",
@@ -400,13 +415,25 @@ BAD = [
     ("lora_shrink", {"x": torch.zeros(32)}, "x must"),
     ("lora_shrink", {"x": torch.zeros(32, 5).T}, "x must"),
     ("lora_shrink", {"x": torch.zeros(5, 32000)}, "past the end of the arena"),
-    ("lora_shrink", {"width": 5}, "width 5 is below"),
+    ("lora_shrink", {"stacked_rank": 5}, "stacked_rank 5 is below"),
     ("lora_shrink", {"slots": torch.tensor([0, 1, 3], dtype=torch.int32)}, "slot 3"),
     ("lora_shrink", {"slots": torch.tensor([0, 1, -1], dtype=torch.int32)}, "slot -1"),
     ("lora_shrink", {"slots": torch.tensor([0, 1, 2])}, "slots must"),
-    ("lora_shrink", {"starts": torch.tensor([0, 1, 5], dtype=torch.int32)}, "starts must"),
-    ("lora_shrink", {"starts": torch.tensor([0, 3, 1, 5], dtype=torch.int32)}, "starts must"),
-    ("lora_shrink", {"starts": torch.tensor([0, 1, 3, 6], dtype=torch.int32)}, "starts must"),
+    (
+        "lora_shrink",
+        {"segment_starts": torch.tensor([0, 1, 5], dtype=torch.int32)},
+        "segment_starts must",
+    ),
+    (
+        "lora_shrink",
+        {"segment_starts": torch.tensor([0, 3, 1, 5], dtype=torch.int32)},
+        "segment_starts must",
+    ),
+    (
+        "lora_shrink",
+        {"segment_starts": torch.tensor([0, 1, 3, 6], dtype=torch.int32)},
+        "segment_starts must",
+    ),
     ("lora_shrink", {"layer": 3}, "layer 3"),
     ("lora_shrink", {"group": -1}, "group -1"),
     ("lora_shrink", {"arena": torch.zeros(64, dtype=torch.float32)}, "arena must"),
@@ -416,10 +443,10 @@ BAD = [
     ("lora_gather", {"ids": torch.tensor([0, 1, -1, 0, 0])}, "id -1"),
     ("lora_gather", {"ids": torch.tensor([0, 10**9, 1, 0, 0])}, "past the end of the arena"),
     ("lora_gather", {"dtype": torch.int8}, "dtype"),
-    ("lora_gather", {"width": 2}, "width 2 is below"),
+    ("lora_gather", {"stacked_rank": 2}, "stacked_rank 2 is below"),
     ("lora_expand_", {"y": torch.zeros(5, 40, dtype=torch.float64)}, "y must"),
     ("lora_expand_", {"y": torch.zeros(5, 41)}, "splits must"),
-    ("lora_expand_", {"t": torch.zeros(1, 5, 5)}, "width 5 is below"),
+    ("lora_expand_", {"t": torch.zeros(1, 5, 5)}, "stacked_rank 5 is below"),
     ("lora_expand_", {"t": torch.zeros(1, 4, 6)}, "t must"),
     ("lora_expand_", {"t": torch.zeros(5, 6)}, "t must"),
     ("lora_expand_", {"t": torch.zeros(1, 5, 6, dtype=torch.bfloat16)}, "t must"),

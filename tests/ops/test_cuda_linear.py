@@ -78,7 +78,7 @@ def layers(
             between()
             y = ops.linear(x, up, None)
             between()
-            t = ops.lora_shrink(x, *where, LAYER, GROUP, adapters.width, beside=True)
+            t = ops.lora_shrink(x, *where, LAYER, GROUP, adapters.stacked_rank, beside=True)
             between()
             ops.lora_expand_(y, t, *where, LAYER, GROUP, adapters.splits)
             between()
@@ -101,8 +101,8 @@ def test_kernels_that_overlap_wait_for_what_they_need(
     """Layers in a graph have the bits of the same layers with the GPU idle after every op."""
     k, splits, num = 2048, [8704, 8704], 48  # more tiles of the linear than SMs
     adapters = make_adapters([(8, 16)] * num, k, splits, dtype)
-    slots, starts = cut(*make_batch(tokens, num, popularity), 8)
-    where = tuple(part.cuda() for part in (adapters.arena, adapters.records, slots, starts))
+    slots, segment_starts = cut(*make_batch(tokens, num, popularity), 8)
+    where = tuple(part.cuda() for part in (adapters.arena, adapters.records, slots, segment_starts))
     weights = []
     for _ in range(6):
         weights.append(torch.randn(sum(splits), k, device="cuda").to(dtype) * 0.02)

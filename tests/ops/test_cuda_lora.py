@@ -44,20 +44,20 @@ def on_gpu(tensor: Tensor) -> Tensor:
 
 
 def run(
-    adapters: Adapters, x: Tensor, y: Tensor, slots: Tensor, starts: Tensor
+    adapters: Adapters, x: Tensor, y: Tensor, slots: Tensor, segment_starts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(sum of t with zeros where undefined, y after expand); expand reads NaN where t is undefined."""
-    where = (adapters.arena.cuda(), adapters.records.cuda(), slots.cuda(), starts.cuda())
-    t = ops.lora_shrink(on_gpu(x), *where, LAYER, GROUP, adapters.width).cpu()
-    poisoned = defined(t, adapters, slots, starts, float("nan")).cuda()
+    where = (adapters.arena.cuda(), adapters.records.cuda(), slots.cuda(), segment_starts.cuda())
+    t = ops.lora_shrink(on_gpu(x), *where, LAYER, GROUP, adapters.stacked_rank).cpu()
+    poisoned = defined(t, adapters, slots, segment_starts, float("nan")).cuda()
     y = on_gpu(y)
     ops.lora_expand_(y, poisoned, *where, LAYER, GROUP, adapters.splits)
-    return defined(t, adapters, slots, starts, 0.0).sum(0, keepdim=True), y.cpu()
+    return defined(t, adapters, slots, segment_starts, 0.0).sum(0, keepdim=True), y.cpu()
 
 
-def cut(slots: Tensor, starts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def cut(slots: Tensor, segment_starts: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The same batch in segments of at most `most` tokens."""
-    owners = per_token(slots, starts)
+    owners = per_token(slots, segment_starts)
     pieces = [0]
     for i in range(1, len(owners) + 1):
         if i == len(owners) or owners[i] != owners[i - 1] or i - pieces[-1] == most:
@@ -67,18 +67,18 @@ def cut(slots: Tensor, starts: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def check(adapters: Adapters, tokens: int, popularity: str) -> None:
-    slots, starts = make_batch(tokens, len(adapters.ranks) - 1, popularity)
+    slots, segment_starts = make_batch(tokens, len(adapters.ranks) - 1, popularity)
     x = strided(tokens, adapters.k, adapters.dtype)
     y = strided(tokens, sum(adapters.splits), adapters.dtype)
-    where = (adapters.arena, adapters.records, slots, starts, LAYER, GROUP)
-    expected_t = reference.lora_shrink(x, *where, adapters.width)
+    where = (adapters.arena, adapters.records, slots, segment_starts, LAYER, GROUP)
+    expected_t = reference.lora_shrink(x, *where, adapters.stacked_rank)
     expected_y = y.clone()
     reference.lora_expand_(expected_y, expected_t, *where, adapters.splits)
-    t, new = run(adapters, x, y, slots, starts)
+    t, new = run(adapters, x, y, slots, segment_starts)
     torch.testing.assert_close(t, expected_t, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(new, expected_y, **tolerance(adapters.dtype))
     for most in (1, 8, 64):  # one: more segments than a page of the work list has
-        t_cut, new_cut = run(adapters, x, y, *cut(slots, starts, most))
+        t_cut, new_cut = run(adapters, x, y, *cut(slots, segment_starts, most))
         assert torch.equal(t_cut, t)
         if tokens <= FEW_TOKENS:
             assert torch.equal(new_cut, new)
@@ -149,12 +149,12 @@ def test_gather(dtype: torch.dtype) -> None:
     vocab = 50
     adapters = make_adapters([(8,), (3,), (0,), (17,)], 0, [72], dtype, vocab=vocab)
     for popularity in POPULARITIES:
-        slots, starts = make_batch(21, 4, popularity)
+        slots, segment_starts = make_batch(21, 4, popularity)
         ids = torch.randint(vocab, (21,))
-        where = (adapters.arena, adapters.records, slots, starts)
+        where = (adapters.arena, adapters.records, slots, segment_starts)
         t = ops.lora_gather(ids.cuda(), *(w.cuda() for w in where), LAYER, GROUP, 17, dtype)
         expected = reference.lora_gather(ids, *where, LAYER, GROUP, 17, dtype)
-        assert torch.equal(defined(t.cpu(), adapters, slots, starts, 0.0), expected)
+        assert torch.equal(defined(t.cpu(), adapters, slots, segment_starts, 0.0), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,13 +166,13 @@ def test_a_graph_sees_new_adapters(dtype: torch.dtype) -> None:
     arena = torch.zeros(size, dtype=torch.uint8, device="cuda")
     records = torch.zeros_like(first.records, device="cuda")
     slots = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-    starts = torch.full((tokens + 1,), tokens, dtype=torch.int32, device="cuda")
+    segment_starts = torch.full((tokens + 1,), tokens, dtype=torch.int32, device="cuda")
     x = torch.randn(tokens, k, device="cuda").to(dtype)
     y = torch.randn(tokens, sum(splits), device="cuda").to(dtype)
 
     def step() -> None:
-        t = ops.lora_shrink(x, arena, records, slots, starts, LAYER, GROUP, 128)
-        ops.lora_expand_(y, t, arena, records, slots, starts, LAYER, GROUP, splits)
+        t = ops.lora_shrink(x, arena, records, slots, segment_starts, LAYER, GROUP, 128)
+        ops.lora_expand_(y, t, arena, records, slots, segment_starts, LAYER, GROUP, splits)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -187,7 +187,7 @@ def test_a_graph_sees_new_adapters(dtype: torch.dtype) -> None:
         arena[: adapters.arena.numel()] = adapters.arena.cuda()
         records.copy_(adapters.records)
         slots.zero_()[: len(of)] = of.cuda()
-        starts.fill_(tokens)[: len(bounds)] = bounds.cuda()
+        segment_starts.fill_(tokens)[: len(bounds)] = bounds.cuda()
         x.normal_()
         y.normal_()
         expected = y.cpu()

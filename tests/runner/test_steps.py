@@ -131,8 +131,8 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
     for row, slot in zip([*step.decode, *(c.row for c in step.chunks)], step.slots, strict=True):
         tokens = [generator.randrange(1, 999) for _ in range(400)]
         blocks = [generator.randrange(1, 999) for _ in range(100)]
-        known = generator.randint(0, 399)
-        held[row] = Admit(row, slot, tokens, 1, known, blocks, SamplingParams())
+        computed = generator.randint(0, 399)
+        held[row] = Admit(row, slot, tokens, 1, computed, blocks, SamplingParams())
         table.admit(held[row])
     builder.set_decode(step.decode)
     step = builder.describe(step.chunks)
@@ -161,7 +161,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
             slots += [held[row].slot] * count
         assert batch.kv.cu_seqlens_q[: shape.decodes + 1].tolist() == [*range(shape.decodes + 1)]
         assert batch.lora is not None and batch.lora_outputs is not None
-        assert per_token(batch.lora.slots, batch.lora.starts)[ahead:] == slots
+        assert per_token(batch.lora.slots, batch.lora.segment_starts)[ahead:] == slots
         sampled, first = step.sampled, 0 if step.chunks else ahead
         expected = [(new[s][0], new[s][1] + new[s][2]) for s in sampled]
         found = zip(rows.tolist()[first:], lengths.tolist()[first:], strict=True)
@@ -170,7 +170,7 @@ def test_a_description_expands_to_its_tokens(seed: int) -> None:
             assert batch.outputs is not None and len(batch.outputs) == shape.outputs
             assert batch.outputs[: len(sampled)].tolist() == [last[s] for s in sampled]
             assert not batch.outputs[len(sampled) :].any()
-            of_outputs = per_token(batch.lora_outputs.slots, batch.lora_outputs.starts)
+            of_outputs = per_token(batch.lora_outputs.slots, batch.lora_outputs.segment_starts)
             assert of_outputs == [step.slots[s] for s in sampled]
 
 

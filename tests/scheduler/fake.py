@@ -363,7 +363,7 @@ class House:
         assert not self.scheduler.stats().running
         for _, digest, _ in self.table.residents():
             slot = self.table.slot_of(digest)
-            assert slot is not None and not self.table.pins(slot)
+            assert slot is not None and not self.table.num_users(slot)
 
     def generate(self, requests: list[Request]) -> dict[str, list[int]]:
         for one in requests:

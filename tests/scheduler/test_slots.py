@@ -1,4 +1,4 @@
-"""The slot table: intervals, pins, eviction, reservations."""
+"""The slot table: intervals, use, eviction, reservations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_is_resident_only_once_the_runner_says_so() -> None:
     assert table.is_placing(one.digest) and table.slot_of(one.digest) is None
     assert table.placing() == [placement]
     with pytest.raises(AssertionError):
-        table.pin(placement.slot)
+        table.acquire(placement.slot)
     assert table.mark_resident(placement.slot) == one.digest
     assert table.slot_of(one.digest) == placement.slot
     assert not table.is_placing(one.digest) and table.num_placing == 0
@@ -68,8 +68,8 @@ def test_evicts_the_least_recently_used_idle_adapter() -> None:
     table = SlotTable(8, 768)
     slots = {name: put(table, name) for name in "abc"}
     for name in "bac":
-        table.pin(slots[name])
-        table.unpin(slots[name], 0)
+        table.acquire(slots[name])
+        table.release(slots[name], 0)
     placement = table.place(image("d"), 0.0)
     assert placement is not None and placement.offset == 256
     assert table.take_unplaced() == [slots["b"]]
@@ -84,31 +84,31 @@ def test_evicts_only_what_lies_in_the_gap() -> None:
         put(table, name)
     slot = table.slot_of(image("b").digest)
     assert slot is not None
-    table.pin(slot)  # a, [b], c, d: the least recently used, a, would be no use
+    table.acquire(slot)  # a, [b], c, d: the least recently used, a, would be no use
     placement = table.place(image("big", 512), 0.0)
     assert placement is not None and placement.offset == 512
     assert names(table) == ["a", "b"]
 
 
-def test_never_evicts_pinned_placing_permanent_or_kept() -> None:
+def test_never_evicts_used_placing_permanent_or_kept() -> None:
     table = SlotTable(8, 1024)
-    pinned = put(table, "pinned")
-    table.pin(pinned)
+    used = put(table, "used")
+    table.acquire(used)
     settle(table, table.place(image("permanent"), 0.0, permanent=True))
     put(table, "kept")
     assert table.place(image("placing"), 0.0) is not None
     assert table.place(image("new"), 0.0, keep={image("kept").digest}) is None
     assert table.place(image("new"), 0.0) is not None
-    assert names(table) == ["permanent", "pinned"]
+    assert names(table) == ["permanent", "used"]
 
 
 def test_a_slot_is_as_scarce_as_bytes() -> None:
     table = SlotTable(3, 1 << 20)
     first, second = put(table, "a"), put(table, "b")
-    table.pin(first)
-    table.pin(second)
+    table.acquire(first)
+    table.acquire(second)
     assert table.place(image("c"), 0.0) is None
-    table.unpin(second, 0)
+    table.release(second, 0)
     placement = table.place(image("c"), 0.0)
     assert placement is not None and placement.slot == second
 
@@ -117,8 +117,8 @@ def test_is_not_reused_while_a_launched_step_could_read_it() -> None:
     table = SlotTable(2, 256)
     slot = put(table, "a")
     table.commit(4)
-    table.pin(slot)
-    table.unpin(slot, 6)  # steps 5 and 6 are in flight
+    table.acquire(slot)
+    table.release(slot, 6)  # steps 5 and 6 are in flight
     assert table.place(image("b"), 0.0) is None
     assert not table.commit(5)
     assert table.place(image("b"), 0.0) is None
@@ -130,7 +130,7 @@ def test_fits_counts_only_preloaded_adapters_as_taken() -> None:
     table = SlotTable(3, 1024)
     settle(table, table.place(image("p", 512), 0.0, permanent=True))
     slot = put(table, "a", 512)
-    table.pin(slot)
+    table.acquire(slot)
     assert table.fits(image("b", 512)) and not table.fits(image("b", 513))
     assert table.fits(image("p", 512))
     full = SlotTable(2, 1024)
@@ -141,12 +141,12 @@ def test_fits_counts_only_preloaded_adapters_as_taken() -> None:
 def test_a_reservation_names_the_idle_then_the_longest_placed() -> None:
     table = SlotTable(8, 768)
     slots = {name: put(table, name, now=now) for now, name in enumerate("abc")}
-    table.pin(slots["a"])
-    table.pin(slots["c"])
-    table.pin(slots["b"])
+    table.acquire(slots["a"])
+    table.acquire(slots["c"])
+    table.acquire(slots["b"])
     assert table.reserve(image("d")) == [(image("a").digest, 0.0)]
     table.check()
-    table.unpin(slots["c"], 0)
+    table.release(slots["c"], 0)
     assert table.reserve(image("e")) == [(image("c").digest, 2.0)]
     table.check()
 
@@ -155,12 +155,12 @@ def test_a_reserved_interval_is_nobody_elses() -> None:
     table = SlotTable(8, 512)
     slots = {name: put(table, name) for name in "ab"}
     for slot in slots.values():
-        table.pin(slot)
+        table.acquire(slot)
     assert table.reserve(image("big", 512)) is not None
-    table.unpin(slots["a"], 0)
+    table.release(slots["a"], 0)
     assert table.place(image("small"), 0.0) is None
     assert table.place(image("big", 512), 0.0) is None
-    table.unpin(slots["b"], 0)
+    table.release(slots["b"], 0)
     assert table.place(image("small"), 0.0) is None
     placement = table.place(image("big", 512), 0.0)
     assert placement is not None and placement.offset == 0
@@ -170,9 +170,9 @@ def test_a_reserved_interval_is_nobody_elses() -> None:
 def test_a_cancelled_reservation_frees_the_interval() -> None:
     table = SlotTable(8, 256)
     slot = put(table, "a")
-    table.pin(slot)
+    table.acquire(slot)
     assert table.reserve(image("b")) is not None
-    table.unpin(slot, 0)
+    table.release(slot, 0)
     assert table.place(image("c"), 0.0) is None
     table.cancel_reservation(image("b").digest)
     assert table.place(image("c"), 0.0) is not None
@@ -180,7 +180,7 @@ def test_a_cancelled_reservation_frees_the_interval() -> None:
 
 def test_reservations_do_not_share_adapters() -> None:
     table = SlotTable(8, 256)
-    table.pin(put(table, "a"))
+    table.acquire(put(table, "a"))
     assert table.reserve(image("b")) is not None
     assert table.reserve(image("c")) is None
 
@@ -190,14 +190,14 @@ def test_random_use(seed: int) -> None:
     rng = random.Random(seed)
     table = SlotTable(rng.randrange(2, 12), rng.randrange(256, 8192))
     images = [image(f"a{index}", rng.randrange(0, 2000)) for index in range(20)]
-    pins: list[int] = []
+    acquired: list[int] = []
     step = committed = 0
     for now in range(400):
         one = rng.choice(images)
         known = table.slot_of(one.digest)
         if known is not None:
-            table.pin(known)
-            pins.append(known)
+            table.acquire(known)
+            acquired.append(known)
         elif not table.is_placing(one.digest) and table.fits(one):
             keep = {other.digest for other in rng.sample(images, 3)}
             if table.place(one, now, keep) is None and rng.random() < 0.5:
@@ -209,15 +209,15 @@ def test_random_use(seed: int) -> None:
             if rng.random() < 0.5:
                 table.mark_resident(placement.slot)
         step += 1
-        while pins and rng.random() < 0.6:
-            table.unpin(pins.pop(rng.randrange(len(pins))), step)
+        while acquired and rng.random() < 0.6:
+            table.release(acquired.pop(rng.randrange(len(acquired))), step)
         committed = rng.randrange(committed, step + 1)
         table.commit(committed)
         table.check()
         table.take_unplaced()
-    # Without pins, steps in flight or reservations, whatever fits finds room.
-    for slot in pins:
-        table.unpin(slot, step)
+    # Without use, steps in flight or reservations, whatever fits finds room.
+    for slot in acquired:
+        table.release(slot, step)
     table.commit(step)
     for one in images:
         table.cancel_reservation(one.digest)

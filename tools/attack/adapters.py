@@ -73,7 +73,7 @@ async def ask_all(server: Server, count: int, seed: int, limit_s: float, found: 
             if not server.alive or found.hopeless:
                 return
             chosen = (kind, source, seed * 10_000 + number)
-            await _one(server, session, writers, chosen, limit_s, found)
+            await _one(server, session, writers, what=chosen, limit_s=limit_s, found=found)
 
     try:
         async with session_of(server) as session:

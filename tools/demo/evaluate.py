@@ -168,7 +168,7 @@ def evaluate(folder: Path, count: int, device: str = "cpu") -> dict[str, object]
     rows: list[Row] = []
     for name in RECIPES:
         for split, form in (("heldout", "plain"), ("heldout", "chat"), ("seen", "plain")):
-            rows += measure(model, tokenizer, name, split, form, count)
+            rows += measure(model, tokenizer, name=name, split=split, form=form, count=count)
     return {"perplexity": perplexity(model, tokenizer), "rows": [asdict(row) for row in rows]}
 
 

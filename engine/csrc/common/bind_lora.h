@@ -1,5 +1,5 @@
-// Checks that the LoRA ops share. The values of records, slots and starts are not checked here: a
-// GPU's stay on the GPU.
+// Checks that the LoRA ops share. The values of records, slots and segment_starts are not checked
+// here: a GPU's stay on the GPU.
 #pragma once
 
 #include "bind.h"
@@ -16,22 +16,22 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t, 
 }
 
 inline void check_segments(const char* op, const Tensor& arena, const Tensor& records,
-                           const Tensor& slots, const Tensor& starts, int64_t layer,
+                           const Tensor& slots, const Tensor& segment_starts, int64_t layer,
                            int64_t group) {
   check_contiguous(op, "arena", arena, 1, ScalarType::Byte, "bytes");
   check_contiguous(op, "records", records, 4, ScalarType::Int,
                    "int32 [slots, layers + 1, groups, 8]");
-  check_contiguous(op, "slots", slots, 1, ScalarType::Int, "int32 [S]");
-  check_contiguous(op, "starts", starts, 1, ScalarType::Int, "int32 [S + 1]");
+  check_contiguous(op, "slots", slots, 1, ScalarType::Int, "int32 [G]");
+  check_contiguous(op, "segment_starts", segment_starts, 1, ScalarType::Int, "int32 [G + 1]");
   LORAX_CHECK(records.size(3) == kRecordWords, op, ": records must have 8 words, their shape is ",
               shape_of(records));
   LORAX_CHECK(layer >= 0 && layer < records.size(1), op, ": layer ", layer,
               " is not in the records of ", records.size(1), " layers");
   LORAX_CHECK(group >= 0 && group < records.size(2), op, ": group ", group,
               " is not in the records of ", records.size(2), " groups");
-  LORAX_CHECK(starts.size(0) == slots.size(0) + 1, op,
-              ": starts must be [S + 1] with slots [S], the shapes are ", shape_of(starts), " and ",
-              shape_of(slots));
+  LORAX_CHECK(segment_starts.size(0) == slots.size(0) + 1, op,
+              ": segment_starts must be [G + 1] with slots [G], the shapes are ",
+              shape_of(segment_starts), " and ", shape_of(slots));
   LORAX_CHECK(reinterpret_cast<uintptr_t>(arena.const_data_ptr()) % kLoraAlign == 0, op,
               ": arena must be aligned to ", kLoraAlign, " bytes");
 }

@@ -24,13 +24,13 @@ int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 int64_t padded(int64_t bytes) { return (bytes + kLoraAlign - 1) / kLoraAlign * kLoraAlign; }
 
-// The checked view of arena, records, slots and starts that the three ops share.
+// The checked view of arena, records, slots and segment_starts that the three ops share.
 class Segments {
  public:
   Segments(const char* op, const Tensor& arena, const Tensor& records, const Tensor& slots,
-           const Tensor& starts, int64_t layer, int64_t group, int64_t tokens)
+           const Tensor& segment_starts, int64_t layer, int64_t group, int64_t tokens)
       : op_(op) {
-    check_segments(op, arena, records, slots, starts, layer, group);
+    check_segments(op, arena, records, slots, segment_starts, layer, group);
     const int64_t layers = records.size(1), groups = records.size(2);
     count_ = slots.size(0);
     arena_ = static_cast<const char*>(arena.const_data_ptr());
@@ -39,12 +39,12 @@ class Segments {
     stride_ = layers * groups;
     records_ = static_cast<const Record*>(records.const_data_ptr()) + layer * groups + group;
     slots_ = static_cast<const int32_t*>(slots.const_data_ptr());
-    starts_ = static_cast<const int32_t*>(starts.const_data_ptr());
+    starts_ = static_cast<const int32_t*>(segment_starts.const_data_ptr());
     int64_t before = 0;
     for (int64_t s = 0; s <= count_; ++s) {
       LORAX_CHECK(starts_[s] >= before && starts_[s] <= tokens, op,
-                  ": starts must rise from 0 to at most ", tokens, " tokens, found ", starts_[s],
-                  " after ", before);
+                  ": segment_starts must rise from 0 to at most ", tokens, " tokens, found ",
+                  starts_[s], " after ", before);
       before = starts_[s];
     }
   }
@@ -54,15 +54,15 @@ class Segments {
   // Calls f(slot, record, first token, tokens) for every segment that has tokens and an adapter of
   // this group.
   template <class F>
-  void for_each(int64_t width, const F& f) const {
+  void for_each(int64_t stacked_rank, const F& f) const {
     for (int64_t s = 0; s < count_; ++s) {
       const int64_t slot = slots_[s], first = starts_[s], tokens = starts_[s + 1] - first;
       LORAX_CHECK(slot >= 0 && slot < num_slots_, op_, ": slot ", slot,
                   " is not in the records of ", num_slots_, " slots");
       const Record& record = records_[slot * stride_];
       if (tokens == 0 || record.rank() == 0) continue;
-      LORAX_CHECK(record.rank() <= width, op_, ": width ", width, " is below the stacked rank ",
-                  record.rank(), " of slot ", slot);
+      LORAX_CHECK(record.rank() <= stacked_rank, op_, ": stacked_rank ", stacked_rank,
+                  " is below ", record.rank(), ", that of slot ", slot);
       f(slot, record, first, tokens);
     }
   }
@@ -88,24 +88,25 @@ T* outer_scratch(int64_t count) {
   return static_cast<T*>(scratch(Scratch::outer, size_t(count) * sizeof(T)));
 }
 
-Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width, bool) {
+Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts,
+                        int64_t layer, int64_t group, int64_t stacked_rank, bool) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
   ShrinkArgs args{};
   args.dtype = dtype_of(op, "x", x);
-  LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
-  const Segments segments(op, arena, records, slots, starts, layer, group, x.size(0));
-  Tensor t = empty(x, {1, x.size(0), width}, ScalarType::Float);
+  LORAX_CHECK(stacked_rank >= 0, op, ": stacked_rank ", stacked_rank, " is negative");
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, x.size(0));
+  Tensor t = empty(x, {1, x.size(0), stacked_rank}, ScalarType::Float);
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.k = x.size(1);
   const int64_t row_bytes = padded(args.k * size_of(args.dtype));
   args.a_stride = row_bytes / size_of(args.dtype);
   args.t = static_cast<float*>(t.mutable_data_ptr());
-  args.t_stride = width;
+  args.t_stride = stacked_rank;
   args.pieces = outer_scratch<ShrinkPiece>(segments.count());
-  segments.for_each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+  segments.for_each(stacked_rank, [&](int64_t slot, const Record& record, int64_t first,
+                                      int64_t tokens) {
     const char* a = segments.arena_at(slot, record.a * kLoraAlign, record.rank() * row_bytes);
     args.pieces[args.num_pieces++] = {a, first, tokens, record.rank(), 0, 0};
   });
@@ -113,20 +114,22 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   return t;
 }
 
-Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
+Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots,
+                        Tensor segment_starts, int64_t layer, int64_t group, int64_t stacked_rank,
+                        ScalarType dtype) {
   const char* op = "lora_gather";
   check_contiguous(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
-  LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
-  const Segments segments(op, arena, records, slots, starts, layer, group, ids.size(0));
+  LORAX_CHECK(stacked_rank >= 0, op, ": stacked_rank ", stacked_rank, " is negative");
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, ids.size(0));
   GatherArgs args{};
   args.dtype = dtype_of(op, "dtype", dtype);
-  Tensor t = empty(ids, {1, ids.size(0), width}, ScalarType::Float);
+  Tensor t = empty(ids, {1, ids.size(0), stacked_rank}, ScalarType::Float);
   args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   args.t = static_cast<float*>(t.mutable_data_ptr());
-  args.t_stride = width;
+  args.t_stride = stacked_rank;
   args.pieces = outer_scratch<ShrinkPiece>(segments.count());
-  segments.for_each(width, [&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+  segments.for_each(stacked_rank, [&](int64_t slot, const Record& record, int64_t first,
+                                      int64_t tokens) {
     const int64_t rank = record.ranks[0], row_bytes = padded(rank * size_of(args.dtype));
     int64_t largest = 0;
     for (int64_t i = first; i < first + tokens; ++i) {
@@ -141,7 +144,7 @@ Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, 
   return t;
 }
 
-// t[0] + t[1] + ..., in this order, for the tokens of [T, width]; a single part is used as it is.
+// t[0] + t[1] + ..., in this order, of t[P, T, stacked_rank]; a single part is used as it is.
 const float* sum_parts(const Tensor& t, float* sums) {
   const float* parts = static_cast<const float*>(t.const_data_ptr());
   const int64_t size = t.size(1) * t.size(2);
@@ -153,22 +156,23 @@ const float* sum_parts(const Tensor& t, float* sums) {
   return sums;
 }
 
-void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                      int64_t layer, int64_t group, std::vector<int64_t> splits) {
+void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots,
+                      Tensor segment_starts, int64_t layer, int64_t group,
+                      std::vector<int64_t> splits) {
   const char* op = "lora_expand_";
   check_layout(op, "y", y, 2);
   ExpandArgs args{};
   args.dtype = dtype_of(op, "y", y);
   LORAX_CHECK(t.is_cpu() && t.dim() == 3 && t.size(1) == y.size(0) &&
                   t.scalar_type() == ScalarType::Float && t.is_contiguous(),
-              op, ": t must be contiguous float32 [P, T, width] beside y ", shape_of(y),
+              op, ": t must be contiguous float32 [P, T, stacked_rank] beside y ", shape_of(y),
               ", its shape is ", shape_of(t));
   const int64_t num_splits = int64_t(splits.size());
   int64_t columns = 0;
   for (int64_t n : splits) columns = n < 0 || columns < 0 ? -1 : columns + n;
   LORAX_CHECK(num_splits <= kLoraTargets && columns == y.size(1), op,
               ": splits must be the widths of at most 3 targets that fill y ", shape_of(y));
-  const Segments segments(op, arena, records, slots, starts, layer, group, y.size(0));
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, y.size(0));
   const int64_t pieces_bytes =
       padded(segments.count() * kLoraTargets * int64_t(sizeof(ExpandPiece)));
   const int64_t sums_bytes = t.size(0) == 1 ? 0 : t.size(1) * t.size(2) * int64_t(sizeof(float));

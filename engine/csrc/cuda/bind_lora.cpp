@@ -1,6 +1,6 @@
 // lorax::lora_shrink, lorax::lora_gather and lorax::lora_expand_ on the GPU.
 //
-// Only shapes are checked: what slots, starts and records hold is read by the kernels.
+// Only shapes are checked: what slots, segment_starts and records hold is read by the kernels.
 #include "../common/bind_lora.h"
 
 #include "bind.h"
@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kMaxSegments = 65535;  // of a grid
 
 LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& records,
-                         const Tensor& slots, const Tensor& starts, int64_t layer, int64_t group,
-                         int64_t tokens) {
-  check_segments(op, arena, records, slots, starts, layer, group);
+                         const Tensor& slots, const Tensor& segment_starts, int64_t layer,
+                         int64_t group, int64_t tokens) {
+  check_segments(op, arena, records, slots, segment_starts, layer, group);
   const int64_t layers = records.size(1), groups = records.size(2);
   LORAX_CHECK(slots.size(0) <= kMaxSegments, op, ": ", slots.size(0), " segments, at most ",
               kMaxSegments, " fit into a launch");
@@ -26,54 +26,56 @@ LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& reco
                      (layer * groups + group) * kRecordWords;
   segments.num_slots = records.size(0);
   segments.slots = static_cast<const int32_t*>(slots.const_data_ptr());
-  segments.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  segments.starts = static_cast<const int32_t*>(segment_starts.const_data_ptr());
   segments.count = slots.size(0);
   segments.tokens = tokens;
   return segments;
 }
 
-Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width, bool beside) {
+Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts,
+                        int64_t layer, int64_t group, int64_t stacked_rank, bool beside) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
-  LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
+  LORAX_CHECK(stacked_rank >= 0, op, ": stacked_rank ", stacked_rank, " is negative");
   ShrinkArgs args{};
   args.dtype = dtype_of(op, "x", x);
-  args.segments = segments_of(op, arena, records, slots, starts, layer, group, x.size(0));
+  args.segments = segments_of(op, arena, records, slots, segment_starts, layer, group, x.size(0));
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.k = x.size(1);
-  args.width = width;
+  args.width = stacked_rank;
   args.beside = beside;
-  Tensor t = empty(x, {shrink_parts(args.k), x.size(0), width}, ScalarType::Float);
+  Tensor t = empty(x, {shrink_parts(args.k), x.size(0), stacked_rank}, ScalarType::Float);
   args.t = static_cast<float*>(t.mutable_data_ptr());
   lora_shrink(args, current_stream(x));
   check_launch(op);
   return t;
 }
 
-Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                        int64_t layer, int64_t group, int64_t width, ScalarType dtype) {
+Tensor bind_lora_gather(Tensor ids, Tensor arena, Tensor records, Tensor slots,
+                        Tensor segment_starts, int64_t layer, int64_t group, int64_t stacked_rank,
+                        ScalarType dtype) {
   const char* op = "lora_gather";
   check_contiguous(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
-  LORAX_CHECK(width >= 0, op, ": width ", width, " is negative");
+  LORAX_CHECK(stacked_rank >= 0, op, ": stacked_rank ", stacked_rank, " is negative");
   GatherArgs args{};
   args.dtype = dtype_of(op, "dtype", dtype);
-  args.segments = segments_of(op, arena, records, slots, starts, layer, group, ids.size(0));
+  args.segments = segments_of(op, arena, records, slots, segment_starts, layer, group, ids.size(0));
   args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  args.width = width;
-  Tensor t = empty(ids, {1, ids.size(0), width}, ScalarType::Float);
+  args.width = stacked_rank;
+  Tensor t = empty(ids, {1, ids.size(0), stacked_rank}, ScalarType::Float);
   args.t = static_cast<float*>(t.mutable_data_ptr());
   lora_gather(args, current_stream(ids));
   check_launch(op);
   return t;
 }
 
-void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor starts,
-                      int64_t layer, int64_t group, std::vector<int64_t> splits) {
+void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor slots,
+                      Tensor segment_starts, int64_t layer, int64_t group,
+                      std::vector<int64_t> splits) {
   const char* op = "lora_expand_";
   check_layout(op, "y", y, 2);
-  check_contiguous(op, "t", t, 3, ScalarType::Float, "float32 [P, T, width]");
+  check_contiguous(op, "t", t, 3, ScalarType::Float, "float32 [P, T, stacked_rank]");
   LORAX_CHECK(t.size(1) == y.size(0), op, ": t ", shape_of(t), " does not fit y ", shape_of(y));
   ExpandArgs args{};
   int64_t columns = 0;
@@ -85,7 +87,7 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   }
   LORAX_CHECK(columns == y.size(1), op, ": splits add up to ", columns, ", y is ", shape_of(y));
   args.dtype = dtype_of(op, "y", y);
-  args.segments = segments_of(op, arena, records, slots, starts, layer, group, y.size(0));
+  args.segments = segments_of(op, arena, records, slots, segment_starts, layer, group, y.size(0));
   args.y = y.mutable_data_ptr();
   args.y_stride = y.stride(0);
   args.t = static_cast<const float*>(t.const_data_ptr());

@@ -1,6 +1,7 @@
-"""Attention backends: which one serves a model on a machine. The only place that knows their names.
+"""Attention backends, and the choice of one for a model and a machine. Only this module knows their names.
 
-A package is imported only when its backend is chosen. What a backend cannot do is refused at start, with the reason.
+A package is imported only when its backend is chosen. A backend that cannot serve the model is refused at start, with
+the reason.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ __all__ = [
 
 Name = Literal["auto", "builtin", "flashinfer", "flash-attn"]
 
-# Name -> (why it cannot serve a model, or None; what makes it).
+# Name -> (function that says why it cannot serve a model, or None; function that makes it).
 BACKENDS: dict[str, tuple[Callable[[Needs], str | None], Callable[[Needs], Backend]]] = {
     Builtin.name: (Builtin.refusal, lambda needs: Builtin()),
     FlashInfer.name: (FlashInfer.refusal, FlashInfer),
     FlashAttention.name: (FlashAttention.refusal, FlashAttention),
 }
 
-# Best first. A backend of another package goes ahead of the built-in one only where it makes the whole step more than
-# 5 % faster and builds nothing at start.
+# Best first. A backend of another package comes before the built-in one only if it makes the whole step more than 5 %
+# faster and builds nothing at start.
 AUTO = (Builtin.name,)
 
 
 def choose(name: Name, needs: Needs) -> Backend:
-    """The backend that `--attention-backend` names. Raises ConfigError with what it cannot do, or what is missing."""
+    """The backend that `--attention-backend` names. Raises ConfigError that says what it lacks."""
     for candidate in AUTO if name == "auto" else (name,):
         refuse, make = BACKENDS[candidate]
         reason = refuse(needs)

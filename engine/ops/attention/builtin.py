@@ -1,4 +1,4 @@
-"""The op `paged_attention`: every dtype, head size, window and softcap, on every device; plans nothing."""
+"""The op `paged_attention`: every dtype, head size, window and softcap, on every device. It plans nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_BLOCK_SIZE = 16
 
 
 def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int) -> Tensor:
-    """How the keys are split among thread blocks is decided on the device, so any graph may hold it."""
+    """Any graph may hold it, because the device decides how keys are split among thread blocks."""
     return ops.paged_attention(
         q,
         view.cache,
@@ -32,7 +32,7 @@ def attend(q: Tensor, view: View, layer: int, scale: float, softcap: float, wind
 
 
 class Builtin:
-    """Our own kernels; on a machine without them, their reference."""
+    """Our own kernels, or their reference on a machine without them."""
 
     name = "builtin"
     default_block_size = DEFAULT_BLOCK_SIZE
@@ -42,7 +42,7 @@ class Builtin:
 
     @staticmethod
     def refusal(needs: Needs) -> None:
-        """It refuses nothing."""
+        """It serves every model."""
 
     def kv_format(self, dtype: torch.dtype) -> KVFormat:
         return KVFormat(dtype)

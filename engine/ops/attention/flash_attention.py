@@ -1,7 +1,8 @@
-"""FlashAttention-2 (Dao 2023), from the package `flash-attn`: plans nothing, blocks of 256 positions.
+"""FlashAttention-2 (Dao 2023), from the package `flash-attn`: it plans nothing and takes blocks of 256 positions.
 
-Decode tokens and chunks are two calls. The first cuts the keys of a sequence into parts where the batch alone does not
-fill the GPU, by the width of the block table, which is fixed in a captured graph; the second never does.
+Decode tokens and chunks are two calls. The first splits the keys of a sequence into parts if the batch alone does not
+fill the GPU. The number of parts depends on the width of the block table, which is fixed in a captured graph. The
+second call never splits.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, S
 
 MAX_HEAD = 256
 HEAD_UNIT = 8
-PAGE = 256  # the kernels take multiples of it
+PAGE = 256  # positions; the kernels take multiples of it
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    """The sequences of a step behind its decode tokens."""
+    """The sequences of a step that come after its decode tokens."""
 
-    cu_seqlens_q: Tensor  # [C + 1] int32, from 0
-    cu_seqlens_k: Tensor  # [C + 1] int32: running sum of context_lens
+    cu_seqlens_q: Tensor  # [chunks + 1] int32, from 0
+    cu_seqlens_k: Tensor  # [chunks + 1] int32: running sum of their context_lens
     max_seqlen_q: int
     max_seqlen_k: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step: `num_decodes` sequences of one token, then chunks."""
+    """The attention of one step: `num_decodes` sequences of one token, then chunks."""
 
     package: Any
     num_decodes: int
@@ -67,10 +68,10 @@ class _Step:
                 q[n:],
                 keys,
                 values,
-                chunks.cu_seqlens_q,
-                chunks.cu_seqlens_k,
-                chunks.max_seqlen_q,
-                chunks.max_seqlen_k,
+                cu_seqlens_q=chunks.cu_seqlens_q,
+                cu_seqlens_k=chunks.cu_seqlens_k,
+                max_seqlen_q=chunks.max_seqlen_q,
+                max_seqlen_k=chunks.max_seqlen_k,
                 block_table=view.block_tables[n:],
                 **options,
             )
@@ -79,7 +80,7 @@ class _Step:
 
 
 class _Graph:
-    """Decode tokens only; everything that changes from step to step is on the device."""
+    """Decode tokens only. Everything that changes from step to step is on the device."""
 
     def __init__(self, package: Any, rows: int) -> None:
         self.step = _Step(package, rows, None)
@@ -91,7 +92,7 @@ class _Graph:
 
 
 class FlashAttention:
-    """The package is imported here, and refused by name when it is missing."""
+    """Imports the package. Raises ConfigError that names the package if it is missing."""
 
     name = "flash-attn"
     default_block_size = PAGE
@@ -117,7 +118,7 @@ class FlashAttention:
         return KVFormat(dtype)
 
     def workspace(self, rows: int) -> int:
-        """It takes what it needs from torch, as activations do."""
+        """No buffers of its own: it allocates from torch, as activations do."""
         return 0
 
     def start(self, room: Room) -> None: ...
@@ -145,6 +146,6 @@ class FlashAttention:
 
 
 def _uploaded(values: Sequence[int], device: torch.device) -> Tensor:
-    """int32, without waiting for the device."""
+    """`values` as int32 on the device, without waiting for it."""
     host = torch.tensor(values, dtype=torch.int32)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

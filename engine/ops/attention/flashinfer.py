@@ -1,8 +1,8 @@
-"""FlashInfer (Ye et al. 2025), from the package `flashinfer-python`: the host plans how a step is cut among CTAs.
+"""FlashInfer (Ye et al. 2025), from the package `flashinfer-python`: the host plans how a step is split among CTAs.
 
-Decode tokens and chunks are two calls into one output. Their kernels are built by nvcc when they are first used, which
-`start` makes happen. A plan is a few KB that go up from one pinned buffer per wrapper, so the next plan of a wrapper
-waits until that copy has left it; the copy is the first thing of its step, so the step is not waited for.
+Decode tokens and chunks are two calls into one output. nvcc builds their kernels at first use; `start` uses them once.
+A plan is a few KB that are copied to the device from one pinned buffer per wrapper. The next plan of a wrapper waits
+until that copy is done. The copy is the first work of its step, so the host does not wait for the step itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 HEAD_SIZES = (64, 128, 256)
 LAYOUT = "NHD"  # a page is [positions, kv heads, head size]
-PLAN_BYTES = 1 << 20  # of the plan of a captured step, which takes about 100 bytes a row
-OWN_BYTES = 8 << 20  # that a wrapper takes for its own plan
-PREFILL_TILE = 128  # packed query rows of a CTA, at most
-CTAS_PER_PROCESSOR = 2  # that its scheduler counts with
+PLAN_BYTES = 1 << 20  # room for the plan of a captured step, which takes about 100 bytes a row
+OWN_BYTES = 8 << 20  # that a wrapper allocates for its own plan
+PREFILL_TILE = 128  # packed query rows of a CTA at most
+CTAS_PER_PROCESSOR = 2  # that its scheduler assumes
 
 
 class Mark(Protocol):
@@ -36,7 +36,7 @@ class Mark(Protocol):
 
 
 def marked() -> Mark:
-    """Reached when the device has done what was launched so far."""
+    """A mark that is reached when the device has done everything launched so far."""
     return torch.cuda.current_stream().record_event()
 
 
@@ -48,13 +48,13 @@ def _running_sum(counts: Sequence[int] | Tensor) -> Tensor:
 
 
 def _left(window: int) -> int:
-    """Positions to the left of the query's own; -1: all."""
+    """Positions to the left of the query's own position; -1: all."""
     return window - 1 if window else -1
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step: `num_decodes` sequences of one token, then chunks. Wrappers are by window, planned for this step."""
+    """The attention of one step: `num_decodes` sequences of one token, then chunks. Wrappers by window."""
 
     needs: Needs
     decode: Mapping[int, Any]
@@ -65,7 +65,9 @@ class _Step:
         self, q: Tensor, view: View, layer: int, scale: float, softcap: float, window: int
     ) -> Tensor:
         needs, n = self.needs, self.num_decodes
-        assert (scale, softcap) == (needs.scale, needs.softcap), "the plan says otherwise"
+        assert (scale, softcap) == (needs.scale, needs.softcap), (
+            "the plan was made for another scale or softcap"
+        )
         cache = view.cache[:, layer, 0], view.cache[:, layer, 1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:
@@ -76,7 +78,7 @@ class _Step:
 
 
 class _Graph:
-    """The decode tokens of one captured graph: fixed buffers, filled by the graph, and a plan ahead of each replay."""
+    """The decode tokens of one captured graph: fixed buffers that the graph fills, and a plan before each replay."""
 
     def __init__(self, backend: FlashInfer, rows: int) -> None:
         self.backend, self.rows = backend, rows
@@ -94,7 +96,7 @@ class _Graph:
                 paged_kv_last_page_len_buffer=self.pages.last,
             )
             wrapper.reset_workspace_buffer(backend.workspace_buffer, plan)
-            # the first plan in full, which loads the kernels
+            # the first plan is a full one, which loads the kernels
             wrapper.plan(
                 indptr, self.pages.indices[:rows], last, *backend.shape, **backend.options(window)
             )
@@ -106,7 +108,7 @@ class _Graph:
         return _Step(self.backend.needs, self.wrappers, {}, self.rows)
 
     def plan(self, context_lens: Iterable[int]) -> None:
-        """The page arrays are the graph's own, so only the cut of the keys goes up."""
+        """Copies only the split of the keys to the device, because the graph fills the page arrays."""
         backend = self.backend
         self.copied.synchronize()
         indptr, last = backend.host_pages(list(context_lens))
@@ -124,7 +126,7 @@ class _Graph:
 
 
 class FlashInfer:
-    """The package is imported here, and refused by name when it is missing."""
+    """Imports the package. Raises ConfigError that names the package if it is missing."""
 
     name = "flashinfer"
     default_block_size = 16
@@ -156,7 +158,7 @@ class FlashInfer:
         return self._partial_bytes(rows) + plans
 
     def _partial_bytes(self, rows: int) -> int:
-        """Partial sums in float32 of as many tiles as its scheduler may cut a step into."""
+        """Bytes of the float32 partial sums of as many tiles as its scheduler may split a step into."""
         needs = self.needs
         assert needs.gpu is not None
         gqa_ratio = needs.heads // needs.kv_heads
@@ -164,14 +166,14 @@ class FlashInfer:
         tile = 16 if gqa_ratio <= 16 else 64 if gqa_ratio <= 64 else PREFILL_TILE
         decode = tile * max(cut, -(-rows * gqa_ratio // tile) + rows - 1)
         rows_of_tiles = max(decode, PREFILL_TILE * cut)
-        aligned = 64  # bytes, of two allocations at 16
+        aligned = 64  # bytes, for two allocations aligned to 16
         return needs.heads * rows_of_tiles * (needs.head_dim + 1) * 4 + aligned
 
     def start(self, room: Room) -> None:
         needs, device, package = self.needs, self.needs.device, self.package
         self.block_size = room.block_size
         self.shape = (needs.heads, needs.kv_heads, needs.head_dim, room.block_size)
-        # partial sums; FlashInfer wants zeros at first use
+        # for partial sums; FlashInfer needs zeros at first use
         self.workspace_buffer = torch.zeros(
             self._partial_bytes(room.rows), dtype=torch.uint8, device=device
         )
@@ -195,8 +197,8 @@ class FlashInfer:
         self._build()
 
     def _build(self) -> None:
-        """Plans a tiny step, which loads the kernels and, on a machine that has not got them yet, builds them."""
-        logger.info("FlashInfer loads its kernels; the first time on a machine it builds them")
+        """Plans a tiny step, which loads the kernels, or builds them at the first start on a machine."""
+        logger.info("FlashInfer loads its kernels; the first start on a machine builds them")
         started = time.perf_counter()
         context_lens = torch.ones(2, dtype=torch.int32, device=self.needs.device)
         block_tables = torch.zeros(2, 1, dtype=torch.int32, device=self.needs.device)
@@ -212,7 +214,7 @@ class FlashInfer:
         logger.info("FlashInfer's kernels are ready after %.1f s", time.perf_counter() - started)
 
     def options(self, window: int) -> dict[str, Any]:
-        """What every plan of a window says."""
+        """The options of every plan of a window."""
         needs = self.needs
         return {
             "window_left": _left(window),
@@ -223,7 +225,7 @@ class FlashInfer:
         }
 
     def host_pages(self, context_lens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """indptr and length of each last page, int32 in host memory."""
+        """indptr and the length of each last page, int32 in host memory."""
         host = torch.tensor(context_lens, dtype=torch.int32)
         counts = (host + (self.block_size - 1)) // self.block_size
         return _running_sum(counts), host - (counts - 1) * self.block_size
@@ -237,7 +239,7 @@ class FlashInfer:
         rows, blocks = block_tables.shape
         pages = Pages.empty(rows, blocks, block_tables.device)
         pages.fill(block_tables, context_lens, self.block_size)
-        # what a plan takes up to the device, from pinned memory, so that nothing waits
+        # a plan copies these to the device, from pinned memory, so that nothing waits
         indptr, last = map(self._pinned, self.host_pages(step.context_lens))
         qo_indptr = self._pinned(_running_sum(step.query_lens[n:]))
         for window in self.plans:

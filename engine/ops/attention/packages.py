@@ -1,4 +1,4 @@
-"""What the backends of other packages share: when they can serve, and importing them when they are chosen."""
+"""What the backends of other packages share: the GPUs and dtypes that they serve, and the import of a package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AMPERE = (8, 0)
 
 
 def refusal_of_gpu_and_dtype(needs: Needs) -> str | None:
-    """Their kernels are for tensor cores in 16 bits, of Ampere or later."""
+    """Why they cannot serve. Their kernels need 16-bit tensor cores of Ampere or later."""
     if needs.gpu is None:
         return "needs a GPU"
     if needs.gpu.capability < AMPERE:
@@ -28,7 +28,7 @@ def refusal_of_gpu_and_dtype(needs: Needs) -> str | None:
 
 
 def imported(backend: str, module: str, install: str) -> Any:
-    """The module; raises ConfigError that says what to install, or why what is installed does not load."""
+    """The module. Raises ConfigError that says what to install, or why the installed package does not load."""
     try:
         return import_module(module)
     except ImportError as error:

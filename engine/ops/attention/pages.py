@@ -1,4 +1,4 @@
-"""Block tables in compressed rows, as FlashInfer reads them: indptr, indices and the length of each last page."""
+"""Block tables in compressed rows, as FlashInfer reads them: indptr, indices and last page lengths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Pages(NamedTuple):
-    """Sequence s owns the pages `indices[indptr[s] : indptr[s + 1]]`; its last one holds `last[s]` positions."""
+    """Sequence s owns the pages `indices[indptr[s] : indptr[s + 1]]`. Its last page holds `last[s]` positions."""
 
     indptr: Tensor  # [S + 1] int32
-    indices: Tensor  # [S * blocks of the longest + 1] int32; the end is not defined
+    indices: Tensor  # [S * blocks of the longest sequence + 1] int32; the end is not defined
     last: Tensor  # [S] int32, 1 to block_size
 
     @classmethod
@@ -29,9 +29,9 @@ class Pages(NamedTuple):
         return Pages(self.indptr[: rows + 1], self.indices, self.last[:rows])
 
     def fill(self, block_tables: Tensor, context_lens: Tensor, block_size: int) -> None:
-        """From `block_tables` [S, blocks] and `context_lens` [S], int32 and above 0.
+        """Fills the arrays from `block_tables` [S, blocks] and `context_lens` [S], int32 and above 0.
 
-        Runs on the device, so a graph may hold it.
+        It runs on the device, so a graph may hold it.
         """
         counts = (context_lens + (block_size - 1)) // block_size
         torch.cumsum(counts, 0, dtype=torch.int32, out=self.indptr[1:])

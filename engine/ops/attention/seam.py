@@ -1,4 +1,4 @@
-"""What an attention backend is: asked once at start, planned once a step, called once a layer.
+"""The interface of attention backends: started once, prepared once per step, called once per layer.
 
 All backends read the same cache, `[blocks, layers, 2, block_size, kv_heads, head_dim]`, viewed per layer by strides.
 What else a step's attention needs is prepared once per step, by `Backend.step` or, in a captured graph, by `Captured`.
@@ -17,10 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What a backend wants to know of a GPU."""
+    """What a backend needs to know about a GPU."""
 
     capability: tuple[int, int]
-    processors: int
+    processors: int  # streaming multiprocessors
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu | None:
@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a model asks of its attention, and where."""
+    """What a model needs of its attention, and on which device."""
 
     heads: int
     kv_heads: int
@@ -48,7 +48,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The most that one step may hold, and the cache's block size."""
+    """The largest step, and the cache's block size."""
 
     rows: int
     blocks: int  # of one row
@@ -57,12 +57,10 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """How keys and values lie in the cache: a type of their own, and scales inside the bytes of each block."""
+    """How the cache stores keys and values: their dtype, and scales inside the bytes of each block."""
 
     dtype: torch.dtype
-    scale_bytes: int = (
-        0  # of each block of each layer, behind its keys and values; 0: there are none
-    )
+    scale_bytes: int = 0  # of each block of each layer, after its keys and values; 0: no scales
 
     def block_bytes(self, layers: int, positions: int, kv_heads: int, head_dim: int) -> int:
         """Bytes of one block over all layers."""
@@ -72,9 +70,9 @@ class KVFormat:
 
 @dataclass(frozen=True, slots=True)
 class StepLengths:
-    """A step as the host knows it, one entry a sequence: decode tokens first, then chunks."""
+    """A step as the host knows it, one entry per sequence: decode tokens first, then chunks."""
 
-    query_lens: Sequence[int]  # tokens of the step
+    query_lens: Sequence[int]  # tokens of each sequence in this step
     context_lens: Sequence[int]  # positions of each sequence, this step's included
 
     @property
@@ -85,12 +83,12 @@ class StepLengths:
 
 
 class View(Protocol):
-    """The KV cache as one step sees it: what a backend reads of `engine.layers.batch.KVView`."""
+    """The part of `engine.layers.batch.KVView` that a backend reads."""
 
     @property
     def cache(self) -> Tensor: ...  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     @property
-    def block_tables(self) -> Tensor: ...  # [S, blocks of the longest] int32
+    def block_tables(self) -> Tensor: ...  # [S, blocks of the longest sequence] int32
     @property
     def cu_seqlens_q(self) -> Tensor: ...  # [S + 1] int32
     @property
@@ -115,10 +113,10 @@ Prepare = Callable[[Tensor, Tensor], Attend]
 
 
 class Captured(Protocol):
-    """The attention of one captured graph: rows with one token each, and chunks if the backend captures any."""
+    """The attention of one captured graph: rows with one token each, and chunks if the backend captures them."""
 
     def attend(self, block_tables: Tensor, context_lens: Tensor) -> Attend:
-        """Called while the graph is captured: what it launches is part of the graph."""
+        """Called while the graph is captured: its launches are part of the graph."""
         ...
 
     def plan(self, context_lens: Iterable[int]) -> None:
@@ -135,23 +133,23 @@ class Backend(Protocol):
     name: str  # as in --attention-backend
     default_block_size: int  # positions of a block, unless the user says otherwise
     block_unit: int  # block sizes are multiples of it
-    captures_chunks: bool  # else steps with chunks are launched kernel by kernel
+    captures_chunks: bool  # False: steps with chunks are launched kernel by kernel
 
     def kv_format(self, dtype: torch.dtype) -> KVFormat:
-        """How it stores keys and values that a model computes as `dtype`."""
+        """How it stores the keys and values that a model computes as `dtype`."""
         ...
 
     @property
     def serves(self) -> Mapping[str, str]:
-        """Op -> what serves it instead of our own kernels, for `/info` and the log."""
+        """Op -> what serves it in place of our own kernels, for `/info` and the log."""
         ...
 
     def workspace(self, rows: int) -> int:
-        """Bytes that it takes for itself, of steps of up to `rows` sequences."""
+        """Bytes of its own buffers, for steps of up to `rows` sequences."""
         ...
 
     def start(self, room: Room) -> None:
-        """Allocates, and builds what is built at first use; before any step. Raises ConfigError."""
+        """Allocates buffers and builds kernels. Called before any step. Raises ConfigError."""
         ...
 
     def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
@@ -159,5 +157,5 @@ class Backend(Protocol):
         ...
 
     def captured(self, rows: int) -> Captured:
-        """The attention of a graph with so many rows of one token each."""
+        """The attention of a graph with `rows` rows of one token each."""
         ...
