@@ -22,7 +22,7 @@ from engine.messages import EngineInfo
 from engine.models import weights
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
-from engine.ops.attention import Backend, Gpu, KVFormat, Needs, Room, choose
+from engine.ops.attention import AttentionBackend, Capacity, Gpu, KVFormat, Needs, choose
 from engine.ops.layout import RECORD_WORDS, ShardLayout
 from engine.ops.targets import Shard
 from engine.platform import Platform, detect
@@ -54,7 +54,7 @@ class LoadedModel:
     spec: ModelSpec
     decoder: Decoder
     dtype: torch.dtype  # of what it computes in
-    attention: Backend
+    attention: AttentionBackend
 
     @property
     def kv(self) -> KVFormat:
@@ -118,7 +118,7 @@ def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
 
 def choose_attention(
     config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-) -> Backend:
+) -> AttentionBackend:
     """The backend of --attention-backend; before anything large is loaded."""
     attention = spec.attention
     needs = Needs(
@@ -180,7 +180,7 @@ def make_runner(
         device=device,
         spare=decode_words(plan.max_rows) + mixed_words(plan.max_rows, plan.max_step_tokens),
     )
-    model.attention.start(Room(plan.max_rows, blocks, plan.block_size))
+    model.attention.start(Capacity(plan.max_rows, blocks, plan.block_size))
     host = (arena, records, region)
     placer = Placer(*host) if pinning is None else CudaPlacer(*host, pinning)
     return Runner(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
-from engine.ops.attention import Backend, Prepare, StepLengths
+from engine.ops.attention import AttentionBackend, Prepare, StepLengths
 from engine.runner.inputs import Description, Inputs
 from engine.runner.rows import RowTable
 from engine.runner.shapes import Shape, decode_words
@@ -84,7 +84,7 @@ class BatchBuilder:
     """Describes steps and expands their descriptions. The rows that decode are described when they change."""
 
     def __init__(
-        self, rows: RowTable, cache: Tensor, adapters: Adapters, attention: Backend
+        self, rows: RowTable, cache: Tensor, adapters: Adapters, attention: AttentionBackend
     ) -> None:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.config import GIB, EngineConfig, flag_of
 from engine.errors import ConfigError
 from engine.models.spec import ModelSpec
-from engine.ops.attention import Backend, KVFormat
+from engine.ops.attention import AttentionBackend, KVFormat
 from engine.platform import Platform
 from engine.runner.shapes import chunk_bounds, mixed_shapes
 
@@ -109,7 +109,7 @@ def plan_memory(
     platform: Platform,
     spec: ModelSpec,
     footprint: Footprint,
-    backend: Backend,
+    backend: AttentionBackend,
 ) -> MemoryPlan:
     """Splits the budget. Raises ConfigError that names the flag to change when something does not fit."""
     weights, itemsize = footprint.weights, footprint.itemsize
@@ -161,7 +161,7 @@ def plan_memory(
     )
 
 
-def block_size(given: int | None, backend: Backend) -> int:
+def block_size(given: int | None, backend: AttentionBackend) -> int:
     """Positions of a KV block: what the user says, if the attention backend can read it, else what that likes."""
     block = _positive(given, backend.default_block_size, "block_size")
     if block % backend.block_unit:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.messages import Chunk, Placement, StepPlan, StepResult
-from engine.ops.attention import Backend
+from engine.ops.attention import AttentionBackend
 from engine.runner.batch import Adapters, BatchBuilder, Model
 from engine.runner.graphs import StepGraphs
 from engine.runner.inputs import Description
@@ -76,7 +76,7 @@ class Runner:
         cache: Tensor,
         adapters: Adapters,
         placer: Placer,
-        attention: Backend,
+        attention: AttentionBackend,
     ):
         self.model, self.rows, self.placer = model, rows, placer
         self.adapters = adapters

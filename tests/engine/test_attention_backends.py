@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 from engine.messages import Request
 from engine.models import spec_from
 from engine.ops import attention
-from engine.ops.attention import Backend, Gpu, KVFormat, Needs
+from engine.ops.attention import AttentionBackend, Gpu, KVFormat, Needs
 from engine.ops.attention.builtin import Builtin
 from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
@@ -48,7 +48,7 @@ def with_backend(config: EngineConfig, name: str) -> EngineConfig:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The packages' backends serve the CPU in float32, over the stand-ins."""
-    makers: dict[str, Callable[[Needs], Backend]] = {
+    makers: dict[str, Callable[[Needs], AttentionBackend]] = {
         "flashinfer": lambda needs: FlashInfer(
             replace(needs, gpu=HOPPER), fake_attention.flashinfer, fake_attention.Mark
         ),
@@ -152,7 +152,7 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
     flashinfer = FlashInfer(needs, fake_attention.flashinfer)
     flash = FlashAttention(needs, fake_attention.flash_attn)
 
-    def plan(backend: Backend, block_size: int | None = None) -> tuple[int, int, int]:
+    def plan(backend: AttentionBackend, block_size: int | None = None) -> tuple[int, int, int]:
         given = replace(config, scheduler=replace(config.scheduler, block_size=block_size))
         made = plan_memory(given, platform, spec, FOOTPRINT, backend)
         return made.block_size, made.kv_block, made.working

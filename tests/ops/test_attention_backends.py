@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.layers.batch import KVView
 from engine.ops import attention
-from engine.ops.attention import Backend, Gpu, Needs, Room, StepLengths, choose
+from engine.ops.attention import AttentionBackend, Capacity, Gpu, Needs, StepLengths, choose
 from engine.ops.attention.builtin import Builtin
 from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
@@ -107,7 +107,7 @@ def test_kernels_that_cannot_be_built_are_refused() -> None:
     decode = type("Decode", (fake_attention.BatchDecodeWithPagedKVCacheWrapper,), {"plan": fail})
     package.__dict__["BatchDecodeWithPagedKVCacheWrapper"] = decode
     with pytest.raises(ConfigError, match="could not build or load its kernels: Could not find"):
-        FlashInfer(LLAMA, package, fake_attention.Mark).start(Room(4, 8, 16))
+        FlashInfer(LLAMA, package, fake_attention.Mark).start(Capacity(4, 8, 16))
 
 
 def test_decodes_are_the_leading_sequences_of_one_token() -> None:
@@ -192,14 +192,14 @@ class Scene:
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
-def made(name: str, needs: Needs, room: Room) -> Backend:
-    backends: dict[str, Callable[[], Backend]] = {
+def made(name: str, needs: Needs, capacity: Capacity) -> AttentionBackend:
+    backends: dict[str, Callable[[], AttentionBackend]] = {
         "builtin": Builtin,
         "flashinfer": lambda: FlashInfer(needs, fake_attention.flashinfer, fake_attention.Mark),
         "flash-attn": lambda: FlashAttention(needs, fake_attention.flash_attn),
     }
     backend = backends[name]()
-    backend.start(room)
+    backend.start(capacity)
     return backend
 
 
@@ -220,7 +220,7 @@ STEPS = [
 @pytest.mark.parametrize("needs", NEEDS)
 def test_a_step_equals_the_builtin_op(name: str, needs: Needs) -> None:
     block_size = 256 if name == "flash-attn" else random.choice([16, 32])
-    backend = made(name, needs, Room(8, 20, block_size))
+    backend = made(name, needs, Capacity(8, 20, block_size))
     for sequences in STEPS * 2:
         scene = Scene(sequences, needs, block_size)
         scene.check(backend.step(scene.step, scene.block_tables, scene.context_lens))
@@ -231,7 +231,7 @@ def test_a_step_equals_the_builtin_op(name: str, needs: Needs) -> None:
 def test_a_graph_serves_any_lengths(name: str, needs: Needs) -> None:
     """Graphs of two sizes in turn, each planned ahead for rows of other lengths and blocks."""
     block_size = 256 if name == "flash-attn" else 16
-    backend = made(name, needs, Room(6, 40, block_size))
+    backend = made(name, needs, Capacity(6, 40, block_size))
     graphs = {rows: backend.captured(rows) for rows in (6, 3)}
     for rows in (6, 3, 3, 6):
         scene = Scene([(1, random.randint(1, 600)) for _ in range(rows)], needs, block_size)
@@ -241,7 +241,7 @@ def test_a_graph_serves_any_lengths(name: str, needs: Needs) -> None:
 
 def test_a_plan_that_does_not_fit_the_arrays_is_noticed() -> None:
     """The stand-in sees it when host and device disagree: this is what the tests above rest on."""
-    backend = made("flashinfer", SMALL, Room(2, 40, 16))
+    backend = made("flashinfer", SMALL, Capacity(2, 40, 16))
     graph = backend.captured(2)
     scene = Scene([(1, 40), (1, 9)], SMALL, 16)
     graph.plan([40, 8])
@@ -261,7 +261,7 @@ def test_flashinfer_waits_for_its_last_upload_only() -> None:
             events.append("wait")
 
     backend = FlashInfer(SMALL, fake_attention.flashinfer, Recorded)
-    backend.start(Room(2, 4, 16))
+    backend.start(Capacity(2, 4, 16))
     graph = backend.captured(2)
     events.clear()
     graph.plan([1, 2])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.layers.batch import KVView
 from engine.ops import attention, reference
-from engine.ops.attention import Backend, Gpu, Needs, Room, StepLengths, choose
+from engine.ops.attention import AttentionBackend, Capacity, Gpu, Needs, StepLengths, choose
 from tests.ops.test_cuda_attention import LAYER, LAYERS, TOLERANCES, Cache
 
 pytestmark = [
@@ -58,11 +58,11 @@ every_run = pytest.mark.parametrize(("name", "case"), RUNS)
 
 
 @pytest.fixture
-def made(name: attention.Name, case: str) -> tuple[Backend, Needs]:
+def made(name: attention.Name, case: str) -> tuple[AttentionBackend, Needs]:
     pytest.importorskip(PACKAGES[name])
     needs = needs_of(**CASES[case])
     backend = choose(name, needs)
-    backend.start(Room(16, 400, backend.default_block_size))
+    backend.start(Capacity(16, 400, backend.default_block_size))
     return backend, needs
 
 
@@ -87,7 +87,7 @@ SEQUENCES = {
 
 @every_run
 @pytest.mark.parametrize("kind", SEQUENCES)
-def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
+def test_a_step(made: tuple[AttentionBackend, Needs], kind: str) -> None:
     """Every place that no sequence owns holds NaN; a backend is planned anew for the next step."""
     backend, needs = made
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_a_step(made: tuple[Backend, Needs], kind: str) -> None:
 class Rows:
     """Rows of one token each in tensors at fixed addresses, and a cache that is full of numbers."""
 
-    def __init__(self, backend: Backend, needs: Needs, rows: int, blocks: int) -> None:
+    def __init__(self, backend: AttentionBackend, needs: Needs, rows: int, blocks: int) -> None:
         self.rows, self.blocks, self.block_size = rows, blocks, backend.default_block_size
         self.num_blocks = rows * blocks + 5
         shape = (self.num_blocks, LAYERS, 2, self.block_size, needs.kv_heads, needs.head_dim)
@@ -151,7 +151,7 @@ class Rows:
 
 
 @every_run
-def test_graphs_replay_for_any_lengths(made: tuple[Backend, Needs]) -> None:
+def test_graphs_replay_for_any_lengths(made: tuple[AttentionBackend, Needs]) -> None:
     """Two sizes, captured with rows of one position; then replayed in turn, planned but never captured again."""
     backend, needs = made
     blocks = 400 // (backend.default_block_size // 16)
@@ -185,7 +185,7 @@ def test_graphs_replay_for_any_lengths(made: tuple[Backend, Needs]) -> None:
 
 
 @every_run
-def test_steps_and_graphs_share_a_backend(made: tuple[Backend, Needs]) -> None:
+def test_steps_and_graphs_share_a_backend(made: tuple[AttentionBackend, Needs]) -> None:
     """A step of prompts between replays, none of them waited for, as an engine that runs ahead launches them."""
     backend, needs = made
     rows, captured = Rows(backend, needs, 4, 8), backend.captured(4)

@@ -16,13 +16,13 @@ from engine.ops.attention.flash_attention import FlashAttention
 from engine.ops.attention.flashinfer import FlashInfer
 from engine.ops.attention.seam import (
     Attend,
-    Backend,
+    AttentionBackend,
+    Capacity,
     Captured,
     Gpu,
     KVFormat,
     Needs,
     Prepare,
-    Room,
     StepLengths,
     View,
 )
@@ -31,14 +31,14 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "Attend",
-    "Backend",
+    "AttentionBackend",
     "Captured",
     "Gpu",
     "KVFormat",
     "Name",
     "Needs",
     "Prepare",
-    "Room",
+    "Capacity",
     "StepLengths",
     "View",
     "builtin_attend",
@@ -48,7 +48,7 @@ __all__ = [
 Name = Literal["auto", "builtin", "flashinfer", "flash-attn"]
 
 # Name -> (function that says why it cannot serve a model, or None; function that makes it).
-BACKENDS: dict[str, tuple[Callable[[Needs], str | None], Callable[[Needs], Backend]]] = {
+BACKENDS: dict[str, tuple[Callable[[Needs], str | None], Callable[[Needs], AttentionBackend]]] = {
     Builtin.name: (Builtin.refusal, lambda needs: Builtin()),
     FlashInfer.name: (FlashInfer.refusal, FlashInfer),
     FlashAttention.name: (FlashAttention.refusal, FlashAttention),
@@ -59,7 +59,7 @@ BACKENDS: dict[str, tuple[Callable[[Needs], str | None], Callable[[Needs], Backe
 AUTO = (Builtin.name,)
 
 
-def choose(name: Name, needs: Needs) -> Backend:
+def choose(name: Name, needs: Needs) -> AttentionBackend:
     """The backend that `--attention-backend` names. Raises ConfigError that says what it lacks."""
     for candidate in AUTO if name == "auto" else (name,):
         refuse, make = BACKENDS[candidate]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import schemas as schemas  # defines the op
-from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import Attend, Capacity, Captured, KVFormat, Needs, StepLengths, View
 
 ops = torch.ops.lorax
 
@@ -50,7 +50,7 @@ class Builtin:
     def workspace(self, rows: int) -> int:
         return 0
 
-    def start(self, room: Room) -> None: ...
+    def start(self, capacity: Capacity) -> None: ...
 
     def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         return attend

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.ops.attention.packages import imported, refusal_of_gpu_and_dtype
-from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import Attend, Capacity, Captured, KVFormat, Needs, StepLengths, View
 
 MAX_HEAD = 256
 HEAD_UNIT = 8
@@ -121,7 +121,7 @@ class FlashAttention:
         """No buffers of its own: it allocates from torch, as activations do."""
         return 0
 
-    def start(self, room: Room) -> None: ...
+    def start(self, capacity: Capacity) -> None: ...
 
     def step(self, step: StepLengths, block_tables: Tensor, context_lens: Tensor) -> Attend:
         n = step.num_decodes

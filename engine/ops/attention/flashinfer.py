@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.ops.attention.packages import imported, refusal_of_gpu_and_dtype
 from engine.ops.attention.pages import Pages
-from engine.ops.attention.seam import Attend, Captured, KVFormat, Needs, Room, StepLengths, View
+from engine.ops.attention.seam import Attend, Capacity, Captured, KVFormat, Needs, StepLengths, View
 
 logger = logging.getLogger(__name__)
 
@@ -169,19 +169,19 @@ class FlashInfer:
         aligned = 64  # bytes, for two allocations aligned to 16
         return needs.heads * rows_of_tiles * (needs.head_dim + 1) * 4 + aligned
 
-    def start(self, room: Room) -> None:
+    def start(self, capacity: Capacity) -> None:
         needs, device, package = self.needs, self.needs.device, self.package
-        self.block_size = room.block_size
-        self.shape = (needs.heads, needs.kv_heads, needs.head_dim, room.block_size)
+        self.block_size = capacity.block_size
+        self.shape = (needs.heads, needs.kv_heads, needs.head_dim, capacity.block_size)
         # for partial sums; FlashInfer needs zeros at first use
         self.workspace_buffer = torch.zeros(
-            self._partial_bytes(room.rows), dtype=torch.uint8, device=device
+            self._partial_bytes(capacity.rows), dtype=torch.uint8, device=device
         )
         self.plans = {
             window: torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
             for window in sorted(needs.windows)
         }
-        self.pages = Pages.empty(room.rows, room.blocks, device)
+        self.pages = Pages.empty(capacity.rows, capacity.blocks, device)
         buffer = self.workspace_buffer
         self.decode = {
             window: package.BatchDecodeWithPagedKVCacheWrapper(

@@ -1,8 +1,8 @@
 """The interface of attention backends: started once, prepared once per step, called once per layer.
 
 All backends read the same cache, `[blocks, layers, 2, block_size, kv_heads, head_dim]`, viewed per layer by strides.
-What else a step's attention needs is prepared once per step, by `Backend.step` or, in a captured graph, by `Captured`.
-The result is the `Attend` that the layers call.
+What else a step's attention needs is prepared once per step, by `AttentionBackend.step` or, in a captured graph, by
+`Captured`. The result is the `Attend` that the layers call.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Capacity:
     """The largest step, and the cache's block size."""
 
     rows: int
@@ -127,7 +127,7 @@ class Captured(Protocol):
         ...
 
 
-class Backend(Protocol):
+class AttentionBackend(Protocol):
     """One way to compute attention."""
 
     name: str  # as in --attention-backend
@@ -148,7 +148,7 @@ class Backend(Protocol):
         """Bytes of its own buffers, for steps of up to `rows` sequences."""
         ...
 
-    def start(self, room: Room) -> None:
+    def start(self, capacity: Capacity) -> None:
         """Allocates buffers and builds kernels. Called before any step. Raises ConfigError."""
         ...
 
