@@ -34,7 +34,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.path[:] = sys.argv[4:]
 from importlib import import_module
-code = import_module("engine.process." + sys.argv[1]).main(int(sys.argv[2]), int(sys.argv[3]))
+code = import_module(f"engine.process.{sys.argv[1]}_process").main(int(sys.argv[2]), int(sys.argv[3]))
 os._exit(code)  # ending an interpreter with torch takes a second
 """
 
