@@ -1,7 +1,7 @@
-"""From a plan to a `Batch`: which token of which row, where its KV goes, and which adapter it uses.
+"""From a plan to a `Batch`: the tokens of the step, where their KV goes, and which adapters they use.
 
 The host describes the step (`engine.runner.inputs`) and the device expands the description: `prepare_step_` gathers
-what the layers need from the row table. A CUDA graph holds everything from there on.
+what the layers need from the row table. A CUDA graph starts with `prepare_step_`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Touched = list[list[bool]]  # [layers + 1][groups]
 
 
 class Reach(NamedTuple):
-    """What the adapters of a step may do."""
+    """What the adapters of a step can do."""
 
     stacked_rank: int  # the largest stacked rank
-    touched: Touched  # where any of them acts
+    touched: Touched  # where any of the adapters acts
 
 
 class Adapters:
-    """What is in the arena, as the layers see it: the arena, its records, and what each slot touches."""
+    """The adapters in the arena, as the layers see them: the arena, its records, and what each slot touches."""
 
     def __init__(self, arena: Tensor, records: Tensor) -> None:
         self.arena, self.records = arena, records
@@ -44,7 +44,7 @@ class Adapters:
         self.stacked_ranks[slot], self.touched[slot] = stacked_rank, touched
 
     def reach(self, slots: Iterable[int]) -> Reach | None:
-        """Of all adapters in `slots` together; None: all base."""
+        """What all adapters in `slots` can do together. None: all slots are the base model."""
         used = {slot for slot in slots if slot}
         if not used:
             return None
@@ -73,15 +73,15 @@ class Model(Protocol):
 
 
 class Step(NamedTuple):
-    """A batch and the rows that are sampled after it. There may be more than are sampled: padding, scored tokens."""
+    """A batch, and the rows that are sampled after it. More rows may follow for padding and scored tokens."""
 
     batch: Batch
     rows: Tensor  # [n] int32
-    lengths: Tensor  # [n] int32: known tokens of each, which is the position of the new one
+    lengths: Tensor  # [n] int32: known tokens of each row, which is the position of the new token
 
 
 class BatchBuilder:
-    """Describes steps and expands their descriptions. The rows that decode are described when they change."""
+    """Describes steps and expands their descriptions. The decoding rows are described only when they change."""
 
     def __init__(
         self, rows: RowTable, cache: Tensor, adapters: Adapters, attention: AttentionBackend
@@ -89,20 +89,20 @@ class BatchBuilder:
         self.rows, self.cache, self.adapters = rows, cache, adapters
         self.attention = attention
         self.block_size = cache.shape[3]
-        self.mixed_at = decode_words(len(rows.num_computed) - 1)  # in the spare words
+        # where in the spare words the inputs of steps with chunks start
+        self.mixed_at = decode_words(len(rows.num_computed) - 1)
         self.decode = Description([], [], [], [])
-        self._reached: tuple[Description, Reach | None] = (
-            self.decode,
-            None,
-        )  # of the last step built
-        self._written: tuple[Description, Shape] | None = None  # of steps that only decode
+        # of the last step that was built
+        self._reached: tuple[Description, Reach | None] = (self.decode, None)
+        # of the last step that only decodes
+        self._written: tuple[Description, Shape] | None = None
 
     def set_decode(self, rows: list[int]) -> None:
-        """The rows that advance by one token every step until the next call."""
+        """Sets the rows that advance by one token in every step until the next call."""
         self.decode = Description(rows, [], [self.rows.slots[row] for row in rows], [])
 
     def describe(self, chunks: list[Chunk]) -> Description:
-        """The next step."""
+        """Describes the next step."""
         if not chunks:
             return self.decode
         decode = self.decode.decode
@@ -112,7 +112,7 @@ class BatchBuilder:
         )
 
     def advance(self, description: Description) -> None:
-        """Counts the positions that the step computes."""
+        """Adds the positions that the step computes to the host's count."""
         num_computed = self.rows.num_computed
         for row in description.decode:
             num_computed[row] += 1
@@ -120,11 +120,11 @@ class BatchBuilder:
             num_computed[chunk.row] = chunk.start + chunk.count
 
     def inputs(self, shape: Shape) -> Inputs:
-        """Where a step of this shape finds its inputs on the device, which is always the same."""
+        """The inputs of a step of this shape on the device. Their address depends on the shape only."""
         return Inputs.of(self.rows.spare[self.mixed_at if shape.chunks else 0 :], shape)
 
     def write(self, description: Description, shape: Shape) -> None:
-        """Notes the inputs of the step for the next `send`, unless they are there."""
+        """Writes the inputs of the step, for the next `send`, unless they are already there."""
         if shape.chunks:
             at = self.rows.spare_at + self.mixed_at
             self.rows.words.write(at, description.words(shape))
@@ -137,7 +137,7 @@ class BatchBuilder:
         return written is not None and written[0] is description and written[1] == shape
 
     def build(self, description: Description) -> Step:
-        """The step as it is, without padding."""
+        """The step without padding. Sends its inputs."""
         shape = description.shape
         self.write(description, shape)
         self.rows.words.send()
@@ -148,13 +148,13 @@ class BatchBuilder:
         return self.expand(shape, max(context_lens), self._reached[1], prepare)
 
     def _context_lens(self, description: Description) -> list[int]:
-        """Positions of each sequence once the step is done."""
+        """Positions of each sequence after the step."""
         num_computed = self.rows.num_computed
         of_decodes = [num_computed[row] + 1 for row in description.decode]
         return of_decodes + [chunk.start + chunk.count for chunk in description.chunks]
 
     def expand(self, shape: Shape, longest: int, reach: Reach | None, prepare: Prepare) -> Step:
-        """The step whose inputs were sent; each row counts on. `longest`: no sequence has more positions."""
+        """The step whose inputs were sent. Adds its tokens to `computed`. `longest`: no sequence has more positions."""
         table, inputs = self.rows, self.inputs(shape)
         ids, positions, slot_mapping, block_tables, context_lens = ops.prepare_step_(
             table.computed,

@@ -1,9 +1,10 @@
 """Steps as CUDA graphs: captured once at start, replayed for any rows, adapters, ranks and targets.
 
 A graph reads the inputs of its step from words at fixed addresses, gathers the state of the rows from the row table,
-runs the model and leaves the logits in one place for all graphs. Sampling is launched behind it. There is a graph for
-every shape and for what adapters may do in it. What an attention backend plans on the host goes up ahead of a replay.
-Steps that fit no shape are launched kernel by kernel: the GPU is busy with them for longer than the host needs.
+runs the model and writes the logits to one buffer that all graphs share. Sampling is launched after it. There is a
+graph for every shape and for each of NO_LORA, IN_LAYERS and EVERYWHERE. An attention backend's plan is copied to the
+device before a replay. Steps that fit no shape are launched kernel by kernel: they keep the GPU busy for longer than
+the host needs to launch them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from engine.runner.shapes import Shape, decode_shapes, mixed_shapes
 
 logger = logging.getLogger(__name__)
 
-# What a captured step does for adapters: nothing, linears of the layers, or embedding and head too.
+# Where a captured step runs the LoRA ops: nowhere, in the linears of the layers, or in embedding and head too.
 NO_LORA, IN_LAYERS, EVERYWHERE = range(3)
 
 NOTHING = Description([], [], [], [])  # a step of padding
@@ -30,7 +31,7 @@ NOTHING = Description([], [], [], [])  # a step of padding
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A graph, and what is at fixed addresses when it has run."""
+    """A graph, and its results at fixed addresses."""
 
     graph: torch.cuda.CUDAGraph
     shape: Shape
@@ -58,12 +59,12 @@ class StepGraphs:
             self.reaches[IN_LAYERS] = Reach(stacked_rank, [*inside, [False] * groups])
             self.reaches[EVERYWHERE] = Reach(stacked_rank, [*inside, [True] * groups])
         self.captured: dict[tuple[Shape, int], Captured] = {}
-        self.logits: Tensor | None = None  # [most outputs, vocab], of the graph that ran last
+        self.logits: Tensor | None = None  # [largest O, vocab], of the graph that ran last
         self._found: tuple[Description, Captured | None] | None = None
 
     @property
     def shapes(self) -> list[Shape]:
-        """The largest first: the graphs of all others fit into its memory."""
+        """The largest shape first: the graphs of all others fit into its memory."""
         return sorted([*self.decode_shapes, *self.mixed_shapes], key=lambda shape: -shape.tokens)
 
     @torch.inference_mode()
@@ -85,7 +86,7 @@ class StepGraphs:
         logger.info("captured %d graphs in %.1f s, %d MiB", len(self.captured), seconds, mib)
 
     def _warm_up(self, side: torch.cuda.Stream, shapes: list[Shape]) -> None:
-        """Runs steps of padding on the stream of the captures: libraries allocate what they need before."""
+        """Runs steps of padding on the stream of the captures, so that libraries allocate their buffers before."""
         outputs = max(shape.outputs or shape.tokens for shape in self.shapes)
         for shape, kind in product(shapes, self.reaches):
             self.builder.write(NOTHING, shape)
@@ -110,7 +111,7 @@ class StepGraphs:
         return step, self.model(step.batch)
 
     def _plan(self, shape: Shape, description: Description) -> None:
-        """Tells the attention of the shape's graphs how long the rows are that decode; padding has one position."""
+        """Plans the attention of the shape's graphs for the lengths of the decoding rows. Padding has one position."""
         num_computed = self.builder.rows.num_computed
         padding = shape.decodes - len(description.decode)
         context_lens = (num_computed[row] + 1 for row in description.decode)
@@ -124,7 +125,7 @@ class StepGraphs:
         return step
 
     def find(self, description: Description) -> Captured | None:
-        """The graph that the step is padded to; None: it fits none."""
+        """The graph that the step is padded to; None if it fits no graph."""
         if self._found is None or self._found[0] is not description:
             self._found = (description, self._fitting(description))
         return self._found[1]
@@ -145,13 +146,13 @@ class StepGraphs:
         return EVERYWHERE if any(any(touched[slot][-1]) for slot in used) else IN_LAYERS
 
     def replay(self, captured: Captured, description: Description) -> tuple[Tensor, Tensor, Tensor]:
-        """Starts the step: rows and lengths of those that are sampled, and their logits, until the next replay."""
+        """Starts the step. Returns rows, lengths and logits of the sampled tokens, valid until the next replay."""
         self.builder.write(description, captured.shape)
         self.builder.rows.words.send()
         self._plan(captured.shape, description)
         captured.graph.replay()
         assert self.logits is not None
         shape, count = captured.shape, len(description.sampled)
-        first = 0 if shape.chunks else shape.decodes - count  # behind the padding
+        first = 0 if shape.chunks else shape.decodes - count  # after the padding
         part = slice(first, first + count)
         return captured.rows[part], captured.lengths[part], self.logits[part]

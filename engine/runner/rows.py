@@ -1,4 +1,4 @@
-"""Per-row state on the device, edited by the deltas of a plan: admit, extend, release. Row 0 is scratch."""
+"""Per-row state on the device. A plan edits it by deltas: admit, extend, release. Row 0 is scratch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ GREEDY = SamplingParams()
 
 
 class RowTable:
-    """Row -> known tokens, how many are computed, KV blocks, slot, sampling parameters.
+    """Row -> known tokens, number of computed positions, KV blocks, slot, sampling parameters.
 
-    The device's part lies in `words`, a row after the other, and behind the rows are `spare` words for the inputs of
-    steps: all that the host changes ahead of a step goes up together.
+    The device's part is in `words`, row after row. After the rows come `spare` words for the inputs of steps, so that
+    one launch applies everything that the host changes before a step.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RowTable:
         self.num_blocks[row] += len(blocks)
 
     def release(self, row: int) -> None:
-        """The row is free; who takes it next overwrites it."""
+        """The row is free. The next sequence that takes it overwrites its state."""
         self.num_blocks[row] = 0
         self.slots[row] = 0
         self.params[row] = GREEDY

@@ -1,9 +1,9 @@
-"""The next token of every row: penalties, temperature, filters, and a draw that only (seed, position) decide.
+"""The next token of every row: penalties, temperature, filters, and a draw that depends on (seed, position) only.
 
-Every operation works row by row, so a row's token does not depend on the rest of the batch, and none waits for the
-device. The pipeline is that of transformers' logits processors: repetition, frequency and presence penalties,
-temperature, top-k, top-p, typical-p, min-p. The draw inverts the distribution's cumulative sum at one Philox number
-(Salmon et al. 2011, Philox4x32-10).
+Every operation works row by row, so a row's token does not depend on the rest of the batch. No operation waits for the
+device. The order is that of transformers' logits processors: repetition, frequency and presence penalties, temperature,
+top-k, top-p, typical-p, min-p. The draw inverts the cumulative sum of the distribution at one Philox number (Salmon et
+al. 2011, Philox4x32-10).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 
-# Fields of `SamplingParams` that go up as float32: of drawn rows, and of rows with penalties.
+# Fields of `SamplingParams` that are copied to the device as float32: of drawn rows, and of rows with penalties.
 FRACTIONS = ("temperature", "top_p", "typical_p", "min_p")
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 
@@ -31,11 +31,10 @@ ops = torch.ops.lorax
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four words of counter and two of key to four random words, all 32 bits held in int64."""
+    """Philox4x32-10: from four counter words and two key words to four random words, each 32 bits in int64."""
     for _ in range(PHILOX_ROUNDS):
-        first = (
-            counter[0] * PHILOX_MULTIPLIERS[0]
-        )  # wraps as two's complement; the halves stay right
+        # wraps around as two's complement, which keeps both halves correct
+        first = counter[0] * PHILOX_MULTIPLIERS[0]
         second = counter[2] * PHILOX_MULTIPLIERS[1]
         counter = [
             ((second >> 32) & MASK) ^ counter[1] ^ key[0],
@@ -76,7 +75,7 @@ def penalise(
     frequency: Tensor,  # [n] float32; 0: off
     presence: Tensor,  # [n] float32; 0: off
 ) -> None:
-    """Keskar et al. 2019 over prompt and output; OpenAI's frequency and presence penalties over the output."""
+    """Repetition (Keskar et al. 2019) counts prompt and output; OpenAI's frequency and presence the output only."""
     at = torch.arange(tokens.shape[1], device=tokens.device)[None]
     known = at < lengths[:, None]
     seen = torch.zeros_like(logits).scatter_add_(1, tokens, known.to(logits.dtype)) > 0
@@ -88,7 +87,7 @@ def penalise(
 
 
 def _typical(probs: Tensor, typical_p: Tensor) -> Tensor:
-    """Mask of the tokens whose surprise is nearest the entropy, up to mass typical_p (Meister et al. 2023)."""
+    """Mask of the tokens whose surprise is nearest to the entropy, up to mass typical_p (Meister et al. 2023)."""
     surprise = -probs.log()
     entropy = torch.where(probs > 0, probs * surprise, 0.0).sum(-1, keepdim=True)
     distance, order = (surprise - entropy).abs().nan_to_num(posinf=float("inf")).sort()
@@ -100,7 +99,7 @@ def _typical(probs: Tensor, typical_p: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Filters:
-    """Sampling parameters of the drawn rows as tensors [n]; None where no row uses one."""
+    """Sampling parameters of the drawn rows as tensors [n]; None if no row uses the filter."""
 
     temperature: Tensor
     seeds: Tensor
@@ -112,7 +111,7 @@ class _Filters:
 
 
 def distribution(logits: Tensor, filters: _Filters) -> Tensor:
-    """Probabilities [n, vocab] after temperature and filters; filtered tokens have none, rows sum to one."""
+    """Probabilities [n, vocab] after temperature and filters: 0 for filtered tokens; each row sums to one."""
     probs = (logits / filters.temperature[:, None]).softmax(-1)
     if (top_k := filters.top_k) is not None:
         values = probs.topk(min(filters.largest_top_k, probs.shape[1])).values
@@ -129,7 +128,7 @@ def distribution(logits: Tensor, filters: _Filters) -> Tensor:
 
 
 def _restrict(probs: Tensor, keep: Tensor, on: Tensor) -> Tensor:
-    """Rows that are `on` keep the marked tokens and sum to one again; the others keep every bit."""
+    """Rows that are `on` keep the tokens in `keep` and sum to one again. The other rows stay bit for bit."""
     kept = torch.where(keep, probs, 0.0)
     return torch.where(on[:, None], kept / kept.sum(-1, keepdim=True), probs)
 
@@ -146,7 +145,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 def _filters(
     params: list[SamplingParams], seeds: Tensor, top_k: Tensor, fractions: list[Tensor]
 ) -> _Filters:
-    """The filters that any of the drawn rows uses."""
+    """The filters that at least one drawn row uses."""
     temperature, top_p, typical_p, min_p = fractions
     return _Filters(
         temperature=temperature,
@@ -166,7 +165,7 @@ def _punished(params: SamplingParams) -> bool:
 
 
 class SamplePlan:
-    """How a fixed list of rows is sampled: made when the list changes, used every step."""
+    """How a fixed list of rows is sampled. Made when the list changes, used in every step."""
 
     def __init__(self, params: list[SamplingParams], device: torch.device) -> None:
         self.params = params
@@ -190,12 +189,12 @@ class SamplePlan:
         logits: Tensor,  # [n, vocab]
         table: RowTable,
         rows: Tensor,  # [n] int32 or int64
-        lengths: Tensor,  # [n] int32 or int64: known tokens of each row = position of the new one
+        lengths: Tensor,  # [n] int32 or int64: known tokens of each row, the position of the new token
         longest: int | None = None,
     ) -> Sampled:
-        """The new tokens [n], also written to their rows, with the log-probabilities that were asked for.
+        """The new tokens [n], also written to their rows, with the log-probabilities that requests want.
 
-        `longest`: no row has more known tokens. The log-probabilities are of the logits as they came.
+        `longest`: no row has more known tokens. The log-probabilities are those before penalties and filters.
         """
         report = None
         if self.reported_rows:
@@ -225,7 +224,7 @@ class SamplePlan:
         lengths: Tensor,
         longest: int | None,
     ) -> Tensor:
-        """The float32 logits with the penalties of those rows that have any."""
+        """The float32 logits, with penalties in the rows that have penalties."""
         changed, index = logits[self.punished], rows[self.punished].long()
         tokens = table.tokens[index, :longest].long()
         known_lengths = lengths[self.punished].long()
@@ -236,7 +235,7 @@ class SamplePlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one step sampled: on the device, or fetched."""
+    """The sampled tokens of one step, on the device or fetched to the host."""
 
     plan: SamplePlan
     tokens: Tensor  # [n] int64
@@ -245,7 +244,7 @@ class Sampled:
     top_logprobs: Tensor | None = None
 
     def fetched(self, readback: ReadBack) -> Sampled:
-        """The same on its way to the host."""
+        """The same, being copied to the host."""
 
         def fetch(part: Tensor | None) -> Tensor | None:
             return part if part is None else readback.fetch(part)
@@ -259,7 +258,7 @@ class Sampled:
         )
 
     def outputs(self) -> list[TokenOutput]:
-        """The tokens as messages; only once they have arrived."""
+        """The tokens as messages. Call it only after they have arrived."""
         plain = self.tokens.tolist()
         outputs = [TokenOutput(token) for token in plain]
         if self.logprobs is None:

@@ -1,7 +1,7 @@
-"""Small data between host and device, never waiting for the device.
+"""Small copies between host and device that never wait for the device.
 
-What the host changes for a step goes up in one launch that reads it from pinned memory; results come down into such
-memory, so that the next step can be launched before they have arrived.
+The host's edits for a step are one launch that reads them from pinned (page-locked) memory. Results are copied into
+pinned memory, so that the next step can be launched before they arrive.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ops = torch.ops.lorax
 
 
 class ReadBack(Protocol):
-    """Where the results of steps are read: `fetch` starts a copy, `mark` ends a step's; wait for that mark."""
+    """Copies results to the host. `fetch` starts a copy; `mark` comes after the last copy of a step, to wait for."""
 
     def fetch(self, tensor: Tensor) -> Tensor: ...
 
@@ -31,7 +31,7 @@ class Mark(Protocol):
 
 
 class HostReadBack:
-    """Results that are in host memory already."""
+    """For results that are already in host memory."""
 
     def fetch(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -40,11 +40,11 @@ class HostReadBack:
         return self
 
     def synchronize(self) -> None:
-        """There is nothing to wait for."""
+        """Returns at once: the results are there."""
 
 
 class CudaReadBack:
-    """Results on a GPU: copied into pinned memory behind the step's own work."""
+    """For results on a GPU: copies them into pinned memory after the step's own work."""
 
     def fetch(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -55,14 +55,15 @@ class CudaReadBack:
 
 
 def read_back(device: torch.device) -> ReadBack:
-    """The way from `device` to the host."""
+    """The readback of results from `device`."""
     return CudaReadBack() if device.type == "cuda" else HostReadBack()
 
 
 class Words(Protocol):
-    """int32 words on the device that the host edits: `write` notes an edit, `send` makes the noted ones happen.
+    """int32 words on the device that the host edits: `write` collects an edit, `send` applies the collected edits.
 
-    They happen behind all work launched before `send` and ahead of all after it, in no order among themselves.
+    They are applied after all work launched before `send` and before all work launched later, in any order among
+    themselves.
     """
 
     words: Tensor  # [size] int32
@@ -73,7 +74,7 @@ class Words(Protocol):
 
 
 class HostWords:
-    """Words in host memory: edits happen at once."""
+    """Words in host memory: `write` applies an edit at once."""
 
     def __init__(self, size: int) -> None:
         self.words = torch.zeros(size, dtype=torch.int32)
@@ -83,16 +84,16 @@ class HostWords:
         self._host[at : at + len(values)] = values
 
     def send(self) -> None:
-        """There is nothing left to do."""
+        """Does nothing: the edits are applied."""
 
 
 @dataclass(slots=True)
 class _Patch:
-    """Edits under way: values from the front of a pinned buffer, (destination, count, source) from its end."""
+    """Collected edits: values from the front of a pinned buffer, (destination, count, source) from its end."""
 
     pinned: Tensor  # [size] int32
     host: np.ndarray  # the same memory
-    read: torch.cuda.Event  # recorded behind the last launch that reads it
+    read: torch.cuda.Event  # recorded after the last launch that reads the buffer
     used: int = 0
     runs: int = 0
 
@@ -102,12 +103,10 @@ def _pinned(size: int) -> Tensor:
 
 
 class CudaWords:
-    """Words on a GPU. A kernel reads the edits from a ring of pinned buffers, so they queue behind no copy."""
+    """Words on a GPU. A kernel reads the edits from a ring of pinned buffers, so they do not wait for copies."""
 
-    DEPTH = (
-        4  # steps whose edits may be under way; the host waits only for the one before all of them
-    )
-    PATCH = 1 << 17  # words of edits in one launch; more of them take several
+    DEPTH = 4  # buffers: the host waits only for the launch that read the oldest one
+    PATCH = 1 << 17  # words of edits in one launch; more edits take several launches
 
     def __init__(self, size: int, device: torch.device, patch: int = PATCH) -> None:
         self.words = torch.zeros(size, dtype=torch.int32, device=device)
@@ -149,7 +148,7 @@ def device_words(size: int, device: torch.device) -> Words:
 def upload_all(
     integers: list[list[int]], floats: list[list[float]], device: torch.device
 ) -> list[Tensor]:
-    """Lists of int64, then of float32, as tensors on `device` in one copy that is ordered with its work."""
+    """The lists as tensors on `device`, int64 then float32, by one copy on the current stream."""
     sizes = [len(values) for values in integers], [len(values) for values in floats]
     ends = sum(sizes[0]) * 8
     size = ends + sum(sizes[1]) * 4

@@ -1,4 +1,4 @@
-"""Which adapter is in which slot, and where in the arena its bytes lie.
+"""Which adapter is in which slot, and which bytes of the arena it has.
 
 Slot 0 is the base model: it has no bytes and is always resident. An adapter is *placing* from the plan that carries
 its placement until the runner reports it *resident*. It is *in use* while a running sequence uses it. A preloaded
@@ -6,9 +6,9 @@ adapter is *permanent*: it is never evicted. Any other is evicted only when it i
 that could read it has been committed, because copies into the arena are not ordered with the steps. Intervals start at
 multiples of 256 bytes and never overlap.
 
-Room is found first-fit; if there is none, the least recently used idle adapters are taken for gone, one more at a
-time, until a gap is wide enough, and only those that really lie in that gap are evicted. A *reservation* promises an
-interval to an adapter once its present users have left; nothing else is placed there meanwhile.
+Room is found first-fit. If there is no room, the table looks for the fewest least recently used idle adapters without
+which a gap is wide enough, and evicts only those of them that are in that gap. A *reservation* promises an interval to
+an adapter; nothing else is placed there until the adapters that are there now have left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Entry:
 class _Reservation:
     start: int
     end: int
-    leaving: tuple[bytes, ...]  # digests of the adapters that lie there now
+    leaving: tuple[bytes, ...]  # digests of the adapters that are there now
 
 
 class SlotTable:
@@ -68,7 +68,7 @@ class SlotTable:
     # -- questions
 
     def fits(self, image: AdapterImageRef) -> bool:
-        """Whether the image could be placed if nobody used any but the preloaded adapters."""
+        """Whether the image could be placed if only the preloaded adapters were in the arena."""
         if image.digest in self._entries:
             return True
         permanent = [entry for entry in self._entries.values() if entry.permanent]
@@ -87,7 +87,7 @@ class SlotTable:
         return entry is not None and not entry.resident
 
     def placing(self) -> list[Placement]:
-        """Placements that were not reported resident yet."""
+        """Placements that are not reported resident yet."""
         entries = self._entries.values()
         return [Placement(e.slot, e.start, e.image) for e in entries if not e.resident]
 
@@ -126,7 +126,7 @@ class SlotTable:
         keep: Set[bytes] = frozenset(),
         permanent: bool = False,
     ) -> Placement | None:
-        """Give the image a slot and an interval, evicting idle adapters not in `keep` if need be; None: no room."""
+        """Give the image a slot and an interval; None: no room. Evicts idle adapters if needed, but none in `keep`."""
         assert image.digest not in self._entries, "placed twice"
         reserved = self._reserved.get(image.digest)
         free = self._free_gap(image)
@@ -159,10 +159,10 @@ class SlotTable:
     def reserve(
         self, image: AdapterImageRef, keep: Set[bytes] = frozenset()
     ) -> list[tuple[bytes, float]] | None:
-        """Promise the image an interval that adapters in use must leave: idle ones first, then the longest placed.
+        """Promise the image an interval. Adapters there must leave: idle ones first, then the longest placed.
 
-        Returns (digest, time of placement) of those that must leave; None if other reservations, adapters in `keep`
-        and preloaded ones are in the way.
+        Returns (digest, time of placement) of those that must leave. None: other reservations, adapters in `keep` and
+        preloaded adapters leave no interval.
         """
         assert image.digest not in self._entries and image.digest not in self._reserved
         taken = self._leaving() | keep
@@ -197,7 +197,7 @@ class SlotTable:
         entry.num_users += 1
 
     def release(self, slot: int, step: int) -> None:
-        """One less; `step` is the last launched step, the last that could read the adapter for that sequence."""
+        """One sequence less uses the slot. `step` is the last launched step, which may still read the adapter."""
         entry = self._by_slot[slot]
         assert entry.num_users > 0, "released more often than acquired"
         entry.num_users -= 1
@@ -205,7 +205,7 @@ class SlotTable:
         self._touch(entry)
 
     def mark_resident(self, slot: int) -> bytes:
-        """The runner reported that the copy into the slot has completed; returns the adapter's digest."""
+        """The runner reported that the copy into the slot has completed. Returns the adapter's digest."""
         entry = self._by_slot[slot]
         assert not entry.resident, "reported resident twice"
         entry.resident = True
@@ -214,7 +214,7 @@ class SlotTable:
         return entry.image.digest
 
     def commit(self, step: int) -> bool:
-        """No step up to `step` reads the arena any more; returns whether an idle adapter became evictable."""
+        """No step up to `step` reads the arena any more. Returns whether an idle adapter became evictable."""
         freed = self._committed < self._idle_after <= step
         self._committed = step
         return freed
@@ -247,7 +247,7 @@ class SlotTable:
         self.num_evictions += 1
 
     def _free_gap(self, image: AdapterImageRef) -> int | None:
-        """Where the image could lie without anybody leaving; the common case, so it is quick."""
+        """Where the image fits without an eviction. This is the common case, so it is fast."""
         if not self._free_slots:
             return None
         taken = self._intervals
@@ -262,7 +262,7 @@ class SlotTable:
     def _find(
         self, image: AdapterImageRef, movable: list[_Entry]
     ) -> tuple[int, list[_Entry]] | None:
-        """Where the image could lie and which of `movable`, in order of preference, would have to leave."""
+        """Where the image fits, and which of `movable`, which is in order of preference, must leave."""
         moving = set(movable)
         fixed = [(e.start, e.end) for e in self._entries.values() if e not in moving]
         fixed += self._promised_to_others(image)
@@ -285,7 +285,7 @@ class SlotTable:
         return start, victims
 
     def _gap(self, size: int, intervals: list[tuple[int, int]]) -> int | None:
-        """Start of the first aligned gap of `size` bytes between `intervals`, which are sorted but may overlap."""
+        """Start of the first aligned gap of `size` bytes between `intervals`, which are sorted and may overlap."""
         start = 0
         for taken_start, taken_end in intervals:
             if taken_start - start >= size:
@@ -317,7 +317,7 @@ class SlotTable:
 
 
 def _first(probe: Callable[[int], int | None], most: int) -> int | None:
-    """The least count in 0 .. most for which `probe` finds something; more is never worse."""
+    """The smallest count in 0 .. most for which `probe` finds something, if a larger count never finds less."""
     if probe(0) is not None:
         return 0
     if probe(most) is None:
