@@ -58,7 +58,7 @@ class Scene:
             if place.linear is not None and name.endswith(".weight"):
                 row = 0
                 for target in place.linear.group.targets:
-                    module = target.module.format(layer=place.linear.layer)
+                    module = target.whole.module.format(layer=place.linear.layer)
                     last = row + target.out_features
                     if name == f"{module}.weight":
                         rows = place.linear.method.dequantised()[row:last].float().cpu()  # type: ignore[attr-defined]
