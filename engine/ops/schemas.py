@@ -46,11 +46,11 @@ SCHEMAS = {
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",
     # floor[n, 1]: the least probability inside the smallest set of mass top_p[n] or more
     "top_p_floor": "(Tensor probs, Tensor top_p) -> Tensor",
-    # t[P, T, width] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the op that was launched
-    # last, so the two may run side by side
+    # t[P, T, width] float32, to be summed over P: x @ A(slot).T. overlap: x was complete before the op launched
+    # last, so the two may overlap
     "lora_shrink": (
         "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor starts, int layer, int group, int width,"
-        " bool beside=False) -> Tensor"
+        " bool overlap=False) -> Tensor"
     ),
     # the same for an embedding: t[1, T, width] = A(slot)[ids]
     "lora_gather": (
