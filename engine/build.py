@@ -110,7 +110,7 @@ def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
     with fitting("the weights", WEIGHTS_REMEDY):
         decoder = Decoder(spec, dtype, platform.device, method)
         if config.model.load_format == "dummy":
-            weights.make_up(decoder)
+            weights.init_random(decoder)
         else:
             weights.load(decoder, folder, cache_folder(config.model.huggingface_hub_cache))
     return LoadedModel(spec, decoder, dtype, attention)

@@ -83,7 +83,7 @@ class Engine:
         error = OutOfMemory(
             f"the request does not fit into the device's memory: {reason}", hint=STEP_REMEDY
         )
-        involved = self.scheduler.take_back(error)
+        involved = self.scheduler.roll_back(error)
         if not involved:
             raise OutOfMemory(f"the device's memory is full: {reason}", hint=STEP_REMEDY)
         logger.warning(

@@ -1,7 +1,7 @@
 """Linears: a method that multiplies, and the LoRA op split around it.
 
-A method names the tensors that it takes from a checkpoint (`parts`), and has `allocate`, `load` and `matmul`; it knows
-nothing of LoRA. A linear is fused from the checkpoint's linears and has the sizes of its shard. Its group lists the
+A method names the tensors that it takes from a checkpoint (`parts`), and has `allocate`, `load` and `matmul`. It does
+not depend on LoRA. A linear is fused from the checkpoint's linears and has the sizes of its shard. Its group lists the
 LoRA targets.
 """
 
@@ -21,14 +21,14 @@ ops = torch.ops.lorax
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor that a method takes from the checkpoint for each linear that was fused.
+    """One tensor that a method takes from the checkpoint for each fused linear.
 
     `outputs` is the dimension along the linear's outputs: fused parts are stacked along it, and a column-parallel
     linear is cut along it. `inputs` is the dimension along its inputs: a row-parallel linear is cut along it. None: the
-    tensor has no such dimension, and every shard takes the whole of it.
+    tensor has no such dimension, and every shard takes all of it.
     """
 
-    name: str  # what follows the module's path: "weight"
+    name: str  # after the module's path: "weight"
     shape: tuple[int, ...]  # in the checkpoint
     outputs: int | None
     inputs: int | None
@@ -44,31 +44,31 @@ def plain_parts(outputs: int, inputs: int, bias: bool, transposed: bool) -> list
 
 
 class LinearMethod(Protocol):
-    """How a weight is held and multiplied: plain, or quantised."""
+    """How a linear holds and multiplies its weight: plain or quantised."""
 
     def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
         """The tensors of one linear in the checkpoint, with these whole sizes."""
 
     @property
     def size(self) -> int:
-        """Bytes of weight and bias as they are held."""
+        """Bytes of the stored weight and bias."""
 
     @property
     def scratch(self) -> int:
-        """Bytes that a matmul takes beside x and y, at most."""
+        """Bytes that a matmul takes besides x and y, at most."""
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
-        """Makes room for a `[rows, columns]` weight."""
+        """Allocates a `[rows, columns]` weight."""
 
     def load(self, part: str, row: int, tensor: Tensor) -> None:
-        """Takes outputs `row` .. of a part, by its name; outputs are the tensor's first dimension."""
+        """Loads outputs `row` .. of the part of this name; outputs are the tensor's first dimension."""
 
     def matmul(self, x: Tensor) -> Tensor:
         """x[T, columns] -> [T, rows]."""
 
 
 class Plain:
-    """Weights as they are."""
+    """A weight in the model's dtype, not quantised."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -77,7 +77,7 @@ class Plain:
     def __init__(
         self, dtype: torch.dtype, device: torch.device, weight: Tensor | None = None
     ) -> None:
-        """`weight`: a matrix that is held elsewhere too (tied embeddings)."""
+        """`weight`: a matrix to share (tied embeddings)."""
         self.dtype, self.device = dtype, device
         if weight is not None:
             self.weight = weight
@@ -105,7 +105,7 @@ class Plain:
 
 
 class Linear:
-    """y = x W.T + b, and every token's own adapter on top."""
+    """y = x W.T + b, plus the update of each token's adapter."""
 
     def __init__(
         self,
@@ -127,13 +127,13 @@ class Linear:
             return self.method.matmul(x)
         where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
         y = self.method.matmul(x)
-        t = ops.lora_shrink(x, *where, lora.stacked_rank, beside=True)
+        t = ops.lora_shrink(x, *where, lora.stacked_rank, overlap=True)
         ops.lora_expand_(y, t, *where, self.splits)
         return y
 
 
 class Embedding:
-    """Rows of a table by token id, and every token's own adapter on top."""
+    """Rows of a table by token id, plus the update of each token's adapter."""
 
     def __init__(
         self, group: GroupPart, address: tuple[int, int], dtype: torch.dtype, device: torch.device

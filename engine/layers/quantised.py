@@ -1,10 +1,10 @@
-"""Quantised linears on the functions of bitsandbytes: 8 bits, and 4 bits as NF4 or FP4.
+"""Quantised linears with bitsandbytes: 8 bits, and 4 bits as NF4 or FP4.
 
-A row of a weight is quantised by itself, its length padded with zeros to whole blocks. So the parts of a fused linear
-are quantised as they are read, none waits for another in full precision, and the result is that of quantising the
-fused weight. Adapters know nothing of it: they are added to y in the dtype of x.
+Each row of a weight is quantised separately, padded with zeros to whole blocks. So the parts of a fused linear are
+quantised as they are read, no part is kept in full precision, and the result equals that of quantising the fused
+weight. Adapters are not affected: they are added to y in the dtype of x.
 
-Nothing here waits for the device, and shapes alone decide what is launched: a matmul can be captured into a graph.
+A matmul does not wait for the device, and shapes alone decide its launches: it can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ HALF_MAX = 65280.0  # the largest number that float16 and bfloat16 share
 
 
 class _Quantised:
-    """What the schemes share: the bias, and rows padded to a multiple of `align` columns."""
+    """Base of the schemes: the bias, and rows padded to a multiple of `align` columns."""
 
     align: int
-    strip = 1 << 24  # weights that are quantised at a time, which takes several times their float32
+    strip = 1 << 24  # weights quantised at a time; this takes several times their float32 size
     bias: Tensor | None = None
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class _Quantised:
         self.dtype, self.device = dtype, device
 
     def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
-        """Of a checkpoint that is not quantised."""
+        """The parts of a checkpoint that is not quantised."""
         return plain_parts(outputs, inputs, bias, transposed)
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
@@ -60,7 +60,7 @@ class _Quantised:
             self.bias[row : row + tensor.shape[0]].copy_(tensor)
 
     def quantise(self, rows: slice, weight: Tensor) -> None:
-        """Takes `rows` of the weight."""
+        """Quantises and stores `rows` of the weight."""
         raise NotImplementedError
 
     def whole_blocks(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,23 +75,23 @@ class _Quantised:
 
 
 class Int8(_Quantised):
-    """Integers of 8 bits; a row of W and a token of x are scaled by their largest magnitude (Dettmers et al. 2022).
+    """8-bit integers; each row of W and each token of x is scaled by its largest magnitude (Dettmers et al. 2022).
 
-    LLM.int8 also multiplies the columns in which x has outliers in 16 bits. Which those are is known to the device
-    alone, so the host would have to wait, and it depends on the other tokens of the batch. Here the threshold is 0, no
-    column is held back. Instead, what 8 bits leave of x is quantised to 8 bits once more and multiplied in the same
-    pass over W, so that a token keeps 15 bits below its largest magnitude. Integers add exactly, so a token's result
-    does not depend on the batch; on a CPU without AVX-512 bitsandbytes adds them in float32, exact to 1040 columns.
+    LLM.int8 also multiplies the outlier columns of x in 16 bits. These columns depend on all tokens of the batch, and
+    the host would have to wait for the device to learn them. Here the threshold is 0: no column is separate. Instead,
+    the rounding error of x is quantised to 8 bits too and multiplied in the same pass over W, so that a token keeps 15
+    bits below its largest magnitude. Integer sums are exact, so a token's result does not depend on the batch. On a
+    CPU without AVX-512, bitsandbytes adds in float32, which is exact up to 1040 columns.
     """
 
-    align = 16  # the matrix unit wants multiples of 4, and 16 for its best
-    tokens = 512  # in one product, so that its 32-bit result stays small
+    align = 16  # int8 matmuls need multiples of 4 and are fastest with 16
+    tokens = 512  # of one product, so that its 32-bit result stays small
 
     def allocate(self, rows: int, columns: int, bias: bool) -> None:
         super().allocate(rows, columns, bias)
         shape = (_rounded(rows, self.align), self.padded)
         self.weight = torch.zeros(shape, dtype=torch.int8, device=self.device)
-        # What one unit of a row is worth, by one unit of a token whose largest magnitude is 1.
+        # The value of one unit of a row times one unit of a token with largest magnitude 1.
         self.unit = torch.empty(rows, dtype=torch.float32, device=self.device)
 
     @property
@@ -101,7 +101,7 @@ class Int8(_Quantised):
 
     @property
     def scratch(self) -> int:
-        """Of one product: two 32-bit results and their sum; x and what is left of it in 8, 16 and 32 bits."""
+        """For one product: two 32-bit results and their sum; x and its rounding error in 8, 16 and 32 bits."""
         return self.tokens * (self.weight.shape[0] * 12 + self.padded * 20)
 
     def quantise(self, rows: slice, weight: Tensor) -> None:
@@ -122,8 +122,8 @@ class Int8(_Quantised):
     def product_(self, y: Tensor, x: Tensor) -> None:
         """Writes y[T, rows] from x[T, padded]."""
         first, coarse = _in_8_bits(x)
-        left = torch.addcmul(x, first, coarse[:, None], value=-1 / INT8_MAX)  # float32
-        second, fine = _in_8_bits(left)
+        error = torch.addcmul(x, first, coarse[:, None], value=-1 / INT8_MAX)  # float32
+        second, fine = _in_8_bits(error)
         both = torch.ops.bitsandbytes.int8_linear_matmul(torch.cat([first, second]), self.weight)
         of_first, of_second = both[:, : self.rows].split(x.shape[0])
         sums = (of_first * coarse[:, None]).addcmul_(of_second, fine[:, None])
@@ -134,12 +134,14 @@ class Int8(_Quantised):
 
 
 class FourBit(_Quantised):
-    """4 bits a weight, one float32 scale for every 64 of a row: NF4, the quantiles of a normal distribution, or FP4
-    (QLoRA, Dettmers et al. 2023). Scales are not quantised again."""
+    """4 bits per weight, one float32 scale per 64 weights of a row: NF4 (quantiles of a normal distribution) or FP4.
+
+    QLoRA, Dettmers et al. 2023. Scales are not quantised again.
+    """
 
     align = 64  # the block of one scale
-    # Most tokens for which the fused kernel is tried; more, and all on a CPU, multiply with the dequantised weight:
-    # not few, so that ops.linear waits for it.
+    # Up to this many tokens use the fused kernel. More tokens, and all on a CPU, multiply with the dequantised weight.
+    # For few tokens, ops.linear would read that weight before it is complete.
     fused_tokens = {"cpu": 0, "cuda": 512}
 
     def __init__(
@@ -195,8 +197,8 @@ class FourBit(_Quantised):
 
 
 def _in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x[n, k] -> (int8 [n, k], float32 [n]: the largest magnitude of a row, which became 127)."""
-    if x.dtype != torch.float16:  # what the kernel reads
+    """x[n, k] -> (int8 [n, k], float32 [n]: the largest magnitude of each row, which maps to 127)."""
+    if x.dtype != torch.float16:  # the kernel reads float16
         x = x.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
     quantised, largest, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(x, 0.0)
     return quantised, largest
@@ -245,9 +247,11 @@ def _hidden(package: str) -> Iterator[None]:
     """Makes `import package` fail within the block.
 
     On a CPU with AVX512-BF16, bitsandbytes downloads code with the package `kernels` when it is imported, and runs it.
-    It has no option against that, but it goes on without the package; None in sys.modules means "not installed".
+    It has no option to prevent that, but it works without the package. None in sys.modules means "not installed".
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # no warning of that
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # it warns about that
     modules: dict[str, Any] = sys.modules
     found = modules.get(package)
     modules[package] = None

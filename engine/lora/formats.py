@@ -1,11 +1,10 @@
-"""From the files of an adapter to `LoraWeights` that fit the base model, or to the list of problems.
+"""Parses the files of an adapter into `LoraWeights` that fit the base model, or into a list of problems.
 
 One function per format: `load_peft` today. The tensors decide which modules are adapted; `ModelTargets` lists those
 that can be. Every other tensor is refused by name, never dropped. Matrices have PEFT's shapes: A `[r, in]` and B
-`[out, r]`, also for GPT-2's Conv1D (PEFT stores ordinary linears there, whatever `fan_in_fan_out` says), and for an
-embedding
-`lora_embedding_A [r, vocab]` and `lora_embedding_B [hidden, r]`. Scales are alpha / r. They exclude the base model's
-own embedding scale (Gemma), which the model applies to the sum, as PEFT does.
+`[out, r]`, also for GPT-2's Conv1D (PEFT stores ordinary linears there, whatever `fan_in_fan_out` says). An embedding
+has `lora_embedding_A [r, vocab]` and `lora_embedding_B [hidden, r]`. Scales are alpha / r. They exclude the base
+model's own embedding scale (Gemma), which the model applies to the sum, as PEFT does.
 """
 
 from __future__ import annotations
@@ -188,24 +187,24 @@ class _Matcher:
 
     def _pair(self, module: str, names: dict[str, str], site: _Site) -> Pair | None:
         """The pair of one module, if dtype, shapes and rank are valid."""
-        kind, wanted = site.target.name, ("A", "B")
+        kind, halves = site.target.name, ("A", "B")
         if site.group.embedding:
-            wanted = ("embedding A", "embedding B")
-        missing = [half for half in wanted if half not in names]
+            halves = ("embedding A", "embedding B")
+        missing = [half for half in halves if half not in names]
         if missing or len(names) > 2:
             text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
             if not missing:
                 text = f"{module} has LoRA tensors both of a linear and of an embedding"
             self.problems.add(f"half {kind}", text, module, "save the complete adapter again")
             return None
-        a, b = (self.file.infos[names[half]] for half in wanted)
+        a, b = (self.file.infos[names[half]] for half in halves)
         if not self._shapes_fit(module, a, b, site):
             return None
-        rank, said = a.shape[0], self.config.rank(module)
-        if rank != said:
+        rank, configured = a.shape[0], self.config.rank(module)
+        if rank != configured:
             self.problems.add(
                 f"rank {kind}",
-                f"{module} has rank {rank}, but adapter_config.json says {said}",
+                f"{module} has rank {rank}, but adapter_config.json says {configured}",
                 "rank_pattern",
                 "set r or rank_pattern to this rank; the scale depends on it",
             )
@@ -218,7 +217,7 @@ class _Matcher:
                 f"start the server with --max-adapter-rank {rank}",
             )
             return None
-        matrices = [self.file.matrix(names[half]) for half in wanted]
+        matrices = [self.file.matrix(names[half]) for half in halves]
         return Pair(matrices[0], matrices[1], self.config.scale(module), module)
 
     def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, site: _Site) -> bool:
@@ -283,10 +282,9 @@ class _Matcher:
                 self._base_copy(match["module"], self.file.infos[key], sites[match["module"]])
                 continue
             kind = _kind(key)
-            if known := describe_key(key):
-                self.problems.add(
-                    f"left {known[1]}", f"{shown(key)} is {known[0]}", known[1], known[2]
-                )
+            if found := describe_key(key):
+                what, name, remedy = found
+                self.problems.add(f"left {name}", f"{shown(key)} is {what}", name, remedy)
             elif key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
                 text = f"{shown(key)} is a whole matrix: the vocabulary was resized or trained"
                 hint = "if it was not trained, save with save_embedding_layers=False"

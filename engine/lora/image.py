@@ -3,9 +3,9 @@
     records   int32 [layers + 1, groups, 8], offsets relative to the data
     zeros     to the next multiple of IMAGE_ALIGN bytes
     data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed;
-              of a group of experts: the expert records, then the same for each expert that is adapted
+              for a group of experts: the expert records, then the same for each adapted expert
 
-An image is of one shard: it holds the parts of the matrices that the shard's linears need.
+An image belongs to one shard: it holds the parts of the matrices that the shard's linears need.
 
 The digest is the first DIGEST_BYTES of SHA-256 (which processors compute in hardware) over records and data. Adapters
 with the same effect on this base model have the same digest.
@@ -84,8 +84,8 @@ class _GroupData:
 
     layer: int
     number: int
-    table: int | None  # of experts: bytes from the start of the data to their records
-    sections: tuple[_Section | None, ...]  # one, or one for each expert; None: it is not adapted
+    table: int | None  # bytes from the start of the data to the expert records; None: no experts
+    sections: tuple[_Section | None, ...]  # one, or one per expert; None: not adapted
     end: int
 
     def record(self) -> bytes:
@@ -93,8 +93,8 @@ class _GroupData:
         if self.table is None:
             assert self.sections[0] is not None
             return self.sections[0].record()
-        of_experts = [section.ranks for section in self.sections if section is not None]
-        largest = [max(ranks) for ranks in zip(*of_experts, strict=True)]
+        expert_ranks = [section.ranks for section in self.sections if section is not None]
+        largest = [max(ranks) for ranks in zip(*expert_ranks, strict=True)]
         return _record(self.table, 0, largest, FLAG_EXPERTS, [])
 
     def expert_records(self) -> bytes:
@@ -115,20 +115,20 @@ def _groups(weights: LoraWeights, layout: ShardLayout) -> Iterator[_GroupData]:
     start = 0
     for layer, number, group in layout.each_group():
         experts = group.whole.experts
-        pairs = [
+        by_expert = [
             tuple(
                 weights.pairs.get(TargetIndex(layer, number, index, expert))
                 for index in range(len(group.targets))
             )
             for expert in range(experts or 1)
         ]
-        if not any(any(of_one) for of_one in pairs):
+        if not any(map(any, by_expert)):
             continue
         table = start if experts else None
         start += experts * RECORD_BYTES
         sections: list[_Section | None] = []
-        for of_one in pairs:
-            section = _section(group, of_one, start, _dtype(layout).itemsize)
+        for pairs in by_expert:
+            section = _section(group, pairs, start, _dtype(layout).itemsize)
             sections.append(section)
             start = section.end if section else start
         yield _GroupData(layer, number, table, tuple(sections), start)

@@ -30,7 +30,7 @@ _BYTES_PER_CHARACTER = 128  # memory to compile plain names into a set
 
 # A name. A dot matches any character, as in Python, so every match has the length of the name.
 _PLAIN = re.compile(r"(?P<start>\^?)(?P<name>(?:[\w.-]|\\[.-])++)\$?", re.ASCII)
-# What RE2 lacks or reads differently from Python: back references and rare escapes, look-around and inline flags,
+# Syntax that RE2 lacks or reads differently from Python: back references and rare escapes, look-around, inline flags,
 # POSIX classes, counts without a lower bound or with a leading zero.
 _FOREIGN = re.compile(
     r"\\(?:[^\W_dDwWsSbBAtnrfv]|[^\x00-\x7f])|\(\?(?!:|P<|[ims]+:).?|\[:|\{,|\{(?:\d+,)?0\d",

@@ -1,4 +1,4 @@
-"""One adapter as matrices that are read in pieces. Every format is parsed into it; every image is written from it."""
+"""One adapter as matrices that are read in pieces. Formats are parsed into it; images are written from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.ops.targets import Span
 
 
 class TargetIndex(NamedTuple):
-    """Which target module of a `ModelTargets`."""
+    """The position of a target module in a `ModelTargets`."""
 
     layer: int
     group: int  # in the layer
@@ -58,7 +58,7 @@ class TensorMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some rows and columns of a matrix: what one shard holds of it."""
+    """Some rows and columns of a matrix: one shard's part."""
 
     matrix: Matrix
     rows: tuple[Span, ...]
@@ -99,7 +99,7 @@ class Slice:
 def sliced(
     matrix: Matrix, rows: tuple[Span, ...] | None = None, columns: Span | None = None
 ) -> Matrix:
-    """These rows and columns of a matrix, None for all; the matrix itself if that is the whole of it."""
+    """The given rows and columns of a matrix; None: all. Returns the matrix itself if they are all of it."""
     whole = (Span(0, matrix.shape[0]),), Span(0, matrix.shape[1])
     cut = rows or whole[0], columns or whole[1]
     return matrix if cut == whole else Slice(matrix, *cut)
@@ -125,6 +125,6 @@ class LoraWeights(Closable):
 
     pairs: Mapping[TargetIndex, Pair]
     base_model: str | None = None  # the adapter's name for it
-    notes: list[str] = field(default_factory=list)  # hints for the user; no errors
+    notes: list[str] = field(default_factory=list)  # hints for the user, not errors
     verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed
     close: Callable[[], None] = lambda: None

@@ -1,4 +1,4 @@
-"""Base models: from a folder or hub id to a decoder with weights."""
+"""Base models: turns a folder or hub id into a decoder with weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dtype_of(config: ModelConfig, hf_config: Any, device: torch.device) -> torch
 
 
 def adapter_layout(config: ModelConfig, device: str = "cpu") -> tuple[ShardLayout, ModelSpec, Path]:
-    """What adapters of a base model look like, without loading its weights."""
+    """The layout of adapters for a base model, without loading its weights."""
     folder = folder_of(config, weights=False)
     spec = spec_from(folder)
     dtype = dtype_of(config, spec.config, torch.device(device))

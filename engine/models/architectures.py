@@ -1,4 +1,4 @@
-"""The model families: from a Hugging Face config to a `ModelSpec`, a few lines each."""
+"""The model families: each turns a Hugging Face config into a `ModelSpec`, in a few lines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _windows(config: Any) -> tuple[int, ...]:
 
 
 def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
-    """What llama and its descendants share."""
+    """The spec of llama and the families like it; `parts` override its defaults."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = Attention(
@@ -160,7 +160,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
 
 
 def spec_of(config: Any) -> ModelSpec:
-    """The spec of a Hugging Face config; ModelError names the families there are."""
+    """The spec of a Hugging Face config; ModelError names the supported families."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(

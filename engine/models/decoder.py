@@ -1,4 +1,4 @@
-"""The one decoder of every family: parts are chosen once, in `__init__`, from the `ModelSpec`."""
+"""The decoder of every family: `__init__` chooses its parts from the `ModelSpec`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Head = Callable[[Tensor], Tensor]  # [tokens of a chunk, hidden] -> [size of the
 
 
 class Layer:
-    """One block: attention, then the feed-forward part, each behind a norm; sandwich norms its output too."""
+    """Attention, then the MLP, each after a norm. With sandwich norms, their outputs are normalised too."""
 
     def __init__(self, model: Decoder, layer: int) -> None:
         spec, names = model.spec, model.spec.names
@@ -30,11 +30,11 @@ class Layer:
         self.attention = Attention(
             model.linear(layer, QKV, attention.qkv_bias),
             model.linear(layer, OUT, attention.out_bias),
-            (attention.heads, attention.kv_heads, attention.head_dim),
-            model.cos_sin,
-            attention.scale,
-            attention.softcap,
-            attention.window(layer),
+            shape=(attention.heads, attention.kv_heads, attention.head_dim),
+            cos_sin=model.cos_sin,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            window=attention.window(layer),
         )
         self.mlp = Mlp(
             model.linear(layer, UP, mlp.bias),
@@ -47,7 +47,7 @@ class Layer:
         self.after_mlp = model.norm() if names.after_mlp_norm else None
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x is what the block before adds to the residual; returns the same pair."""
+        """x: output of the previous layer, not yet added to the residual. Returns the same pair for this layer."""
         if residual is None:
             residual, x = x, self.attention_norm(x)
         else:
@@ -76,7 +76,7 @@ class Decoder:
         self.layout: ShardLayout = layout_of(spec, str(dtype).removeprefix("torch."), shard)
         last = spec.num_layers
         self.embedding = Embedding(self.layout.ends[EMBEDDING], (last, EMBEDDING), dtype, device)
-        # Rounded as the checkpoint's own code rounds it, before it multiplies.
+        # Rounded before the multiplication, as in transformers.
         self.embedding_scale = torch.tensor(spec.scales.embedding, dtype=dtype).item()
         self.position_table: Tensor | None = None
         if isinstance(spec.position, Rope):
@@ -91,12 +91,12 @@ class Decoder:
         self.layers = [Layer(self, number) for number in range(spec.num_layers)]
         self.final_norm = self.norm()
         self.vocabulary = Plain(dtype, device, self.embedding.table if spec.tied else None)
-        self.heads: dict[str, Head] = {}  # by the kind of request that wants it
+        self.heads: dict[str, Head] = {}  # by name of the request kind
         self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD), bias=False)
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of request that the model serves."""
+        """Names of the request kinds that the model serves."""
         return [kind.name for kind in KINDS.values() if not kind.pools or kind.name in self.heads]
 
     def linear(self, layer: int, number: int, bias: bool) -> Linear:
@@ -108,11 +108,11 @@ class Decoder:
         return norm(spec.norm.kind, spec.norm.eps, spec.hidden, self.dtype, self.device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits of the wanted tokens, [O, vocab]; see `logits`."""
+        """Logits of the output tokens, [O, vocab]; see `logits`."""
         return self.logits(self.body(batch), batch)
 
     def body(self, batch: Batch) -> Tensor:
-        """Hidden states of the wanted tokens behind the last norm, [O, hidden]."""
+        """Hidden states of the output tokens after the last norm, [O, hidden]."""
         scales = self.spec.scales
         x = self.embedding(batch.ids, batch.lora)
         if scales.embedding != 1.0:
@@ -128,7 +128,7 @@ class Decoder:
         return self.final_norm(x, residual)
 
     def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[O, hidden] -> [O, vocab]: of the model's dtype, or float32 if they are capped."""
+        """[O, hidden] -> [O, vocab], in the model's dtype, or in float32 with a softcap."""
         scales = self.spec.scales
         logits = self.head(hidden, batch.lora_outputs)
         if scales.softcap:

@@ -1,7 +1,7 @@
-"""What a model is: everything that one decoder needs to know to be llama, gemma or gpt2.
+"""The description of a model: everything that makes the decoder a llama, gemma or gpt2.
 
-A family is a function from its Hugging Face config to a `ModelSpec` (see `architectures.py`); parts are chosen by
-the spec once, when the model is built.
+A family is a function from its Hugging Face config to a `ModelSpec` (see `architectures.py`). The spec chooses the
+parts once, when the model is built.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Checkpoint names. `{layer}` stands for the layer's number; each linear lists what it is fused from."""
+    """Checkpoint names. `{layer}` stands for the layer's number; each linear lists the modules it is fused from."""
 
     layer: str = "model.layers.{layer}"
     embedding: str = "model.embed_tokens"
@@ -151,5 +151,5 @@ def _target(
 
 
 def layout_of(spec: ModelSpec, dtype: str, shard: Shard | None = None) -> ShardLayout:
-    """What a shard holds of the model's targets; None: one shard holds all."""
+    """A shard's part of the model's targets; `shard` None: one shard holds all."""
     return ShardLayout(targets_of(spec), dtype, shard or Shard())

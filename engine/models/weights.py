@@ -1,6 +1,6 @@
-"""Weights: streamed from safetensors straight into their place, fused while they are read, or made up.
+"""Weights: streamed from safetensors into their destination and fused while they are read, or random.
 
-Every tensor of the checkpoint has one destination; a tensor with none, or a destination left empty, is an error
+Every tensor of the checkpoint has one destination. A tensor without one, or a destination left empty, is an error
 that names it.
 """
 
@@ -42,7 +42,7 @@ class Destination:
 
     shape: tuple[int, ...]
     store: Callable[[Tensor], None]
-    linear: Linear | None = None  # which it is a part of
+    linear: Linear | None = None  # the linear that it is a part of
 
 
 def destinations(model: Decoder) -> dict[str, Destination]:
@@ -54,7 +54,7 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         found[name] = Destination(tuple(tensor.shape), partial(_copy, tensor, plus))
 
     def vocabulary(table: Tensor, name: str, tokens: Span) -> None:
-        """The rows of some tokens."""
+        """The table has the rows of `tokens`."""
         shape = (spec.vocab, table.shape[1])
         found[name] = Destination(
             shape, lambda new: _copy(table, 0.0, cut(new, 0, (tokens,), spec.vocab))
@@ -65,7 +65,7 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         for target in linear.group.targets:
             module = target.whole.module.format(layer=linear.layer)
             sizes = (target.whole.out_features, linear.group.whole.in_features)
-            for part in linear.method.parts(*sizes, linear.bias, names.transposed):
+            for part in linear.method.parts(*sizes, bias=linear.bias, transposed=names.transposed):
                 found[f"{module}.{part.name}"] = Destination(
                     part.shape, partial(_load, linear, target, part, row), linear
                 )
@@ -104,7 +104,7 @@ def _copy(target: Tensor, plus: float, new: Tensor) -> None:
 
 
 def _load(linear: Linear, target: TargetPart, part: Part, row: int, new: Tensor) -> None:
-    """Loads what the shard holds of one tensor."""
+    """Loads the shard's part of one tensor."""
     if part.outputs is not None:
         new = cut(new, part.outputs, target.outputs, target.whole.out_features)
     if part.inputs is not None:
@@ -114,7 +114,7 @@ def _load(linear: Linear, target: TargetPart, part: Part, row: int, new: Tensor)
 
 
 def cut(tensor: Tensor, dimension: int, spans: tuple[Span, ...], features: int) -> Tensor:
-    """These spans of a dimension that stands for `features` features: one by one, or in packs or blocks of them."""
+    """The `spans` of a dimension of `features` features. One entry may hold several features: a pack or a block."""
     if spans == (Span(0, features),):
         return tensor
     length = tensor.shape[dimension]
@@ -122,13 +122,13 @@ def cut(tensor: Tensor, dimension: int, spans: tuple[Span, ...], features: int) 
     for span in spans:
         start, rest = divmod(span.start * length, features)
         size, more = divmod(span.size * length, features)
-        assert not rest and not more, "a pack or a block of features stays in one shard"
+        assert not rest and not more, "a span cuts a pack or a block of features"
         pieces.append(tensor.narrow(dimension, start, size))
     return torch.cat(pieces, dimension)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], bool]:
-    """The files of a checkpoint, and whether an index names them: safetensors or, without any, torch.save's `.bin`."""
+    """The files of a checkpoint, and whether an index names them: safetensors, else torch.save's `.bin`."""
     for whole in WHOLE_NAMES:
         index = folder / f"{whole}.index.json"
         if index.exists():
@@ -180,7 +180,7 @@ def _tensors(folder: Path, cache: Path) -> Iterator[tuple[str, Tensor]]:
         for path in paths:
             with _opened(path, roots) as file:
                 if is_pickle(file):
-                    logger.info("converting %s to safetensors, unless it was before", path)
+                    logger.info("converting %s to safetensors, unless the cache has it", path)
                 try:
                     readable = converter.readable(file)
                 except AdapterError as error:
@@ -190,7 +190,7 @@ def _tensors(folder: Path, cache: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored(file: OpenFile, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one safetensors file, which is opened by its descriptor; `path` is for messages."""
+    """The tensors of one safetensors file, opened by its descriptor; `path` is for messages."""
     name = DESCRIPTORS / str(file.fd)
     try:
         with safe_open(name if name.exists() else file.path, framework="pt") as opened:
@@ -203,40 +203,40 @@ def _stored(file: OpenFile, path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(model: Decoder, folder: Path, cache: Path | None = None) -> None:
-    """Fills the model from a checkpoint; raises ModelError that names a missing, unknown or misshapen tensor.
+    """Fills the model from a checkpoint. Raises ModelError that names a missing, unknown or wrongly shaped tensor.
 
-    `cache`: the folder of downloads, None for that of huggingface_hub.
+    `cache`: the folder of downloads; None: huggingface_hub's.
     """
     spec = model.spec
-    wanted = destinations(model)
+    expected = destinations(model)
     prefix = spec.names.embedding.partition(".")[0] + "."
-    missing = set(wanted)
+    missing = set(expected)
     tied_head = f"{spec.names.head}.weight" if spec.tied else ""
     for name, tensor in _tensors(folder, cache or cache_folder()):
         # Checkpoints saved from the bare model lack the first part of the name (gpt2 on the hub).
-        place = name if name in wanted else prefix + name
-        if place not in wanted:
+        key = name if name in expected else prefix + name
+        if key not in expected:
             if name == tied_head or name.endswith(spec.names.ignored):
                 continue
             raise ModelError(
-                f"tensor {name!r} has no place in a {spec.model_type} model", field="model_id"
+                f"tensor {name!r} is not part of a {spec.model_type} model", field="model_id"
             )
-        destination = wanted[place]
+        destination = expected[key]
         if tuple(tensor.shape) != destination.shape:
             raise ModelError(
                 f"tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(destination.shape)}",
                 field="model_id",
             )
         destination.store(tensor)
-        missing.discard(place)
+        missing.discard(key)
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} tensors, first {min(missing)!r}", field="model_id"
         )
 
 
-def make_up(model: Decoder, seed: int = 0) -> None:
-    """Random weights at the real shape (`--load-format dummy`): activations keep a sane scale, norms are near one."""
+def init_random(model: Decoder, seed: int = 0) -> None:
+    """Random weights of the real shapes (`--load-format dummy`): activations keep a sane scale, norms are one."""
     generator = torch.Generator(model.device).manual_seed(seed)
     for name, destination in destinations(model).items():
         new = torch.empty(destination.shape, device=model.device)
@@ -248,14 +248,14 @@ def make_up(model: Decoder, seed: int = 0) -> None:
 
 
 def size(model: Decoder) -> int:
-    """Bytes of all weights as they are held."""
+    """Bytes of all weights, quantised ones as stored."""
     found = destinations(model).values()
     whole = sum(math.prod(one.shape) for one in found if one.linear is None) * model.dtype.itemsize
     return whole + sum(linear.method.size for linear in _linears(model))
 
 
 def scratch(model: Decoder) -> int:
-    """Bytes that a linear takes beside its input and output while it multiplies, at most."""
+    """Bytes that a linear's matmul takes besides its input and output, at most."""
     return max(linear.method.scratch for linear in _linears(model))
 
 

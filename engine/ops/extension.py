@@ -17,7 +17,7 @@ import torch
 from engine.errors import ConfigError
 from engine.ops.schemas import NAMESPACE, SCHEMAS
 
-Backend = Literal["extension", "torch", "reference"]
+Implementation = Literal["extension", "torch", "reference"]
 
 CPU_LIBRARY = Path(__file__).with_name("_lorax_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_lorax_cuda.so")
@@ -93,10 +93,10 @@ def capability() -> tuple[int, int] | None:
     except OSError:
         return None
     major, minor, device = c_int32(), c_int32(), c_int32()
-    asked = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
+    errors = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
     for value, attribute in ((major, CAPABILITY_MAJOR), (minor, CAPABILITY_MAJOR + 1)):
-        asked.append(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
-    return None if any(asked) else (major.value, minor.value)
+        errors.append(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
+    return None if any(errors) else (major.value, minor.value)
 
 
 def built_for(library: Path) -> list[str]:
@@ -126,19 +126,19 @@ def require_cuda() -> None:
         raise ConfigError(
             status.reason or f"{CUDA_LIBRARY.name} is out of date: it lacks {', '.join(missing)}",
             field="slow_reference",
-            hint="install with nvcc on the path, or insist with --slow-reference",
+            hint="install with nvcc on the path, or set --slow-reference",
         )
 
 
-def backends() -> MappingProxyType[str, MappingProxyType[str, Backend]]:
-    """What serves each op on each device, for logs and `/info`."""
-    served: dict[str, MappingProxyType[str, Backend]] = {}
+def backends() -> MappingProxyType[str, MappingProxyType[str, Implementation]]:
+    """The implementation of each op on each device, for logs and `/info`."""
+    served: dict[str, MappingProxyType[str, Implementation]] = {}
     for op in SCHEMAS:
-        served[op] = MappingProxyType({device: _backend(op, device) for device in DEVICES})
+        served[op] = MappingProxyType({device: _implementation(op, device) for device in DEVICES})
     return MappingProxyType(served)
 
 
-def _backend(op: str, device: str) -> Backend:
+def _implementation(op: str, device: str) -> Implementation:
     if _registered(op, device.upper()):
         return "extension"
     return "torch" if (op, device) in BY_TORCH else "reference"

@@ -237,7 +237,7 @@ def lora_shrink(
     layer: int,
     group: int,
     stacked_rank: int,
-    beside: bool = False,
+    overlap: bool = False,
 ) -> Tensor:
     """Partial sums t[P, T, stacked_rank] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
     t = x.new_zeros((1, x.shape[0], stacked_rank), dtype=torch.float32)

@@ -47,11 +47,11 @@ SCHEMAS = {
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",
     # floor[n, 1]: the smallest probability in the smallest set of mass top_p[n] or more.
     "top_p_floor": "(Tensor probs, Tensor top_p) -> Tensor",
-    # t[P, T, stacked_rank] float32, to be summed over P: x @ A(slot).T. beside: x was complete before the previously
+    # t[P, T, stacked_rank] float32, to be summed over P: x @ A(slot).T. overlap: x was complete before the previously
     # launched op, so this op may run at the same time as that one.
     "lora_shrink": (
         "(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group,"
-        " int stacked_rank, bool beside=False) -> Tensor"
+        " int stacked_rank, bool overlap=False) -> Tensor"
     ),
     # The same for an embedding: t[1, T, stacked_rank] = A(slot)[ids].
     "lora_gather": (

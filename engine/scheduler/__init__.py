@@ -1,4 +1,4 @@
-"""Decides what each step computes: sequences, KV blocks, run-ahead, fairness between adapters. No torch."""
+"""Plans each step: sequences, KV blocks, run-ahead, fairness between adapters. No torch."""
 
 from engine.scheduler.blocks import BlockPool
 from engine.scheduler.fairness import Slots

@@ -1,8 +1,8 @@
-"""The waiting sequences, and which of them go on in a step.
+"""The queue of waiting sequences, and their admission into steps.
 
-A sequence whose adapter is not resident is passed over, never waited for; its placement is started if there is room. A
-sequence that lacks a row, blocks or budget ends admission, so that nobody overtakes it for memory; one that lacks a
-share of the tokens that are scored, which it gets once those before it are through, is passed over.
+A sequence whose adapter is not resident is skipped, never waited for; its placement starts if there is room. A
+sequence that lacks a row, blocks or token budget ends admission, so that no later one overtakes it for memory. A
+sequence that lacks only scored tokens is skipped; it gets them after the prompts before it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from engine.scheduler.rows import Rows
 from engine.scheduler.sequence import Sequence
 from engine.scheduler.tables import BlockTables
 
-HEADROOM = 32  # decode steps of the running sequences that an admission leaves blocks for
-MAX_QUEUE_SCAN = 256
+HEADROOM = 32  # decode steps: an admission leaves blocks for these to the running sequences
+MAX_QUEUE_SCAN = 256  # waiting sequences that the prompt budget looks at
 MAX_PLACING = 32  # copies under way at one time; more would only evict earlier
 
 _age = attrgetter("age")
-_turn = attrgetter("turn")
+_queue_order = attrgetter("queue_order")
 
 
 class Admission:
-    """Owns the queue. It is looked through only after `wake`, or when a starving sequence's time has come."""
+    """Owns the queue. `admit` reads it only after `wake`, or when a starving sequence's turn is due."""
 
     def __init__(self, rows: Rows, tables: BlockTables, slots: Slots, rotation: Rotation) -> None:
-        self.waiting: list[Sequence] = []  # in the order of `turn`
-        self.prefix_hits = 0  # prompt tokens, ever
-        self.prefix_lookups = 0
+        self.waiting: list[Sequence] = []  # in `queue_order`
+        self.prefix_hits = 0  # prompt tokens found in the cache, in total
+        self.prefix_lookups = 0  # prompt tokens looked up, in total
         self._rows = rows
         self._tables = tables
         self._pool = tables.pool
@@ -45,44 +45,44 @@ class Admission:
         self.backlog = Backlog()
 
     def wake(self) -> None:
-        """Something happened that may let a waiting sequence go on."""
+        """Call it when a waiting sequence may have become admissible."""
         self._awake = True
 
     def add(self, sequence: Sequence, now: float) -> None:
         sequence.waiting_since = now
-        insort(self.waiting, sequence, key=_turn)
+        insort(self.waiting, sequence, key=_queue_order)
         self.wake()
 
     def remove(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
-        self._rotation.left_waiting(sequence)
+        self._rotation.end_turn(sequence)
         self.wake()
 
-    def tokens_beside(self, decoding: int, bounds: list[int], last: int, now: float) -> int:
-        """Prompt tokens of the step behind number `last`, in which so many rows decode: `bounds` of that many.
+    def prompt_budget(self, decoding: int, bounds: list[int], last: int, now: float) -> int:
+        """Prompt tokens of the step after step `last`, with `decoding` rows: `bounds[decoding]` or more.
 
-        In proportion more where more requests wait for their first token, and for nothing but room, than are held up,
-        and the longer prompts do not keep up. Only the first MAX_QUEUE_SCAN of the queue count.
+        It grows in proportion when more requests wait for their first token, and only for room, than rows decode, and
+        with the time that prompts have lacked room. Only the first MAX_QUEUE_SCAN waiting sequences count.
         """
         ready = sum(
             sequence.adapter is None or self._slots.slot_of(sequence.adapter.digest) is not None
             for sequence in islice(self.waiting, MAX_QUEUE_SCAN)
         )
-        held_up, bound = len(self._rows.prefilling) + ready, bounds[decoding]
+        num_prompts, bound = len(self._rows.prefilling) + ready, bounds[decoding]
         growth = self.backlog.growth(last, now)
-        return max(int(bound * growth), bound * held_up // decoding)
+        return max(int(bound * growth), bound * num_prompts // decoding)
 
     def paused(self) -> list[Sequence]:
-        """Those that keep blocks while they wait, the youngest first."""
+        """Waiting sequences that keep their blocks, the youngest first."""
         return sorted((s for s in self.waiting if s.blocks and not s.row), key=_age, reverse=True)
 
     def admit(self, builder: PlanBuilder, now: float) -> None:
-        """Admit what the plan has room for, and start the placements that the others wait for."""
+        """Admit the sequences that the plan has room for; start placements for the others."""
         if not self._awake and now < self._rotation.next_due:
             return
         self._awake = False
         keep = set(self._rotation.turns)  # adapters that earlier sequences wait for
-        refused = inf  # the smallest image that found no room: larger ones need not try
+        refused = inf  # bytes of the smallest image that found no room: larger ones are not tried
         starving: list[Sequence] = []
         stopped = False
         for sequence in self.waiting:
@@ -98,13 +98,13 @@ class Admission:
                             builder.placements.append(placement)
                             self._rotation.placed(digest)
                         elif stopped:
-                            break  # nobody behind can be admitted, and there is no room to prepare
+                            break  # no later sequence can be admitted, and no adapter placed
                         else:
                             refused = min(refused, image.data_bytes)
                             starving.append(sequence)
                     keep.add(digest)
                     continue
-                if self._rotation.drains(digest, now):
+                if self._rotation.is_draining(digest, now):
                     continue
                 keep.add(digest)
                 slot = found
@@ -112,12 +112,12 @@ class Admission:
                 stopped = self._try(sequence, slot, builder, now) == "stopped"
         if builder.admit:
             self.waiting = [sequence for sequence in self.waiting if not sequence.row]
-        self._rotation.give_turns(starving, now)
+        self._rotation.rotate(starving, now)
 
     def _try(
         self, sequence: Sequence, slot: int, builder: PlanBuilder, now: float
     ) -> Literal["admitted", "deferred", "stopped"]:
-        """Give the sequence a row, blocks for its known tokens and its first chunk, if all can be had."""
+        """Give the sequence a row, blocks for its tokens and its first chunk, if all of them are available."""
         if not self._rows.any_free:
             return "stopped"
         found = [] if sequence.blocks else self._tables.find_prefix(sequence)
@@ -127,24 +127,24 @@ class Admission:
         count = builder.chunk_size(sequence, start)
         if not count:
             self.wake()  # only this step is full
-            return "deferred" if builder.lacks_scores(sequence) else "stopped"
+            return "deferred" if builder.lacks_scored_budget(sequence) else "stopped"
         self._pool.share(found)
         missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks) - len(found)
         if not self._reclaim(missing, sequence):
             self._pool.free(found)
             return "stopped"
         if not sequence.blocks:
-            self._tables.start_behind(sequence, found)
+            self._tables.start_after_prefix(sequence, found)
         self._tables.append(sequence, found + self._pool.allocate(missing))
         self._take_row(sequence, slot, builder, now)
         builder.compute(sequence, count)
         return "admitted"
 
     def _reclaim(self, missing: int, sequence: Sequence) -> bool:
-        """Whether `missing` blocks are available, if need be by taking those of paused sequences.
+        """Whether `missing` blocks are available. Takes the blocks of paused sequences if there are too few.
 
-        While others run, some blocks are left for them to grow into: an admission that has to be preempted right away
-        helps nobody.
+        While others run, some blocks are left for them to grow into: an admission that is preempted right away is
+        wasted work.
         """
         needed = missing + len(self._rows.running) * HEADROOM // self._pool.block_size
         if needed <= self._pool.available:
@@ -156,14 +156,14 @@ class Admission:
             self._tables.drop_paused(victim)
             if needed <= self._pool.available:
                 return True
-        return False  # they shared blocks with others
+        return False  # the paused sequences shared blocks with others
 
     def _take_row(self, sequence: Sequence, slot: int, builder: PlanBuilder, now: float) -> None:
         self._rows.take(sequence, slot)
         sequence.preempted = False
         if slot:
             self._slots.acquire(slot)
-            self._rotation.left_waiting(sequence)
+            self._rotation.end_turn(sequence)
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = sequence.computed
@@ -185,7 +185,7 @@ class Admission:
 
     def check(self) -> None:
         """Assert every invariant."""
-        assert sorted(self.waiting, key=_turn) == self.waiting, "the queue is out of order"
+        assert sorted(self.waiting, key=_queue_order) == self.waiting, "the queue is out of order"
         for sequence in self.waiting:
             assert not sequence.row and not sequence.slot
             assert not sequence.inflight and not sequence.decoding

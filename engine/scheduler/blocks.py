@@ -4,7 +4,7 @@ A block holds `block_size` positions. Block 0 is scratch for padding and is neve
 exactly one of three states:
 
     used    one or more sequences refer to it
-    cached  nobody refers to it, but its contents are known under a key; taken last, least recently used first
+    cached  no sequence refers to it, but it can be found by its key; taken last, least recently used first
     free    neither
 
 The key of a full block is a hash over the key of the block before it and its own token ids, so that equal keys mean
@@ -22,7 +22,7 @@ KEY_BYTES = 16
 
 
 def root_key(adapter_digest: bytes | None, salt: bytes) -> bytes:
-    """Where the chain of keys starts. The parts are prefixed with their lengths, so that none can pose as another."""
+    """The start of the chain of keys. Each part has its length as a prefix, so that no part can pose as another."""
     state = blake2b(digest_size=KEY_BYTES, person=b"kv-root")
     for part in (b"base" if adapter_digest is None else b"lora", adapter_digest or b"", salt):
         state.update(len(part).to_bytes(8, "little") + part)
@@ -60,7 +60,7 @@ class BlockPool:
 
     @property
     def usable(self) -> int:
-        """Blocks that sequences can have."""
+        """Blocks without the scratch block."""
         return self.num_blocks - 1
 
     @property
@@ -70,14 +70,14 @@ class BlockPool:
 
     @property
     def num_keys(self) -> int:
-        """Blocks that a prefix can be found in."""
+        """Blocks that can be found by key."""
         return len(self._block_of)
 
     def blocks_for(self, positions: int) -> int:
         return -(-positions // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each; the caller has looked at `available`."""
+        """`count` blocks with one reference each; the caller checks `available` first."""
         assert count <= self.available, "allocated more than available"
         taken = []
         for _ in range(count):
@@ -99,7 +99,7 @@ class BlockPool:
             self._references[block] += 1
 
     def free(self, blocks: list[int]) -> None:
-        """Drop one reference to each. The end of a prefix is forgotten before its beginning."""
+        """Drop one reference to each. The end of a prefix is evicted before its start."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
@@ -109,7 +109,7 @@ class BlockPool:
                     self._free.append(block)
 
     def match(self, keys: list[bytes]) -> list[int]:
-        """The blocks of the longest known beginning of the chain `keys`."""
+        """The blocks of the longest cached prefix of the chain `keys`."""
         found = []
         for key in keys:
             block = self._block_of.get(key)
@@ -119,11 +119,11 @@ class BlockPool:
         return found
 
     def register(self, block: int, key: bytes) -> None:
-        """Make a used block findable. Its contents must be complete: written by a step whose result is known.
+        """Make a used block findable. Its contents must be complete: written by a committed step.
 
-        A second block with the same contents stays unknown; it is as good as the first, and free once unused.
+        A second block with the same contents gets no key; it is free once no sequence uses it.
         """
-        assert self._references[block] > 0, "registered a block that nobody uses"
+        assert self._references[block] > 0, "registered a block that no sequence uses"
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key

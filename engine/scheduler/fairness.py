@@ -1,9 +1,10 @@
-"""Which adapters hold the arena when not all that are wanted fit.
+"""Rotates adapters through the arena when not all requested ones fit.
 
 A sequence whose adapter finds no room is *starving*. Once it has waited one cycle it gets a *turn*: an interval is
-reserved, and the adapters that lie there must give way, idle ones first, then the longest placed. Each of them admits
-for at least one cycle from its placement, then stops admitting and drains; one more cycle later its running sequences
-are paused. Turns go by time spent waiting, not by arrival: a paused sequence waits anew, so adapters rotate.
+reserved, and the adapters in it must leave. Idle adapters are chosen first, then the longest placed. A leaving adapter
+admits sequences for at least one cycle from its placement. Then it *drains*: it admits no more. One cycle later its
+running sequences are paused. The longest waiting sequence gets the next turn, whatever its arrival. A paused sequence
+waits from zero, so adapters rotate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine.scheduler.sequence import Sequence
 
 
 class Slots(Protocol):
-    """What the scheduler needs of the slot table; `engine.scheduler.slots` documents the semantics."""
+    """The slot table as the scheduler uses it; `engine.scheduler.slots` documents the semantics."""
 
     arena_bytes: int
     num_placements: int
@@ -58,24 +59,24 @@ class Slots(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One sequence's right to room for its adapter, from the reservation until it is admitted or gone."""
+    """One sequence's claim on room for its adapter, from the reservation until it is admitted or ends."""
 
     sequence: Sequence
-    leaving: tuple[bytes, ...]  # digests of the adapters that give way
+    leaving: tuple[bytes, ...]  # digests of the adapters that must leave
 
 
 class Rotation:
     """The turns under way. `cycle_time` is in seconds of the scheduler's clock."""
 
     def __init__(self, slots: Slots, cycle_time: float) -> None:
-        self.turns: dict[bytes, Turn] = {}  # by digest of the adapter that is to come
-        self.next_due = inf  # when the next starving sequence has waited a cycle
+        self.turns: dict[bytes, Turn] = {}  # by digest of the sequence's adapter
+        self.next_due = inf  # time at which the next starving sequence has waited one cycle
         self._slots = slots
         self._cycle_time = cycle_time
         self._drain_from: dict[bytes, float] = {}  # digest of a leaving adapter -> time
 
-    def drains(self, digest: bytes, now: float) -> bool:
-        """Whether the adapter admits no more sequences."""
+    def is_draining(self, digest: bytes, now: float) -> bool:
+        """Whether the adapter has stopped admitting sequences."""
         return bool(self._drain_from) and now >= self._drain_from.get(digest, inf)
 
     def overdue(self, now: float) -> set[bytes]:
@@ -83,11 +84,11 @@ class Rotation:
         limits = self._drain_from.items()
         return {digest for digest, start in limits if now >= start + self._cycle_time}
 
-    def give_turns(self, starving: list[Sequence], now: float) -> None:
-        """Reserve room for those that have waited a cycle, the longest waiting first.
+    def rotate(self, starving: list[Sequence], now: float) -> None:
+        """Give turns to the sequences that have waited one cycle, the longest waiting first.
 
-        If that one's reservation fails (others are in the way), nobody behind it gets one: a large adapter would never
-        find its interval between small ones otherwise.
+        If a reservation fails (others are in the way), later sequences get none either: otherwise a large adapter
+        would never find its interval between small ones.
         """
         self.next_due = inf
         for sequence in sorted(starving, key=lambda sequence: sequence.waiting_since):
@@ -107,14 +108,14 @@ class Rotation:
                 self._drain_from[digest] = max(now, since + self._cycle_time)
 
     def placed(self, digest: bytes) -> None:
-        """The adapter got its room, so nobody has to leave for it any more."""
+        """The adapter has its room: the adapters that were to leave for it may stay."""
         turn = self.turns.get(digest)
         if turn is not None:
             for leaving in turn.leaving:
                 self._drain_from.pop(leaving, None)
 
-    def left_waiting(self, sequence: Sequence) -> None:
-        """The sequence was admitted or ended: if it had a turn, that is over."""
+    def end_turn(self, sequence: Sequence) -> None:
+        """The sequence was admitted or ended. Ends its turn, if it has one."""
         image = sequence.adapter
         turn = self.turns.get(image.digest) if image is not None else None
         if image is not None and turn is not None and turn.sequence is sequence:
@@ -125,7 +126,7 @@ class Rotation:
     def check(self) -> None:
         """Assert every invariant."""
         leaving = {digest for turn in self.turns.values() for digest in turn.leaving}
-        assert self._drain_from.keys() <= leaving, "an adapter drains for nobody"
+        assert self._drain_from.keys() <= leaving, "an adapter drains without a turn"
         for digest, turn in self.turns.items():
             assert turn.sequence.row == 0, "a running sequence has a turn"
             assert turn.sequence.adapter is not None and turn.sequence.adapter.digest == digest

@@ -1,4 +1,4 @@
-"""What a step and a request may hold, and the refusals that follow from it."""
+"""The limits of steps and requests, and the errors for requests that exceed them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SchedulerLimits:
     max_input_length: int
     max_total_tokens: int
     adapter_cycle_time: float  # seconds
-    chunk_tokens: list[int] | None = None  # of prompts, beside so many rows that decode
-    max_scored_tokens: int | None = None  # of prompts whose log-probabilities are wanted, in a step
+    chunk_tokens: list[int] | None = None  # prompt tokens of a step, by the number of decoding rows
+    max_scored_tokens: int | None = None  # prompt tokens of a step that need log-probabilities
 
     def __post_init__(self) -> None:
         assert self.max_scored_tokens is None or self.max_scored_tokens > 0
@@ -30,12 +30,12 @@ class SchedulerLimits:
                 hint="raise --max-batch-prefill-tokens or lower --max-batch-size",
             )
 
-    def scored(self, budget: int) -> int:
-        """How many of a step's `budget` may be of prompts whose log-probabilities are wanted."""
+    def scored_budget(self, budget: int) -> int:
+        """The part of a step's token `budget` that prompts with log-probabilities may take."""
         return budget if self.max_scored_tokens is None else min(self.max_scored_tokens, budget)
 
     def validate(self, request: Request, kv_positions: int) -> None:
-        """Raises InvalidRequest for what can never be served; `kv_positions` is the size of the whole KV cache."""
+        """Raises InvalidRequest for a request that can never be served; `kv_positions`: size of the whole KV cache."""
         length = len(request.tokens)
         if not length:
             raise InvalidRequest(
@@ -45,13 +45,13 @@ class SchedulerLimits:
         room_for_output = 1 if kind.generates else 0
         if request.max_new_tokens < room_for_output:
             raise InvalidRequest(
-                f"max_new_tokens is {request.max_new_tokens}",
+                f"max_new_tokens is {request.max_new_tokens}; the minimum is 1",
                 field="max_new_tokens",
                 hint="ask for at least one token",
             )
         if kind.pools and request.sampling.prompt_logprobs:
             raise InvalidRequest(
-                f"a request of kind {kind.name!r} has no log-probabilities of its prompt",
+                f"requests of kind {kind.name!r} do not support prompt_logprobs",
                 field="prompt_logprobs",
                 hint="leave prompt_logprobs out",
             )
@@ -77,11 +77,11 @@ class SchedulerLimits:
                 )
 
     def last_length(self, request: Request, kv_positions: int) -> int:
-        """Tokens of prompt and output at which the request ends. The last token of an output needs no KV entry."""
+        """Tokens of prompt and output at which the request ends. The last output token needs no KV entry."""
         if not KINDS[request.kind].generates:
             return len(request.tokens)
-        asked = len(request.tokens) + request.max_new_tokens
-        return min(asked, self.max_total_tokens, kv_positions + 1)
+        requested = len(request.tokens) + request.max_new_tokens
+        return min(requested, self.max_total_tokens, kv_positions + 1)
 
 
 def adapter_too_large(image: AdapterImageRef, arena_bytes: int) -> AdapterTooLarge:

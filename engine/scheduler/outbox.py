@@ -24,7 +24,7 @@ class Outbox:
         return len(self._ready) + sum(map(len, self._withheld.values()))
 
     def put(self, sequence: Sequence, output: TokenOutput) -> None:
-        """News of a sequence that goes on."""
+        """Send a token of a sequence that is still open."""
         self._ready.append(_update(sequence, output))
 
     def put_last(
@@ -34,7 +34,7 @@ class Outbox:
         finish: FinishReason | None = None,
         error: LoraxError | None = None,
     ) -> None:
-        """The end of a sequence, with a reason or an error."""
+        """Send the last update of a sequence, with a finish reason or an error."""
         update = _update(sequence, output, finish, error)
         image = sequence.adapter
         if image is not None and self._slots.is_placing(image.digest):
@@ -65,13 +65,13 @@ def _update(
     if output is not None and sequence.prompt_logprobs is not None:
         prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
     return Update(
-        sequence.request.id,
-        [output] if output is not None else [],
-        finish,
-        error.to_wire() if error is not None else None,
-        sequence.usage() if finish is not None else None,
-        admitted,
-        cached,
-        prompt_logprobs,
-        sequence.pooled if finish == "pooled" else None,
+        id=sequence.request.id,
+        tokens=[output] if output is not None else [],
+        finish=finish,
+        error=error.to_wire() if error is not None else None,
+        usage=sequence.usage() if finish is not None else None,
+        admitted=admitted,
+        cached_tokens=cached,
+        prompt_logprobs=prompt_logprobs,
+        pooled=sequence.pooled if finish == "pooled" else None,
     )

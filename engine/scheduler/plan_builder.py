@@ -1,4 +1,4 @@
-"""The plan being made, and the step in flight that it becomes."""
+"""Builds a plan, and keeps it as a step in flight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK_TILE = 64  # positions; a chunk that does not reach the end stops at a mul
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A launched step. Each sequence is noted with its epoch: if that has changed, its result is dropped."""
+    """A launched step. Each sequence has its epoch at launch: if the epoch has changed, the result is dropped."""
 
     plan: StepPlan
     decode: list[tuple[Sequence, int]]
@@ -26,7 +26,7 @@ class Flight:
         return len(self.decode) + sum(chunk.count for _, _, chunk in self.chunks)
 
     def alive(self) -> Iterator[Sequence]:
-        """Those of its sequences that are still in the rows they were planned in."""
+        """The sequences that still hold the row in which they were planned."""
         for sequence, epoch in (*self.decode, *(entry[:2] for entry in self.chunks)):
             if sequence.epoch == epoch:
                 yield sequence
@@ -34,10 +34,10 @@ class Flight:
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """`budget` is what the step can still take, in tokens; of those whose logits are all wanted, `scored`."""
+    """Collects the parts of one plan. Budgets are the tokens that the step can still take."""
 
     budget: int
-    scored: int
+    scored_budget: int  # the part of `budget` for prompts that need log-probabilities
     rows: Rows
     tables: BlockTables
     placements: list[Placement] = field(default_factory=list)
@@ -53,27 +53,29 @@ class PlanBuilder:
         self.extend.append((sequence.row, blocks))
 
     def chunk_size(self, sequence: Sequence, start: int) -> int:
-        """How many of the known positions from `start` on the step computes; 0: none, a later step has more room."""
+        """Tokens of the sequence, from `start` on, that the step computes; 0: none, a later step has more room."""
         end, room = len(sequence.tokens), self._room(sequence)
         if end - start <= room:
             return end - start
-        self.left_over |= not self.lacks_scores(sequence)
+        self.left_over |= not self.lacks_scored_budget(sequence)
         tile = min(self.tables.pool.block_size, CHUNK_TILE)
         aligned = (start + room) // tile * tile - start
         if aligned > 0:
             return aligned
         return 0 if self.chunks else room  # a fragment only if there is no other chunk
 
-    def lacks_scores(self, sequence: Sequence) -> bool:
-        """Whether what the step has no more of is room for scored tokens, so that others may go on."""
+    def lacks_scored_budget(self, sequence: Sequence) -> bool:
+        """Whether the scored budget limits the sequence, so that others may still be admitted."""
         return self._room(sequence) < self.budget
 
     def _room(self, sequence: Sequence) -> int:
         """Tokens of the sequence that the step can still take."""
-        return self.budget if sequence.prompt_logprobs is None else min(self.budget, self.scored)
+        if sequence.prompt_logprobs is None:
+            return self.budget
+        return min(self.budget, self.scored_budget)
 
     def compute(self, sequence: Sequence, count: int) -> None:
-        """Compute the next `count` known positions of a running sequence; sample if they are the last."""
+        """Compute the next `count` positions of a running sequence; sample after its last token."""
         start, end = sequence.computed, sequence.computed + count
         self.tables.fill(sequence, start, end)
         sequence.computed = end
@@ -86,12 +88,12 @@ class PlanBuilder:
         wants |= SCORES if scores else NOTHING
         self.chunks.append((sequence, Chunk(sequence.row, start, count, wants)))
         self.budget -= count
-        self.scored -= count if scores else 0
+        self.scored_budget -= count if scores else 0
 
     def launch(
         self, step: int, unplace: list[int], decode: list[tuple[Sequence, int]], same: bool
     ) -> Flight:
-        """The finished plan. `same`: it decodes the rows of the plan before."""
+        """The finished plan. `same`: it decodes the same rows as the previous plan."""
         self.chunks.sort(key=lambda entry: entry[0].slot)
         plan = StepPlan(
             step=step,

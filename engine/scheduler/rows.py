@@ -1,4 +1,4 @@
-"""Which sequence runs in which row, and which of them decode. Row 0 is scratch and never given out."""
+"""Assigns rows to running sequences, and lists those that decode. Row 0 is scratch and never assigned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _slot = attrgetter("slot")
 
 
 class Rows:
-    """A running sequence has a row. It is *prefilling* (known tokens to compute), decoding, or waits for its vector."""
+    """A running sequence has a row. It is *prefilling* (tokens to compute), decoding, or waits for its vector."""
 
     def __init__(self, num_rows: int) -> None:
         self.running: dict[int, Sequence] = {}  # by row, in the order of admission
@@ -47,21 +47,21 @@ class Rows:
         sequence.epoch += 1
 
     def end_prefill(self, sequence: Sequence) -> None:
-        """All known tokens are planned. If the next is being sampled, the row decodes from the next step on."""
+        """All of `tokens` are planned. If the next token is being sampled, the row decodes from the next step on."""
         sequence.decoding = True
         self.prefilling.remove(sequence)
         self._stale = True
 
     def last_planned(self) -> None:
-        """A decoding row's last token is being sampled: it decodes no more."""
+        """A decoding row's last token is being sampled: it leaves the decoding rows."""
         self._stale = True
 
     def decode(self) -> list[tuple[Sequence, int]]:
-        """(sequence, epoch) of the rows that can decode, sorted by slot; the same list until membership changes."""
+        """(sequence, epoch) of the rows that can decode, sorted by slot; the same list object until they change."""
         if self._stale:
-            able = [s for s in self.running.values() if s.decoding and s.computed + 1 < s.limit]
-            able.sort(key=_slot)
-            self._decode = [(sequence, sequence.epoch) for sequence in able]
+            ready = [s for s in self.running.values() if s.decoding and s.computed + 1 < s.limit]
+            ready.sort(key=_slot)
+            self._decode = [(sequence, sequence.epoch) for sequence in ready]
             self._stale = False
         return self._decode
 
@@ -73,7 +73,7 @@ class Rows:
         return bool(self._released)
 
     def take_released(self) -> list[int]:
-        """Rows left since the last call."""
+        """Rows released since the last call."""
         taken, self._released = self._released, []
         return taken
 

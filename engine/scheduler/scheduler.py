@@ -1,12 +1,12 @@
-"""Decides what each step computes. Pure Python: it sees lists and numbers, never the device.
+"""Plans the steps and commits their results. Pure Python: it sees lists and numbers, never the device.
 
-There are no phases. Every sequence has tokens and a number of computed positions, and each step lets the latter catch
-up with the former under a budget of tokens: first the rows that decode (one position each), then chunks of those that
-have more to compute, first come, first served.
+There are no phases. Every sequence has tokens and a number of computed positions. Each step computes more positions
+under a budget of tokens: first the rows that decode (one position each), then chunks of the other sequences, first
+come, first served.
 
-`plan` may be called once more before the result of the step before is committed (run-ahead of depth 1). What depends
-on token ids therefore happens at commit: ends of sequences, and keys of blocks. What is in flight for a sequence that
-has left its row is dropped.
+`plan` may be called once more before the result of the previous step is committed (run-ahead of depth 1). Sequences
+end, and blocks of output get keys, at commit only: both need token ids. Results in flight for a sequence that has
+left its row are dropped.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from engine.scheduler.tables import BlockTables
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-REMEMBERED_PLACEMENTS = 64  # whose times a report carries
+REPORTED_PLACEMENTS = 64  # the newest; `stats` has their times
 
 
 class Scheduler:
-    """Owns the sequences, the rows and the KV blocks. Nobody else may change the pool or the slot table."""
+    """Owns the sequences, the rows and the KV blocks. Only it may change the pool and the slot table."""
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class Scheduler:
         self._outbox = Outbox(slots)
         self._flights: deque[Flight] = deque()
         self._budget = StepBudget(limits.max_step_tokens)
-        self._step = 0  # the last that was planned
-        self._decode_rows: list[int] | None = None  # of that step; None: the runner's are unknown
-        self._unplace: list[int] = []  # for the next plan, as are these:
-        self._placements: list[Placement] = []
-        self._place_seconds: deque[float] = deque(maxlen=REMEMBERED_PLACEMENTS)
+        self._step = 0  # the last planned one
+        self._decode_rows: list[int] | None = None  # of that step; None: list them again
+        self._unplace: list[int] = []  # for the next plan
+        self._placements: list[Placement] = []  # for the next plan
+        self._place_seconds: deque[float] = deque(maxlen=REPORTED_PLACEMENTS)
         self._num_placed = 0
         self._submitted = 0
         self._step_tokens = 0
@@ -77,7 +77,7 @@ class Scheduler:
     # -- requests
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest or AdapterTooLarge, and then nothing has changed."""
+        """Queue a request. Raises InvalidRequest or AdapterTooLarge and then changes nothing."""
         kv_positions = self.blocks.usable * self.blocks.block_size
         image = request.adapter
         if request.id in self._sequences:
@@ -96,7 +96,7 @@ class Scheduler:
             tokens=list(request.tokens),
             prompt_logprobs=[] if request.sampling.prompt_logprobs else None,
         )
-        self._tables.know_keys(sequence, len(sequence.tokens))
+        self._tables.compute_keys(sequence, len(sequence.tokens))
         self._sequences[request.id] = sequence
         self._admission.add(sequence, self._clock())
 
@@ -109,9 +109,9 @@ class Scheduler:
     def fail(self, ids: Iterable[str] | None, error: LoraxError) -> None:
         """End the given requests with an error.
 
-        None: the steps in flight are lost and will not be committed. Only the requests that took part in them end; what
-        else their plans asked for (releases, placements) is asked for again, so the runner must take it twice. The
-        device must have stopped working on the lost steps.
+        None: the steps in flight are lost and will not be committed. Only the requests in them end. The next plan
+        repeats their releases and placements, so the runner may get these twice. The device must have stopped working
+        on the lost steps.
         """
         if ids is not None:
             for id in ids:
@@ -122,14 +122,14 @@ class Scheduler:
         for flight in lost:
             for sequence in flight.alive():
                 self._end(sequence, error=error)
-        self._ask_again(lost)
+        self._resend(lost)
 
-    def take_back(self, error: LoraxError) -> list[str]:
-        """The steps in flight did not fit into the device's memory: plan what they were to compute in smaller ones.
+    def roll_back(self, error: LoraxError) -> list[str]:
+        """Undo the steps in flight, which did not fit into the device's memory; later plans are smaller.
 
-        Their sequences wait in front and keep what earlier steps computed; sampled again, tokens are what they were
-        (see `_make_room`). A sequence that was alone in a step of one token cannot be served: it ends with `error`.
-        Returns the ids of those that took part; none: no smaller step would help. The rest is as in `fail`.
+        Their sequences wait at the front of the queue and keep the positions that earlier steps computed. Sampling
+        again gives the same tokens (see `_make_room`). A sequence alone in a step of one token ends with `error`.
+        Returns the ids of the requests in the steps; none: no smaller step would help. The rest is as in `fail`.
         """
         lost, self._flights = self._flights, deque()
         involved = list(dict.fromkeys(s for flight in lost for s in flight.alive()))
@@ -144,11 +144,11 @@ class Scheduler:
                 sequence.preempted = True
                 self._admission.add(sequence, self._clock())
             self._budget.did_not_fit(tokens)
-        self._ask_again(lost)
+        self._resend(lost)
         return [sequence.request.id for sequence in involved]
 
-    def _ask_again(self, lost: Iterable[Flight]) -> None:
-        """What lost plans asked of the runner beside computing is asked again."""
+    def _resend(self, lost: Iterable[Flight]) -> None:
+        """Repeat the releases and placements of lost plans in the next plan."""
         self._rows.release_again({row for flight in lost for row in flight.plan.release})
         self._placements = self.slots.placing()
         unplaced = {slot for flight in lost for slot in flight.plan.unplace}
@@ -165,28 +165,28 @@ class Scheduler:
         self._placements.append(placement)
 
     def take_updates(self) -> list[Update]:
-        """Updates that came without a step: of cancelled and failed requests."""
+        """The updates of cancelled and failed requests, which need no step."""
         return self._outbox.take()
 
     # -- planning
 
     def plan(self) -> StepPlan | None:
-        """The next step; None if there is nothing to do before another event (a request, a commit)."""
+        """The next step; None if there is nothing to do before the next request or commit."""
         now = self._clock()
         budget = self._budget.tokens
-        scored = self.limits.scored(budget)
+        scored = self.limits.scored_budget(budget)
         builder = PlanBuilder(budget, scored, self._rows, self._tables, self._placements)
         held = self._pause_overdue(now)
         decode = self._plan_decode(builder, held)
         if decode and (bounds := self.limits.chunk_tokens):
-            beside = self._admission.tokens_beside(len(decode), bounds, self._step, now)
-            builder.budget = min(builder.budget, beside)
+            prompts = self._admission.prompt_budget(len(decode), bounds, self._step, now)
+            builder.budget = min(builder.budget, prompts)
         self._plan_chunks(builder, held)
         self._admission.admit(builder, now)
         self._unplace += self.slots.take_unplaced()
         work = decode or builder.chunks or self._rows.any_released or self._unplace
         if not work and not self._placements and (self._flights or not self.slots.num_placing):
-            return None  # an empty step is worth its while only to learn of finished copies
+            return None  # an empty step only serves to learn of finished copies
         self._step += 1
         if builder.left_over:
             self._admission.backlog.left_over(self._step, now)
@@ -197,17 +197,17 @@ class Scheduler:
         return flight.plan
 
     def _plan_decode(self, builder: PlanBuilder, held: set[Sequence]) -> list[tuple[Sequence, int]]:
-        """Advance every decoding row by one position, with a further block where the last is full."""
+        """Advance every decoding row by one position; add a block where the last one is full."""
         decode = self._rows.decode()
-        needy = [sequence for sequence, _ in decode if sequence.computed == sequence.capacity]
+        growing = [sequence for sequence, _ in decode if sequence.computed == sequence.capacity]
         if held:
-            needy = [sequence for sequence in needy if sequence not in held]
-        if len(needy) > self.blocks.available:
-            needy = self._make_room(needy)
+            growing = [sequence for sequence in growing if sequence not in held]
+        if len(growing) > self.blocks.available:
+            growing = self._make_room(growing)
             decode = self._rows.decode()
         if held:
             decode = [entry for entry in decode if entry[0] not in held]
-        for sequence in needy:
+        for sequence in growing:
             builder.grow(sequence)
         for sequence, _ in decode:
             sequence.inflight += 1
@@ -217,23 +217,23 @@ class Scheduler:
         builder.budget = max(builder.budget - len(decode), 0)
         return decode
 
-    def _make_room(self, needy: list[Sequence]) -> list[Sequence]:
-        """Take blocks from the youngest until each that is left of `needy` can have one; paused sequences give first.
+    def _make_room(self, growing: list[Sequence]) -> list[Sequence]:
+        """Take blocks from paused sequences, then from the youngest, until the rest of `growing` can have one each.
 
-        Tokens in flight for a preempted sequence are dropped. They are sampled again as they were, because sampling is
-        keyed by (seed, position). A sequence that runs alone fits, so the oldest always goes on.
+        Tokens in flight for a preempted sequence are dropped. Sampling them again gives the same tokens, because
+        sampling is keyed by (seed, position). A sequence that runs alone fits, so the oldest always continues.
         """
         for victim in self._admission.paused() + self._rows.youngest_first():
-            if len(needy) <= self.blocks.available:
+            if len(growing) <= self.blocks.available:
                 break
             if victim.row:
                 victim.preempted = True
-                self._wait_again(victim)
+                self._requeue(victim)
                 self._tables.drop(victim)
             else:
                 self._tables.drop_paused(victim)
-            needy = [sequence for sequence in needy if sequence is not victim]
-        return needy
+            growing = [sequence for sequence in growing if sequence is not victim]
+        return growing
 
     def _plan_chunks(self, builder: PlanBuilder, held: set[Sequence]) -> None:
         for sequence in list(self._rows.prefilling):
@@ -241,11 +241,11 @@ class Scheduler:
                 continue
             if count := builder.chunk_size(sequence, sequence.computed):
                 builder.compute(sequence, count)
-            elif not builder.lacks_scores(sequence):
+            elif not builder.lacks_scored_budget(sequence):
                 break
 
     def _pause_overdue(self, now: float) -> set[Sequence]:
-        """Pause what uses an adapter that should have left; returns those that must first see their work in flight."""
+        """Pause the sequences of overdue adapters; returns those that wait for their steps in flight first."""
         held: set[Sequence] = set()
         if not self._rotation.turns or not (overdue := self._rotation.overdue(now)):
             return held
@@ -256,7 +256,7 @@ class Scheduler:
             if sequence.committed < sequence.computed:
                 held.add(sequence)
             else:
-                self._wait_again(sequence)
+                self._requeue(sequence)
         return held
 
     # -- leaving
@@ -269,7 +269,7 @@ class Scheduler:
         self._rows.leave(sequence)
         self._admission.wake()
 
-    def _wait_again(self, sequence: Sequence) -> None:
+    def _requeue(self, sequence: Sequence) -> None:
         self._leave_row(sequence)
         self._admission.add(sequence, self._clock())
 
@@ -280,7 +280,7 @@ class Scheduler:
         finish: FinishReason | None = None,
         error: LoraxError | None = None,
     ) -> None:
-        """Close the request with its last update; everything it held is free for the next plan."""
+        """End the request with its last update; its row, slot and blocks are free for the next plan."""
         if sequence.row:
             self._leave_row(sequence)
         else:
@@ -292,7 +292,7 @@ class Scheduler:
     # -- results
 
     def commit(self, result: StepResult) -> list[Update]:
-        """Take in the result of the oldest step in flight; returns what the requests learn."""
+        """Apply the result of the oldest step in flight; returns the updates of the requests."""
         flight = self._flights.popleft()
         assert flight.plan.step == result.step, "results come in the order of the plans"
         self._budget.fitted()
@@ -346,7 +346,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a plan or a commit may still be needed: open requests, updates not taken, copies under way."""
+        """Whether a plan or a commit may still be needed: for open requests, waiting updates, copies under way."""
         return bool(self._sequences or len(self._outbox) or self.slots.num_placing)
 
     def stats(self) -> EngineStats:
@@ -374,24 +374,23 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant, of the pool and the slot table too."""
-        everyone = list(self._sequences.values())
-        self._tables.check(everyone)
+        sequences = list(self._sequences.values())
+        self._tables.check(sequences)
         self.slots.check()
         self._rotation.check()
         self._rows.check()
         self._admission.check()
         waiting, running = self._admission.waiting, self._rows.running.values()
-        assert {*waiting, *running} == set(everyone) and len(waiting) + len(running) == len(
-            everyone
-        )
+        assert {*waiting, *running} == set(sequences)
+        assert len(waiting) + len(running) == len(sequences)
         pins: dict[int, int] = {}
-        for sequence in everyone:
+        for sequence in sequences:
             length = len(sequence.tokens) + sequence.inflight
             assert sequence.committed <= sequence.computed <= length <= sequence.limit
             assert sequence.inflight <= len(self._flights)
             if sequence.decoding:
-                ahead = int(sequence.kind.generates)
-                assert sequence.computed == length - ahead, "decodes with more than one to compute"
+                left = int(sequence.kind.generates)
+                assert sequence.computed == length - left, "decodes with more than one to compute"
             if sequence.slot:
                 pins[sequence.slot] = pins.get(sequence.slot, 0) + 1
         for _, digest, _ in self.slots.residents():

@@ -1,13 +1,13 @@
-"""A sequence: the mutable state of one open request, the only mutable noun of the scheduler.
+"""A sequence: the mutable state of one open request.
 
 Positions are counted from the start of the prompt. Of the positions of a sequence
 
-    0 .. committed        have their KV entries written by steps whose results are known,
-    committed .. computed are being written by steps in flight,
+    0 .. committed        have KV entries written by committed steps,
+    committed .. computed have KV entries being written by steps in flight,
     computed .. length    are still to be computed, where length = len(tokens) + inflight.
 
-A token in flight is being sampled by a launched step; its id is not known here yet, only on the device. A *decoding*
-sequence has exactly one position to compute, and the id of its token is in the row's table on the device.
+A token in flight is being sampled by a launched step; so far its id is on the device only. A *decoding* sequence has
+exactly one position to compute, and the id of its token is in the row's table on the device.
 """
 
 from __future__ import annotations
@@ -25,29 +25,27 @@ class Sequence:
     request: Request
     number: int  # order of submission
     limit: int  # tokens of prompt and output at which it ends
-    root: bytes  # where its chain of block keys starts
-    tokens: list[int]  # prompt and known output
-    keys: list[bytes] = field(
-        default_factory=list
-    )  # of the full blocks of `tokens`, from the first
+    root: bytes  # start of its chain of block keys
+    tokens: list[int]  # prompt and committed output
+    keys: list[bytes] = field(default_factory=list)  # of the first full blocks of `tokens`
     waiting_since: float = 0.0  # seconds of the scheduler's clock
     computed: int = 0
     committed: int = 0
     inflight: int = 0
     blocks: list[int] = field(default_factory=list)
     capacity: int = 0  # positions that `blocks` hold
-    registered: int = 0  # leading blocks that the prefix cache was told of
+    registered: int = 0  # leading blocks that were added to the prefix cache
     row: int = 0
     slot: int = 0  # 0: the base model
-    epoch: int = 0  # counts the rows it left; a result for an older epoch is dropped
+    epoch: int = 0  # number of rows it has left; a result for an older epoch is dropped
     decoding: bool = False
-    preempted: bool = False  # waits in front of those that never ran
+    preempted: bool = False  # waits before sequences that never ran
     pausable: bool = True  # false once it was paused and lost its blocks
     preemptions: int = 0
     cached_tokens: int = 0  # of the prompt, found in the prefix cache at the first admission
     admitted: float | None = None  # time of the first admission
     announced: bool = False  # an update carried `admitted`
-    prompt_logprobs: list[float] | None = None  # collected so far; None: not wanted, or sent
+    prompt_logprobs: list[float] | None = None  # collected so far; None: not requested, or sent
     pooled: list[float] | None = None  # sum of the vectors so far
 
     @property
@@ -64,7 +62,7 @@ class Sequence:
         return self.prompt_logprobs is not None or bool(self.kind.of_each_chunk & POOLED)
 
     def add_pooled(self, vector: list[float]) -> None:
-        """Adds the vector of one more chunk."""
+        """Add the vector of one more chunk."""
         if self.pooled is not None:
             vector = [one + other for one, other in zip(self.pooled, vector, strict=True)]
         self.pooled = vector
@@ -79,8 +77,8 @@ class Sequence:
         return (self.request.arrival, self.number)
 
     @property
-    def turn(self) -> tuple[bool, float, int]:
-        """The order of waiting: preempted sequences first, then by arrival."""
+    def queue_order(self) -> tuple[bool, float, int]:
+        """Sort key of the queue: preempted sequences first, then by arrival."""
         return (not self.preempted, self.request.arrival, self.number)
 
     def usage(self) -> Usage:

@@ -1,6 +1,6 @@
-"""Which blocks each sequence has, and what the prefix cache learns from them.
+"""The block tables of the sequences, and their entries in the prefix cache.
 
-Blocks that steps in flight are filling are known by key too, so that a sequence that could share one waits for it
+Blocks that steps in flight are filling are tracked by key too. A sequence that could share such a block waits for it
 instead of computing the same: a burst of equal prompts is computed once.
 """
 
@@ -21,14 +21,14 @@ class BlockTables:
         self._size = pool.block_size
         self._filling: set[bytes] = set()
 
-    def know_keys(self, sequence: Sequence, positions: int) -> None:
-        """Compute the keys of the full blocks among the first `positions`, whose tokens must be known."""
+    def compute_keys(self, sequence: Sequence, positions: int) -> None:
+        """Compute the keys of the full blocks among the first `positions`, which must be in `tokens`."""
         if self.pool.prefix_caching:
             count = positions // self._size
             extend_keys(sequence.keys, sequence.root, sequence.tokens, self._size, count)
 
     def find_prefix(self, sequence: Sequence) -> list[int] | None:
-        """Cached blocks that the sequence can start with; None: its next one is just being filled for another.
+        """Cached blocks that the sequence can start with; None: another sequence is filling the next one.
 
         The last token is always computed, for its logits.
         """
@@ -44,23 +44,23 @@ class BlockTables:
         sequence.blocks += blocks
         sequence.capacity = len(sequence.blocks) * self._size
 
-    def start_behind(self, sequence: Sequence, found: list[int]) -> None:
-        """The sequence has taken over the blocks of a cached prefix."""
+    def start_after_prefix(self, sequence: Sequence, found: list[int]) -> None:
+        """The sequence starts after the cached prefix in the blocks `found`."""
         sequence.computed = sequence.committed = len(found) * self._size
         sequence.registered = len(found)
 
     def fill(self, sequence: Sequence, start: int, end: int) -> None:
-        """A step is planned that computes positions start .. end."""
+        """A planned step computes positions start .. end."""
         self._filling.update(sequence.keys[start // self._size : end // self._size])
 
     def stop_filling(self, sequence: Sequence) -> None:
-        """Whatever steps in flight compute for the sequence will not be used."""
+        """The results of steps in flight for the sequence will be dropped."""
         first, last = sequence.committed // self._size, sequence.computed // self._size
         self._filling.difference_update(sequence.keys[first:last])
 
     def register(self, sequence: Sequence) -> None:
-        """Tell the prefix cache of the blocks that committed steps have filled."""
-        self.know_keys(sequence, sequence.committed)
+        """Add the blocks that committed steps have filled to the prefix cache."""
+        self.compute_keys(sequence, sequence.committed)
         full = min(sequence.committed // self._size, len(sequence.keys))
         for index in range(sequence.registered, full):
             self.pool.register(sequence.blocks[index], sequence.keys[index])
@@ -68,7 +68,7 @@ class BlockTables:
         sequence.registered = full
 
     def drop(self, sequence: Sequence) -> None:
-        """Give the blocks back; everything must be computed again."""
+        """Free the blocks; every position must be computed again."""
         self.pool.free(sequence.blocks)
         sequence.blocks = []
         sequence.capacity = sequence.computed = sequence.committed = sequence.registered = 0
@@ -79,19 +79,19 @@ class BlockTables:
         self.num_drops += 1
 
     def drop_paused(self, sequence: Sequence) -> None:
-        """Take a paused sequence's blocks. It is not paused again: two could undo each other's work for ever."""
+        """Free a paused sequence's blocks. It is not paused again: two could undo each other's work for ever."""
         self.drop(sequence)
         sequence.pausable = False
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert every invariant, of the pool too."""
-        everyone = list(sequences)
-        self.pool.check([sequence.blocks for sequence in everyone])
+        users = list(sequences)
+        self.pool.check([sequence.blocks for sequence in users])
         filling: set[bytes] = set()
-        for sequence in everyone:
+        for sequence in users:
             assert sequence.capacity == len(sequence.blocks) * self._size
             assert sequence.computed <= sequence.capacity, "computes beyond its blocks"
             full = min(sequence.committed // self._size, len(sequence.keys))
             assert sequence.registered == full
             filling.update(sequence.keys[full : sequence.computed // self._size])
-        assert self._filling <= filling, "a block is awaited that nobody computes"
+        assert self._filling <= filling, "a sequence waits for a block that no step computes"

@@ -78,7 +78,7 @@ def layers(
             between()
             y = ops.linear(x, up, None)
             between()
-            t = ops.lora_shrink(x, *where, LAYER, GROUP, adapters.stacked_rank, beside=True)
+            t = ops.lora_shrink(x, *where, LAYER, GROUP, adapters.stacked_rank, overlap=True)
             between()
             ops.lora_expand_(y, t, *where, LAYER, GROUP, adapters.splits)
             between()

@@ -348,7 +348,7 @@ class House:
         while self.results:
             self.commit()
         self.runner.lose()
-        self.short.append(self.scheduler.take_back(SHORT))
+        self.short.append(self.scheduler.roll_back(SHORT))
         self.scheduler.check()
         self.learn(self.scheduler.take_updates())
 

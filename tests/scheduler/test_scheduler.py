@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import AdapterTooLarge
 from engine.scheduler.admission import MAX_PLACING
-from engine.scheduler.backlog import MOST, PATIENCE
+from engine.scheduler.backlog import MAX_GROWTH, PATIENCE
 from tests.scheduler.fake import (
     EOS,
     House,
@@ -241,7 +241,7 @@ def test_chunks_grow_while_prompts_do_not_keep_up() -> None:
         assert {*beside[:grown]} == {8}
         expected = PATIENCE * 12 / 8 / house.step_seconds  # when a block of 4 more fits in
         assert abs(grown - expected) <= 2
-        assert beside[grown:-1] == sorted(beside[grown:-1]) and max(beside) <= 8 * MOST
+        assert beside[grown:-1] == sorted(beside[grown:-1]) and max(beside) <= 8 * MAX_GROWTH
     house.add(request("short", [9] * 40, 1, eos=False))
     planned = len(house.plans)
     house.drain()

@@ -33,7 +33,7 @@ LoraSegments segments_of(const char* op, const Tensor& arena, const Tensor& reco
 }
 
 Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts,
-                        int64_t layer, int64_t group, int64_t stacked_rank, bool beside) {
+                        int64_t layer, int64_t group, int64_t stacked_rank, bool overlap) {
   const char* op = "lora_shrink";
   check_layout(op, "x", x, 2);
   LORAX_CHECK(stacked_rank >= 0, op, ": stacked_rank ", stacked_rank, " is negative");
@@ -44,7 +44,7 @@ Tensor bind_lora_shrink(Tensor x, Tensor arena, Tensor records, Tensor slots, Te
   args.x_stride = x.stride(0);
   args.k = x.size(1);
   args.width = stacked_rank;
-  args.beside = beside;
+  args.overlap = overlap;
   Tensor t = empty(x, {shrink_parts(args.k), x.size(0), stacked_rank}, ScalarType::Float);
   args.t = static_cast<float*>(t.mutable_data_ptr());
   lora_shrink(args, current_stream(x));

@@ -35,7 +35,7 @@ struct ShrinkArgs {
   int64_t k;
   float* t;  // [shrink_parts(k), T, width]
   int64_t width;
-  bool beside;  // x was complete before the kernel that was launched last: do not wait for that one
+  bool overlap;  // x was complete before the kernel that was launched last: do not wait for that one
 };
 
 struct GatherArgs {

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kVectorX ? 2 : 1)
     return (rank_of(args, segment) + kRankTile - 1) / kRankTile * parts *
            num_passes<kTokens>(segment);
   });
-  bool waited = args.beside;
+  bool waited = args.overlap;
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
   const int64_t stride = row_bytes(args.k, 2);
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
