@@ -1,4 +1,4 @@
-"""Finds and loads the compiled ops; without them the references serve, and the status says so."""
+"""Finds and loads the compiled ops. Ops without a compiled kernel use their reference; the status says why."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 from engine.errors import ConfigError
 from engine.ops.schemas import NAMESPACE, SCHEMAS
 
-Backend = Literal["extension", "torch", "reference"]
+Implementation = Literal["extension", "torch", "reference"]
 
 CPU_LIBRARY = Path(__file__).with_name("_lorax_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_lorax_cuda.so")
-DEVICES = ("cpu", "cuda")  # those an extension exists for
-# Those whose reference is as fast as torch is there: cuBLAS, and vectorised work on small tensors.
+DEVICES = ("cpu", "cuda")  # devices with an extension
+# (op, device) whose reference is fast: cuBLAS, and vectorised work on small tensors.
 BY_TORCH = {("linear", "cuda")}
 BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy_", "top_p_floor")}
 
-CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, and the minor one behind it
+CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; the minor one is 76
 
 CPU_FUNCTIONS = {
     # source, image, pieces, number of pieces, dtype
@@ -36,13 +36,13 @@ CPU_FUNCTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class ExtensionStatus:
-    """What was loaded, or why nothing was."""
+    """The loaded library, or the reason why it is missing."""
 
     device: str
     path: Path | None  # None: not loaded
     isa: str | None  # instruction set in use: generic, avx2, avx512, avx512_bf16; None on a GPU
-    ops: frozenset[str]  # those that it serves; the reference serves the others
-    reason: str | None  # why it is missing; None if it is loaded
+    ops: frozenset[str]  # ops with a compiled kernel; the others use their reference
+    reason: str | None  # why the library is missing; None if it is loaded
 
 
 @cache
@@ -87,20 +87,20 @@ def load_cuda(library: Path = CUDA_LIBRARY) -> ExtensionStatus:
 
 
 def capability() -> tuple[int, int] | None:
-    """Compute capability of the first GPU, asked of the driver: torch would begin to use the GPU to tell it."""
+    """Compute capability of the first GPU, from the driver: torch would initialise CUDA for it."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     major, minor, device = c_int32(), c_int32(), c_int32()
-    asked = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
+    errors = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
     for value, attribute in ((major, CAPABILITY_MAJOR), (minor, CAPABILITY_MAJOR + 1)):
-        asked.append(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
-    return None if any(asked) else (major.value, minor.value)
+        errors.append(cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device))
+    return None if any(errors) else (major.value, minor.value)
 
 
 def built_for(library: Path) -> list[str]:
-    """The GPUs of a CUDA library that is not loaded, as LORAX_CUDA_ARCHS names them: 80, 90a. [] if it does not say."""
+    """The GPUs of a CUDA library that is not loaded, as LORAX_CUDA_ARCHS names them: 80, 90a. []: unknown."""
     found = re.search(rb"lorax_cuda_archs=([0-9a-z;]+)", library.read_bytes())
     return found[1].decode().split(";") if found else []
 
@@ -108,10 +108,10 @@ def built_for(library: Path) -> list[str]:
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for `arch` runs on a GPU (CUDA C++ Programming Guide, "Compute Capabilities").
 
-    The GPU is of the same major version and no older minor one; or of just this one, where the arch ends in a.
+    The GPU needs the same major version and at least the same minor version; for an arch that ends in a, the same one.
     """
     if (parsed := re.fullmatch(r"(\d+)([af]?)", arch)) is None:
-        return True  # a kind that nvcc knows and this does not
+        return True  # unknown to this function, but nvcc accepted it
     major, minor = divmod(int(parsed[1]), 10)
     if parsed[2] == "a":
         return capability == (major, minor)
@@ -119,25 +119,25 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def require_cuda() -> None:
-    """Raises ConfigError where an op would run on its reference on the GPU."""
+    """Raises ConfigError if an op would use its slow reference on the GPU."""
     status = load_cuda()
     if missing := [op for op, served in backends().items() if served["cuda"] == "reference"]:
         raise ConfigError(
             status.reason or f"{CUDA_LIBRARY.name} is out of date: it lacks {', '.join(missing)}",
             field="slow_reference",
-            hint="install with nvcc on the path, or insist with --slow-reference",
+            hint="install with nvcc on the path, or set --slow-reference",
         )
 
 
-def backends() -> MappingProxyType[str, MappingProxyType[str, Backend]]:
-    """What serves each op on each device, for logs and `/info`."""
-    served: dict[str, MappingProxyType[str, Backend]] = {}
+def backends() -> MappingProxyType[str, MappingProxyType[str, Implementation]]:
+    """The implementation of each op on each device, for logs and `/info`."""
+    served: dict[str, MappingProxyType[str, Implementation]] = {}
     for op in SCHEMAS:
-        served[op] = MappingProxyType({device: _backend(op, device) for device in DEVICES})
+        served[op] = MappingProxyType({device: _implementation(op, device) for device in DEVICES})
     return MappingProxyType(served)
 
 
-def _backend(op: str, device: str) -> Backend:
+def _implementation(op: str, device: str) -> Implementation:
     if _registered(op, device.upper()):
         return "extension"
     return "torch" if (op, device) in BY_TORCH else "reference"
@@ -154,7 +154,7 @@ def _registered(op: str, key: str) -> bool:
 
 @cache
 def cpu_function(name: str) -> Callable[..., int] | None:
-    """A function of the CPU library that is no op, of the signature in CPU_FUNCTIONS; None where there is none."""
+    """A function of the CPU library that is not an op (see CPU_FUNCTIONS); None if the library lacks it."""
     library = load().path
     if library is None or not hasattr(_functions(library), name):  # an older build
         return None

@@ -1,4 +1,4 @@
-"""The fixed layout of adapters in memory: what the image writer, the kernels and the reference agree on.
+"""The layout of adapters in memory, shared by the image writer, the kernels and the reference.
 
 Everything is rank-major. For one group (one fused linear with up to three targets) of one layer:
 
@@ -12,8 +12,8 @@ A record is eight int32 words per (slot, layer, group); offsets are in units of 
 arena (in an image: from the start of its data). Rank 0 means that the adapter does not adapt the target. Slot 0 is the
 base model, whose records are all zero.
 
-A group of experts has a second level, so that an adapter without experts has none. Its record in the slot has
-FLAG_EXPERTS, the largest rank of any expert for each target, and in place of A and B
+A group of experts has a second level. Its record in the slot has FLAG_EXPERTS, the largest rank of any expert for each
+target, and in place of A and B
 
     WORD_A   offset of the expert records [experts, 8] int32, which lie in the arena with the adapter's data
     WORD_B   offset of the adapter's data
@@ -57,7 +57,7 @@ def row_stride(length: int, element_size: int) -> int:
 
 
 def data_start(record_bytes: int) -> int:
-    """Where the data of an image starts, after its records, in bytes."""
+    """Bytes from the start of an image to its data, which follows the records."""
     return aligned(record_bytes)
 
 
@@ -101,7 +101,7 @@ def part_of(group: Group, shard: Shard) -> GroupPart:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """What one shard holds of an adapter: the layout of its images, its arena and its records."""
+    """One shard's part of the adapters: the layout of images, arena and records."""
 
     targets: ModelTargets
     dtype: str  # "float32" | "bfloat16" | "float16": of every matrix in the arena
@@ -113,7 +113,7 @@ class ShardLayout:
 
     @property
     def groups(self) -> tuple[GroupPart, ...]:
-        """Of each decoder layer."""
+        """The groups of each decoder layer."""
         return tuple(part_of(group, self.shard) for group in self.targets.groups)
 
     @property
@@ -123,7 +123,7 @@ class ShardLayout:
 
     @property
     def num_groups(self) -> int:
-        """Second dimension of a slot's records."""
+        """Groups per layer in a slot's records."""
         return max(len(self.targets.groups), len(self.targets.ends))
 
     @property

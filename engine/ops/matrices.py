@@ -1,7 +1,7 @@
-"""Matrices from an adapter's file into its image: rounded, checked for values that are not finite, transposed.
+"""Writes matrices of an adapter's file into its image: rounds, checks for values that are not finite, transposes.
 
-The compiled function does a batch of pieces in one call, without the interpreter, so that several adapters are written
-side by side. The reference serves where it was not built.
+The compiled function writes a batch of pieces in one call without the GIL, so that several adapters are written in
+parallel. Without it, the reference is used.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_matrices(
 
 
 def _check(source: Tensor, image: Tensor, piece: Piece, dtype: torch.dtype) -> None:
-    """What the compiled function takes for granted."""
+    """Asserts the preconditions of the compiled function."""
     count = piece.rows * piece.columns
     long, short = piece.rows, piece.columns
     if piece.transposed:

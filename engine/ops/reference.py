@@ -146,17 +146,16 @@ def prepare_step_(
     tokens: Tensor,  # [rows, positions] int32
     blocks: Tensor,  # [rows, blocks] int32
     rows: Tensor,  # [S] int32; 0: padding, which stays at position 0
-    first: Tensor,  # [S] int32: position of the first new token; below 0: where the row is
+    first: Tensor,  # [S] int32: position of the first new token; below 0: `computed` of the row
     cu_seqlens_q: Tensor,  # [S + 1] int32: first new token of each sequence
-    num_tokens: int,  # T; those behind the last sequence are padding
+    num_tokens: int,  # T; tokens after the last sequence are padding
     block_size: int,
     max_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """ids[T], positions[T], slot_mapping[T] int64, block_tables[S, max_blocks], context_lens[S] int32.
 
-    `computed` becomes `context_lens`.
-
-    `block_tables[s, i]` is `blocks[rows[s], i]` as far as `context_lens[s]` reaches, and not defined behind it.
+    `computed` becomes `context_lens`. `block_tables[s, i]` is `blocks[rows[s], i]` up to `context_lens[s]`, and not
+    defined after it.
     """
     index, at = rows.long(), torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
     begin = torch.where(first < 0, computed[index], first)
@@ -180,13 +179,13 @@ def pick_greedy_(
     lengths: Tensor,  # [n] int32 or int64
     tokens: Tensor,  # [rows, positions] int32
 ) -> Tensor:
-    """[n] int64: the column of each row's largest logit, of equals the first; also at tokens[rows, lengths]."""
+    """[n] int64: the first column with each row's largest logit; also written to tokens[rows, lengths]."""
     chosen = logits.argmax(-1)
     tokens[rows.long(), lengths.long()] = chosen.to(torch.int32)
     return chosen
 
 
-NUCLEUS = 1024  # most likely tokens to look for a top-p set in before all of them are sorted
+NUCLEUS = 1024  # the most likely tokens: searched for the top-p set before all tokens are sorted
 
 
 def top_p_floor(

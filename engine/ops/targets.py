@@ -1,7 +1,6 @@
-"""What an adapter can adapt: the linears of the checkpoint, with their whole sizes, and how shards share them.
+"""The LoRA targets of a model: linears of the checkpoint in their full sizes, and their division among shards.
 
-Adapters are checked against `ModelTargets`. What one shard holds of them, in cut sizes, is a
-`engine.ops.layout.ShardLayout`.
+Adapters are checked against `ModelTargets`. One shard's part of them is an `engine.ops.layout.ShardLayout`.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-MAX_TARGETS = 3  # per group; a wider linear is two groups
+MAX_TARGETS = 3  # per group; more linears with the same input make another group
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which part of the model a process holds: number `index` of `count`."""
+    """The part of the model that one process holds: number `index` of `count`."""
 
     index: int = 0
     count: int = 1
@@ -51,12 +50,10 @@ class Target:
     module: str  # its path in the transformers model: "model.layers.{layer}.self_attn.q_proj"; experts: "{expert}" too
     out_features: int
     unit: int = 1  # outputs that stay in one shard: the size of a head
-    fused: tuple[
-        int, ...
-    ] = ()  # outputs of the linears that the checkpoint stores as this one (gpt2's c_attn)
+    fused: tuple[int, ...] = ()  # outputs of each linear fused in the checkpoint (gpt2's c_attn)
 
     def outputs(self, shard: Shard) -> tuple[Span, ...]:
-        """Its outputs in a shard that holds a part of them: one span for each linear that was fused."""
+        """The outputs that a shard holds: one span for each fused linear."""
         if shard.count == 1:
             return (Span(0, self.out_features),)
         spans, start = [], 0
@@ -75,13 +72,9 @@ class Group:
     in_features: int  # K; of an embedding: the vocabulary
     targets: tuple[Target, ...]
     embedding: bool = False
-    cut: Literal["outputs", "inputs"] = (
-        "outputs"  # how shards share it: column-parallel or row-parallel
-    )
+    cut: Literal["outputs", "inputs"] = "outputs"  # column-parallel or row-parallel
     unit: int = 1  # inputs that stay in one shard, if it is cut along its inputs
-    experts: int = (
-        0  # linears like this one in a layer, one for each expert; 0: one, which is not an expert's
-    )
+    experts: int = 0  # linears like this one per layer, one per expert; 0: no experts
 
     def __post_init__(self) -> None:
         assert 0 < len(self.targets) <= MAX_TARGETS, f"{self.name} has {len(self.targets)} targets"
