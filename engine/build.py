@@ -1,7 +1,7 @@
-"""From a configuration to the parts of an engine: a runner for one shard, and a scheduler.
+"""Builds the parts of an engine from a configuration: a runner for each shard, and a scheduler.
 
-Every shard of a group builds a runner from (config, plan, shard); shard 0 alone builds a scheduler from (plan). Memory
-is taken here and nowhere later, and each part that finds no room is named with the flags that change it.
+Every shard builds a runner from (config, plan, shard); shard 0 also builds the scheduler from (plan). All memory is
+allocated here. If a part does not fit, the error names it and the flags that change its size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from engine.scheduler.slots import SlotTable
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_REMEDY = "quantise them with --quantize, serve a smaller model, or free what other processes hold on the device"
+WEIGHTS_REMEDY = (
+    "quantise them with --quantize, serve a smaller model, or free memory that other processes use"
+)
 TABLES_REMEDY = "lower --cuda-memory-fraction (--cpu-memory-gb on a CPU), --adapter-memory-fraction or --max-batch-size"
 GRAPHS_REMEDY = (
     "lower --cuda-memory-fraction, --max-batch-size or --max-adapter-rank, or set --eager"
@@ -49,16 +51,16 @@ GRAPHS_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with its weights, and what follows from it."""
+    """A model with its weights, its dtype and its attention backend."""
 
     spec: ModelSpec
     decoder: Decoder
-    dtype: torch.dtype  # of what it computes in
+    dtype: torch.dtype  # of its activations
     attention: AttentionBackend
 
     @property
     def kv(self) -> KVFormat:
-        """How keys and values are stored."""
+        """The storage format of keys and values."""
         return self.attention.kv_format(self.dtype)
 
     @property
@@ -68,7 +70,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class BuiltShard:
-    """Everything of one shard: the machine, the model, the plan of its memory, and the runner that holds it."""
+    """Everything of one shard: machine, model, memory plan, and the runner that holds the memory."""
 
     platform: Platform
     model: LoadedModel
@@ -78,7 +80,7 @@ class BuiltShard:
 
 def build_shard(config: EngineConfig, region: HostRegion, shard: Shard | None = None) -> BuiltShard:
     """One shard's part of an engine. Raises ModelError or ConfigError."""
-    assert (shard or Shard()) == Shard(), "a model is in one piece"
+    assert (shard or Shard()) == Shard(), "a model has one shard"
     platform = detect(config)
     if platform.is_cuda and not config.memory.slow_reference:
         ops.require_cuda()
@@ -87,7 +89,14 @@ def build_shard(config: EngineConfig, region: HostRegion, shard: Shard | None = 
         model = load_model(config, platform)
         plan = plan_memory(config, platform, model.spec, footprint(model, region), model.attention)
         with fitting("KV cache, adapter arena and tables", TABLES_REMEDY):
-            runner = make_runner(config, plan, model, platform, region, pinning)
+            runner = make_runner(
+                config=config,
+                plan=plan,
+                model=model,
+                platform=platform,
+                region=region,
+                pinning=pinning,
+            )
         if platform.is_cuda and not (config.memory.eager or config.memory.slow_reference):
             with fitting("the CUDA graphs", GRAPHS_REMEDY):
                 groups = (*model.layout.groups, *model.layout.ends)
@@ -119,7 +128,7 @@ def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
 def choose_attention(
     config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """The backend of --attention-backend; before anything large is loaded."""
+    """The backend of --attention-backend. It runs before anything large is loaded."""
     attention = spec.attention
     needs = Needs(
         heads=attention.heads,
@@ -138,7 +147,7 @@ def choose_attention(
 
 
 def footprint(model: LoadedModel, region: HostRegion) -> Footprint:
-    """What the model and its adapters take."""
+    """The bytes that the model and its adapters take."""
     return Footprint(
         itemsize=model.dtype.itemsize,
         kv=model.kv,
@@ -159,11 +168,11 @@ def make_runner(
     region: HostRegion,
     pinning: Pinning | None,
 ) -> Runner:
-    """KV cache, arena, records and rows: all memory that the engine will ever hold, touched now."""
+    """Allocates and touches all memory of the engine: KV cache, arena, records and rows."""
     spec, device = model.spec, platform.device
     heads = (spec.attention.kv_heads, spec.attention.head_dim)
     shape = (plan.num_blocks, spec.num_layers, 2, plan.block_size, *heads)
-    assert not model.kv.scale_bytes, "a block holds keys and values alone"
+    assert not model.kv.scale_bytes, "a block holds only keys and values"
     cache = torch.empty(shape, dtype=model.kv.dtype, device=device).zero_()
     arena = torch.empty(plan.arena, dtype=torch.uint8, device=device).zero_()
     slots = config.adapters.max_active_adapters + 1
@@ -196,7 +205,7 @@ def make_runner(
 def make_scheduler(
     config: EngineConfig, plan: MemoryPlan, clock: Callable[[], float] = time.monotonic
 ) -> Scheduler:
-    """What decides each step, from the plan alone."""
+    """The scheduler, from the memory plan."""
     limits = SchedulerLimits(
         max_rows=plan.max_rows,
         max_step_tokens=plan.max_step_tokens,
@@ -212,7 +221,7 @@ def make_scheduler(
 
 
 def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
-    """What the front needs to know."""
+    """The facts for the front and `/info`."""
     plan, layout, model = built.plan, built.model.layout, built.model
     device = built.platform.device.type
     return EngineInfo(
@@ -231,7 +240,7 @@ def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
         block_size=plan.block_size,
         adapter_bytes=plan.arena,
         host_bytes=plan.host_tier,
-        backends={op: served[device] for op, served in ops.backends().items()}
+        backends={op: devices[device] for op, devices in ops.backends().items()}
         | dict(model.attention.serves),
         memory_plan=plan.lines,
         targets=layout.targets.names,
@@ -240,7 +249,7 @@ def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
 
 
 def log_start(built: BuiltShard, info: EngineInfo, seconds: float) -> None:
-    """What was built, in a few lines."""
+    """Logs in a few lines what was built."""
     device = built.platform.device
     served = ", ".join(f"{op}: {backend}" for op, backend in info.backends.items())
     logger.info("ops on %s: %s", device.type, served)

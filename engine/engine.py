@@ -1,7 +1,7 @@
-"""The engine: requests in, updates out, one synchronous step at a time. No processes, no threads of its own.
+"""The engine: requests in, updates out, one synchronous step at a time. It starts no processes and no threads.
 
-`step` is plan, run, commit: the scheduler says what the next step holds, the runner computes it, and the result goes
-back to the scheduler, which says what each request learns of it.
+`step` is plan, run, commit: the scheduler plans the next step, the runner computes it, and the scheduler turns the
+result into updates.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ class Engine:
         self.scheduler = make_scheduler(config, built.plan, clock)
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         self.info = info_of(config, built)
-        self._refusals = num_refusals()  # not read again before a step fails: it takes long
+        self._refusals = num_refusals()  # read again only after a failed step: it is slow
         log_start(built, self.info, time.perf_counter() - started)
 
     def step(self) -> list[Update]:
-        """One step of the batch, or nothing if there is nothing to do.
+        """One step of the batch, if there is work.
 
-        A step that does not fit into the device's memory is taken back, to be tried in parts by the steps to come.
+        A step that does not fit into the device's memory is rolled back; the next steps retry it in parts.
         """
         plan = self.scheduler.plan()
         if plan is not None and (reason := self._launch(plan)) is not None:
-            return self._take_back(reason)
+            return self._roll_back(reason)
         if len(self.runner.launched) > (0 if plan is None else self.run_ahead):
             return self.scheduler.commit(self.runner.collect())
         return self.scheduler.take_updates()
 
     def _launch(self, plan: StepPlan) -> str | None:
-        """Starts the step. Returns why the device's memory is too small for it; None if it is not."""
+        """Starts the step. Returns None, or the reason if the step does not fit into the device's memory."""
         try:
             self.runner.launch(plan)
         except RuntimeError as error:
@@ -73,8 +73,8 @@ class Engine:
             return reason  # the error itself would keep the step's activations alive
         return None
 
-    def _take_back(self, reason: str) -> list[Update]:
-        """Undoes the step that was planned last; those before it count. Raises OutOfMemory if nobody was in it."""
+    def _roll_back(self, reason: str) -> list[Update]:
+        """Undoes the last planned step and commits those before it. Raises OutOfMemory if no request was in it."""
         updates: list[Update] = []
         while self.runner.launched:
             updates += self.scheduler.commit(self.runner.collect())
@@ -87,7 +87,7 @@ class Engine:
         if not involved:
             raise OutOfMemory(f"the device's memory is full: {reason}", hint=STEP_REMEDY)
         logger.warning(
-            "a step of %d requests did not fit into memory and is tried in parts (%s): %s",
+            "a step of %d requests did not fit into memory and is retried in parts (%s): %s",
             len(involved),
             STEP_REMEDY,
             reason,
@@ -103,17 +103,17 @@ class Engine:
         return self.scheduler.has_work
 
     def preload(self, image: AdapterImageRef) -> None:
-        """Places an adapter and never evicts it; before any request. Raises AdapterTooLarge."""
+        """Places an adapter that is never evicted; call it before any request. Raises AdapterTooLarge."""
         self.scheduler.preload(image)
 
     def submit(self, request: Request) -> None:
-        """Takes a request; raises InvalidRequest or AdapterTooLarge, and then nothing has changed."""
-        served = self.model.kinds
-        if request.kind not in served:
+        """Queues a request. Raises InvalidRequest or AdapterTooLarge and then changes nothing."""
+        kinds = self.model.kinds
+        if request.kind not in kinds:
             raise InvalidRequest(
                 f"{self.spec.model_type} models do not serve requests of kind {request.kind!r}",
                 field="kind",
-                hint=f"this model serves: {', '.join(served)}",
+                hint=f"this model serves: {', '.join(kinds)}",
             )
         vocab = self.spec.vocab
         if any(not 0 <= token < vocab for token in request.tokens):
@@ -127,20 +127,22 @@ class Engine:
         self.scheduler.cancel(id)
 
     def fail(self, error: LoraxError) -> list[Update]:
-        """Ends the requests of a step that failed, with an error; all others go on.
+        """Ends the requests of a failed step with an error; all others continue.
 
-        Raises EngineDead if the device works no more: what follows an illegal access fails too, in every step.
+        Raises EngineDead if the device is in an unrecoverable state: after an illegal access, all later steps fail.
         """
         try:
             self.runner.abandon()
         except RuntimeError as broken:
-            raise EngineDead(f"the device works no more: {first_line(broken)}") from broken
+            raise EngineDead(
+                f"the device is in an unrecoverable state: {first_line(broken)}"
+            ) from broken
         self.scheduler.fail(None, error)
         return self.scheduler.take_updates()
 
     def close(self) -> None:
-        """Lets go of the memory."""
-        with suppress(RuntimeError):  # of a device that works no more
+        """Frees the memory."""
+        with suppress(RuntimeError):  # of a device in an unrecoverable state
             self.runner.abandon()
             self.runner.placer.close()
         del self.runner, self.model

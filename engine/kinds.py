@@ -1,4 +1,4 @@
-"""The kinds of request, and what each wants of the steps that serve it. Another kind is another entry of `KINDS`."""
+"""The kinds of request, and the outputs that each needs from its chunks. To add a kind, add an entry to `KINDS`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from engine.messages import NOTHING, POOLED, TOKEN
 
 @dataclass(frozen=True, slots=True)
 class RequestKind:
-    """What is wanted of a request's chunks: NOTHING, TOKEN or POOLED.
+    """The outputs of a request's chunks: NOTHING, TOKEN or POOLED.
 
     A pooled kind needs a head of its name in the model (see `engine.models.decoder`). The head turns the hidden states
     of one chunk into a vector; the vectors of a request's chunks are added up.
     """
 
     name: str
-    of_each_chunk: int = (
-        NOTHING  # POOLED: the head reads every token of the prompt, so no cached prefix is used
-    )
+    of_each_chunk: int = NOTHING  # POOLED: the head reads all tokens, so no cached prefix is used
     of_last_chunk: int = NOTHING  # the chunk that ends the prompt
 
     @property
@@ -31,7 +29,7 @@ class RequestKind:
         return bool((self.of_each_chunk | self.of_last_chunk) & POOLED)
 
     def wants(self, last: bool) -> int:
-        """What is wanted of one chunk; `last`: it ends at the last known token."""
+        """The outputs of one chunk; `last`: it ends the sequence's tokens."""
         return self.of_each_chunk | (self.of_last_chunk if last else NOTHING)
 
 

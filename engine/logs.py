@@ -10,7 +10,7 @@ import msgspec
 
 from engine.config import ServerConfig
 
-LIBRARIES = ("aiohttp", "asyncio")  # their warnings and errors are logged, too
+LIBRARIES = ("aiohttp", "asyncio")  # their warnings and errors are logged too
 
 
 class JsonFormatter(logging.Formatter):

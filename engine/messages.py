@@ -1,7 +1,7 @@
-"""What crosses a process: front -> engine -> runner and back. Plain lists and numbers, never tensors.
+"""Messages between processes: front -> engine -> runner and back. Plain lists and numbers, never tensors.
 
-A *request* is what a client asked; it never changes. A *plan* is one step for every shard; a *result* is what
-came of it; an *update* is what the front learns of one request after one step.
+A *request* comes from a client and never changes. A *plan* is one step for every shard; a *result* is the output of
+that step; an *update* is the part of a result that belongs to one request.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-IMAGE_ALIGN = 256  # bytes: where images, their data and placements start
+IMAGE_ALIGN = 256  # bytes: images, their data and placements start at multiples of it
 
 FinishReason = Literal["length", "eos", "cancelled", "pooled"]  # pooled: the vector is complete
 
@@ -44,21 +44,21 @@ class SamplingParams(Struct, frozen=True):
 
 
 class AdapterImageRef(Struct, frozen=True):
-    """Where an adapter's image lies in the host region, and what it is.
+    """An adapter's image in the host region: its position, size and identity.
 
     The image is records (relative, `[layers + 1, groups, 8]` int32) followed by data; see `engine.lora.image`.
     """
 
     digest: bytes  # content digest: identity for residency and for the prefix cache
     offset: int  # bytes from the start of the host region
-    data_bytes: int  # bytes of data, without the records; what the arena must hold
+    data_bytes: int  # bytes of data, without the records: its size in the arena
     stacked_rank: int  # largest stacked rank of any group
     name: str = ""  # for logs and metrics only
-    source: str = ""  # where it was found, for answers
+    source: str = ""  # where it was found, for responses
 
 
 class Request(Struct, frozen=True):
-    """Prompt tokens in; out come at most `max_new_tokens` of them, or what another `kind` asks for."""
+    """A prompt to continue with at most `max_new_tokens` tokens, or to process as another `kind` says."""
 
     id: str
     tokens: list[int]
@@ -77,22 +77,22 @@ class Admit(Struct, frozen=True):
     row: int
     slot: int
     tokens: list[int]
-    prompt_length: int  # of `tokens`, how many the client sent
+    prompt_length: int  # the first tokens, which the client sent
     computed: int  # positions already in the KV cache (prefix cache)
     blocks: list[int]
     sampling: SamplingParams
     kind: str = "generate"
 
 
-# What is wanted of a chunk, to be combined.
-NOTHING = 0  # its keys and values in the cache are enough
-TOKEN = 1  # it ends at the last known token: sample the next one
-SCORES = 2  # the log-probability of the known token after each position
-POOLED = 4  # the vector that the head of the request's kind makes of its hidden states
+# Outputs of a chunk; flags to be combined.
+NOTHING = 0  # only keys and values in the cache
+TOKEN = 1  # the next token, sampled after the chunk: it ends the row's tokens
+SCORES = 2  # after each position, the log-probability of the row's next token
+POOLED = 4  # the vector that the head of the request's kind computes from the hidden states
 
 
 class Chunk(Struct, frozen=True):
-    """Part of a row's known tokens to compute: positions start .. start + count."""
+    """Tokens of a row to compute in one step: positions start .. start + count."""
 
     row: int
     start: int
@@ -121,19 +121,15 @@ class Placement(Struct, frozen=True):
 
 
 class StepPlan(Struct, frozen=True):
-    """One step. Lists are applied in the order of the fields."""
+    """One step. The lists are applied in the order of the fields."""
 
     step: int
     release: list[int]  # rows that ended
-    unplace: list[
-        int
-    ]  # slots whose adapter left the arena: no row of this or a later step uses them
+    unplace: list[int]  # slots whose adapter left the arena; no row uses them from this step on
     placements: list[Placement]
     admit: list[Admit]
     extend: list[tuple[int, list[int]]]  # (row, blocks appended to its block table)
-    decode: (
-        list[int] | None
-    )  # rows that advance by one token, sorted by slot; None: as in the step before
+    decode: list[int] | None  # rows that advance by one token, by slot; None: the previous rows
     chunks: list[Chunk]  # sorted by slot
 
 
@@ -146,15 +142,13 @@ class TokenOutput(Struct, frozen=True):
 
 
 class StepResult(Struct, frozen=True):
-    """What a step gave: one output for each decode row, then one for each sampling chunk, in the plan's order."""
+    """The outputs of a step: one per decode row, then one per sampling chunk, in the plan's order."""
 
     step: int
     outputs: list[TokenOutput]
-    prompt_logprobs: dict[
-        int, list[float]
-    ]  # chunk index -> log-probability of tokens start + 1 .. start + count
+    prompt_logprobs: dict[int, list[float]]  # by chunk: of tokens start + 1 .. start + count
     resident: list[int]  # slots whose copies have completed since the last result
-    pooled: dict[int, list[float]] = {}  # chunk index -> vector
+    pooled: dict[int, list[float]] = {}  # by chunk: vector
 
 
 class Usage(Struct, frozen=True):
@@ -165,7 +159,7 @@ class Usage(Struct, frozen=True):
 
 
 class Update(Struct, frozen=True):
-    """News of one request. `finish` or `error` is set in its last update and in no other."""
+    """New output of one request. Only its last update sets `finish` or `error`."""
 
     id: str
     tokens: list[TokenOutput]
@@ -174,17 +168,17 @@ class Update(Struct, frozen=True):
     usage: Usage | None = None  # with `finish`
     admitted: float | None = None  # time.monotonic() of first admission, once
     cached_tokens: int = 0  # of the prompt, found in the prefix cache; with `admitted`
-    prompt_logprobs: list[float] | None = None  # with the first token, if asked for
-    pooled: list[float] | None = None  # with `finish`, of a kind that pools
+    prompt_logprobs: list[float] | None = None  # with the first token, if requested
+    pooled: list[float] | None = None  # with `finish`, for kinds that pool
 
     @property
     def is_last(self) -> bool:
-        """The engine has let go of the request."""
+        """Whether the request is closed."""
         return self.finish is not None or self.error is not None
 
 
 class EngineInfo(Struct, frozen=True):
-    """What the front needs to know of a started engine; `/info` shows it."""
+    """Facts about a started engine, for the front and `/info`."""
 
     model_id: str
     model_type: str
@@ -201,8 +195,8 @@ class EngineInfo(Struct, frozen=True):
     block_size: int
     adapter_bytes: int  # arena
     host_bytes: int  # host tier
-    backends: dict[str, str]  # op -> what serves it on this device
-    memory_plan: list[tuple[str, int]]  # (what, bytes)
+    backends: dict[str, str]  # op -> its implementation on this device
+    memory_plan: list[tuple[str, int]]  # (name, bytes)
     targets: list[str]  # names that adapters may target
     quantize: str | None = None  # how the linears are quantised
 
@@ -217,27 +211,27 @@ class EngineStats(Struct, frozen=True):
     total_blocks: int = 0
     cached_blocks: int = 0
     steps: int = 0
-    step_tokens: int = 0  # tokens computed, ever
+    step_tokens: int = 0  # tokens computed, in total
     preemptions: int = 0
-    prefix_hits: int = 0  # prompt tokens found in the cache, ever
-    prefix_lookups: int = 0  # prompt tokens looked up, ever
+    prefix_hits: int = 0  # prompt tokens found in the cache, in total
+    prefix_lookups: int = 0  # prompt tokens looked up, in total
     resident: list[tuple[str, bytes, int]] = []  # (adapter name, digest, bytes in the arena)
     arena_bytes: int = 0
     arena_used: int = 0
     in_use: int = 0  # adapters that running sequences use
-    placements: int = 0  # begun, ever
-    placed: int = 0  # completed, ever
-    place_seconds: list[float] = []  # from begin to completion, of the newest
+    placements: int = 0  # started, in total
+    placed: int = 0  # completed, in total
+    place_seconds: list[float] = []  # from start to completion, of the newest
     evictions: int = 0
 
 
 class AdapterStatus(Struct, frozen=True):
-    """One adapter that the exchange knows."""
+    """One adapter in the exchange."""
 
     name: str  # as the client named it
     source: str
     digest: bytes | None
-    state: Literal["listed", "fetching", "parsing", "ready", "failed"]  # listed: not asked for yet
+    state: Literal["listed", "fetching", "parsing", "ready", "failed"]  # listed: not requested yet
     data_bytes: int
     stacked_rank: int
     targets: list[str]

@@ -1,4 +1,4 @@
-"""What the machine is: one frozen object, made once. The only module of its level that imports torch."""
+"""The machine: one frozen object, made once. The only module of its level that imports torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from engine.config import GIB, EngineConfig
 from engine.errors import ConfigError
 
-MAX_CPU_BUDGET = 4 * GIB  # unless the user says otherwise: a laptop has other things to do
+MAX_CPU_BUDGET = 4 * GIB  # by default: a laptop runs other programs too
 MAX_HOST_TIER = 4 * GIB
 
 
@@ -23,7 +23,6 @@ class Platform:
     device: torch.device
     name: str
     budget: int  # bytes for weights, KV cache and arena on a GPU; for KV cache and arena on a CPU
-    num_threads: int
 
     @property
     def is_cuda(self) -> bool:
@@ -45,7 +44,7 @@ def free_host_memory() -> int:
 
 
 def host_tier_bytes(config: EngineConfig) -> int:
-    """Size of the shared region that holds adapters ready to be placed."""
+    """Bytes of the shared region that holds images ready to be placed."""
     if config.adapters.host_cache_gb is not None:
         if config.adapters.host_cache_gb <= 0:
             raise ConfigError("--host-cache-gb must be above 0", field="host_cache_gb")
@@ -63,22 +62,21 @@ def _processor_name() -> str:
 
 
 def device_type(config: EngineConfig) -> str:
-    """`--device`; auto is "cuda" where torch sees a GPU, else "cpu". Raises ConfigError for a GPU that is not there."""
-    wanted = config.memory.device
-    if wanted == "auto":
+    """`--device`; auto is "cuda" if torch sees a GPU, else "cpu". Raises ConfigError for a missing GPU."""
+    device = config.memory.device
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: torch sees no GPU",
             field="device",
             hint="install a CUDA build of torch and the GPU's driver, or leave the flag out",
         )
-    return wanted
+    return device
 
 
 def detect(config: EngineConfig) -> Platform:
-    """The device of `device_type`, with the memory that is free on it."""
-    threads = config.memory.num_threads or len(os.sched_getaffinity(0))
+    """The device of `device_type`, and the memory that the engine may use on it."""
     if device_type(config) == "cuda":
         fraction = config.memory.cuda_memory_fraction
         if not 0 < fraction <= 1:
@@ -88,7 +86,7 @@ def detect(config: EngineConfig) -> Platform:
         device = torch.device("cuda", torch.cuda.current_device())
         free, _ = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
-        return Platform(device, name, int(free * fraction), threads)
+        return Platform(device, name, int(free * fraction))
     given = config.memory.cpu_memory_gb
     budget = int(given * GIB) if given else min(MAX_CPU_BUDGET, free_host_memory() // 4)
-    return Platform(torch.device("cpu"), _processor_name(), budget, threads)
+    return Platform(torch.device("cpu"), _processor_name(), budget)

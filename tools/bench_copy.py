@@ -104,7 +104,7 @@ def main() -> None:
     print(f"{engine.platform.name}: {len(refs)} adapters of {size:.1f} MB, {given.batch} rows")
 
     def copy() -> None:
-        copies.advance(copies.placer.alone)
+        copies.advance(copies.placer.bytes_per_idle_step)
         time.sleep(0.0002)  # what the engine's loop leaves between two looks
 
     copies.going = True

@@ -20,7 +20,7 @@ def module_notes(
 ) -> list[str]:
     """Compares `target_modules` of an adapter_config.json with the file and the served model, by PEFT's rules.
 
-    It runs in a child process with a time limit, because an untrusted expression may run for ever. RE2 cannot be used,
+    It runs in a child process with a time limit, because an untrusted expression may run forever. RE2 cannot be used,
     because trainers write look-arounds.
     """
     if not fields.get("target_modules"):

@@ -1,4 +1,4 @@
-"""What a device's errors mean: which say that memory ran out, and what to do about it."""
+"""Errors of a device: finds those that mean out of memory, and names the remedy."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from engine.errors import ConfigError
 
-# Beside torch's own class: the CUDA runtime, cuBLAS, and torch's allocator of host memory.
+# In errors that are not torch.OutOfMemoryError: of the CUDA runtime, cuBLAS, and torch's host allocator.
 MEMORY_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-EXTENSION_TEXT = "API call failed"  # all that torch's stable ABI leaves of an error inside an op
+EXTENSION_TEXT = "API call failed"  # torch's stable ABI hides the rest of an error inside an op
 
 
 def num_refusals() -> int:
-    """How often torch's CUDA allocator has refused memory in this process. An error inside an op may not say so."""
+    """How often torch's CUDA allocator refused memory in this process. An error inside an op may hide that."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return 0
     return torch.cuda.memory_stats().get("num_ooms", 0)
 
 
 def out_of_memory(error: BaseException | None, refusals: int) -> str | None:
-    """Why memory ran out, in `error` itself or in what it came from; None if it did not.
+    """Why memory ran out, from `error` or one of its causes; None if it did not.
 
     `refusals`: `num_refusals()` before the work that raised `error`.
     """
@@ -42,7 +42,7 @@ def out_of_memory(error: BaseException | None, refusals: int) -> str | None:
 
 @contextmanager
 def fitting(what: str, hint: str) -> Iterator[None]:
-    """While the engine starts: raises ConfigError for `what` finds no room, with the flags that change that."""
+    """At start: turns an out-of-memory error into a ConfigError for `what`, with the flags to change as `hint`."""
     refusals = num_refusals()
     try:
         yield
@@ -62,6 +62,6 @@ def first_line(error: BaseException) -> str:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives the driver back what torch keeps for later."""
+    """Returns the memory that torch caches to the driver."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""What the host says of a step: a few int32 words per sequence, in a layout that depends on the step's shape alone.
+"""The host's description of a step: a few int32 words per sequence, in a layout that depends on the shape only.
 
-Where a shape has more room than the step takes, the rest is padding: sequences of row 0, which is scratch, ahead of the
-rows that decode and, without tokens, behind the chunks; tokens that no sequence has behind all others; outputs that
-point at token 0; empty segments of the base model.
+Where a shape has more room than the step needs, the rest is padding: sequences of row 0 (scratch) before the rows that
+decode; sequences of row 0 without tokens after the chunks; tokens of no sequence at the end; outputs that point to
+token 0; empty segments of the base model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.messages import Chunk
 from engine.runner.shapes import Shape
 
-IN_TABLE = -1  # in place of a first position: where the row is, which the device knows
+IN_TABLE = -1  # instead of a first position: the device reads it from its table
 
 
 class Inputs(NamedTuple):
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
     starts: Tensor  # [S + 1]: first new token of each sequence
     outputs: Tensor  # [O]: tokens that are sampled, then those that are scored, then those that are pooled
     sampled_rows: Tensor  # [O]: the row of each output that is sampled
-    sampled_lengths: Tensor  # [O]: its known tokens, which is the position of the new one
+    sampled_lengths: Tensor  # [O]: its tokens so far, which is the position of the new one
     slots: Tensor  # [G]
     segments: Tensor  # [G + 1]: first token of each
     output_slots: Tensor  # [H]
@@ -36,22 +36,22 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, words: Tensor, shape: Shape) -> Inputs:
-        """The fields of a step of this shape, whose words these begin with."""
+        """The fields of a step of this shape, at the start of `words`."""
         return cls(*words[: sum(shape.sizes)].split(shape.sizes))
 
 
 def runs(slots: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
     """(slots [G], starts [G + 1]) of the runs of consecutive sequences with equal slots."""
-    of_runs: list[int] = []
+    run_slots: list[int] = []
     starts = [0]
     at = 0
     for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         at += count
         if index + 1 < len(slots) and slots[index + 1] == slot:
             continue
-        of_runs.append(slot)
+        run_slots.append(slot)
         starts.append(at)
-    return of_runs, starts
+    return run_slots, starts
 
 
 class Description(NamedTuple):
@@ -60,11 +60,13 @@ class Description(NamedTuple):
     decode: list[int]
     chunks: list[Chunk]
     slots: list[int]  # of each sequence
-    known: list[int]  # tokens of each decoding row once the step is done; empty: the device knows
+    decode_lengths: list[
+        int
+    ]  # tokens of each decoding row after the step; empty: only on the device
 
     @property
     def sampled(self) -> list[int]:
-        """Sequences whose next token is sampled."""
+        """Sequences that sample their next token."""
         first = len(self.decode)
         chosen = [first + i for i, chunk in enumerate(self.chunks) if chunk.sample]
         return [*range(first), *chosen]
@@ -93,7 +95,7 @@ class Description(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """What the step takes, without padding."""
+        """The shape of the step without padding."""
         decodes, chunks, counts = len(self.decode), len(self.chunks), self.counts
         outputs = 0
         if chunks:
@@ -109,21 +111,21 @@ class Description(NamedTuple):
 
     def words(self, shape: Shape) -> np.ndarray:
         """The fields of `Inputs` one after the other, int32."""
-        ahead = [0] * (shape.decodes - len(self.decode))
-        behind = [0] * (shape.chunks - len(self.chunks))
-        rows = [*ahead, *self.decode, *(chunk.row for chunk in self.chunks), *behind]
-        first = [IN_TABLE] * shape.decodes + [chunk.start for chunk in self.chunks] + behind
-        counts = [1] * len(ahead) + self.counts
+        front = [0] * (shape.decodes - len(self.decode))  # padding before the rows that decode
+        back = [0] * (shape.chunks - len(self.chunks))  # padding after the chunks
+        rows = [*front, *self.decode, *(chunk.row for chunk in self.chunks), *back]
+        first = [IN_TABLE] * shape.decodes + [chunk.start for chunk in self.chunks] + back
+        counts = [1] * len(front) + self.counts
         starts = [0, *accumulate(counts)]
         fields = [rows, first, _padded(starts, shape.sequences + 1, starts[-1])]
-        fields += self._output_fields(shape, starts[len(ahead) :])
-        fields += _segment_fields(ahead + self.slots, counts, shape.segments)
+        fields += self._output_fields(shape, starts[len(front) :])
+        fields += _segment_fields(front + self.slots, counts, shape.segments)
         outputs = self._with_logits(self.slots, self.counts) if shape.chunks else ([], [])
         fields += _segment_fields(*outputs, shape.output_segments)
         return np.concatenate([np.array(field, dtype=np.int32) for field in fields])
 
     def _output_fields(self, shape: Shape, starts: list[int]) -> list[list[int]]:
-        """Outputs, and rows and lengths of those that are sampled; `starts`: first token of each sequence."""
+        """Outputs, and rows and lengths of the sampled ones; `starts`: first token of each sequence."""
         if not shape.chunks:
             return [[], [], []]
         outputs = [starts[s + 1] - 1 for s in self.sampled]
@@ -131,7 +133,7 @@ class Description(NamedTuple):
             outputs += range(starts[s], starts[s + 1])
         new = [chunk for chunk in self.chunks if chunk.sample]
         rows = self.decode + [chunk.row for chunk in new]
-        lengths = self.known + [chunk.start + chunk.count for chunk in new]
+        lengths = self.decode_lengths + [chunk.start + chunk.count for chunk in new]
         return [_padded(field, shape.outputs, 0) for field in (outputs, rows, lengths)]
 
 
@@ -140,6 +142,6 @@ def _padded(values: list[int], size: int, value: int) -> list[int]:
 
 
 def _segment_fields(slots: list[int], counts: list[int], size: int) -> list[list[int]]:
-    """Segments and, to fill up, empty ones of the base model."""
-    of_runs, starts = runs(slots, counts)
-    return [_padded(of_runs, size, 0), _padded(starts, size + 1, starts[-1])]
+    """Segments, padded with empty ones of the base model."""
+    run_slots, starts = runs(slots, counts)
+    return [_padded(run_slots, size, 0), _padded(starts, size + 1, starts[-1])]

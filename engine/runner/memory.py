@@ -1,4 +1,4 @@
-"""The memory plan: what the budget is spent on, decided once before anything is allocated."""
+"""The memory plan: divides the budget once, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from engine.runner.shapes import chunk_bounds, mixed_shapes
 DEFAULT_TOTAL_TOKENS = 4096
 DEFAULT_ROWS = {"cpu": 64, "cuda": 256}
 DEFAULT_STEP_TOKENS = {"cpu": 128, "cuda": 8192}
-DEFAULT_CHUNK_TOKENS = 128  # on a GPU: a step that takes at most twice as long as without them
-SHRINK_CHUNK = 4096  # of a linear's inputs, that the GPU's shrink adds up into one partial sum
-COMMON_RANK = 64  # of adapters, for the plan of steps that are not captured
-SCORED_BYTES = 256 << 20  # of logits of prompts whose log-probabilities are wanted, in a step
-LIBRARIES = 1 << 30  # bytes: workspaces of libraries, captured graphs, fragmentation
+DEFAULT_CHUNK_TOKENS = 128  # on a GPU: they at most double the time of a step
+SHRINK_CHUNK = 4096  # inputs of a linear per partial sum of the GPU's shrink
+COMMON_RANK = 64  # assumed rank of adapters in steps without a CUDA graph
+SCORED_BYTES = 256 << 20  # per step, for logits of prompts that need log-probabilities
+LIBRARIES = 1 << 30  # bytes: workspaces of libraries, CUDA graphs, fragmentation
 ARENA_UNIT = 1 << 20  # the arena is a whole number of these
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one shard's model and its adapters take, in bytes."""
+    """The bytes that one shard's model and its adapters take."""
 
-    itemsize: int  # of one value that the model computes with
+    itemsize: int  # of an activation
     kv: KVFormat
     weights: int
-    scratch: int  # that a linear takes while it multiplies, besides its input and output
+    scratch: int  # of a linear's matmul, besides its input and output
     widest_output: int  # features, of the shard's linears
     widest_input: int
     records: int  # of one adapter
@@ -41,29 +41,27 @@ class Footprint:
 class MemoryPlan:
     """Sizes of everything the engine holds, and the limits that follow from them."""
 
-    budget: int  # bytes; on a CPU the weights are beside it
+    budget: int  # bytes; on a CPU without the weights
     budget_flag: str
-    unused: int  # bytes of it
+    unused: int  # bytes of the budget
     weights: int  # bytes
     kv_block: int  # bytes of one block over all layers
     num_blocks: int  # with the scratch block
     block_size: int  # positions
     arena: int  # bytes
     records: int  # bytes
-    working: (
-        int  # bytes of activations, logits and libraries' workspaces of the largest step, on a GPU
-    )
+    working: int  # bytes of the largest step on a GPU: activations, logits, library workspaces
     host_tier: int  # bytes
     max_rows: int
     max_step_tokens: int
-    chunk_tokens: list[int]  # of prompts in a step, beside so many rows that decode
-    max_scored_tokens: int  # of prompts whose log-probabilities are wanted, in a step
+    chunk_tokens: list[int]  # prompt tokens of a step, by the number of decoding rows
+    max_scored_tokens: int  # prompt tokens of a step that need log-probabilities
     max_total_tokens: int
     max_input_length: int
 
     @property
     def lines(self) -> list[tuple[str, int]]:
-        """(what, bytes), as shown at start."""
+        """(name, bytes), as logged at start."""
         return [
             ("weights", self.weights),
             (
@@ -78,7 +76,7 @@ class MemoryPlan:
 
 
 def compared(plan: MemoryPlan, stats: Mapping[str, int], free: int) -> str:
-    """One line: what a GPU was planned to hold, and what it holds; `stats` are those of torch's allocator."""
+    """One line with planned and actual memory of a GPU; `stats` are those of torch's allocator."""
 
     def gib(num_bytes: int) -> str:
         return f"{num_bytes / GIB:.2f}"
@@ -111,7 +109,7 @@ def plan_memory(
     footprint: Footprint,
     backend: AttentionBackend,
 ) -> MemoryPlan:
-    """Splits the budget. Raises ConfigError that names the flag to change when something does not fit."""
+    """Divides the budget. Raises ConfigError that names the flag to change if a part does not fit."""
     weights, itemsize = footprint.weights, footprint.itemsize
     scheduler, device = config.scheduler, platform.device.type
     block = block_size(scheduler.block_size, backend)
@@ -120,9 +118,9 @@ def plan_memory(
         scheduler.max_batch_prefill_tokens, DEFAULT_STEP_TOKENS[device], "max_batch_prefill_tokens"
     )
     tokens = max(step, rows)
-    chunks = DEFAULT_CHUNK_TOKENS if platform.is_cuda else step
-    chunks = _positive(scheduler.max_chunk_tokens, chunks, "max_chunk_tokens")
-    beside = chunk_bounds(rows, chunks) if platform.is_cuda else [chunks] * (rows + 1)
+    most = DEFAULT_CHUNK_TOKENS if platform.is_cuda else step
+    most = _positive(scheduler.max_chunk_tokens, most, "max_chunk_tokens")
+    chunk_tokens = chunk_bounds(rows, most) if platform.is_cuda else [most] * (rows + 1)
     fraction = _adapter_fraction(config)
     working = backend.workspace(rows)
     if platform.is_cuda:
@@ -154,7 +152,7 @@ def plan_memory(
         host_tier=footprint.host_tier,
         max_rows=rows,
         max_step_tokens=tokens,
-        chunk_tokens=beside,
+        chunk_tokens=chunk_tokens,
         max_scored_tokens=scored_tokens(spec, itemsize, tokens),
         max_total_tokens=total,
         max_input_length=longest,
@@ -162,12 +160,12 @@ def plan_memory(
 
 
 def block_size(given: int | None, backend: AttentionBackend) -> int:
-    """Positions of a KV block: what the user says, if the attention backend can read it, else what that likes."""
+    """Positions of a KV block: --block-size if the attention backend supports it, or the backend's default."""
     block = _positive(given, backend.default_block_size, "block_size")
     if block % backend.block_unit:
         raise ConfigError(
             f"--block-size {block} is not a multiple of {backend.block_unit}, which"
-            f" --attention-backend {backend.name} wants",
+            f" --attention-backend {backend.name} needs",
             field="block_size",
             hint="leave it out, or choose another backend",
         )
@@ -186,7 +184,7 @@ def _adapter_fraction(config: EngineConfig) -> float:
 
 
 def _num_blocks(config: EngineConfig, most: int, block: int, total: int) -> int:
-    """Blocks of the KV cache, with the scratch block: `most`, or less where the user says so."""
+    """Blocks of the KV cache with the scratch block: `most`, or fewer with --max-batch-total-tokens."""
     given = config.scheduler.max_batch_total_tokens
     if given is None:
         return most
@@ -202,14 +200,14 @@ def _num_blocks(config: EngineConfig, most: int, block: int, total: int) -> int:
 def _working(
     config: EngineConfig, spec: ModelSpec, footprint: Footprint, limits: tuple[int, int]
 ) -> int:
-    """Bytes that steps take on a GPU beside what they keep, an upper estimate; `limits`: rows and tokens of a step."""
+    """Bytes that a step takes on a GPU while it runs, an upper estimate; `limits`: rows and tokens of a step."""
     itemsize, (rows, tokens) = footprint.itemsize, limits
-    logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and what sampling sorts
+    logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and sorted copies for sampling
     logits += scored_tokens(spec, itemsize, tokens) * scored_bytes(spec, itemsize)
     working = _activations(spec, footprint, tokens, COMMON_RANK) + logits + LIBRARIES
     if config.memory.eager or config.memory.slow_reference:
         return working
-    # all graphs share what the largest needs, which has room for any rank, and one copy of logits
+    # all graphs share the memory of the largest, with room for any rank, and one copy of the logits
     shapes = mixed_shapes(rows, tokens)
     captured = _activations(spec, footprint, shapes[-1].tokens, config.adapters.max_adapter_rank)
     outputs = max(rows, *(shape.outputs for shape in shapes))
@@ -217,20 +215,20 @@ def _working(
 
 
 def scored_bytes(spec: ModelSpec, itemsize: int) -> int:
-    """Of one prompt token whose log-probability is wanted: its logits, in float32 too, and their logarithms."""
+    """Bytes per prompt token that needs a log-probability: logits, also in float32, and their logarithms."""
     return spec.vocab * (itemsize + 3 * 4)
 
 
 def scored_tokens(spec: ModelSpec, itemsize: int, tokens: int) -> int:
-    """How many of them a step of `tokens` may hold."""
+    """Prompt tokens with log-probabilities that a step of `tokens` may hold."""
     return min(max(SCORED_BYTES // scored_bytes(spec, itemsize), 1), tokens)
 
 
 def _activations(spec: ModelSpec, footprint: Footprint, tokens: int, rank: int) -> int:
-    """Bytes of what the layers hand each other for `tokens` tokens."""
-    # x, residual and a norm's output; the widest linear's output and what an activation makes of it
+    """Bytes of the activations of `tokens` tokens."""
+    # x, residual and a norm's output; the widest linear's output, before and after the activation
     activations = tokens * (4 * spec.hidden + 2 * footprint.widest_output) * footprint.itemsize
-    # of a step's shrink: partial sums in float32 of a rank on each of three targets
+    # the shrink's partial sums in float32, with this rank on each of three targets
     return activations + tokens * 3 * rank * 4 * -(-footprint.widest_input // SHRINK_CHUNK)
 
 
@@ -246,27 +244,31 @@ def _input_length(config: EngineConfig, total: int) -> int:
 
 
 def _budget_field(platform: Platform) -> str:
-    """The setting that decides how much there is."""
+    """The setting that determines the budget."""
     return "cuda_memory_fraction" if platform.is_cuda else "cpu_memory_gb"
 
 
 def _shortage(platform: Platform, shares: dict[str, int]) -> ConfigError:
-    """Why so little is left for the KV cache."""
-    taken = ", ".join(f"{what} {size / GIB:.2f}" for what, size in shares.items() if size)
+    """The error if too little is left for the KV cache."""
+    taken = ", ".join(f"{what} {_shown(size)}" for what, size in shares.items() if size)
     less = "--max-total-tokens, --adapter-memory-fraction or --max-active-adapters"
     if platform.is_cuda:
         less = f"--max-batch-prefill-tokens, --max-batch-size, {less}"
     field = _budget_field(platform)
     flag = flag_of(field)
     return ConfigError(
-        f"{flag} allows {platform.budget / GIB:.2f} GiB, of which the others take: {taken or 'nothing'}",
+        f"{flag} allows {_shown(platform.budget)}; other parts need: {taken or 'nothing'}",
         field=field,
         hint=f"raise {flag}, or lower {less}",
     )
 
 
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= 10 << 20 else f"{num_bytes / 2**20:.1f} MiB"
+
+
 def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int, shortage: ConfigError) -> int:
-    """Longest sequence: what the user says, else what model and memory allow. Raises `shortage`, with the tokens."""
+    """Longest sequence: --max-total-tokens, or as model and memory allow. Raises `shortage`, with the tokens."""
     given = config.scheduler.max_total_tokens
     if given is not None and given > spec.max_positions:
         raise ConfigError(
@@ -276,7 +278,7 @@ def _total_tokens(config: EngineConfig, spec: ModelSpec, room: int, shortage: Co
     total = _positive(given, min(spec.max_positions, DEFAULT_TOTAL_TOKENS), "max_total_tokens")
     if room < (2 if given is None else total):
         raise ConfigError(
-            f"the KV cache has room for {max(room, 0)} tokens only: {shortage.message}",
+            f"the KV cache has room for only {max(room, 0)} tokens: {shortage.message}",
             field=shortage.field,
             hint=shortage.hint,
         )

@@ -1,7 +1,7 @@
 """Copies images from the host region into the arena, a bounded piece per step, and their records into the slots.
 
-`Placer` copies with the caller's thread, between host tensors. `CudaPlacer` starts copies on a stream of its own and
-reports a slot when the event behind its last copy has completed.
+`Placer` copies in the caller's thread, between host tensors. `CudaPlacer` starts copies on its own CUDA stream and
+reports a slot when the event after its last copy has completed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.ops.layout import (
 )
 from engine.runner.pinning import Pinning
 
-COPY_BYTES = 4 << 20  # the most that is copied in one piece
+COPY_BYTES = 4 << 20  # the largest piece of one copy
 
 
 class Region(Protocol):
@@ -45,8 +45,8 @@ class _Copy:
 class Placer:
     """Placements in host memory."""
 
-    beside_step = 4 << 20  # bytes copied in a step that also computes
-    alone = 64 << 20
+    bytes_per_busy_step = 4 << 20
+    bytes_per_idle_step = 64 << 20
 
     def __init__(self, arena: Tensor, records: Tensor, region: Region) -> None:
         """`arena` [bytes] uint8; `records` [slots, layers + 1, groups, 8] int32, zero where nothing is placed."""
@@ -59,14 +59,14 @@ class Placer:
         self._copies: deque[_Copy] = deque()
 
     def start(self, placement: Placement) -> None:
-        """Takes a placement on; nothing of it is visible before `advance` returns its slot."""
+        """Queues a placement; nothing of it is visible before `advance` returns its slot."""
         assert placement.offset % ALIGN == 0, "placements are aligned"
         assert placement.offset + placement.image.data_bytes <= self.arena.numel()
         assert all(copy.placement.slot != placement.slot for copy in self._copies)
         self._copies.append(_Copy(placement))
 
     def touched(self, placement: Placement) -> list[list[bool]]:
-        """[layers + 1][groups]: does the adapter act there."""
+        """[layers + 1][groups]: whether the adapter adapts that group."""
         start = placement.image.offset
         words = self.host[start : start + self._record_bytes].view(torch.int32)
         return adapted(words.view(self.records.shape[1:])).tolist()
@@ -96,7 +96,7 @@ class Placer:
         return count
 
     def _publish(self, placement: Placement) -> None:
-        """Semantics: records[slot] = image's records, their offsets moved to the placement, where it has ranks."""
+        """Semantics: records[slot] = image's records; where they have ranks, offsets are moved to the placement."""
         self.records[placement.slot] = self._relocated(placement)
 
     def _relocated(self, placement: Placement) -> Tensor:
@@ -105,26 +105,24 @@ class Placer:
         return relocated(words.view(self.records.shape[1:]), placement.offset)
 
     def unplace(self, slot: int) -> None:
-        """The slot is the base model again; a placement under way is dropped."""
+        """Resets the slot to the base model; drops a placement under way."""
         self._copies = deque(copy for copy in self._copies if copy.placement.slot != slot)
         self.records[slot].zero_()
 
     def close(self) -> None:
-        """Lets go of the host memory; no copy may be under way after it."""
+        """Releases the host memory; no copy is under way after it."""
 
 
 class CudaPlacer(Placer):
-    """Placements from pinned host memory into a GPU, on a stream of their own, beside the steps."""
+    """Placements from pinned host memory into a GPU, on a separate stream that overlaps with the steps."""
 
-    beside_step = (
-        256 << 20
-    )  # PCIe moves this in about 5 ms; a copy takes next to nothing from a step
-    alone = 1 << 30
+    bytes_per_busy_step = 256 << 20  # about 5 ms over PCIe; a copy hardly slows the step
+    bytes_per_idle_step = 1 << 30
 
     def __init__(
         self, arena: Tensor, records: Tensor, region: Region, pinning: Pinning | None = None
     ) -> None:
-        """`pinning` of the region, if it was begun before. Raises ConfigError where the system does not allow it."""
+        """`pinning` of the region, if it has begun. Raises ConfigError if the system does not allow pinning."""
         super().__init__(arena, records, region)
         self._pinning = pinning or pin(region, arena.device)
         self._pinning.wait()
@@ -149,7 +147,7 @@ class CudaPlacer(Placer):
         self.records[placement.slot].copy_(staged, non_blocking=True)
 
     def unplace(self, slot: int) -> None:
-        """As `Placer.unplace`; the streams wait for one another, the host for neither."""
+        """As `Placer.unplace`; the two streams wait for each other, the host does not wait."""
         steps = torch.cuda.current_stream(self.records.device)
         for landing, event in self._landing:
             if landing == slot:
@@ -169,7 +167,7 @@ def pin(region: Region, device: torch.device) -> Pinning:
 
 
 def adapted(records: Tensor) -> Tensor:
-    """[layers + 1, groups]: where the records have ranks."""
+    """[layers + 1, groups]: whether the records have ranks."""
     return (records[..., WORD_RANKS] != 0) | ((records[..., WORD_RANK2] & 0xFFFF) != 0)
 
 

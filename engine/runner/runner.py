@@ -1,4 +1,4 @@
-"""One shard's runner: applies a plan to the device state, runs the model over it, samples."""
+"""One shard's runner: applies a plan to the device state, runs the model, samples."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from engine.runner.transfer import Mark, read_back
 class Placer(Protocol):
     """Moves adapter images from the host tier into the arena, a piece at a time."""
 
-    beside_step: int  # bytes to copy in a step that also computes
-    alone: int  # and in one that does not
+    bytes_per_busy_step: int  # bytes to copy in a step that also computes
+    bytes_per_idle_step: int  # bytes to copy in a step that does not
 
     def start(self, placement: Placement) -> None: ...
 
@@ -40,7 +40,7 @@ class Placer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step whose results are on their way."""
+    """A launched step, not yet collected."""
 
     step: int
     sampled: Sampled | None
@@ -50,12 +50,12 @@ class _Launched:
     mark: Mark  # reached when all of it has arrived
 
 
-Outputs = tuple[Tensor, Tensor, Tensor]  # rows, their known tokens, logits; the sampled ones first
+Outputs = tuple[Tensor, Tensor, Tensor]  # rows, their lengths, logits; the sampled ones first
 
 
 @dataclass(frozen=True, slots=True)
 class _Forwarded:
-    """A step whose forward pass was started, and whose sampling was not."""
+    """A step with its forward pass launched, but not its sampling."""
 
     step: int
     description: Description
@@ -64,9 +64,9 @@ class _Forwarded:
 
 
 class Runner:
-    """`launch` starts a step, `collect` waits for its result; on a CPU the first does all the work.
+    """`launch` starts a step, `collect` waits for its result. On a CPU, `launch` does all the work.
 
-    A step may be launched before the one before it was collected: what it needs of that one is on the device.
+    A step may be launched before the previous one is collected: it reads the previous step's tokens on the device.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Runner:
         self._forwarded: _Forwarded | None = None
 
     def capture(self, width: int, max_tokens: int) -> None:
-        """Steps are replayed from now on. `width`: the largest stacked rank of an adapter; `max_tokens`: of a step."""
+        """Captures the CUDA graphs. `width`: largest stacked rank of an adapter; `max_tokens`: of a step."""
         self.graphs = StepGraphs(self.model, self.builder, width, max_tokens)
         self.graphs.capture()
 
     def launch(self, plan: StepPlan) -> None:
-        """Starts a step: its forward pass and, right behind it, its sampling."""
+        """Starts a step: its forward pass, then its sampling."""
         self.forward(plan)
         self.sample()
 
@@ -101,7 +101,7 @@ class Runner:
     def forward(self, plan: StepPlan) -> None:
         """Starts a step up to its logits; `sample` must follow before the next one."""
         assert self._forwarded is None, "a step is sampled before the next one starts"
-        self.rows.words.send()  # what a launch that failed left behind, before the same is written again
+        self.rows.words.send()  # a failed launch may have left edits: send them before new ones
         self._apply(plan)
         description = self.builder.describe(plan.chunks)
         outputs: Outputs | None = None
@@ -116,7 +116,7 @@ class Runner:
 
     @torch.inference_mode()
     def sample(self, bitmask: Tensor | None = None) -> None:
-        """Starts the sampling of the step whose forward pass was started last, and its copies of adapters.
+        """Starts the sampling of the step of the last `forward`, and its copies of adapters.
 
         `bitmask` [rows that are sampled, vocab / 32 rounded up] int32: bit t of a row allows token t. None: all.
         """
@@ -127,25 +127,35 @@ class Runner:
         if forwarded.outputs is not None:
             sampled, prompt = self._sample(forwarded.description, forwarded.outputs, bitmask)
         busy = forwarded.outputs is not None
-        resident = self.placer.advance(self.placer.beside_step if busy else self.placer.alone)
+        placer = self.placer
+        max_bytes = placer.bytes_per_busy_step if busy else placer.bytes_per_idle_step
+        resident = placer.advance(max_bytes)
         mark = self.readback.mark()
-        step, pooled = forwarded.step, forwarded.pooled
-        self.launched.append(_Launched(step, sampled, prompt, pooled, resident, mark))
+        self.launched.append(
+            _Launched(
+                step=forwarded.step,
+                sampled=sampled,
+                prompt=prompt,
+                pooled=forwarded.pooled,
+                resident=resident,
+                mark=mark,
+            )
+        )
 
     def collect(self) -> StepResult:
-        """The result of the oldest step that was launched and not collected."""
+        """Waits for the oldest launched step and returns its result."""
         launched = self.launched.popleft()
         launched.mark.synchronize()
         return StepResult(
-            launched.step,
-            launched.sampled.outputs() if launched.sampled is not None else [],
-            {index: logprobs.tolist() for index, logprobs in launched.prompt.items()},
-            launched.resident,
-            {index: vector.tolist() for index, vector in launched.pooled.items()},
+            step=launched.step,
+            outputs=launched.sampled.outputs() if launched.sampled is not None else [],
+            prompt_logprobs={i: logprobs.tolist() for i, logprobs in launched.prompt.items()},
+            resident=launched.resident,
+            pooled={i: vector.tolist() for i, vector in launched.pooled.items()},
         )
 
     def abandon(self) -> None:
-        """Drops the steps in flight; returns when the device no longer works on them."""
+        """Drops the steps in flight; returns once the device has stopped working on them."""
         self.launched.clear()
         self._forwarded = None
         self.readback.mark().synchronize()
@@ -169,7 +179,7 @@ class Runner:
             self.decode_sampling = SamplePlan(params, self.rows.device)
 
     def _forward(self, description: Description) -> Outputs:
-        """Starts the step, as a graph if one holds it."""
+        """Starts the forward pass, as a CUDA graph if one fits."""
         graphs = self.graphs
         if graphs is not None and (captured := graphs.find(description)) is not None:
             return graphs.replay(captured, description)
@@ -177,7 +187,7 @@ class Runner:
         return step.rows, step.lengths, self.model(step.batch)
 
     def _forward_pooled(self, description: Description) -> tuple[Outputs, dict[int, Tensor]]:
-        """Starts a step with chunks that are pooled: the head of each one's kind reads its hidden states."""
+        """Starts a forward pass with pooled chunks: the head of each chunk's kind reads its hidden states."""
         step = self.builder.build(description)
         hidden = self.model.body(step.batch)
         at = description.num_logits
@@ -217,18 +227,15 @@ class Runner:
         return out, self._prompt_logprobs(chunks, logits[count:])
 
     def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, Tensor]:
-        """Log-probability of the known token after each position of the chunks that want them."""
+        """Log-probability of the prompt token after each position, for the chunks that need scores."""
         found: dict[int, Tensor] = {}
         first = 0
         for i, chunk in enumerate(chunks):
             if chunk.scores:
-                known = (
-                    chunk.count - chunk.sample
-                )  # the token after the last position is not the prompt's
-                after = self.rows.tokens[
-                    chunk.row, chunk.start + 1 : chunk.start + 1 + known
-                ].long()
-                rows = logits[first : first + known].float().log_softmax(-1)
+                # the token after a sampling chunk is not in the prompt
+                count, start = chunk.count - chunk.sample, chunk.start + 1
+                after = self.rows.tokens[chunk.row, start : start + count].long()
+                rows = logits[first : first + count].float().log_softmax(-1)
                 found[i] = self.readback.fetch(rows.gather(1, after[:, None])[:, 0])
                 first += chunk.count
         return found

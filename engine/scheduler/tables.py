@@ -79,7 +79,7 @@ class BlockTables:
         self.num_drops += 1
 
     def drop_paused(self, sequence: Sequence) -> None:
-        """Free a paused sequence's blocks. It is not paused again: two could undo each other's work for ever."""
+        """Free a paused sequence's blocks. It is not paused again: two could undo each other's work forever."""
         self.drop(sequence)
         sequence.pausable = False
 

@@ -146,7 +146,7 @@ def test_the_memory_plan_follows_the_backend(tmp_path: Path) -> None:
     """Its block size, its workspace, and a block size that it cannot read."""
     make_model("llama", tmp_path)
     config, spec = config_of(tmp_path), spec_from(tmp_path)
-    platform = Platform(torch.device("cuda"), "a GPU", 4 << 30, 1)
+    platform = Platform(torch.device("cuda"), "a GPU", 4 << 30)
     needs = Needs(4, 2, 16, 0.25, 0.0, frozenset({0}), torch.bfloat16, torch.device("cpu"), HOPPER)
     builtin = Builtin()
     flashinfer = FlashInfer(needs, fake_attention.flashinfer)
@@ -176,7 +176,7 @@ def test_the_lines_of_the_memory_plan_are_the_budget(
     make_model("llama", tmp_path)
     config, spec = config_of(tmp_path), spec_from(tmp_path)
     scheduler = replace(config.scheduler, max_batch_total_tokens=most, max_batch_size=50_000)
-    platform = Platform(torch.device(device), "a device", 4 << 30, 1)
+    platform = Platform(torch.device(device), "a device", 4 << 30)
     plan = plan_memory(replace(config, scheduler=scheduler), platform, spec, FOOTPRINT, Builtin())
     *parts, (tier, _), (unused, left) = plan.lines
     assert tier.startswith("adapters in host memory") and "4.000" in unused
@@ -190,7 +190,7 @@ def test_the_memory_plan_has_room_for_scored_prompts(vocab: int, tmp_path: Path)
     """As many tokens as it lets a step score, or as a step has."""
     make_model("llama", tmp_path)
     config, spec = config_of(tmp_path), replace(spec_from(tmp_path), vocab=vocab)
-    platform = Platform(torch.device("cuda"), "a GPU", 8 << 30, 1)
+    platform = Platform(torch.device("cuda"), "a GPU", 8 << 30)
 
     def plan(tokens: int) -> MemoryPlan:
         scheduler = replace(config.scheduler, max_batch_prefill_tokens=tokens)

@@ -55,7 +55,7 @@ def settle(placer: CudaPlacer) -> None:
         return resident
 
     placer.advance = advance  # type: ignore[method-assign]
-    placer.beside_step = PIECE
+    placer.bytes_per_busy_step = PIECE
 
 
 @pytest.fixture
