@@ -75,6 +75,11 @@ def device_type(config: EngineConfig) -> str:
     return device
 
 
+def set_threads(config: EngineConfig) -> None:
+    """Sets torch's number of threads in the calling thread: --num-threads, or one per core."""
+    torch.set_num_threads(config.memory.num_threads or len(os.sched_getaffinity(0)))
+
+
 def detect(config: EngineConfig) -> Platform:
     """The device of `device_type`, and the memory that the engine may use on it."""
     if device_type(config) == "cuda":

@@ -40,7 +40,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.messages import IMAGE_ALIGN, AdapterImageRef, Request, SamplingParams
 from engine.models import adapter_layout
-from engine.platform import detect, device_type
+from engine.platform import detect, device_type, set_threads
 
 WARM_UP_TOKENS = 4
 
@@ -50,7 +50,7 @@ Tell = Callable[[str], None]
 def measure(config: EngineConfig, workload: Workload, tell: Tell = lambda _: None) -> EngineReport:
     """Runs all cases. `tell` receives lines of progress. Raises ConfigError or ModelError."""
     workload.check()
-    torch.set_num_threads(config.memory.num_threads or torch.get_num_threads())
+    set_threads(config)
     with ExitStack() as stack:
         if workload.shape:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lorax-bench-"))

@@ -18,7 +18,7 @@ from engine.errors import EngineDead
 from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
 from engine.process.parts import Exchange, Parts, load
 from engine.process.pipe_messages import Cancel, Submit
-from engine.process.stepper import Stepper, set_threads
+from engine.process.stepper import Stepper
 from engine.process.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,10 @@ async def _started(exchange: Exchange) -> None:
 
 
 def _build(config: EngineConfig, engine: str) -> tuple[Stepper, HostRegion]:
-    from engine.platform import host_tier_bytes  # imports torch; a front with processes does not
+    from engine.platform import (  # it imports torch; a front with processes does not
+        host_tier_bytes,
+        set_threads,
+    )
 
     set_threads(config)
     region = HostRegion.create(host_tier_bytes(config))

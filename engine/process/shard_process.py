@@ -13,7 +13,7 @@ import msgspec
 
 from engine.adapters.tiers import HostRegion
 from engine.errors import EngineDead, LoraxError
-from engine.platform import host_tier_bytes
+from engine.platform import host_tier_bytes, set_threads
 from engine.process import child
 from engine.process.collector import freeze_gc
 from engine.process.parts import load
@@ -29,7 +29,7 @@ from engine.process.pipe_messages import (
     ToShard,
     Updates,
 )
-from engine.process.stepper import Stepper, set_threads
+from engine.process.stepper import Stepper
 
 FLUSH_S = 1.0  # for the last messages
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 
-from engine.config import EngineConfig
 from engine.errors import EngineDead, GenerationError, LoraxError
 from engine.messages import EngineStats, Request, Update
 from engine.process.parts import Engine
@@ -21,13 +19,6 @@ EMPTY_STEPS = 3  # in a row, before the loop pauses
 PAUSE_S = 0.001
 
 logger = logging.getLogger(__name__)
-
-
-def set_threads(config: EngineConfig) -> None:
-    """Sets torch's number of threads in the calling thread."""
-    import torch
-
-    torch.set_num_threads(config.memory.num_threads or len(os.sched_getaffinity(0)))
 
 
 class Stepper:

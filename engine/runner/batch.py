@@ -162,7 +162,7 @@ class BatchBuilder:
             table.blocks,
             inputs.rows,
             inputs.first,
-            inputs.starts,
+            inputs.cu_seqlens_q,
             shape.tokens,
             self.block_size,
             -(-longest // self.block_size),
@@ -170,18 +170,20 @@ class BatchBuilder:
         kv = KVView(
             cache=self.cache,
             block_tables=block_tables,
-            cu_seqlens_q=inputs.starts,
+            cu_seqlens_q=inputs.cu_seqlens_q,
             context_lens=context_lens,
             slot_mapping=slot_mapping,
             num_decodes=shape.decodes,
             attend=prepare(block_tables, context_lens),
         )
-        lora = self.adapters.batch(inputs.slots, inputs.segments, reach)
+        lora = self.adapters.batch(inputs.slots, inputs.segment_starts, reach)
         outputs, lora_outputs = None, lora
         rows, lengths = inputs.rows, context_lens
         if shape.chunks:
             outputs = inputs.outputs
-            lora_outputs = self.adapters.batch(inputs.output_slots, inputs.output_segments, reach)
+            lora_outputs = self.adapters.batch(
+                inputs.output_slots, inputs.output_segment_starts, reach
+            )
             rows, lengths = inputs.sampled_rows, inputs.sampled_lengths
         batch = Batch(
             ids=ids,

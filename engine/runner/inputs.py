@@ -18,6 +18,7 @@ from engine.messages import Chunk
 from engine.runner.shapes import Shape
 
 IN_TABLE = -1  # instead of a first position: the device reads it from its table
+OFFSETS = {"cu_seqlens_q", "segment_starts", "output_segment_starts"}  # fields of rising offsets
 
 
 class Inputs(NamedTuple):
@@ -25,19 +26,21 @@ class Inputs(NamedTuple):
 
     rows: Tensor  # [S]
     first: Tensor  # [S]: position of the first new token, or IN_TABLE
-    starts: Tensor  # [S + 1]: first new token of each sequence
+    cu_seqlens_q: Tensor  # [S + 1]: first new token of each sequence
     outputs: Tensor  # [O]: tokens that are sampled, then those that are scored, then those that are pooled
     sampled_rows: Tensor  # [O]: the row of each output that is sampled
     sampled_lengths: Tensor  # [O]: its tokens so far, which is the position of the new one
     slots: Tensor  # [G]
-    segments: Tensor  # [G + 1]: first token of each
+    segment_starts: Tensor  # [G + 1]: first token of each
     output_slots: Tensor  # [H]
-    output_segments: Tensor  # [H + 1]: first output of each
+    output_segment_starts: Tensor  # [H + 1]: first output of each
 
     @classmethod
     def of(cls, words: Tensor, shape: Shape) -> Inputs:
         """The fields of a step of this shape, at the start of `words`."""
-        return cls(*words[: sum(shape.sizes)].split(shape.sizes))
+        sizes = shape.sizes
+        fields = words[: shape.words].split(list(sizes.values()))
+        return cls(**dict(zip(sizes, fields, strict=True)))
 
 
 def runs(slots: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -60,9 +63,7 @@ class Description(NamedTuple):
     decode: list[int]
     chunks: list[Chunk]
     slots: list[int]  # of each sequence
-    decode_lengths: list[
-        int
-    ]  # tokens of each decoding row after the step; empty: only on the device
+    decode_lengths: list[int]  # tokens of each decoding row after the step; []: the device knows
 
     @property
     def sampled(self) -> list[int]:
@@ -110,38 +111,43 @@ class Description(NamedTuple):
         return [slots[s] for s in (*sampled, *scored)], out_counts
 
     def words(self, shape: Shape) -> np.ndarray:
-        """The fields of `Inputs` one after the other, int32."""
+        """The fields of `Inputs` one after the other, int32, in the order of `Shape.sizes`."""
         front = [0] * (shape.decodes - len(self.decode))  # padding before the rows that decode
         back = [0] * (shape.chunks - len(self.chunks))  # padding after the chunks
-        rows = [*front, *self.decode, *(chunk.row for chunk in self.chunks), *back]
-        first = [IN_TABLE] * shape.decodes + [chunk.start for chunk in self.chunks] + back
         counts = [1] * len(front) + self.counts
         starts = [0, *accumulate(counts)]
-        fields = [rows, first, _padded(starts, shape.sequences + 1, starts[-1])]
-        fields += self._output_fields(shape, starts[len(front) :])
-        fields += _segment_fields(front + self.slots, counts, shape.segments)
-        outputs = self._with_logits(self.slots, self.counts) if shape.chunks else ([], [])
-        fields += _segment_fields(*outputs, shape.output_segments)
-        return np.concatenate([np.array(field, dtype=np.int32) for field in fields])
+        slots, segment_starts = runs(front + self.slots, counts)
+        with_logits = self._with_logits(self.slots, self.counts) if shape.chunks else ([], [])
+        output_slots, output_segment_starts = runs(*with_logits)
+        outputs, sampled_rows, sampled_lengths = self._outputs(shape, starts[len(front) :])
+        fields = {
+            "rows": [*front, *self.decode, *(chunk.row for chunk in self.chunks), *back],
+            "first": [IN_TABLE] * shape.decodes + [chunk.start for chunk in self.chunks] + back,
+            "cu_seqlens_q": starts,
+            "outputs": outputs,
+            "sampled_rows": sampled_rows,
+            "sampled_lengths": sampled_lengths,
+            "slots": slots,
+            "segment_starts": segment_starts,
+            "output_slots": output_slots,
+            "output_segment_starts": output_segment_starts,
+        }
+        words: list[int] = []
+        for name, size in shape.sizes.items():
+            field = fields[name]
+            words += field
+            padding = field[-1] if name in OFFSETS else 0  # empty sequences and segments
+            words += [padding] * (size - len(field))
+        return np.array(words, dtype=np.int32)
 
-    def _output_fields(self, shape: Shape, starts: list[int]) -> list[list[int]]:
+    def _outputs(self, shape: Shape, starts: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Outputs, and rows and lengths of the sampled ones; `starts`: first token of each sequence."""
         if not shape.chunks:
-            return [[], [], []]
+            return [], [], []
         outputs = [starts[s + 1] - 1 for s in self.sampled]
         for s in (*self.scored, *self.pooled):
             outputs += range(starts[s], starts[s + 1])
         new = [chunk for chunk in self.chunks if chunk.sample]
         rows = self.decode + [chunk.row for chunk in new]
         lengths = self.decode_lengths + [chunk.start + chunk.count for chunk in new]
-        return [_padded(field, shape.outputs, 0) for field in (outputs, rows, lengths)]
-
-
-def _padded(values: list[int], size: int, value: int) -> list[int]:
-    return values + [value] * (size - len(values))
-
-
-def _segment_fields(slots: list[int], counts: list[int], size: int) -> list[list[int]]:
-    """Segments, padded with empty ones of the base model."""
-    run_slots, starts = runs(slots, counts)
-    return [_padded(run_slots, size, 0), _padded(starts, size + 1, starts[-1])]
+        return outputs, rows, lengths

@@ -4,38 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.messages import Chunk, Placement, StepPlan, StepResult
+from engine.messages import Chunk, StepPlan, StepResult
 from engine.ops.attention import AttentionBackend
 from engine.runner.batch import Adapters, BatchBuilder, Model
 from engine.runner.graphs import StepGraphs
 from engine.runner.inputs import Description
+from engine.runner.placement import Placer
 from engine.runner.rows import RowTable
 from engine.runner.sampler import Sampled, SamplePlan, allowed
 from engine.runner.transfer import Mark, read_back
-
-
-class Placer(Protocol):
-    """Moves adapter images from the host tier into the arena, a piece at a time."""
-
-    bytes_per_busy_step: int  # bytes to copy in a step that also computes
-    bytes_per_idle_step: int  # bytes to copy in a step that does not
-
-    def start(self, placement: Placement) -> None: ...
-
-    def touched(self, placement: Placement) -> list[list[bool]]: ...
-
-    def advance(self, max_bytes: int) -> list[int]:
-        """Copies up to `max_bytes`; returns the slots that became resident."""
-        ...
-
-    def unplace(self, slot: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +68,9 @@ class Runner:
         self.launched: deque[_Launched] = deque()
         self._forwarded: _Forwarded | None = None
 
-    def capture(self, width: int, max_tokens: int) -> None:
-        """Captures the CUDA graphs. `width`: largest stacked rank of an adapter; `max_tokens`: of a step."""
-        self.graphs = StepGraphs(self.model, self.builder, width, max_tokens)
+    def capture(self, stacked_rank: int, max_tokens: int) -> None:
+        """Captures the CUDA graphs. `stacked_rank`: largest of an adapter; `max_tokens`: of a step."""
+        self.graphs = StepGraphs(self.model, self.builder, stacked_rank, max_tokens)
         self.graphs.capture()
 
     def launch(self, plan: StepPlan) -> None:

@@ -42,18 +42,24 @@ class Shape(NamedTuple):
         return min(self.outputs, 2 * self.sequences)
 
     @property
-    def sizes(self) -> list[int]:
-        """The number of words of each field of `engine.runner.inputs.Inputs`."""
-        sequences, outputs = self.sequences, self.outputs
-        segments, of_outputs = self.segments, self.output_segments
-        return [
-            *(sequences, sequences, sequences + 1, outputs, outputs, outputs),
-            *(segments, segments + 1, of_outputs, of_outputs + 1),
-        ]
+    def sizes(self) -> dict[str, int]:
+        """The number of words of each field of `engine.runner.inputs.Inputs`, in the order of the words."""
+        return {
+            "rows": self.sequences,
+            "first": self.sequences,
+            "cu_seqlens_q": self.sequences + 1,
+            "outputs": self.outputs,
+            "sampled_rows": self.outputs,
+            "sampled_lengths": self.outputs,
+            "slots": self.segments,
+            "segment_starts": self.segments + 1,
+            "output_slots": self.output_segments,
+            "output_segment_starts": self.output_segments + 1,
+        }
 
     @property
     def words(self) -> int:
-        return sum(self.sizes)
+        return sum(self.sizes.values())
 
     def holds(self, needed: Shape) -> bool:
         """Whether a step of the shape `needed` can be padded to this one. Decode and chunk tokens count separately."""

@@ -187,9 +187,6 @@ class SlotTable:
     def cancel_reservation(self, digest: bytes) -> None:
         self._reserved.pop(digest, None)
 
-    def make_permanent(self, digest: bytes) -> None:
-        self._entries[digest].permanent = True
-
     def acquire(self, slot: int) -> None:
         """One more running sequence uses the slot."""
         entry = self._by_slot[slot]
