@@ -95,6 +95,10 @@ class AdapterConfig:
     preloaded_adapter_ids: Annotated[
         tuple[str, ...], Option("Adapter to load at start and never evict. Repeat for more.")
     ] = ()
+    adapter_alias: Annotated[
+        tuple[str, ...],
+        Option("name=adapter: the name stands for the adapter. Repeat for more."),
+    ] = ()
     adapter_root: Annotated[
         tuple[str, ...],
         Option("Folder from which local adapters may be read. Repeat for more."),

@@ -13,8 +13,10 @@ from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.errors import LoraxError
 from engine.metrics import Metrics
+from engine.server.aliases import Aliases
 from engine.server.bodies import Bodies
 from engine.server.generation import Generator
+from engine.server.parameters import BASE_NAMES
 from engine.server.responses import error_response
 from engine.server.text import Text
 
@@ -31,12 +33,17 @@ class Front:
     keep_alive_s: float
     error_body: Callable[[str, LoraxError], Any]
     generator: Generator = field(init=False)
+    aliases: Aliases = field(init=False)
     started: float = field(default_factory=time.time)
+    open_aliases: int = 0  # aliases that are being set
     num_open: int = 0  # requests that count towards max_concurrent_requests
     end_by: float | None = None  # by time.monotonic(), set when the server shuts down
 
     def __post_init__(self) -> None:
-        self.generator = Generator(self.backend, self.text, self.config, self.metrics)
+        names = (self.backend.info.model_id, self.config.model.model_id, *BASE_NAMES)
+        self.aliases = Aliases(frozenset(names))
+        self.aliases.set_all(self.config.adapters.adapter_alias)
+        self.generator = Generator(self.backend, self.text, self.config, self.metrics, self.aliases)
 
     def error_response(self, path: str, error: LoraxError) -> web.Response:
         """The answer to a request for `path` that failed."""

@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
+from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
@@ -238,6 +239,7 @@ class Generator:
     text: Text
     config: EngineConfig
     metrics: Metrics
+    aliases: Aliases = field(default_factory=Aliases)
     limits: Limits = field(init=False)
     max_characters: int = field(init=False)  # of a prompt
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
@@ -280,7 +282,8 @@ class Generator:
         timings.validated = time.monotonic()
         lease: Lease | None = None
         if parameters.adapter is not None:
-            lease = await self.backend.acquire(parameters.adapter, parameters.api_token)
+            adapter = self.aliases.resolve(parameters.adapter)
+            lease = await self.backend.acquire(adapter, parameters.api_token)
         self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
         generation = Generation(
             id=id or uuid.uuid4().hex,

@@ -22,6 +22,7 @@ STRUCTS = [
     native.GenerateParameters,
     native.GenerateBody,
     native.TokenizeBody,
+    native.AliasBody,
     openai.ChatBody,
     openai.CompletionBody,
     native.Details,

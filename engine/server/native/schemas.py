@@ -42,6 +42,12 @@ class GenerateBody(Struct, frozen=True):
     stream: bool | None = None
 
 
+class AliasBody(Struct, frozen=True):
+    adapter_id: str
+    adapter_source: str | None = None
+    api_token: str | None = None
+
+
 class TokenizeBody(Struct, frozen=True):
     inputs: str
     add_special_tokens: bool | None = None

@@ -1,0 +1,84 @@
+"""The routes of aliases (`engine.server.aliases`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from aiohttp import web
+
+from engine.adapters.ref import AdapterRef
+from engine.errors import Overloaded
+from engine.server.aliases import Alias
+from engine.server.decoding import decode
+from engine.server.formats import Context
+from engine.server.front import FRONT, Front
+from engine.server.native.schemas import AliasBody
+from engine.server.responses import json_response
+
+MAX_OPEN = 16  # PUTs that load an adapter at one time
+
+
+def _shown(alias: Alias) -> dict[str, Any]:
+    return {
+        "name": alias.name,
+        "adapter_id": alias.target.name,
+        "adapter_source": alias.target.source,
+        "digest": alias.digest or None,
+    }
+
+
+@contextmanager
+def _admitted(front: Front) -> Iterator[None]:
+    if front.open_aliases >= MAX_OPEN:
+        raise Overloaded(f"{MAX_OPEN} aliases are being set, which is the limit", hint="try again")
+    front.open_aliases += 1
+    try:
+        yield
+    finally:
+        front.open_aliases -= 1
+
+
+async def put_alias(request: web.Request) -> web.StreamResponse:
+    """PUT /adapters/aliases/{name}: loads the adapter, then lets the name stand for it. 201 for a new name."""
+    front, name = request.app[FRONT], request.match_info["name"]
+    async with front.bodies.read(request) as raw:
+        body = decode(raw, AliasBody)
+    target = AdapterRef.parse(body.adapter_id, body.adapter_source)
+    front.aliases.check(name, target)
+    authorization = request.headers.get("Authorization", "")
+    context = Context(authorization, front.backend.info.model_id, front.config)
+    with _admitted(front):
+        lease = await front.backend.acquire(target, context.token(body.api_token))
+        digest = lease.image.digest.hex()
+        lease.release()
+    alias = Alias(name, target, digest)
+    before = front.aliases.put(alias)
+    answer = _shown(alias) | {"previous": _shown(before) if before else None}
+    return json_response(answer, status=200 if before else 201)
+
+
+async def list_aliases(request: web.Request) -> web.StreamResponse:
+    """GET /adapters/aliases."""
+    return json_response({"aliases": [_shown(alias) for alias in request.app[FRONT].aliases]})
+
+
+async def get_alias(request: web.Request) -> web.StreamResponse:
+    """GET /adapters/aliases/{name}."""
+    return json_response(_shown(request.app[FRONT].aliases.get(request.match_info["name"])))
+
+
+async def delete_alias(request: web.Request) -> web.StreamResponse:
+    """DELETE /adapters/aliases/{name}: later requests look the name up as an adapter's."""
+    return json_response(_shown(request.app[FRONT].aliases.remove(request.match_info["name"])))
+
+
+def routes() -> list[web.RouteDef]:
+    one = "/adapters/aliases/{name:.+}"
+    return [
+        web.get("/adapters/aliases", list_aliases),
+        web.get(one, get_alias),
+        web.put(one, put_alias),
+        web.delete(one, delete_alias),
+    ]
