@@ -51,10 +51,13 @@ class Delayed:
         return self._source.fetch(version, token, progress)
 
 
-def slow_exchange(config: EngineConfig, layout: ShardLayout, region: HostRegion) -> Exchange:
+def slow_exchange(
+    config: EngineConfig, layout: ShardLayout, region: HostRegion, **more: Any
+) -> Exchange:
     """The exchange's process builds this one (see `Parts`)."""
     sources = make_sources(config, region.size * 8)
-    return Exchange(config, layout, region, sources={n: Delayed(s) for n, s in sources.items()})
+    slow = {name: Delayed(source) for name, source in sources.items()}
+    return Exchange(config, layout, region, sources=slow, **more)
 
 
 class Stream:
@@ -81,7 +84,8 @@ class Stream:
             self._end.set_result(None)
 
     def on_engine_lost(self, error: LoraxError) -> None:
-        self._end.set_exception(error)
+        if not self._end.done():  # it was cancelled
+            self._end.set_exception(error)
 
 
 class Streams:
