@@ -5,6 +5,7 @@ One pads its steps to the shapes of the graphs, the other computes each as it is
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,10 @@ class Twins:
     """Both engines; the scheduler of the first one plans for both."""
 
     def __init__(self, scene: Scene, config: Any, plain_config: Any) -> None:
-        self.padded, self.plain = Harness(config), Harness(plain_config)
+        ticks = itertools.count()
+        # Plans are the same in every run: a look at the clock takes 5 ms, whatever the machine does.
+        clock = lambda: next(ticks) * 0.005  # noqa: E731
+        self.padded, self.plain = Harness(config, clock=clock), Harness(plain_config)
         self.images: list[AdapterImageRef] = []
         for folder in scene.adapters:
             image = self.padded.stage(folder)
