@@ -61,7 +61,6 @@ NATIVE: list[tuple[Json, str]] = [
     ({"return_k_alternatives": 0}, "return_k_alternatives"),
     ({"return_k_alternatives": 21}, "return_k_alternatives"),
     ({"watermark": True}, "watermark"),
-    ({"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}}, "merged_adapters"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"adapter_id": " "}, "adapter_id"),
     ({"adapter_id": "a", "adapter_source": "ftp"}, "adapter_source"),
