@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from engine.lora.weights import LoraWeights, Matrix
 from tests.lora import tiny
 
 LAYOUT = tiny.llama_layout()
-BASE: dict[str, Any] = dict(r=4, lora_alpha=6, target_modules=tiny.LINEARS)
+LINEARS = ["q_proj", "k_proj", "o_proj", "down_proj"]
+BASE: dict[str, Any] = dict(r=4, lora_alpha=6, target_modules=LINEARS)
 CASES: dict[str, list[dict[str, Any]]] = {
     "scales": [BASE, BASE | {"lora_alpha": 3}, BASE | {"use_rslora": True}],
     "targets": [
@@ -35,7 +37,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         dict(r=4, target_modules=["embed_tokens", "lm_head", "k_proj"]),
         dict(r=4, lora_alpha=5, target_modules=["embed_tokens", "v_proj"]),
     ],
-    "patterns": [BASE | {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"up_proj": 2}}] * 2,
+    "patterns": [BASE | {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"o_proj": 2}}] * 2,
 }
 RANKS: dict[str, list[dict[str, Any]]] = {
     "ranks": [BASE, BASE | {"r": 7}, BASE | {"r": 2, "lora_alpha": 1}],
@@ -47,6 +49,7 @@ RANKS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 WEIGHTS = [0.7, -0.4, 1.3]
+Scenes = Callable[[str], "Scene"]
 
 
 def rows(matrix: Matrix) -> Tensor:
@@ -119,6 +122,15 @@ class Scene:
             got, want = model(tokens).logits, self.model(tokens).logits
         assert (want - self.base(tokens).logits).abs().max() > 0.01
         assert torch.allclose(got, want, atol=1e-4, rtol=0)
+        self.model.set_adapter(self.names[0])
+        self.model.delete_adapter("merged")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]:
+    """The scene of a case, made once."""
+    cases = CASES | RANKS
+    return cache(lambda case: Scene(tmp_path_factory.mktemp("case"), cases[case]))
 
 
 def recipe_of(count: int, strategy: str, sign: str = "total", seed: int = 0) -> Recipe:
@@ -155,9 +167,8 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
-def test_peft(case: str, strategy: str, masks: None, tmp_path: Path) -> None:
-    scene = Scene(tmp_path, CASES[case])
-    scene.check(recipe_of(len(CASES[case]), strategy), strategy)
+def test_peft(case: str, strategy: str, masks: None, scenes: Scenes) -> None:
+    scenes(case).check(recipe_of(len(CASES[case]), strategy), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["svd", "ties"])
@@ -167,27 +178,26 @@ def test_peft_of_one(strategy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ties", "dare_ties"])
-def test_peft_frequency(strategy: str, masks: None, tmp_path: Path) -> None:
-    Scene(tmp_path, CASES["scales"]).check(recipe_of(3, strategy, "frequency"), strategy)
+def test_peft_frequency(strategy: str, masks: None, scenes: Scenes) -> None:
+    scenes("scales").check(recipe_of(3, strategy, "frequency"), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
-def test_peft_without_pruning(strategy: str, masks: None, tmp_path: Path) -> None:
+def test_peft_without_pruning(strategy: str, masks: None, scenes: Scenes) -> None:
     """A density of 1 keeps everything."""
-    Scene(tmp_path, CASES["scales"]).check(Recipe.parse(WEIGHTS, strategy, 1), strategy)
+    scenes("scales").check(Recipe.parse(WEIGHTS, strategy, 1), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["cat", "svd"])
 @pytest.mark.parametrize("case", RANKS)
-def test_peft_of_different_ranks(case: str, strategy: str, tmp_path: Path) -> None:
-    scene = Scene(tmp_path, RANKS[case])
-    scene.check(recipe_of(len(RANKS[case]), strategy), strategy)
+def test_peft_of_different_ranks(case: str, strategy: str, scenes: Scenes) -> None:
+    scenes(case).check(recipe_of(len(RANKS[case]), strategy), strategy)
 
 
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"cat", "svd"}))
-def test_different_ranks_are_refused(strategy: str, tmp_path: Path) -> None:
+def test_different_ranks_are_refused(strategy: str, scenes: Scenes) -> None:
     """By PEFT too."""
-    scene, recipe = Scene(tmp_path, RANKS["ranks"]), recipe_of(3, strategy)
+    scene, recipe = scenes("ranks"), recipe_of(3, strategy)
     with pytest.raises(ValueError, match="same r value"):
         scene.peft_merges(recipe, strategy)
     with pytest.raises(AdapterIncompatible) as caught, scene.merged(recipe):
@@ -197,8 +207,8 @@ def test_different_ranks_are_refused(strategy: str, tmp_path: Path) -> None:
     assert "cat" in (caught.value.hint or "")
 
 
-def test_rank_limit(tmp_path: Path) -> None:
-    scene = Scene(tmp_path, RANKS["ranks"])
+def test_rank_limit(scenes: Scenes) -> None:
+    scene = scenes("ranks")
     refused = pytest.raises(AdapterIncompatible, match="rank 13; the limit is 12")
     with refused as caught, scene.merged(recipe_of(3, "cat"), max_rank=12):
         pass
@@ -220,9 +230,9 @@ def test_one_adapter_of_weight_1_is_the_adapter(tmp_path: Path) -> None:
                 assert digest(weights) == digest(alone)
 
 
-def test_digest_is_of_the_recipe(tmp_path: Path) -> None:
+def test_digest_is_of_the_recipe(scenes: Scenes) -> None:
     """The same recipe gives the same bytes. Another weight, density, sign or seed gives others."""
-    scene = Scene(tmp_path, CASES["scales"])
+    scene = scenes("scales")
     recipes = [
         Recipe.parse([1, 1, 1], "dare_ties", 0.5),
         Recipe.parse([1, 1, 1], "dare_ties", 0.5, seed=1),
@@ -255,9 +265,9 @@ def test_dare_mask() -> None:
     assert abs(kept.mean() / values.mean() - 1) < 0.02
 
 
-def test_one_group_in_memory(tmp_path: Path) -> None:
+def test_one_group_in_memory(scenes: Scenes) -> None:
     """Every module is computed once while the image is written, after a pause."""
-    scene, pauses = Scene(tmp_path, CASES["scales"]), []
+    scene, pauses = scenes("scales"), []
     with scene.merged(recipe_of(3, "ties"), pause=lambda: pauses.append(1)) as weights:
         assert not pauses
         digest(weights)
