@@ -150,6 +150,7 @@ class Exchange:
                 stacked_rank=adapter.size.stacked_rank,
                 name=ref.name,
                 source=what.source,
+                merged=ref.recipe is not None,
             ),
             what.salt,
             lambda: self._room.release(image),
@@ -167,7 +168,7 @@ class Exchange:
         def lease(ref: AdapterImageRef) -> Lease:
             size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.stacked_rank)
             image = self.tier.adopt(ref.digest, ref.offset, size.total)
-            state = AdapterState(ref.name, ref.source, "ready", ref.digest, size)
+            state = AdapterState(ref.name, ref.source, "ready", ref.digest, size, merged=ref.merged)
             self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)
             return Lease(ref, b"", lambda: self._room.release(image))
 
@@ -195,7 +196,7 @@ class Exchange:
         load = self._loads.get(key)
         if load is None:
             self._refuse_again(key)
-            adapter = AdapterState(ref.name, what.source)
+            adapter = AdapterState(ref.name, what.source, merged=ref.recipe is not None)
             self._remember(key, adapter)
             task = asyncio.create_task(self._load(key, adapter, what, token))
             load = self._loads[key] = _SharedLoad(task)
@@ -230,11 +231,12 @@ class Exchange:
                 leases=leases.get(adapter.digest or b"", 0),
                 seconds=dict(adapter.seconds),
                 error=adapter.error,
+                merged=adapter.merged,
             )
             for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases
         ]
-        known = {status.name for status in found}
+        known = {status.name for status in found if not status.merged}
         return found + [
             AdapterStatus(
                 name=name,

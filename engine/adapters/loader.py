@@ -62,6 +62,7 @@ class AdapterState:
     base_model: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    merged: bool = False
 
 
 class _Attempt:
@@ -115,6 +116,7 @@ class Loader:
             cache_folder(config.model.huggingface_hub_cache), max_file_bytes
         )
         self._parsers = Workers(parse_threads(device), "adapter-parse")
+        self._mergers = Workers(max(1, parse_threads(device) // 2), "adapter-merge")
         self._refused = Refusals()
         self._closing = False
 
@@ -122,7 +124,8 @@ class Loader:
     def abandoned(self) -> int:
         """Threads that did not end at their deadline."""
         return sum(
-            pool.abandoned for pool in (self._parsers, self._converters, *self._fetchers.values())
+            pool.abandoned
+            for pool in (self._parsers, self._mergers, self._converters, *self._fetchers.values())
         )
 
     async def call(self, source: str, call: Callable[..., T], *given: Any) -> T:
@@ -161,7 +164,8 @@ class Loader:
             started = time.monotonic() - opened
             view = self._region.view[offset : offset + size.total]
             write = partial(write_image, weights, self._layout, out=view, pause=pause)
-            digest = await attempt.run(self._parsers, write)
+            writers = self._mergers if what.recipe else self._parsers  # merges take seconds
+            digest = await attempt.run(writers, write)
             # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
             await self._fetch(attempt, what, token, held)
             reserved.pop_all()
@@ -230,9 +234,9 @@ class Loader:
         self._closing = True
 
     async def close(self) -> None:
-        """Stops, and waits for threads that parse or convert."""
+        """Stops, and waits for threads that parse, merge or convert."""
         self.stop()
-        await asyncio.gather(self._parsers.close(), self._converters.close())
+        await asyncio.gather(self._parsers.close(), self._mergers.close(), self._converters.close())
         self._converter.close()
 
     def _open(self, config: OpenFile, weights: OpenFile) -> LoraWeights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.errors import (
     AdapterNotFound,
 )
 from engine.lora.image import image_size, write_image
-from engine.lora.merge import Part, merge
+from engine.lora.merge import Part, _Merger, merge
 from engine.lora.recipe import Recipe
 from tests.adapters.fake_hub import FakeHub
 from tests.adapters.test_exchange import (
@@ -58,7 +59,7 @@ async def test_acquire(make: Make, saved: Path, strategy: str) -> None:
         assert (lease.image.name, lease.image.source, lease.cache_salt) == ("a,b", "local", b"")
         (status,) = await exchange.adapters()
         assert (status.name, status.state, status.leases) == ("a,b", "ready", 1)
-        assert status.targets == ["q_proj", "up_proj"]
+        assert status.merged and lease.image.merged and status.targets == ["q_proj", "up_proj"]
     assert await exchange.unload("a,b")
     assert not await exchange.adapters()
 
@@ -171,23 +172,28 @@ async def test_a_stuck_part(make: Make, saved: Path) -> None:
     (await exchange.acquire(merged("a", "b"))).release()
 
 
-async def test_a_long_merge_ends_at_its_deadline(
-    make: Make, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_merges_delay_no_other_adapter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More merges are being computed than there are threads. They end at their deadline, without residue."""
+    exchange, gate, compute = make(adapter_load_timeout_s=3.0), threading.Event(), _Merger._compute
+
     def slow(*given: Any) -> Any:
-        raise AssertionError("the deadline has passed")
+        gate.wait(10)
+        return compute(*given)
 
-    exchange = make(adapter_load_timeout_s=60.0)
-    attempt = "engine.adapters.loader._Attempt.raise_if_late"
-
-    def late(self: object) -> None:
-        raise AdapterLoadFailed("loading took too long and was aborted")
-
-    monkeypatch.setattr(attempt, late)
-    monkeypatch.setattr("engine.lora.merge._Merger._compute", slow)
-    with pytest.raises(AdapterLoadFailed, match="too long"):
-        await exchange.acquire(merged("a", "b"))
-    assert not exchange.tier.used
+    monkeypatch.setattr(_Merger, "_compute", slow)
+    pairs = ["ab", "ac", "ad", "bc", "bd"]
+    merges = [asyncio.create_task(exchange.acquire(merged(*pair))) for pair in pairs]
+    async with asyncio.timeout(2):
+        (await exchange.acquire(ref("e"))).release()
+    assert not any(merge.done() for merge in merges)
+    failed = await asyncio.gather(*merges, return_exceptions=True)
+    assert all(isinstance(error, AdapterLoadFailed) for error in failed), failed
+    gate.set()
+    async with asyncio.timeout(5):
+        while exchange.abandoned:
+            await asyncio.sleep(0.01)
+    assert exchange.tier.used == sum(image.num_bytes for image in exchange.tier)
+    (await exchange.acquire(merged("a", "b"))).release()
 
 
 async def test_a_private_part(make: Make, hub: FakeHub, saved: Path, tmp_path: Path) -> None:

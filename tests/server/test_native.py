@@ -223,6 +223,8 @@ async def test_merged_adapters(client: TestClient, backend: FakeBackend, name: s
     assert response.headers["x-adapter-id"] == "me/a@main,me/b"
     ref = AdapterRef(("me/a@main", "me/b"), "hub", None, recipe)
     assert backend.acquired == [(ref, "t"), (ref, "t")]
+    models = await (await client.get("/v1/models")).json()
+    assert [model["id"] for model in models["data"]] == ["tiny/base"], "a merge has no model name"
 
 
 async def test_merged_adapters_have_defaults(start: Start, backend: FakeBackend) -> None:
