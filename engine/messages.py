@@ -55,6 +55,7 @@ class AdapterImageRef(Struct, frozen=True):
     stacked_rank: int  # largest stacked rank of any group
     name: str = ""  # for logs and metrics only
     source: str = ""  # where it was found, for responses
+    merged: bool = False  # from several adapters
 
 
 class Request(Struct, frozen=True):
@@ -239,3 +240,6 @@ class AdapterStatus(Struct, frozen=True):
     leases: int  # open requests that use it
     seconds: dict[str, float]  # stage -> seconds of the last load: fetch, parse
     error: dict[str, Any] | None = None
+    merged: bool = (
+        False  # its `name` joins the ids of several adapters, so no `adapter_id` means it
+    )

@@ -1,9 +1,9 @@
 """The exchange: from an adapter's name to its image in host memory. No request waits for another request's adapter.
 
 One event loop owns it. Blocking work (the hub, the disk, parsing, hashing) runs in threads with a deadline
-(`engine.adapters.loader`). Requests for the same version share one load. All of them get its failure, and the next
-request tries again; but an incompatible version is refused again without reading its files. An image stays in place
-while a *lease* on it is held.
+(`engine.adapters.loader`). Requests for the same version, or for the same merge of the same versions, share one load.
+All of them get its failure, and the next request tries again; but what is incompatible is refused again without reading
+its files. An image stays in place while a *lease* on it is held.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from engine.adapters.lease import Lease
 from engine.adapters.loader import AdapterState, Loader
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import Registry, default_source, make_sources
+from engine.adapters.resolved import Key, Resolved, resolve
 from engine.adapters.room import Room
 from engine.adapters.sources import Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
@@ -38,9 +40,7 @@ from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
 from engine.ops.layout import ShardLayout
 
-Key = tuple[str, ...]  # source, id, revision and cache of a version; or ADOPTED, name and digest
-
-ADOPTED = "adopted"
+ADOPTED = "adopted"  # first of a key, before name and digest
 MAX_EVICTED = 1024  # evicted adapters that are remembered
 MAX_FAILED = 256  # failed adapters that are remembered
 ROOM_PATIENCE_S = 30.0  # longest wait for leases to end when they fill the host tier
@@ -130,16 +130,17 @@ class Exchange:
 
         Raises InvalidRequest, AdapterError, or Overloaded if leased images fill the host tier for too long.
         """
-        version, fresh_s = await self._versions.get(ref, token)
+        get = partial(self._versions.get, token=token)
+        what, fresh_s = await resolve(ref, get)
         try:
-            adapter, image = await self._lease(ref, version, token)
+            adapter, image = await self._lease(ref, what, token)
         except (AdapterLoadFailed, AdapterNotFound):
             # The known version may be out of date: a file was replaced, a commit deleted.
-            newest, fresh_s = await self._versions.get(ref, token, fresh=True)
-            if newest == version:
+            newest, fresh_s = await resolve(ref, partial(get, fresh=True))
+            if newest == what:
                 raise
-            version = newest
-            adapter, image = await self._lease(ref, version, token)
+            what = newest
+            adapter, image = await self._lease(ref, what, token)
         assert adapter.size is not None
         return Lease(
             AdapterImageRef(
@@ -148,9 +149,10 @@ class Exchange:
                 data_bytes=adapter.size.data_bytes,
                 stacked_rank=adapter.size.stacked_rank,
                 name=ref.name,
-                source=version.source,
+                source=what.source,
+                merged=ref.recipe is not None,
             ),
-            version.salt,
+            what.salt,
             lambda: self._room.release(image),
             fresh_s,
         )
@@ -166,7 +168,7 @@ class Exchange:
         def lease(ref: AdapterImageRef) -> Lease:
             size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.stacked_rank)
             image = self.tier.adopt(ref.digest, ref.offset, size.total)
-            state = AdapterState(ref.name, ref.source, "ready", ref.digest, size)
+            state = AdapterState(ref.name, ref.source, "ready", ref.digest, size, merged=ref.merged)
             self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)
             return Lease(ref, b"", lambda: self._room.release(image))
 
@@ -181,10 +183,10 @@ class Exchange:
         return self._loader.abandoned
 
     async def _lease(
-        self, ref: AdapterRef, version: Version, token: str | None
+        self, ref: AdapterRef, what: Resolved, token: str | None
     ) -> tuple[AdapterState, HostImage]:
         """The adapter and its image, leased. If it is not in the tier, starts a load or waits for one in progress."""
-        key = (version.source, version.id, version.revision, version.cache)
+        key = what.key
         adapter = self._adapters.get(key)
         if adapter is not None and adapter.digest is not None:
             image = self.tier.lease(adapter.digest)
@@ -194,9 +196,9 @@ class Exchange:
         load = self._loads.get(key)
         if load is None:
             self._refuse_again(key)
-            adapter = AdapterState(ref.name, version.source)
+            adapter = AdapterState(ref.name, what.source, merged=ref.recipe is not None)
             self._remember(key, adapter)
-            task = asyncio.create_task(self._load(key, adapter, version, token))
+            task = asyncio.create_task(self._load(key, adapter, what, token))
             load = self._loads[key] = _SharedLoad(task)
         adapter = self._adapters[key]
         load.waiters += 1
@@ -229,11 +231,12 @@ class Exchange:
                 leases=leases.get(adapter.digest or b"", 0),
                 seconds=dict(adapter.seconds),
                 error=adapter.error,
+                merged=adapter.merged,
             )
             for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases
         ]
-        known = {status.name for status in found}
+        known = {status.name for status in found if not status.merged}
         return found + [
             AdapterStatus(
                 name=name,
@@ -292,11 +295,11 @@ class Exchange:
             self._room.release(image)
 
     async def _load(
-        self, key: Key, adapter: AdapterState, version: Version, token: str | None
+        self, key: Key, adapter: AdapterState, what: Resolved, token: str | None
     ) -> HostImage:
-        """Loads one version. A failure of any kind becomes this adapter's status, and no other's."""
+        """Loads one version, or one merge. A failure of any kind becomes this adapter's status, and no other's."""
         try:
-            image = await self._loader.load(adapter, version, token)
+            image = await self._loader.load(adapter, what, token)
         except Exception as error:
             if not isinstance(error, LoraxError):
                 logger.exception("adapter %s failed to load", adapter.name)

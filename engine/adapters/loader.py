@@ -1,4 +1,7 @@
-"""One load: from a version to an image in the host tier, in threads, with a deadline.
+"""One load: from versions to an image in the host tier, in threads, with a deadline.
+
+A merge is loaded like any adapter: its parts are fetched and parsed at the same time, and its image is written from
+matrices that are computed group by group.
 
 A load that hangs (in a file system, or because a source does not answer) fails at its deadline, and only its own
 requests fail with it. Memory that its thread may still write to stays reserved until the thread ends
@@ -11,13 +14,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from engine.adapters.refusals import Refusals
+from engine.adapters.resolved import Resolved, all_of
 from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
@@ -28,6 +32,7 @@ from engine.errors import AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
+from engine.lora.merge import Part, merge
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
 from engine.ops.layout import ShardLayout
@@ -46,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class AdapterState:
-    """The status of one version of one adapter."""
+    """The status of one version of one adapter, or of one merge."""
 
     name: str
     source: str
@@ -57,20 +62,21 @@ class AdapterState:
     base_model: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    merged: bool = False
 
 
 class _Attempt:
-    """One load in progress: its deadline and its current thread."""
+    """One load in progress: its deadline and its threads."""
 
     def __init__(self, deadline: float) -> None:
         """`deadline`: by time.monotonic()."""
         self._deadline = deadline
-        self._job: Job[Any] | None = None
+        self._jobs: list[Job[Any]] = []
 
     async def run(self, workers: Workers, call: Callable[..., T], *given: Any) -> T:
         """Runs a call in a thread and returns its result. Raises AdapterLoadFailed at the deadline."""
         job: Job[T] = await workers.start(call, *given, deadline=self._deadline)
-        self._job = job
+        self._jobs.append(job)
         return await job.result(self._deadline)
 
     def raise_if_late(self) -> None:
@@ -78,11 +84,11 @@ class _Attempt:
             raise AdapterLoadFailed("loading took too long and was aborted")
 
     def when_over(self, call: Callable[[], None]) -> None:
-        """Calls back when its thread has ended. A stuck thread may still write until then."""
-        if self._job is None:
-            call()
+        """Calls back when its threads have ended. A stuck thread may still write until then."""
+        if self._jobs:
+            self._jobs.pop().when_ended(lambda: self.when_over(call))
         else:
-            self._job.when_ended(call)
+            call()
 
 
 class Loader:
@@ -110,6 +116,7 @@ class Loader:
             cache_folder(config.model.huggingface_hub_cache), max_file_bytes
         )
         self._parsers = Workers(parse_threads(device), "adapter-parse")
+        self._mergers = Workers(max(1, parse_threads(device) // 2), "adapter-merge")
         self._refused = Refusals()
         self._closing = False
 
@@ -117,7 +124,8 @@ class Loader:
     def abandoned(self) -> int:
         """Threads that did not end at their deadline."""
         return sum(
-            pool.abandoned for pool in (self._parsers, self._converters, *self._fetchers.values())
+            pool.abandoned
+            for pool in (self._parsers, self._mergers, self._converters, *self._fetchers.values())
         )
 
     async def call(self, source: str, call: Callable[..., T], *given: Any) -> T:
@@ -126,17 +134,13 @@ class Loader:
         deadline = time.monotonic() + RESOLVE_S
         return await self._fetchers[source].run(call, *given, deadline=deadline)
 
-    async def load(self, adapter: AdapterState, version: Version, token: str | None) -> HostImage:
-        """The image of a version, committed to the tier. Updates `adapter` on the way.
+    async def load(self, adapter: AdapterState, what: Resolved, token: str | None) -> HostImage:
+        """The image of an adapter, or of a merge, committed to the tier. Updates `adapter` on the way.
 
         Raises AdapterError, or Overloaded if the tier stays full.
         """
         self._raise_if_closing()
         attempt = _Attempt(time.monotonic() + self._config.adapters.adapter_load_timeout_s)
-        source, fetchers = self._sources[version.source], self._fetchers[version.source]
-
-        async def fetch() -> AdapterFiles:
-            return await attempt.run(fetchers, source.fetch, version, token, _no_progress)
 
         def pause() -> None:
             """Threads call it between two pieces of work."""
@@ -144,16 +148,15 @@ class Loader:
             attempt.raise_if_late()
 
         started = time.monotonic()
-        files = await fetch()
-        adapter.seconds["fetch"] = time.monotonic() - started
-        adapter.state = "parsing"
         held, reserved = ExitStack(), ExitStack()
-        held.callback(files.close)
         held.push(reserved)
         try:
+            files = await self._fetch(attempt, what, token, held)
+            adapter.seconds["fetch"] = time.monotonic() - started
+            adapter.state = "parsing"
             self._raise_if_closing()
             started = time.monotonic()
-            weights = await self._weights(attempt, files, held, pause)
+            weights = await self._weights(attempt, what, files, held, pause)
             size = adapter.size = image_size(weights, self._layout)
             opened = time.monotonic() - started
             offset = await self._room.reserve(adapter.name, size.total)
@@ -161,9 +164,10 @@ class Loader:
             started = time.monotonic() - opened
             view = self._region.view[offset : offset + size.total]
             write = partial(write_image, weights, self._layout, out=view, pause=pause)
-            digest = await attempt.run(self._parsers, write)
+            writers = self._mergers if what.recipe else self._parsers  # merges take seconds
+            digest = await attempt.run(writers, write)
             # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
-            (await fetch()).close()
+            await self._fetch(attempt, what, token, held)
             reserved.pop_all()
         finally:
             attempt.when_over(held.close)
@@ -176,10 +180,45 @@ class Loader:
             logger.info("%s: %s", adapter.name, note)
         return image
 
+    async def _fetch(
+        self, attempt: _Attempt, what: Resolved, token: str | None, held: ExitStack
+    ) -> list[AdapterFiles]:
+        """The files of every part, open; `held` closes them."""
+
+        async def one(name: str, version: Version) -> AdapterFiles:
+            source, fetchers = self._sources[version.source], self._fetchers[version.source]
+            with what.naming(name):
+                files = await attempt.run(fetchers, source.fetch, version, token, _no_progress)
+            held.callback(files.close)
+            return files
+
+        return await all_of(map(one, what.names, what.versions))
+
     async def _weights(
+        self,
+        attempt: _Attempt,
+        what: Resolved,
+        files: Sequence[AdapterFiles],
+        held: ExitStack,
+        pause: Callable[[], None],
+    ) -> LoraWeights:
+        """The tensors of an adapter, or of a merge that is computed while they are read. `held` closes open files."""
+
+        async def one(name: str, files: AdapterFiles) -> LoraWeights:
+            with what.naming(name):
+                return await self._matched(attempt, files, held, pause)
+
+        found = await all_of(map(one, what.names, files))
+        if what.recipe is None:
+            return found[0]
+        parts = [Part(*part) for part in zip(what.names, found, strict=True)]
+        max_rank = self._config.adapters.max_adapter_rank
+        return merge(parts, what.recipe, max_rank=max_rank, pause=pause)
+
+    async def _matched(
         self, attempt: _Attempt, files: AdapterFiles, held: ExitStack, pause: Callable[[], None]
     ) -> LoraWeights:
-        """The tensors of an adapter, matched with the layout. Open files are closed by `held`."""
+        """The tensors of one adapter, matched with the layout. Open files are closed by `held`."""
         readable = files.weights
         if is_pickle(readable):
             convert = self._converter.convert
@@ -195,9 +234,9 @@ class Loader:
         self._closing = True
 
     async def close(self) -> None:
-        """Stops, and waits for threads that parse or convert."""
+        """Stops, and waits for threads that parse, merge or convert."""
         self.stop()
-        await asyncio.gather(self._parsers.close(), self._converters.close())
+        await asyncio.gather(self._parsers.close(), self._mergers.close(), self._converters.close())
         self._converter.close()
 
     def _open(self, config: OpenFile, weights: OpenFile) -> LoraWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 from engine.adapters.hub import HubSource
-from engine.adapters.ref import AdapterRef, refuse_merged
+from engine.adapters.ref import AdapterRef
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
 from engine.checkpoint import DEMO, DEMO_FOLDER
 from engine.config import AdapterConfig, EngineConfig, flag_of
@@ -83,11 +83,10 @@ class Registry:
         self._registered[ref.name] = self._at(ref, source)
 
     def candidates(self, ref: AdapterRef) -> list[AdapterRef]:
-        """The same adapter in each source to search, in order; at least one.
+        """The same adapter (not merged) in each source to search, in order; at least one.
 
-        Raises InvalidRequest for merged adapters and for sources that a client cannot name on this server.
+        Raises InvalidRequest for sources that a client cannot name on this server.
         """
-        refuse_merged(ref)
         if ref.source is not None:
             self._check_source(ref.source)
             return [self._at(ref, ref.source)]

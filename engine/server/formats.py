@@ -15,9 +15,11 @@ from typing import Any, Protocol
 from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
+from engine.lora.recipe import FIELD
 from engine.server.events import Event, FinishedChoice
 from engine.server.generation import Generation, Prompt
-from engine.server.parameters import Parameters, resolve_adapter
+from engine.server.merged import MergedAdapters
+from engine.server.parameters import Parameters, invalid, resolve_adapter
 from engine.server.text import Text
 
 NO_TOKENS = ("", "EMPTY", "NONE")  # OpenAI clients send these where they need a key and have none
@@ -31,9 +33,26 @@ class Context:
     model_id: str  # the base model
     config: EngineConfig
 
-    def adapter(self, name: str | None, source: str | None) -> AdapterRef | None:
-        """The adapter of that name; None for the base model. Raises InvalidRequest."""
-        return resolve_adapter(name, source, self.model_id, self.config)
+    def adapter(
+        self,
+        name: str | None,
+        source: str | None,
+        merged: MergedAdapters | None = None,
+        field: str = "adapter_id",
+    ) -> AdapterRef | None:
+        """The adapter of that name, or the merge; None for the base model. Raises InvalidRequest.
+
+        `field`: the name of the name in the body.
+        """
+        if merged is None:
+            return resolve_adapter(name, source, self.model_id, self.config)
+        if name and resolve_adapter(name, source, self.model_id, self.config) is not None:
+            raise invalid(
+                FIELD,
+                f"cannot be combined with `{field}`",
+                f"leave `{field}` out, or name the base model in it",
+            )
+        return merged.ref(source)
 
     def token(self, in_body: str | None) -> str | None:
         """The client's API token: from the body, else from the header. Raises InvalidRequest for other characters

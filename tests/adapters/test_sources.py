@@ -352,8 +352,6 @@ def test_the_sources_of_a_server(saved: Path) -> None:
     registry = Registry(make_sources(config(saved)), "local")
     with pytest.raises(InvalidRequest):
         registry.candidates(AdapterRef(("x",), "demo"))
-    with pytest.raises(InvalidRequest):
-        registry.candidates(AdapterRef(("x", "y")))
     assert resolve(registry, AdapterRef.parse("a")).source == "local"
     with pytest.raises(AdapterNotFound, match="no preloaded"):
         resolve(Registry(make_sources(config(saved, "demo")), "local"), AdapterRef.parse("z"))

@@ -265,16 +265,17 @@ class FakeBackend:
             stacked_rank=8,
             name=ref.name,
             source=ref.source or self.found_in,
+            merged=ref.recipe is not None,
         )
         lease = FakeLease(image, self, b"salt")
         self.leases.append(lease)
         return lease
 
     async def adapters(self) -> list[AdapterStatus]:
-        names = dict.fromkeys(lease.image.name for lease in self.leases)
+        images = {lease.image.name: lease.image for lease in self.leases}
         return [
             AdapterStatus(
-                name=name,
+                name=image.name,
                 source="hub",
                 digest=b"d",
                 state="ready",
@@ -284,8 +285,9 @@ class FakeBackend:
                 base_model=None,
                 leases=0,
                 seconds={"fetch": 0.5, "parse": 0.1},
+                merged=image.merged,
             )
-            for name in names
+            for image in images.values()
         ]
 
     async def unload(self, name: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from engine.errors import ConfigError, ModelError, error_classes
 from engine.metrics import Metrics
 from engine.server.app import HTTP_ERRORS
+from engine.server.merged import MergedAdapters
 from engine.server.native import schemas as native
 from engine.server.openai import schemas as openai
 from engine.server.routes import routes
@@ -23,6 +24,7 @@ STRUCTS = [
     native.GenerateBody,
     native.TokenizeBody,
     native.AliasBody,
+    MergedAdapters,
     openai.ChatBody,
     openai.CompletionBody,
     native.Details,

@@ -61,7 +61,6 @@ NATIVE: list[tuple[Json, str]] = [
     ({"return_k_alternatives": 0}, "return_k_alternatives"),
     ({"return_k_alternatives": 21}, "return_k_alternatives"),
     ({"watermark": True}, "watermark"),
-    ({"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}}, "merged_adapters"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"adapter_id": " "}, "adapter_id"),
     ({"adapter_id": "a", "adapter_source": "ftp"}, "adapter_source"),
@@ -106,6 +105,61 @@ async def test_native_bodies(client: TestClient, body: Json, field: str) -> None
     response = await client.post("/", json=body)
     found = await response.json()
     assert (response.status, found["error_type"], found["field"]) == (422, "validation", field)
+
+
+TWO: Json = {"ids": ["a", "b"], "weights": [1, 1]}
+MERGED: list[tuple[Json, str]] = [
+    ({}, "ids"),
+    ({"ids": ["a"]}, "weights"),
+    ({"ids": "a", "weights": [1]}, "ids"),
+    ({"ids": ["a", 1], "weights": [1, 1]}, "ids[1]"),
+    ({"ids": [], "weights": []}, "ids"),
+    ({"ids": ["a"] * 17, "weights": [1] * 17}, "ids"),
+    ({"ids": ["a", ""], "weights": [1, 1]}, "ids[1]"),
+    (TWO | {"weights": [1]}, "weights"),
+    (TWO | {"weights": [1, "1"]}, "weights[1]"),
+    (TWO | {"weights": [1, 1e300]}, "weights"),
+    (TWO | {"merge_strategy": "slerp"}, "merge_strategy"),
+    (TWO | {"merge_strategy": "ties_svd", "density": 0.5}, "merge_strategy"),
+    (TWO | {"merge_strategy": 1}, "merge_strategy"),
+    (TWO | {"merge_strategy": "ties"}, "density"),
+    (TWO | {"merge_strategy": "ties", "density": 0}, "density"),
+    (TWO | {"merge_strategy": "dare_ties", "density": 1.5}, "density"),
+    (TWO | {"majority_sign_method": "most"}, "majority_sign_method"),
+    (TWO | {"seed": -1}, "seed"),
+    (TWO | {"seed": 0.5}, "seed"),
+]
+
+
+@pytest.mark.parametrize(("merged", "field"), MERGED)
+async def test_merged_adapters(
+    client: TestClient, backend: FakeBackend, merged: Json, field: str
+) -> None:
+    """The same field in the same words on both kinds of routes."""
+    body: Json = {"inputs": "Hello", "parameters": {"merged_adapters": merged}}
+    response = await client.post("/generate", json=body)
+    native = await response.json()
+    assert (response.status, native["error_type"]) == (422, "validation")
+    assert native["field"] == f"merged_adapters.{field}" and native["field"] in native["error"]
+    response = await client.post("/v1/completions", json={"prompt": "x", "merged_adapters": merged})
+    error = (await response.json())["error"]
+    assert (response.status, error["param"]) == (422, native["field"])
+    assert error["message"] == native["error"]
+    assert not backend.requests
+
+
+async def test_merged_adapters_and_an_adapter(client: TestClient, backend: FakeBackend) -> None:
+    body: Json = {"inputs": "x", "parameters": {"merged_adapters": TWO, "adapter_id": "a"}}
+    response = await client.post("/generate", json=body)
+    error = await response.json()
+    assert (response.status, error["field"]) == (422, "merged_adapters")
+    assert "`adapter_id`" in error["error"]
+    chat: Json = {"messages": [{"role": "user", "content": "x"}], "model": "a"}
+    response = await client.post("/v1/chat/completions", json=chat | {"merged_adapters": TWO})
+    error = (await response.json())["error"]
+    assert (response.status, error["param"]) == (422, "merged_adapters")
+    assert "`model`" in error["message"]
+    assert not backend.requests
 
 
 CHAT: list[tuple[Json, str]] = [

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 from aiohttp.test_utils import TestClient
 
+from engine.adapters.ref import AdapterRef
 from engine.config import AdapterConfig, EngineConfig
+from engine.lora.recipe import Recipe
 from engine.messages import EngineStats
 from engine.server.text import Text
 from tests.server.fake import EOS, FakeBackend, Json, Start, events_of
@@ -199,6 +201,41 @@ async def test_names_of_the_base_model(
 ) -> None:
     await post(client, "/generate", adapter_id=name)
     assert backend.requests[0].adapter is None and not backend.acquired
+
+
+TWO = {"ids": ["me/a@main", "me/b"], "weights": [1, -0.5]}
+
+
+@pytest.mark.parametrize("name", [None, "", "base", "tiny/base"])
+async def test_merged_adapters(client: TestClient, backend: FakeBackend, name: str | None) -> None:
+    """With every field, on both kinds of routes; the base model may be named next to them."""
+    merged = TWO | {"merge_strategy": "dare_ties", "density": 0.25, "seed": 7}
+    merged["majority_sign_method"] = "frequency"
+    recipe = Recipe((1.0, -0.5), "dare_ties", 0.25, "frequency", 7)
+    parameters = {"merged_adapters": merged, "adapter_id": name, "adapter_source": "Hub"}
+    body = {"inputs": "x", "parameters": parameters}
+    response = await client.post("/generate", json=body, headers={"Authorization": "Bearer t"})
+    assert response.headers["x-adapter-id"] == "me/a@main,me/b"
+    chat = {"messages": [{"role": "user", "content": "x"}], "model": name, "api_token": "t"}
+    chat |= {"merged_adapters": merged, "adapter_source": "hub"}
+    response = await client.post("/v1/chat/completions", json=chat)
+    assert response.status == 200, await response.text()
+    assert response.headers["x-adapter-id"] == "me/a@main,me/b"
+    ref = AdapterRef(("me/a@main", "me/b"), "hub", None, recipe)
+    assert backend.acquired == [(ref, "t"), (ref, "t")]
+    models = await (await client.get("/v1/models")).json()
+    assert [model["id"] for model in models["data"]] == ["tiny/base"], "a merge has no model name"
+
+
+async def test_merged_adapters_have_defaults(start: Start, backend: FakeBackend) -> None:
+    """Those of LoRAX. They replace the server's own adapter."""
+    adapters = AdapterConfig(adapter_id="mine", adapter_source="local")
+    client = await start(config=EngineConfig(adapters=adapters))
+    optional = dict.fromkeys(("merge_strategy", "density", "majority_sign_method", "seed"))
+    await post(client, "/generate", merged_adapters=TWO)
+    await post(client, "/generate", merged_adapters=TWO | optional)
+    linear = AdapterRef(("me/a@main", "me/b"), recipe=Recipe((1.0, -0.5)))
+    assert [ref for ref, _ in backend.acquired] == [linear, linear]
 
 
 async def test_the_default_adapter(start: Start, backend: FakeBackend) -> None:

@@ -38,7 +38,7 @@ def _parameters(
     api_token = context.token(given.api_token)
     if not body.inputs:
         raise invalid("inputs", "is empty", "send some text")
-    refuse(watermark=given.watermark, merged_adapters=given.merged_adapters)
+    refuse(watermark=given.watermark)
     refuse_format(given.response_format)
     filters = (given.top_k, given.top_p, given.typical_p, given.min_p)
     sample = (
@@ -50,7 +50,7 @@ def _parameters(
     _check(given, best_of, sample=sample, stream=stream)
     details = bool(given.details or given.decoder_input_details)
     return Parameters(
-        adapter=context.adapter(given.adapter_id, given.adapter_source),
+        adapter=context.adapter(given.adapter_id, given.adapter_source, given.merged_adapters),
         api_token=api_token,
         sample=sample,
         temperature=given.temperature,

@@ -6,11 +6,13 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.server.merged import MergedAdapters
+
 
 class GenerateParameters(Struct, frozen=True):
     adapter_id: str | None = None
     adapter_source: str | None = None
-    merged_adapters: dict[str, Any] | None = None
+    merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
     best_of: int | None = None
     temperature: float | None = None

@@ -13,6 +13,7 @@ import msgspec
 import engine
 from engine.errors import AdapterError, AdapterNotFound, LoraxError
 from engine.logs import printable
+from engine.lora.recipe import FIELD
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.formats import Answer
 from engine.server.generation import Generation, Prompt
@@ -43,7 +44,8 @@ B = TypeVar("B", bound=OpenAIBody)
 def error_body(error: LoraxError) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`."""
     status = error.status
-    adapter = isinstance(error, AdapterError) or error.field == "adapter_id"
+    merged = (error.field or "").startswith(FIELD)
+    adapter = error.field == "adapter_id" or (isinstance(error, AdapterError) and not merged)
     return {
         "error": {
             "message": printable(str(error)),

@@ -53,7 +53,9 @@ def _parameters(
         raise invalid("stream_options", "needs `stream`", "leave it out, or set `stream`")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     shared: dict[str, Any] = {
-        "adapter": context.adapter(body.model, body.adapter_source),
+        "adapter": context.adapter(
+            body.model, body.adapter_source, body.merged_adapters, field="model"
+        ),
         "api_token": api_token,
         "sample": True,
         "temperature": body.temperature,

@@ -16,14 +16,16 @@ async def _models(front: Front) -> list[dict[str, Any]]:
     base = front.backend.info.model_id
     adapters = await front.backend.adapters()
     names = dict.fromkeys(alias.name for alias in front.aliases)
-    names |= dict.fromkeys(status.name for status in adapters if status.state != "failed")
+    names |= dict.fromkeys(
+        status.name for status in adapters if status.state != "failed" and not status.merged
+    )
     shared = {"object": "model", "created": int(front.started), "owned_by": "lorax", "root": base}
     listed = [{"id": base, **shared, "parent": None}]
     return listed + [{"id": name, **shared, "parent": base} for name in names]
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    """GET /v1/models: the base model, the aliases, then every adapter that the exchange lists."""
+    """GET /v1/models: the base model, the aliases, then every adapter that the exchange lists, without merges."""
     return json_response({"object": "list", "data": await _models(request.app[FRONT])})
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.server.merged import MergedAdapters
+
 # -- requests
 
 
@@ -48,6 +50,7 @@ class OpenAIBody(Struct, frozen=True, kw_only=True):
     min_p: float | None = None
     ignore_eos_token: bool | None = None
     adapter_source: str | None = None
+    merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
 
 
