@@ -14,9 +14,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.errors import AdapterIncompatible
+from engine.errors import RESAVE, AdapterIncompatible
 from engine.files import OpenFile
-from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
+from engine.lora.keys import plain_keys
+from engine.lora.leftovers import FULL_MODEL, describe
+from engine.lora.peft_config import PeftConfig, check_config, read_config
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
 from engine.lora.weights import LoraWeights, Pair, TargetIndex
 from engine.names import shown, shown_shape
@@ -26,10 +28,10 @@ from engine.ops.targets import Group, ModelTargets, Target
 MAX_PROBLEMS = 64  # kinds of problems that are listed
 
 _HALF = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
+    r"(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
 )
-_BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 _TRAINING_ONLY = re.compile(r"\.lora_(velora|monteclora)_")  # PEFT does not read them at inference
+_GATHER = "gather sharded weights (ZeRO-3, FSDP) before saving"
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -123,6 +125,7 @@ def check_peft(
     if parsed is None:
         return None, problems.errors()
     file = SafetensorsFile(weights)
+    file.rename(plain_keys(file.infos, problems.add))
     matcher = _Matcher(file, parsed, targets, max_rank, problems)
     pairs = matcher.pairs()
     errors = problems.errors()
@@ -154,13 +157,11 @@ class _Matcher:
         for key in self.file.infos:
             if match := _HALF.fullmatch(key):
                 half = match["half"] or "embedding " + match["table"]
-                if half in halves.setdefault(match["module"], {}):
-                    others.append(key)  # the same tensor with and without PEFT's prefix
-                halves[match["module"]].setdefault(half, key)
+                halves.setdefault(match["module"], {})[half] = key
             elif not _TRAINING_ONLY.search(key):
                 others.append(key)
         sites = self._sites()
-        self._leftover(others, sites, halves)
+        self._leftover(others, sites)
         linears = sorted({path.rsplit(".", 1)[-1] for path in sites})
         pairs = {}
         for module, names in halves.items():
@@ -170,8 +171,9 @@ class _Matcher:
             elif (pair := self._pair(module, names, site)) is not None:
                 pairs[site.index] = pair
         if not halves:
-            hint = "save the adapter with PEFT's save_pretrained"
-            self.problems.add("empty", "the weight file has no LoRA tensors", None, hint)
+            whole = any(key.removesuffix(".weight") in sites for key in others)
+            remedy = FULL_MODEL if whole else RESAVE
+            self.problems.add("empty", "the weight file has no LoRA tensors", None, remedy)
         return pairs
 
     def _sites(self) -> dict[str, _Site]:
@@ -195,6 +197,11 @@ class _Matcher:
             text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
             if not missing:
                 text = f"{module} has LoRA tensors both of a linear and of an embedding"
+            elif len(names) == len(missing) == 2:
+                served, other = ("an embedding", "a linear")[:: 1 if site.group.embedding else -1]
+                text = (
+                    f"{module} is {served} in the served model, but has the LoRA tensors of {other}"
+                )
             self.problems.add(f"half {kind}", text, module, "save the complete adapter again")
             return None
         a, b = (self.file.infos[names[half]] for half in halves)
@@ -232,16 +239,15 @@ class _Matcher:
                     hint,
                 )
                 return False
-        if (
-            len(a.shape) != 2
-            or len(b.shape) != 2
-            or a.shape[0] != b.shape[1]
-            or 0 in a.shape + b.shape
-        ):
+        for half, info in (("A", a), ("B", b)):
+            if 0 in info.shape:
+                text = f"lora_{half} of {module} was saved empty, with the shape {shown_shape(info.shape)}"
+                self.problems.add(f"empty {kind}", text, module, _GATHER)
+                return False
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             shapes = f"{shown_shape(a.shape)} and {shown_shape(b.shape)}"
             text = f"{module} has shapes {shapes}, which are not those of a LoRA pair"
-            hint = "gather sharded weights (ZeRO-3, FSDP) before saving"
-            self.problems.add(f"shape {kind}", text, module, hint)
+            self.problems.add(f"shape {kind}", text, module, _GATHER)
             return False
         have = (a.shape[1], b.shape[0])
         want = (site.group.in_features, site.target.out_features)
@@ -272,37 +278,9 @@ class _Matcher:
             hint = f"train on {', '.join(linears)} only"
         self.problems.add(f"module {kind}", f"{shown(module)} {why}", module, hint)
 
-    def _leftover(
-        self, keys: list[str], sites: dict[str, _Site], halves: dict[str, dict[str, str]]
-    ) -> None:
-        """Tensors that do not belong to a pair. A copy of the base weight of an adapted embedding gives a note only."""
+    def _leftover(self, keys: list[str], sites: dict[str, _Site]) -> None:
+        """Tensors that do not belong to a pair."""
+        targets = {path.rpartition(".")[2] for path in sites}
         for key in keys:
-            match = _BASE_COPY.fullmatch(key)
-            if match and match["module"] in halves and match["module"] in sites:
-                self._base_copy(match["module"], self.file.infos[key], sites[match["module"]])
-                continue
-            kind = _kind(key)
-            if found := describe_key(key):
-                what, name, remedy = found
-                self.problems.add(f"left {name}", f"{shown(key)} is {what}", name, remedy)
-            elif key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
-                text = f"{shown(key)} is a whole matrix: the vocabulary was resized or trained"
-                hint = "if it was not trained, save with save_embedding_layers=False"
-                self.problems.add(f"left {kind}", text, "modules_to_save", hint)
-            else:
-                hint = "save the adapter with PEFT's save_pretrained"
-                self.problems.add(f"left {kind}", f"{shown(key)} is not a LoRA tensor", key, hint)
-
-    def _base_copy(self, module: str, info: TensorInfo, site: _Site) -> None:
-        shape = (site.target.out_features, site.group.in_features)
-        if site.group.embedding:
-            shape = (site.group.in_features, site.target.out_features)
-        if info.shape == shape:
-            self.notes.append(f"the file's copy of the base weight {module} is ignored")
-            return
-        self.problems.add(
-            f"base copy {module}",
-            f"{module} was resized to {shown_shape(info.shape)}; the served model has {list(shape)}",
-            module,
-            "train without added tokens, or serve the resized base model",
-        )
+            found = describe(key, _kind(key), sites, targets)
+            self.problems.add(found.kind, found.text, found.field, found.remedy)

@@ -21,7 +21,7 @@ from engine.names import shown, shown_value
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FIELDS = 256
-MAX_BASE_NAME = 4096  # characters; it may be a path
+MAX_BASE_NAME = 256  # characters; it may be a path
 
 HONOURED = frozenset(
     {
@@ -65,12 +65,12 @@ WITHOUT_EFFECT = frozenset(
 )
 
 _MERGE = "merge it into the base model with PEFT's merge_and_unload and serve that"
-_RETRAIN = "train the adapter without it"
+RETRAIN = "train the adapter without it"
 
 # field -> (its effect, remedy)
 REFUSED = {
-    "use_dora": ("scales every output by a magnitude (DoRA)", _RETRAIN),
-    "lora_bias": ("adds a bias to lora_B", _RETRAIN),
+    "use_dora": ("scales every output by a magnitude (DoRA)", RETRAIN),
+    "lora_bias": ("adds a bias to lora_B", RETRAIN),
     "modules_to_save": (
         "replaces whole modules of the base model",
         "target them with LoRA (target_modules) instead",
@@ -87,16 +87,16 @@ REFUSED = {
         "takes effect only after an invocation (aLoRA)",
         "train an ordinary LoRA",
     ),
-    "use_qalora": ("pools the input of quantised layers (QALoRA)", _RETRAIN),
+    "use_qalora": ("pools the input of quantised layers (QALoRA)", RETRAIN),
     "layer_replication": ("changes the number of layers", _MERGE),
     "target_parameters": (
         "adapts parameters outside of linear layers, such as experts",
         "train on linear layers (target_modules) only",
     ),
-    "use_bdlora": ("cuts the matrices into diagonal blocks (BD-LoRA)", _RETRAIN),
+    "use_bdlora": ("cuts the matrices into diagonal blocks (BD-LoRA)", RETRAIN),
     "arrow_config": ("routes between adapters (Arrow)", "request one of its adapters"),
     "kasa_config": ("truncates the base weights (KaSA)", _MERGE),
-    "ensure_weight_tying": ("ties the adapters of embedding and head", _RETRAIN),
+    "ensure_weight_tying": ("ties the adapters of embedding and head", RETRAIN),
 }
 
 # init_lora_weights that leave the base weights unchanged; the others subtract the initial product from them.
@@ -190,7 +190,7 @@ def _refused(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
             AdapterIncompatible(
                 f"bias is {shown_value(bias)}: the adapter replaces biases of the base model",
                 field="bias",
-                hint=_RETRAIN,
+                hint=RETRAIN,
             )
         )
     for name, value in fields.items():
@@ -247,23 +247,3 @@ def _number(value: Any, where: str, field: str, whole: bool) -> float:
             f"{where} is {shown_value(value)}, not a valid number", field=field
         )
     return float(value)
-
-
-# (part of a tensor's name, only at the end?, what it is, field)
-_KNOWN_KEYS = (
-    (".lora_magnitude_vector", False, "a DoRA magnitude", "use_dora"),
-    (".lora_A.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
-    (".lora_B.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
-    (".trainable_tokens_", False, "trained rows of the embedding", "trainable_token_indices"),
-    (".lora_diag", False, "a KaSA diagonal", "kasa_config"),
-    (".modules_to_save.", False, "a whole module", "modules_to_save"),
-    (".bias", True, "a bias of the base model", "bias"),
-)
-
-
-def describe_key(key: str) -> tuple[str, str, str] | None:
-    """(what, field, remedy) of a known kind of tensor that is not part of a LoRA pair; else None."""
-    for part, at_end, what, field in _KNOWN_KEYS:
-        if key.endswith(part) if at_end else part in key:
-            return what, field, REFUSED[field][1] if field in REFUSED else _RETRAIN
-    return None

@@ -6,7 +6,7 @@ the next checkpoint, `pread` gives an error; a mapping would kill the process (S
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -77,6 +77,10 @@ class SafetensorsFile:
             name: TensorInfo(entry.dtype, entry.shape, data + entry.data_offsets[0])
             for name, entry in entries.items()
         }
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """`names`: new name -> name in the file. Tensors without a new name are dropped."""
+        self.infos = {name: self.infos[key] for name, key in names.items()}
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from `offset` on. Raises AdapterLoadFailed if the file is too short or cannot be read."""

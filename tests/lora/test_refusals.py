@@ -166,14 +166,14 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "other inputs": (put(Q.format(0, "A"), 4, 32), "q_proj", "trained on another base model"),
     "other outputs": (put(Q.format(0, "B"), 32, 4), "q_proj", "trained on another base model"),
     "rank differs": (put(Q.format(0, "B"), 24, 5), "q_proj", "not those of a LoRA pair"),
-    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "not those of a LoRA pair"),
+    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "was saved empty"),
     "flat": (put(Q.format(0, "A"), 96), "q_proj", "not those of a LoRA pair"),
     "dtype": (put(Q.format(0, "A"), 4, 24, dtype=torch.float8_e4m3fn), "q_proj", "F8_E4M3"),
     "dora": (put(Q.format(0, "magnitude_vector"), 24), "use_dora", "DoRA"),
     "bias of B": (put(Q.format(0, "B").replace("weight", "bias"), 24), "lora_bias", "bias"),
     "bias": (put("base_model.model.model.layers.0.self_attn.q_proj.bias", 24), "bias", "bias"),
     "head": (put("base_model.model.lm_head.weight", 50, 24), "modules_to_save", "whole matrix"),
-    "saved": (put("base_model.model.score.modules_to_save.weight", 2, 24), "modules_to_save", "whole"),
+    "saved": (put("base_model.model.score.modules_to_save.weight", 2, 24), "modules_to_save", "classification"),
     "tokens": (
         put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 24),
         "trainable_token_indices",
@@ -182,7 +182,7 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "anything": (put("something", 3), "something", "not a LoRA tensor"),
     "embedding half": (put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 50), "embed", "B"),
     "wrong kind": (put(Q.format(0, "A").replace("lora_A.weight", "lora_embedding_A"), 4, 24), "q_", "both"),
-    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "not a LoRA tensor"),
+    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "the same tensor"),
     "nothing": (lambda t: t.clear() or put("velora.lora_velora_embed", 1)(t), "", "no LoRA tensors"),
 }  # fmt: skip
 
@@ -282,18 +282,14 @@ def test_another_name_of_the_base_is_a_note(plain: Path, tmp_path: Path) -> None
     assert report.digest and report.data_bytes > 0
 
 
-def test_a_copy_of_the_frozen_embedding_is_a_note(tmp_path: Path) -> None:
-    """PEFT saves the base embedding beside its LoRA; a resized one means another vocabulary."""
+def test_a_copy_of_the_base_matrix_is_refused(tmp_path: Path) -> None:
+    """PEFT serves the copy, which may differ from the served model's matrix; it saves one unless told otherwise."""
     adapted = tiny.adapt(tiny.llama(), r=2, target_modules=["embed_tokens", "lm_head"])
-    folder = tiny.save(adapted, tmp_path / "a")
-    names = load_file(folder / "adapter_model.safetensors").keys()
-    assert any("base_layer" in name for name in names), "PEFT saves it"
+    folder = tiny.save(adapted, tmp_path / "a", save_embedding_layers="auto")
     report = tiny.inspect(folder, tiny.llama_layout())
-    assert report.ok and len(report.notes) == 2
-
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    error = refused(changed(folder, tmp_path / "b", None, put(key, 51, 24)))
-    assert "resized to [51, 24]" in error.message
+    assert {error.field for error in report.errors} == {"model.embed_tokens", "lm_head"}
+    assert all("save_embedding_layers=False" in (error.hint or "") for error in report.errors)
+    assert tiny.inspect(tiny.save(adapted, tmp_path / "b"), tiny.llama_layout()).ok
 
 
 def header(entries: dict[str, Any]) -> bytes:
