@@ -83,18 +83,22 @@ def load_peft(
     weights: OpenFile,
     targets: ModelTargets,
     *,
+    shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
 ) -> LoraWeights:
     """The LoRA in a PEFT folder's `config` and `weights`, a safetensors file (see `engine.sandbox.Converter`).
 
-    Matrices are read from `weights` later, so it must stay open; closing the result closes it.
+    `shards`: if `weights` is the index of a sharded file, the files that it names. Matrices are read from the weight
+    files later, so they must stay open; closing the result closes them.
 
     `base_model`: id of the served model. Another name in the adapter gives a note only, because the shapes decide.
     Values are not checked here; `write_image` refuses values that are not finite. Raises AdapterIncompatible with the
     reasons, or AdapterLoadFailed.
     """
-    found, problems = check_peft(config, weights, targets, max_rank=max_rank, base_model=base_model)
+    found, problems = check_peft(
+        config, weights, targets, shards=shards, max_rank=max_rank, base_model=base_model
+    )
     if found is None:
         raise summary(problems)
     return found
@@ -114,6 +118,7 @@ def check_peft(
     weights: OpenFile,
     targets: ModelTargets,
     *,
+    shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
 ) -> tuple[LoraWeights | None, list[AdapterIncompatible]]:
@@ -124,7 +129,7 @@ def check_peft(
         problems.add(f"config {number}", error.message, error.field, error.hint)
     if parsed is None:
         return None, problems.errors()
-    file = SafetensorsFile(weights)
+    file = SafetensorsFile(weights, shards)
     file.rename(plain_keys(file.infos, problems.add))
     matcher = _Matcher(file, parsed, targets, max_rank, problems)
     pairs = matcher.pairs()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import AdapterIncompatible
+from engine.errors import WAIT, AdapterIncompatible, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.patterns import REMEDY, Pattern, check_bounds, compile_pattern
 from engine.lora.tensors import reading
@@ -142,6 +142,8 @@ def read_config(file: OpenFile) -> dict[str, Any]:
         if _SURROGATE.search(text):  # half of a surrogate pair
             json.dumps(loaded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
+        if _ends_early(error):
+            raise AdapterLoadFailed(f"{file.name} is incomplete", hint=WAIT) from None
         raise AdapterIncompatible(f"{file.name} is not valid JSON: {shown(str(error))}") from None
     if not isinstance(loaded, dict):
         raise AdapterIncompatible(f"{file.name} is not a JSON object")
@@ -153,6 +155,13 @@ def read_config(file: OpenFile) -> dict[str, Any]:
     if base := loaded.get("base_model_name_or_path"):
         loaded["base_model_name_or_path"] = shown(str(base), MAX_BASE_NAME)
     return loaded
+
+
+def _ends_early(error: Exception) -> bool:
+    """Whether JSON is well-formed up to its end: a file that is still being written."""
+    return isinstance(error, json.JSONDecodeError) and (
+        error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+    )
 
 
 def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[AdapterIncompatible]]:

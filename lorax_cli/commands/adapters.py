@@ -131,7 +131,7 @@ def pull(
                 "source": source,
                 "revision": files.revision,
                 "folder": str(files.folder),
-                "bytes": files.config.size + files.weights.size,
+                "bytes": files.num_bytes,
             }
 
     failures: list[AdapterError] = []
@@ -220,6 +220,7 @@ def validate(
                 files.config,
                 weights,
                 layout,
+                shards=files.shards,
                 max_rank=config.adapters.max_adapter_rank,
                 base_model=config.model.model_id.partition("@")[0],
             )

@@ -306,20 +306,24 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     whole = good.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     bad_header = whole.replace(b'"data_offsets":[0,', b'"data_offsets":[9,')
-    for data in (b"", b"abc", whole[:100], struct.pack("<Q", 1 << 60), bad_header,
+    for data in (struct.pack("<Q", 1 << 60), bad_header,
                  struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": [1]}',
                  header({"\ud800": {"dtype": "F32", "shape": [1, 4], "data_offsets": [0, 16]}}),
-                 header({"a": {"dtype": "F32", "shape": [1e999, 4], "data_offsets": [0, 16]}}),
-                 whole[: 8 + length]):  # fmt: skip
+                 header({"a": {"dtype": "F32", "shape": [1e999, 4], "data_offsets": [0, 16]}})):  # fmt: skip
         weights.write_bytes(data)
         with pytest.raises(AdapterIncompatible) as caught:
             tiny.loaded(config, weights, layout)
         msgspec.msgpack.encode(caught.value.to_wire())
+    for size in (0, 3, 100, 8 + length, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(AdapterLoadFailed, match="incomplete") as failed:
+            tiny.loaded(config, weights, layout)
+        assert "wait until" in (failed.value.hint or "")
     with pytest.raises(AdapterLoadFailed):
         tiny.loaded(config, tmp_path / "none.safetensors", layout)
     with pytest.raises(AdapterLoadFailed):
         tiny.loaded(tmp_path / "none.json", good, layout)
-    (tmp_path / "adapter_config.json").write_text("{")
+    (tmp_path / "adapter_config.json").write_text("{,")
     with pytest.raises(AdapterIncompatible):
         tiny.loaded(tmp_path / "adapter_config.json", good, layout)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "\\ud800"}')
@@ -337,9 +341,13 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
             tiny.loaded(config, tmp_path / "adapter_model.bin", layout)
     torch.save({"a": torch.ones(100)}, tmp_path / "adapter_model.bin")
     truncated = (tmp_path / "adapter_model.bin").read_bytes()[:200]
-    for data in (b"nonsense", b"", truncated):
+    for data, error in (
+        (b"nonsense", AdapterIncompatible),
+        (b"", AdapterLoadFailed),
+        (truncated, AdapterLoadFailed),
+    ):
         (tmp_path / "adapter_model.bin").write_bytes(data)
-        with pytest.raises(AdapterIncompatible):
+        with pytest.raises(error):
             tiny.loaded(config, tmp_path / "adapter_model.bin", layout)
 
 
