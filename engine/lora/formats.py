@@ -136,7 +136,7 @@ def check_peft(
     errors = problems.errors()
     if errors:
         return None, errors
-    notes = matcher.notes
+    notes = [*parsed.notes, *matcher.notes]
     if base_model and parsed.base_model and parsed.base_model != base_model:
         notes.append(
             f"trained on {shown(parsed.base_model)}, served with {base_model}; the shapes match"

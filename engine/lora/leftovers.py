@@ -7,7 +7,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from engine.errors import RESAVE
-from engine.lora.peft_config import REFUSED, RETRAIN
+from engine.lora.peft_fields import FIELDS, RETRAIN
 from engine.names import shown
 
 FULL_MODEL = "serve a fully fine-tuned model as the base model, with --model-id"
@@ -65,7 +65,7 @@ def describe(key: str, kind: str, linears: Container[str], targets: Container[st
         )
     for part, at_end, what, field in _KNOWN_KEYS:
         if key.endswith(part) if at_end else part in key:
-            remedy = REFUSED[field][1] if field in REFUSED else RETRAIN
+            remedy = FIELDS[field].remedy or RETRAIN
             return Leftover(f"left {field}", f"{name} is {what}", field, remedy)
     if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
         text = f"{name} is a whole matrix: the vocabulary was resized or trained"

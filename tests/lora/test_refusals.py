@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from engine import sandbox
 from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
-from engine.lora import peft_config
 from engine.lora.formats import check_peft
 from engine.lora.image import image_size, write_image
+from engine.lora.peft_fields import FIELDS
 from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix
 from engine.ops.layout import ShardLayout
 from engine.ops.targets import Group, ModelTargets, Target
@@ -69,10 +69,14 @@ def test_a_sound_adapter_is_taken(plain: Path) -> None:
 
 
 def test_every_field_of_peft_has_its_place() -> None:
-    tables = [peft_config.HONOURED, peft_config.WITHOUT_EFFECT, set(peft_config.REFUSED), {"bias"}]
-    known = set().union(*tables)
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
-    assert sum(map(len, tables)) == len(known), "a field is in two tables"
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= set(FIELDS)
+    for name, field in FIELDS.items():
+        assert field.what and bool(field.remedy) == (field.kind == "refused"), name
+
+
+def test_peft_writes_nothing_else(plain: Path) -> None:
+    """Every field that a default configuration writes is in the table, and none is refused."""
+    assert set(json.loads((plain / "adapter_config.json").read_text())) <= set(FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +127,36 @@ def test_a_field_that_cannot_be_honoured(
 ) -> None:
     error = refused(changed(plain, tmp_path, {field: value}))
     assert error.field == field and field in error.message
+
+
+@pytest.mark.parametrize(
+    "field", ["train_seed", "axolotl_version", "Training_Date", "unsloth_fixed"]
+)
+def test_an_unknown_field_about_the_training_is_a_note(
+    field: str, plain: Path, tmp_path: Path
+) -> None:
+    report = tiny.inspect(changed(plain, tmp_path, {field: 3}), tiny.llama_layout())
+    assert report.ok and any(f"unknown field {field} is ignored" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("field", ["lora_scale", "constrain", "updates", "seeded", "trainable_x"])
+@pytest.mark.parametrize("value", [2, 0.5, True, "x", [1], {"a": 1}])
+def test_an_unknown_field_that_may_change_the_output(
+    field: str, value: Any, plain: Path, tmp_path: Path
+) -> None:
+    (error,) = tiny.inspect(changed(plain, tmp_path, {field: value}), tiny.llama_layout()).errors
+    assert error.field == field and "unknown field" in error.message
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+def test_inits_that_change_the_base_name_the_remedy(init: str, plain: Path, tmp_path: Path) -> None:
+    error = refused(changed(plain, tmp_path, {"init_lora_weights": init}))
+    remedy = (
+        "merge_and_unload"
+        if init == "loftq"
+        else "path_initial_model_for_weight_conversion=INITIAL"
+    )
+    assert "changes the base weights" in error.message and remedy in (error.hint or "")
 
 
 @pytest.mark.parametrize(
