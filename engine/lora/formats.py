@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.errors import RESAVE, AdapterIncompatible
 from engine.files import OpenFile
@@ -137,11 +138,19 @@ def check_peft(
     if errors:
         return None, errors
     notes = [*parsed.notes, *matcher.notes]
-    if base_model and parsed.base_model and parsed.base_model != base_model:
+    if base_model and parsed.base_model and not same_base(parsed.base_model, base_model):
         notes.append(
             f"trained on {shown(parsed.base_model)}, served with {base_model}; the shapes match"
         )
     return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
+
+
+def same_base(named: str, served: str) -> bool:
+    """Whether two names mean one base model: they are equal, or one is a folder with the other's last part."""
+    if named == served:
+        return True
+    paths = [name for name in (named, served) if name.count("/") != 1 or name[0] in "./~"]
+    return bool(paths) and Path(named).name.lower() == Path(served).name.lower() != ""
 
 
 @dataclass(slots=True)

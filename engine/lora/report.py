@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import AdapterError
 from engine.files import OpenFile
-from engine.lora.formats import check_peft
+from engine.lora.formats import check_peft, same_base
 from engine.lora.image import image_size, write_image
 from engine.lora.modules import module_notes
 from engine.lora.peft_config import read_config
@@ -73,7 +73,7 @@ def inspect(
     except AdapterError as error:
         errors.append(error)
     named = fields.get("base_model_name_or_path")
-    matches = named == base_model if named and base_model else None
+    matches = same_base(named, base_model) if named and base_model else None
     report = AdapterReport(folder, named, matches, errors)
     if found is None:
         return report
@@ -85,7 +85,11 @@ def inspect(
             errors.append(error)
     return replace(
         report,
-        notes=[*found.notes, *module_notes(fields, found, layout.targets)],
+        notes=[
+            *found.notes,
+            *module_notes(fields, found, layout.targets),
+            *_gaps(fields, found, layout.targets),
+        ],
         targets=count_targets(found, layout.targets),
         coverage=coverage(found, layout.targets),
         ranks=sorted({pair.rank for pair in found.pairs.values()}),
@@ -112,6 +116,18 @@ def coverage(weights: LoraWeights, targets: ModelTargets) -> dict[str, str]:
         else:
             found[name] = f"{_ranges(layers) or 'none'} of {total} layers"
     return found
+
+
+def _gaps(fields: Mapping[str, Any], weights: LoraWeights, targets: ModelTargets) -> list[str]:
+    """A note if a target is adapted in some layers only, and the configuration does not ask for that."""
+    chosen = fields.get("layers_to_transform") is not None
+    if chosen or isinstance(fields.get("target_modules"), str):
+        return []
+    partial: dict[str, list[str]] = {}
+    for name, (layers, total) in _layers(weights, targets).items():
+        if 0 < len(layers) < total:
+            partial.setdefault(f"{_ranges(layers)} of {total} layers", []).append(name)
+    return [f"{', '.join(names)}: adapted in {where} only" for where, names in partial.items()]
 
 
 def _layers(weights: LoraWeights, targets: ModelTargets) -> dict[str, tuple[list[int], int]]:
