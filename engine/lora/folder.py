@@ -19,7 +19,10 @@ _MAX_NAMES = 4096
 
 
 def folder_notes(folder: Path, base: Path) -> list[str]:
-    """One note per kind of file that is not used. `base`: the base model's folder, if it is one; equal files there give no note."""
+    """One note per kind of file that is not used.
+
+    `base`: the base model's folder, if it is one. Files that are equal there give no note.
+    """
     try:
         names = sorted(os.listdir(folder))[:_MAX_NAMES]
     except OSError:
