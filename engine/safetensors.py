@@ -6,6 +6,7 @@ A file is an 8-byte length, a JSON header of that length, then the tensors' byte
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -17,6 +18,8 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 16
 MAX_NAME = 512  # characters
 MAX_DIMENSIONS = 8
+MAX_INDEX_BYTES = 16 << 20
+MAX_SHARDS = 32
 _BRACES = 2 * MAX_TENSORS  # one opens each tensor; metadata may hold some
 _COMMAS = 16 * MAX_TENSORS  # a tensor of MAX_DIMENSIONS has 11
 
@@ -28,6 +31,10 @@ ITEM_BYTES = {
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 _Shape = Annotated[list[_Size], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+
+
+class Incomplete(ValueError):
+    """The file ends early: it is still being written, or a copy was broken off."""
 
 
 class _Entry(msgspec.Struct):
@@ -52,19 +59,23 @@ _DECODER = msgspec.json.Decoder(dict[str, _Entry])
 def read_header(file: OpenFile) -> tuple[dict[str, Entry], int]:
     """The tensors by name, and where in the file their bytes begin.
 
-    Raises ValueError that says what is wrong with the file, or OSError.
+    Raises ValueError that says what is wrong with the file (Incomplete: it ends early), or OSError.
     """
     if file.size < 8:
-        raise ValueError(f"it has {file.size} bytes")
+        raise Incomplete(f"it has {file.size} bytes")
     prefix = bytearray(8)
     file.read_into(prefix, 0)
     length = int.from_bytes(prefix, "little")
-    if length > min(MAX_HEADER_BYTES, file.size - 8):
+    if length > MAX_HEADER_BYTES:
         raise ValueError(f"its header claims {length} bytes")
+    if length > file.size - 8:
+        raise Incomplete(f"it has {file.size} bytes, its header alone {length}")
     text = bytearray(length)
     file.read_into(text, 8)
     try:
         return _parse(text, file.size - 8 - length), 8 + length
+    except Incomplete:
+        raise
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise ValueError(f"its header cannot be read ({error})") from None
 
@@ -89,11 +100,13 @@ def _checked(name: str, entry: _Entry, data_bytes: int) -> Entry:
     ):
         raise ValueError(f"{name} lacks its dtype, shape or data_offsets")
     first, last = entry.data_offsets
-    if not first <= last <= data_bytes:
-        raise ValueError(f"{name} lies outside the file")
+    if first > last:
+        raise ValueError(f"{name} ends before it begins")
     item_bytes = ITEM_BYTES.get(entry.dtype)
     if item_bytes is not None and last - first != math.prod(entry.shape) * item_bytes:
         raise ValueError(f"{name} has {last - first} bytes for the shape {entry.shape}")
+    if last > data_bytes:
+        raise Incomplete(f"{name} ends {last - data_bytes} bytes after the end of the file")
     return Entry(entry.dtype, tuple(entry.shape), entry.data_offsets)
 
 
@@ -107,3 +120,35 @@ def header_of(entries: Mapping[str, Entry]) -> bytes:
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"the names of its tensors take {len(text)} bytes")
     return len(text).to_bytes(8, "little") + text
+
+
+class _Index(msgspec.Struct):
+    """The index of a sharded file."""
+
+    weight_map: dict[str, str]
+
+
+_INDEX_DECODER = msgspec.json.Decoder(_Index)
+_SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
+
+
+def read_index(file: OpenFile) -> dict[str, str]:
+    """Name of each tensor -> name of the file that has it, in the index's own folder.
+
+    Raises ValueError that says what is wrong with the index, or OSError.
+    """
+    if file.size > MAX_INDEX_BYTES:
+        raise ValueError(f"it has {file.size} bytes, the limit is {MAX_INDEX_BYTES}")
+    try:
+        found = _INDEX_DECODER.decode(file.read()).weight_map
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be read ({error})") from None
+    shards = set(found.values())
+    if not shards:
+        raise ValueError("it names no file")
+    if len(shards) > MAX_SHARDS:
+        raise ValueError(f"it names {len(shards)} files, the limit is {MAX_SHARDS}")
+    for shard in sorted(shards):
+        if not _SHARD.fullmatch(shard):
+            raise ValueError(f"it names {shard!r}, which is not a safetensors file of its folder")
+    return found

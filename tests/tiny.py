@@ -129,5 +129,5 @@ def make_adapter(
                 if "lora_" in name:
                     factor_a = "lora_A" in name or "embedding_A" in name
                     parameter.normal_(0.0, 0.2 if factor_a else 0.1)
-        wrapped.eval().save_pretrained(folder)
+        wrapped.eval().save_pretrained(folder, save_embedding_layers=False)
     return wrapped

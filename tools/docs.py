@@ -18,7 +18,10 @@ from typing import Any
 import typer
 
 import engine.errors
+from engine.adapters.sources import INDEX_NAME, LUDWIG
 from engine.errors import error_classes
+from engine.lora.peft_fields import CONVERTED_INITS, FIELDS
+from engine.safetensors import MAX_SHARDS
 from engine.settings import Setting, settings
 from lorax_cli.options import concern_titles
 
@@ -152,6 +155,61 @@ def cli() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def adapter_formats() -> str:
+    """docs/adapter-formats.md, from the table of `engine.lora.peft_fields`."""
+    rows = [
+        (f"`{name}`", field.kind, _cell(field.what), _cell(field.remedy))
+        for kind in ("served", "ignored", "refused")
+        for name, field in FIELDS.items()
+        if field.kind == kind
+    ]
+    converted = ", ".join(f"`{init}`" for init in CONVERTED_INITS)
+    parts = [
+        "# Adapter formats",
+        NOTICE,
+        "An adapter is a folder, or a repository of the hub, with `adapter_config.json` and its weights as PEFT writes "
+        "them. What cannot be served exactly is refused, with the field or the tensor and the remedy. "
+        "`lorax adapters validate` checks an adapter before it is served.",
+        "## Files",
+        _table(
+            ("Layout", "Files"),
+            [
+                (
+                    "PEFT",
+                    "`adapter_model.safetensors`, or `adapter_model.bin`, which is converted once",
+                ),
+                (
+                    "PEFT, sharded",
+                    f"`{INDEX_NAME}` and up to {MAX_SHARDS} safetensors files in the same folder",
+                ),
+                ("Ludwig", f"the same files in `{LUDWIG}` below the folder or the repository"),
+            ],
+        ),
+        "A file that ends early is being written, or its copy was broken off. The error is `adapter_load_failed` "
+        "(424), and the next request reads the file again. A Git LFS pointer, an mlx-lm adapter and a whole model are "
+        "refused as what they are.",
+        "## Names of tensors",
+        "`base_model.model.` may be missing. `module.` (DDP), `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` "
+        "and an adapter's name (`lora_A.default.weight`) are removed. If two tensors then have the same name, or the "
+        "file has several adapters, it is refused.",
+        "A copy of the base model's embedding or head (`embed_tokens.base_layer.weight`) is refused, because it may "
+        "have been trained. PEFT saves one if LoRA targets the embedding or the head; save such an adapter with "
+        "`save_embedding_layers=False`.",
+        "## Fields of adapter_config.json",
+        "A refused field that is null, false or empty changes nothing and is accepted. A field that is not in this "
+        "table is accepted if it is null, false or empty. If a word in its name says that it describes the training "
+        "(`seed`, `version`, `dataset`, ...), a note names it. Otherwise the adapter is refused.",
+        _table(("Field", "", "Meaning or effect", "Remedy"), rows),
+        "## Initialisations",
+        f"Adapters initialised with {converted} changed the base weights. They are exact if they were saved converted; "
+        "otherwise they are refused. To convert, save the adapter as it was before training to `INITIAL`, then:",
+        "    model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL)",
+        "`eva`, `gaussian`, `orthogonal` and `mica` leave the base weights unchanged and are served. `loftq` is "
+        "refused: merge the adapter into the base model it was trained on.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def completion(shell: str) -> str:
     """The completion script for `shell`."""
     program = "from lorax_cli.app import main; main()"
@@ -172,6 +230,7 @@ def generated(*what: str) -> dict[Path, Callable[[], str]]:
     if "pages" in what:
         files[ROOT / "docs" / "configuration.md"] = configuration
         files[ROOT / "docs" / "cli.md"] = cli
+        files[ROOT / "docs" / "adapter-formats.md"] = adapter_formats
     if "completions" in what:
         for shell, name in SHELLS.items():
             files[ROOT / "completions" / name] = partial(completion, shell)

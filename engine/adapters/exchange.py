@@ -42,6 +42,7 @@ from engine.ops.layout import ShardLayout
 
 ADOPTED = "adopted"  # first of a key, before name and digest
 MAX_EVICTED = 1024  # evicted adapters that are remembered
+CHEAP_TTL_S = 1.0  # sources with at most this `ttl_s` are asked again after a refusal
 MAX_FAILED = 256  # failed adapters that are remembered
 ROOM_PATIENCE_S = 30.0  # longest wait for leases to end when they fill the host tier
 FILE_FACTOR = 8  # limit of a file, in sizes of the host tier: float64, and a copy of the embedding
@@ -134,8 +135,11 @@ class Exchange:
         what, fresh_s = await resolve(ref, get)
         try:
             adapter, image = await self._lease(ref, what, token)
-        except (AdapterLoadFailed, AdapterNotFound):
+        except (AdapterLoadFailed, AdapterNotFound, AdapterIncompatible) as error:
             # The known version may be out of date: a file was replaced, a commit deleted.
+            ttl_s = max(self._registry.sources[one.source].ttl_s for one in what.versions)
+            if isinstance(error, AdapterIncompatible) and ttl_s > CHEAP_TTL_S:
+                raise  # the source would be asked for every request
             newest, fresh_s = await resolve(ref, partial(get, fresh=True))
             if newest == what:
                 raise

@@ -1,6 +1,6 @@
 """Adapters of the Hugging Face hub, or of any server with its protocol.
 
-Only two files of a repository are downloaded, each once per commit. A branch is resolved to a commit again every
+Only the adapter's files are downloaded, each once per commit. A branch is resolved to a commit again every
 `ttl_s`, so updates are seen. Access to private and gated repositories is checked with each tenant's own token. Files
 that a tenant's token unlocked lie in a folder of their own, so no other tenant gets them while the hub is unreachable.
 """
@@ -11,8 +11,8 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -32,14 +32,17 @@ from huggingface_hub.utils.tqdm import tqdm
 from engine.adapters import hub_client
 from engine.adapters.ref import AdapterRef
 from engine.adapters.sources import (
-    CONFIG_NAME,
+    FOLDERS,
+    INDEX_NAME,
     WEIGHT_NAMES,
     AdapterFiles,
     Progress,
     Source,
     Version,
+    config_of,
     find_weights,
     open_files,
+    shard_names,
     token_hash,
 )
 from engine.errors import (
@@ -50,6 +53,8 @@ from engine.errors import (
     AdapterNotFound,
     AdapterTooLarge,
 )
+from engine.files import OpenFile
+from engine.safetensors import MAX_INDEX_BYTES
 
 T = TypeVar("T")
 
@@ -97,6 +102,8 @@ class HubSource(Source):
         return token_hash(effective) if effective else b""
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        if ref.id.count("/") != 1:
+            raise _invalid(ref)
         tenant_cache = self._tenant_cache(token)
         try:
             info = self._try(lambda: self._info(ref, token))
@@ -114,7 +121,7 @@ class HubSource(Source):
         private = bool(info.private or info.gated)
         siblings = info.siblings or []
         weights = find_weights((file.rfilename for file in siblings), f"{ref.name} on the hub")
-        size = next((file.size for file in siblings if file.rfilename == weights), None) or 0
+        size = _num_bytes(weights, {file.rfilename: file.size or 0 for file in siblings})
         if self._max_file_bytes is not None and size > self._max_file_bytes:
             raise AdapterTooLarge(
                 f"{weights} of {ref.name} has {size} bytes; the limit is {self._max_file_bytes} bytes",
@@ -137,23 +144,36 @@ class HubSource(Source):
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
         ref = AdapterRef((version.id,), self.name, version.revision)
 
-        def download(name: str) -> Path:
-            path = self._api.hf_hub_download(
-                version.id,
-                name,
-                revision=version.revision,
-                cache_dir=version.cache,
-                token=self._effective(token),
-                tqdm_class=_reporter(progress),
-            )
+        roots = [Path(version.cache).resolve()]
+
+        def download(name: str, max_bytes: int) -> Path:
+            with hub_client.bounded(max_bytes, self._max_seconds):
+                path = self._try(
+                    lambda: self._api.hf_hub_download(
+                        version.id,
+                        name,
+                        revision=version.revision,
+                        cache_dir=version.cache,
+                        token=self._effective(token),
+                        tqdm_class=_reporter(progress),
+                    )
+                )
             return Path(path)
 
-        max_bytes = version.num_bytes or self._max_file_bytes or sys.maxsize
+        left = version.num_bytes or self._max_file_bytes or sys.maxsize
         try:
-            with hub_client.bounded(CONFIG_BYTES, self._max_seconds):
-                config = self._try(lambda: download(CONFIG_NAME))
-            with hub_client.bounded(max_bytes, self._max_seconds):
-                weights = self._try(lambda: download(version.weights))
+            config = download(config_of(version.weights), CONFIG_BYTES)
+            if not version.weights.endswith(INDEX_NAME):
+                weights = download(version.weights, left)
+            else:
+                weights = download(version.weights, MAX_INDEX_BYTES)
+                with OpenFile(weights, roots) as index:
+                    names = shard_names(index)
+                for name in names:
+                    shard = download(str(PurePosixPath(version.weights).with_name(name)), left)
+                    left = max(0, left - shard.stat().st_size)
+        except OSError as error:
+            raise AdapterLoadFailed(f"cannot read {ref.name}: {error.strerror}") from None
         except hub_client.TooMuch as error:
             raise AdapterTooLarge(
                 f"a file of {ref.name} on the hub is too large: {error}",
@@ -161,7 +181,7 @@ class HubSource(Source):
             ) from None
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
-        return open_files(config, weights, [Path(version.cache).resolve()], version.revision)
+        return open_files(config, weights, roots, version.revision)
 
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
         """The hub's answer for this tenant. For gated repositories, checks that the tenant may download the files."""
@@ -209,14 +229,16 @@ class HubSource(Source):
                 )
                 return path if isinstance(path, str) else None
 
-            config = find(CONFIG_NAME)
-            weights = next((name for name in WEIGHT_NAMES if find(name)), None)
-            if config and weights:
+            weights = next(
+                (name for name in _CANDIDATES if find(name) and find(config_of(name))), None
+            )
+            config = find(config_of(weights)) if weights else None
+            if config and weights and _is_complete(Path(config).parent, weights):
                 salt = self.tenant(token) if cache != self._cache else b""
                 return Version(
                     self.name,
                     ref.id,
-                    revision=Path(config).parent.name,
+                    revision=Path(config).parents[weights.count("/")].name,
                     weights=weights,
                     cache=cache,
                     salt=salt,
@@ -257,9 +279,7 @@ class HubSource(Source):
         hint = f"check {whose}" if token or self._token else "send an api_token that may read it"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 404
         if isinstance(error, HFValidationError):
-            return AdapterNotFound(
-                f"{ref.id!r} is not a valid hub id", field="adapter_id", hint="use owner/name"
-            )
+            return _invalid(ref)
         if isinstance(error, RevisionNotFoundError):
             return AdapterNotFound(
                 f"{ref.id} has no revision {ref.revision!r} on the hub", field="adapter_id"
@@ -285,6 +305,39 @@ class HubSource(Source):
                 hint="if it is private, " + hint,
             )
         return AdapterLoadFailed(f"the hub refused {ref.name}: {_first_line(error)}")
+
+
+def _invalid(ref: AdapterRef) -> AdapterNotFound:
+    """The hub cannot have such a name, so it is not asked: no network is needed to say so."""
+    return AdapterNotFound(
+        f"{ref.id!r} is not a valid hub id", field="adapter_id", hint="use owner/name"
+    )
+
+
+_CANDIDATES = [folder + name for folder in FOLDERS for name in WEIGHT_NAMES]
+
+
+def _is_complete(folder: Path, weights: str) -> bool:
+    """Whether every shard of a downloaded copy is there."""
+    if not weights.endswith(INDEX_NAME):
+        return True
+    try:
+        with OpenFile(folder / INDEX_NAME) as index:
+            return all((folder / name).exists() for name in shard_names(index))
+    except (OSError, AdapterError):
+        return False
+
+
+def _num_bytes(weights: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of the weights. Of a sharded adapter: of all safetensors files next to the index."""
+    if not weights.endswith(INDEX_NAME):
+        return sizes[weights]
+    folder = weights.removesuffix(INDEX_NAME)
+    return sum(
+        size
+        for name, size in sizes.items()
+        if name.startswith(folder) and name.endswith(".safetensors")
+    )
 
 
 class _Refusal(Exception):

@@ -224,7 +224,7 @@ class Loader:
             convert = self._converter.convert
             readable = await attempt.run(self._converters, convert, readable, pause)
             held.callback(readable.close)
-        weights = await attempt.run(self._parsers, self._open, files.config, readable)
+        weights = await attempt.run(self._parsers, self._open, files.config, readable, files.shards)
         held.callback(weights.close)
         files.config.close()  # an adapter that waits for memory keeps few files open
         return weights
@@ -239,13 +239,14 @@ class Loader:
         await asyncio.gather(self._parsers.close(), self._mergers.close(), self._converters.close())
         self._converter.close()
 
-    def _open(self, config: OpenFile, weights: OpenFile) -> LoraWeights:
+    def _open(self, config: OpenFile, weights: OpenFile, shards: Sequence[OpenFile]) -> LoraWeights:
         """The tensors of an adapter, matched with the layout. Files that were refused before are refused at once."""
-        with self._refused.remembered(config, weights):
+        with self._refused.remembered(config, weights, shards):
             return load_peft(
                 config,
                 weights,
                 self._layout.targets,
+                shards=shards,
                 max_rank=self._config.adapters.max_adapter_rank,
                 base_model=self._config.model.model_id.partition("@")[0],
             )

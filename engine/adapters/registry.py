@@ -130,8 +130,6 @@ class Registry:
     def _not_found(self, ref: AdapterRef, refusals: list[AdapterError]) -> AdapterError:
         """One error for all sources. Its class is that of the last source's failure, or AdapterForbidden for a path or
         a repository that the caller may not read.
-
-        The hub answers 401 to an anonymous request for a plain name, whether it exists or not: that is "not found".
         """
         tried = [f"no preloaded adapter of that name ({', '.join(self._registered) or 'none'})"]
         tried += [error.message for error in refusals]

@@ -1,7 +1,7 @@
 """Where adapters come from: a reference and a token in, open files out.
 
 A source works in two steps. Both block and run in threads. `resolve` finds the exact version that a reference means
-and whether the caller may see it; it is called again when `ttl_s` has passed. `fetch` opens that version's two files.
+and whether the caller may see it; it is called again when `ttl_s` has passed. `fetch` opens that version's files.
 A new source (an object store) is one class that derives from `Source` and one line in `registry.make_sources`.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from engine.adapters.ref import AdapterRef
 from engine.errors import (
     RENAME,
+    RESAVE,
     AdapterError,
     AdapterForbidden,
     AdapterIncompatible,
@@ -24,13 +26,30 @@ from engine.errors import (
     AdapterNotFound,
 )
 from engine.files import Closable, NotRegular, OpenFile, Outside
+from engine.names import MAX_SHOWN, shown
+from engine.safetensors import read_index
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # the preferred one first
+INDEX_NAME = "adapter_model.safetensors.index.json"
+WEIGHT_NAMES = (
+    "adapter_model.safetensors",
+    INDEX_NAME,
+    "adapter_model.bin",
+)  # the preferred one first
+LUDWIG = "model/model_weights/"  # where Ludwig puts the files
+FOLDERS = ("", LUDWIG)
 
 Progress = Callable[[int, int], None]  # bytes done, total bytes (0: unknown)
 
 _SAVE_WITH_PEFT = "save the adapter with PEFT's save_pretrained"
+_FULL_MODEL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_POINTER = b"version https://git-lfs"
+_MAX_POINTER_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +59,29 @@ class Version:
     source: str  # name of the source
     id: str  # of the repository, or the folder's real path
     revision: str  # commit, or a fingerprint of the files
-    weights: str  # name of the weight file
+    weights: str  # path of the weight file, or of its index, below the folder
     cache: str = ""  # folder of downloads that it belongs to
     salt: bytes = b""  # the tenant's cache salt; empty for public adapters
-    num_bytes: int | None = None  # size of the weight file according to the source
+    num_bytes: int | None = None  # size of the weights according to the source
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles(Closable):
-    """An adapter on disk, its two files open. A context manager; `close` may be called twice."""
+    """An adapter on disk, its files open. A context manager; `close` may be called twice."""
 
     folder: Path
     config: OpenFile
-    weights: OpenFile
+    weights: OpenFile  # the only weight file, or the index of several
     revision: str  # commit, or a fingerprint of the files
+    shards: tuple[OpenFile, ...] = ()  # the files that the index names
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in (self.config, self.weights, *self.shards))
 
     def close(self) -> None:
-        self.config.close()
-        self.weights.close()
+        for file in (self.config, self.weights, *self.shards):
+            file.close()
 
 
 class Source(Protocol):
@@ -92,34 +116,78 @@ def token_hash(token: str) -> bytes:
 
 
 def find_weights(names: Iterable[str], where: str) -> str:
-    """The weight file among `names`. Raises AdapterIncompatible if these are not the files of a PEFT adapter."""
+    """The weight file among `names`, or the index of several: a path below the adapter's folder.
+
+    Raises AdapterIncompatible if these are not the files of a PEFT adapter.
+    """
     present = set(names)
-    if CONFIG_NAME not in present:
-        raise AdapterIncompatible(
-            f"{where} has no {CONFIG_NAME}",
-            field=CONFIG_NAME,
-            hint=_SAVE_WITH_PEFT,
+    for folder in FOLDERS:
+        if folder + CONFIG_NAME in present:
+            for name in WEIGHT_NAMES:
+                if folder + name in present:
+                    return folder + name
+    raise _not_an_adapter(present, where)
+
+
+def _not_an_adapter(present: set[str], where: str) -> AdapterIncompatible:
+    """What the files are instead, and the remedy."""
+    field, what, hint = CONFIG_NAME, f"has no {CONFIG_NAME}", _SAVE_WITH_PEFT
+    nested = sorted(name for name in present if name.endswith(f"/{CONFIG_NAME}"))
+    if "adapters.safetensors" in present:
+        field, what = "adapters.safetensors", "is an mlx-lm adapter"
+        hint = "merge it into the base model with mlx_lm.fuse and serve the result with --model-id"
+    elif not present.isdisjoint(folder + CONFIG_NAME for folder in FOLDERS):
+        field, what = (
+            WEIGHT_NAMES[0],
+            f"has neither {', '.join(WEIGHT_NAMES[:-1])} nor {WEIGHT_NAMES[-1]}",
         )
-    for name in WEIGHT_NAMES:
-        if name in present:
-            return name
-    raise AdapterIncompatible(
-        f"{where} has neither {' nor '.join(WEIGHT_NAMES)}",
-        field=WEIGHT_NAMES[0],
-        hint=_SAVE_WITH_PEFT,
-    )
+    elif not present.isdisjoint(_FULL_MODEL):
+        what, hint = (
+            "is a whole model, not an adapter",
+            "serve it as the base model, with --model-id",
+        )
+    elif nested:
+        what += " of its own"
+        hint = f"request the adapter in {shown(nested[0].removesuffix('/' + CONFIG_NAME))}, from an --adapter-root"
+    return AdapterIncompatible(f"{where} {what}", field=field, hint=hint)
+
+
+def config_of(weights: str) -> str:
+    """The configuration next to a weight file; both are paths below the adapter's folder."""
+    return str(PurePosixPath(weights).with_name(CONFIG_NAME))
+
+
+def shard_names(index: OpenFile) -> list[str]:
+    """The files that an index names, all in its own folder. Raises AdapterIncompatible or AdapterLoadFailed."""
+    try:
+        return sorted(set(read_index(index).values()))
+    except ValueError as error:
+        why = shown(str(error), MAX_SHOWN * 2)
+        raise AdapterIncompatible(f"{index.name} is damaged: {why}", hint=RESAVE) from None
+    except OSError as error:
+        raise AdapterLoadFailed(f"cannot read {index.name}: {error.strerror}") from None
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names of the files in a folder, those of Ludwig's layout included. Raises OSError."""
+    names = os.listdir(folder)
+    if CONFIG_NAME not in names:
+        with suppress(OSError):
+            names += [LUDWIG + name for name in os.listdir(folder / LUDWIG)]
+    return names
 
 
 def open_folder(folder: Path) -> AdapterFiles:
     """The files of a folder anywhere on disk, symbolic links followed. Raises as `open_files`."""
-    return open_files(folder / CONFIG_NAME, folder / _weights_in(folder))
+    weights = _weights_in(folder, folder.name)
+    return open_files(folder / config_of(weights), folder / weights)
 
 
-def _weights_in(folder: Path) -> str:
+def _weights_in(folder: Path, where: str) -> str:
     try:
-        return find_weights(os.listdir(folder), str(folder))
+        return find_weights(list_files(folder), where)
     except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {folder}: {error.strerror}") from None
+        raise AdapterLoadFailed(f"cannot read the folder {where}: {error.strerror}") from None
 
 
 class LocalSource(Source):
@@ -134,7 +202,7 @@ class LocalSource(Source):
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
         folder = self._folder(ref)
-        weights = _weights_in(folder)
+        weights = _weights_in(folder, self._below(folder))
         with self._open(folder, weights) as files:
             return Version(self.name, str(folder), files.revision, weights)
 
@@ -143,13 +211,19 @@ class LocalSource(Source):
         if files.revision == version.revision:
             return files
         files.close()
-        raise AdapterLoadFailed(f"{files.folder} changed during loading", hint=RENAME)
+        name = self._below(Path(version.id))
+        raise AdapterLoadFailed(f"{name} changed during loading", hint=RENAME)
 
     def _open(self, folder: Path, weights: str) -> AdapterFiles:
         try:
-            return open_files(folder / CONFIG_NAME, folder / weights, self.roots)
+            return open_files(folder / config_of(weights), folder / weights, self.roots)
         except AdapterForbidden as error:
-            raise self._forbidden(error.field or weights) from None
+            raise self._forbidden(f"{self._below(folder)}/{error.field or weights}") from None
+
+    def _below(self, folder: Path) -> str:
+        """A real folder's path below its root, for messages: clients need not know the rest."""
+        roots = [root for root in self.roots if folder.is_relative_to(root)]
+        return str(folder.relative_to(roots[0])) if roots else folder.name
 
     def _folder(self, ref: AdapterRef) -> Path:
         """The real folder. A path outside the roots is forbidden, whether it exists or not."""
@@ -158,7 +232,7 @@ class LocalSource(Source):
         for name in names:
             for root in self.roots:
                 try:
-                    folder = (root / Path(name).expanduser()).resolve()
+                    folder = (root / name).resolve()  # ~ is a name like any other
                     exists = folder.is_dir()
                 except (OSError, RuntimeError):  # a loop of links, a name too long
                     continue
@@ -175,22 +249,17 @@ class LocalSource(Source):
         if seen_outside:
             raise self._forbidden(ref.name)
         raise AdapterNotFound(
-            f"there is no folder {ref.name} in {self.described}",
+            f"there is no folder {ref.name} below an --adapter-root",
             field="adapter_id",
             hint="give the folder's path below an --adapter-root, or start the server with another --adapter-root",
         )
-
-    @property
-    def described(self) -> str:
-        """The roots, for messages."""
-        return ", ".join(map(str, self.roots)) or "any --adapter-root (none is set)"
 
     def _allowed(self, path: Path) -> bool:
         return any(path.is_relative_to(root) for root in self.roots)
 
     def _forbidden(self, name: str) -> AdapterError:
         return AdapterForbidden(
-            f"{name} is outside every --adapter-root ({self.described})",
+            f"{name} is outside every --adapter-root",
             field="adapter_id",
             hint="start the server with --adapter-root for its folder",
         )
@@ -227,30 +296,52 @@ def open_files(
     roots: Iterable[Path] | None = None,
     revision: str | None = None,
 ) -> AdapterFiles:
-    """Opens an adapter's two files. Their real paths must lie in `roots` (None: anywhere).
+    """Opens an adapter's files: configuration, weights, and the shards if `weights` is an index.
 
-    `revision`: None uses the files' fingerprints. Raises AdapterForbidden (`field`: the path),
-    AdapterIncompatible or AdapterLoadFailed.
+    Their real paths must lie in `roots` (None: anywhere). `revision`: None uses the files' fingerprints. Raises
+    AdapterForbidden (`field`: the file's name), AdapterIncompatible or AdapterLoadFailed.
     """
     roots = None if roots is None else tuple(roots)
-    opened = _open(config, roots)
-    try:
-        other = _open(weights, roots)
-    except BaseException:
-        opened.close()
-        raise
-    made_of = f"{opened.fingerprint}-{other.fingerprint}"
-    return AdapterFiles(config.parent, opened, other, revision or made_of)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_open(path, roots)) for path in (config, weights)]
+        if weights.name == INDEX_NAME:
+            for name in shard_names(opened[1]):
+                opened.append(stack.enter_context(_open(weights.with_name(name), roots)))
+        stack.pop_all()
+    made_of = "-".join(file.fingerprint for file in opened)
+    if len(opened) > 2:
+        made_of = hashlib.sha256(made_of.encode()).hexdigest()
+    return AdapterFiles(config.parent, opened[0], opened[1], revision or made_of, tuple(opened[2:]))
 
 
 def _open(path: Path, roots: tuple[Path, ...] | None) -> OpenFile:
     try:
-        return OpenFile(path, roots)
+        file = OpenFile(path, roots)
     except NotRegular:
-        raise AdapterIncompatible(f"{path} is not a regular file", field=path.name) from None
+        raise AdapterIncompatible(f"{path.name} is not a regular file", field=path.name) from None
     except Outside:
         raise AdapterForbidden(
-            f"{path} leads out of the adapter folders", field=str(path)
+            f"{path.name} leads out of the adapter folders", field=path.name
         ) from None
     except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {path}: {error.strerror}") from None
+        raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
+    with ExitStack() as stack:
+        stack.callback(file.close)
+        if _is_pointer(file):
+            raise AdapterIncompatible(
+                f"{path.name} is a Git LFS pointer, not the file itself",
+                field=path.name,
+                hint="run `git lfs pull` in the adapter's folder",
+            )
+        stack.pop_all()
+    return file
+
+
+def _is_pointer(file: OpenFile) -> bool:
+    """Whether git left a note of where the file is, because Git LFS is not installed."""
+    if not len(_POINTER) <= file.size < _MAX_POINTER_BYTES:
+        return False
+    start = bytearray(len(_POINTER))
+    with suppress(OSError):  # it is read again
+        file.read_into(start, 0)
+    return start == _POINTER

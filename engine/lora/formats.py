@@ -13,10 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from engine.errors import AdapterIncompatible
+from engine.errors import RESAVE, AdapterIncompatible
 from engine.files import OpenFile
-from engine.lora.peft_config import PeftConfig, check_config, describe_key, read_config
+from engine.lora.keys import plain_keys
+from engine.lora.leftovers import FULL_MODEL, describe
+from engine.lora.peft_config import PeftConfig, check_config, read_config
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
 from engine.lora.weights import LoraWeights, Pair, TargetIndex
 from engine.names import shown, shown_shape
@@ -26,10 +29,10 @@ from engine.ops.targets import Group, ModelTargets, Target
 MAX_PROBLEMS = 64  # kinds of problems that are listed
 
 _HALF = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
+    r"(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
 )
-_BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 _TRAINING_ONLY = re.compile(r"\.lora_(velora|monteclora)_")  # PEFT does not read them at inference
+_GATHER = "gather sharded weights (ZeRO-3, FSDP) before saving"
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -81,18 +84,22 @@ def load_peft(
     weights: OpenFile,
     targets: ModelTargets,
     *,
+    shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
 ) -> LoraWeights:
     """The LoRA in a PEFT folder's `config` and `weights`, a safetensors file (see `engine.sandbox.Converter`).
 
-    Matrices are read from `weights` later, so it must stay open; closing the result closes it.
+    `shards`: if `weights` is the index of a sharded file, the files that it names. Matrices are read from the weight
+    files later, so they must stay open; closing the result closes them.
 
     `base_model`: id of the served model. Another name in the adapter gives a note only, because the shapes decide.
     Values are not checked here; `write_image` refuses values that are not finite. Raises AdapterIncompatible with the
     reasons, or AdapterLoadFailed.
     """
-    found, problems = check_peft(config, weights, targets, max_rank=max_rank, base_model=base_model)
+    found, problems = check_peft(
+        config, weights, targets, shards=shards, max_rank=max_rank, base_model=base_model
+    )
     if found is None:
         raise summary(problems)
     return found
@@ -112,6 +119,7 @@ def check_peft(
     weights: OpenFile,
     targets: ModelTargets,
     *,
+    shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
 ) -> tuple[LoraWeights | None, list[AdapterIncompatible]]:
@@ -122,18 +130,27 @@ def check_peft(
         problems.add(f"config {number}", error.message, error.field, error.hint)
     if parsed is None:
         return None, problems.errors()
-    file = SafetensorsFile(weights)
+    file = SafetensorsFile(weights, shards)
+    file.rename(plain_keys(file.infos, problems.add))
     matcher = _Matcher(file, parsed, targets, max_rank, problems)
     pairs = matcher.pairs()
     errors = problems.errors()
     if errors:
         return None, errors
-    notes = matcher.notes
-    if base_model and parsed.base_model and parsed.base_model != base_model:
+    notes = [*parsed.notes, *matcher.notes]
+    if base_model and parsed.base_model and not same_base(parsed.base_model, base_model):
         notes.append(
             f"trained on {shown(parsed.base_model)}, served with {base_model}; the shapes match"
         )
     return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
+
+
+def same_base(named: str, served: str) -> bool:
+    """Whether two names mean one base model: they are equal, or one is a folder with the other's last part."""
+    if named == served:
+        return True
+    paths = [name for name in (named, served) if name.count("/") != 1 or name[0] in "./~"]
+    return bool(paths) and Path(named).name.lower() == Path(served).name.lower() != ""
 
 
 @dataclass(slots=True)
@@ -154,13 +171,11 @@ class _Matcher:
         for key in self.file.infos:
             if match := _HALF.fullmatch(key):
                 half = match["half"] or "embedding " + match["table"]
-                if half in halves.setdefault(match["module"], {}):
-                    others.append(key)  # the same tensor with and without PEFT's prefix
-                halves[match["module"]].setdefault(half, key)
+                halves.setdefault(match["module"], {})[half] = key
             elif not _TRAINING_ONLY.search(key):
                 others.append(key)
         sites = self._sites()
-        self._leftover(others, sites, halves)
+        self._leftover(others, sites)
         linears = sorted({path.rsplit(".", 1)[-1] for path in sites})
         pairs = {}
         for module, names in halves.items():
@@ -170,8 +185,9 @@ class _Matcher:
             elif (pair := self._pair(module, names, site)) is not None:
                 pairs[site.index] = pair
         if not halves:
-            hint = "save the adapter with PEFT's save_pretrained"
-            self.problems.add("empty", "the weight file has no LoRA tensors", None, hint)
+            whole = any(key.removesuffix(".weight") in sites for key in others)
+            remedy = FULL_MODEL if whole else RESAVE
+            self.problems.add("empty", "the weight file has no LoRA tensors", None, remedy)
         return pairs
 
     def _sites(self) -> dict[str, _Site]:
@@ -195,6 +211,11 @@ class _Matcher:
             text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
             if not missing:
                 text = f"{module} has LoRA tensors both of a linear and of an embedding"
+            elif len(names) == len(missing) == 2:
+                served, other = ("an embedding", "a linear")[:: 1 if site.group.embedding else -1]
+                text = (
+                    f"{module} is {served} in the served model, but has the LoRA tensors of {other}"
+                )
             self.problems.add(f"half {kind}", text, module, "save the complete adapter again")
             return None
         a, b = (self.file.infos[names[half]] for half in halves)
@@ -232,16 +253,15 @@ class _Matcher:
                     hint,
                 )
                 return False
-        if (
-            len(a.shape) != 2
-            or len(b.shape) != 2
-            or a.shape[0] != b.shape[1]
-            or 0 in a.shape + b.shape
-        ):
+        for half, info in (("A", a), ("B", b)):
+            if 0 in info.shape:
+                text = f"lora_{half} of {module} was saved empty, with the shape {shown_shape(info.shape)}"
+                self.problems.add(f"empty {kind}", text, module, _GATHER)
+                return False
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             shapes = f"{shown_shape(a.shape)} and {shown_shape(b.shape)}"
             text = f"{module} has shapes {shapes}, which are not those of a LoRA pair"
-            hint = "gather sharded weights (ZeRO-3, FSDP) before saving"
-            self.problems.add(f"shape {kind}", text, module, hint)
+            self.problems.add(f"shape {kind}", text, module, _GATHER)
             return False
         have = (a.shape[1], b.shape[0])
         want = (site.group.in_features, site.target.out_features)
@@ -272,37 +292,9 @@ class _Matcher:
             hint = f"train on {', '.join(linears)} only"
         self.problems.add(f"module {kind}", f"{shown(module)} {why}", module, hint)
 
-    def _leftover(
-        self, keys: list[str], sites: dict[str, _Site], halves: dict[str, dict[str, str]]
-    ) -> None:
-        """Tensors that do not belong to a pair. A copy of the base weight of an adapted embedding gives a note only."""
+    def _leftover(self, keys: list[str], sites: dict[str, _Site]) -> None:
+        """Tensors that do not belong to a pair."""
+        targets = {path.rpartition(".")[2] for path in sites}
         for key in keys:
-            match = _BASE_COPY.fullmatch(key)
-            if match and match["module"] in halves and match["module"] in sites:
-                self._base_copy(match["module"], self.file.infos[key], sites[match["module"]])
-                continue
-            kind = _kind(key)
-            if found := describe_key(key):
-                what, name, remedy = found
-                self.problems.add(f"left {name}", f"{shown(key)} is {what}", name, remedy)
-            elif key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
-                text = f"{shown(key)} is a whole matrix: the vocabulary was resized or trained"
-                hint = "if it was not trained, save with save_embedding_layers=False"
-                self.problems.add(f"left {kind}", text, "modules_to_save", hint)
-            else:
-                hint = "save the adapter with PEFT's save_pretrained"
-                self.problems.add(f"left {kind}", f"{shown(key)} is not a LoRA tensor", key, hint)
-
-    def _base_copy(self, module: str, info: TensorInfo, site: _Site) -> None:
-        shape = (site.target.out_features, site.group.in_features)
-        if site.group.embedding:
-            shape = (site.group.in_features, site.target.out_features)
-        if info.shape == shape:
-            self.notes.append(f"the file's copy of the base weight {module} is ignored")
-            return
-        self.problems.add(
-            f"base copy {module}",
-            f"{module} was resized to {shown_shape(info.shape)}; the served model has {list(shape)}",
-            module,
-            "train without added tokens, or serve the resized base model",
-        )
+            found = describe(key, _kind(key), sites, targets)
+            self.problems.add(found.kind, found.text, found.field, found.remedy)

@@ -1,7 +1,6 @@
-"""PEFT's `adapter_config.json`: which fields are supported, which have no effect at inference, which are refused.
+"""PEFT's `adapter_config.json`: the numbers that matter at inference, and every field that cannot be served.
 
-Every field of peft 0.21's LoraConfig is in one of the three tables. A field in none of them comes from another version
-or another tool. If it is set, the adapter is refused and the field is named, because its meaning is unknown.
+`engine.lora.peft_fields` says what happens to each field.
 """
 
 from __future__ import annotations
@@ -13,96 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import AdapterIncompatible
+from engine.errors import WAIT, AdapterIncompatible, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.patterns import REMEDY, Pattern, check_bounds, compile_pattern
+from engine.lora.peft_fields import (
+    CONVERT,
+    CONVERTED_INITS,
+    FIELDS,
+    HARMLESS_INITS,
+    MERGE,
+    UNCONVERTED_INITS,
+    describes_training,
+)
 from engine.lora.tensors import reading
 from engine.names import shown, shown_value
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FIELDS = 256
-MAX_BASE_NAME = 4096  # characters; it may be a path
-
-HONOURED = frozenset(
-    {
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "init_lora_weights",
-        "base_model_name_or_path",
-    }
-)
-
-# The tensors decide which modules are adapted. The other fields concern training or the origin of the base model.
-WITHOUT_EFFECT = frozenset(
-    {
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "revision",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "layers_to_transform",
-        "layers_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-        "velora_config",
-        "monteclora_config",
-        "runtime_config",
-        "merge_weights",  # peft before 0.3
-        "enable_lora",
-    }
-)
-
-_MERGE = "merge it into the base model with PEFT's merge_and_unload and serve that"
-_RETRAIN = "train the adapter without it"
-
-# field -> (its effect, remedy)
-REFUSED = {
-    "use_dora": ("scales every output by a magnitude (DoRA)", _RETRAIN),
-    "lora_bias": ("adds a bias to lora_B", _RETRAIN),
-    "modules_to_save": (
-        "replaces whole modules of the base model",
-        "target them with LoRA (target_modules) instead",
-    ),
-    "megatron_config": (
-        "configures Megatron's parallel layers",
-        "convert the adapter to PEFT's format",
-    ),
-    "trainable_token_indices": (
-        "replaces rows of the embedding",
-        "target embed_tokens with LoRA instead",
-    ),
-    "alora_invocation_tokens": (
-        "takes effect only after an invocation (aLoRA)",
-        "train an ordinary LoRA",
-    ),
-    "use_qalora": ("pools the input of quantised layers (QALoRA)", _RETRAIN),
-    "layer_replication": ("changes the number of layers", _MERGE),
-    "target_parameters": (
-        "adapts parameters outside of linear layers, such as experts",
-        "train on linear layers (target_modules) only",
-    ),
-    "use_bdlora": ("cuts the matrices into diagonal blocks (BD-LoRA)", _RETRAIN),
-    "arrow_config": ("routes between adapters (Arrow)", "request one of its adapters"),
-    "kasa_config": ("truncates the base weights (KaSA)", _MERGE),
-    "ensure_weight_tying": ("ties the adapters of embedding and head", _RETRAIN),
-}
-
-# init_lora_weights that leave the base weights unchanged; the others subtract the initial product from them.
-HARMLESS_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_CONVERT = "convert it to an ordinary LoRA: save it with path_initial_model_for_weight_conversion"
+MAX_NOTES = 16
+MAX_BASE_NAME = 256  # characters; it may be a path
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -117,6 +45,7 @@ class PeftConfig:
     alphas: Pattern
     rslora: bool
     base_model: str | None
+    notes: list[str]  # about fields that are ignored though they are unknown
 
     def rank(self, module: str) -> int:
         return int(self.ranks.value(module))
@@ -142,6 +71,8 @@ def read_config(file: OpenFile) -> dict[str, Any]:
         if _SURROGATE.search(text):  # half of a surrogate pair
             json.dumps(loaded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
+        if _ends_early(error):
+            raise AdapterLoadFailed(f"{file.name} is incomplete", hint=WAIT) from None
         raise AdapterIncompatible(f"{file.name} is not valid JSON: {shown(str(error))}") from None
     if not isinstance(loaded, dict):
         raise AdapterIncompatible(f"{file.name} is not a JSON object")
@@ -155,6 +86,13 @@ def read_config(file: OpenFile) -> dict[str, Any]:
     return loaded
 
 
+def _ends_early(error: Exception) -> bool:
+    """Whether JSON is well-formed up to its end: a file that is still being written."""
+    return isinstance(error, json.JSONDecodeError) and (
+        error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+    )
+
+
 def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[AdapterIncompatible]]:
     """The configuration, and every problem in it. The configuration is None if ranks or scales are unknown."""
     kind = fields.get("peft_type")
@@ -164,7 +102,8 @@ def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[Ada
             f"adapter_config.json: {named}", field="peft_type", hint=_OTHER_METHODS
         )
         return None, [problem]
-    problems = [*_refused(fields), *_init(fields)]
+    refused, notes = _refused(fields)
+    problems = [*refused, *_init(fields)]
     numbers: dict[str, Pattern] = {}
     for name, pattern, default in (("r", "rank_pattern", 8), ("lora_alpha", "alpha_pattern", 8)):
         try:
@@ -179,43 +118,44 @@ def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[Ada
         numbers["lora_alpha"],
         bool(fields.get("use_rslora")),
         str(base) if base else None,
+        notes,
     )
     return config, problems
 
 
-def _refused(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
-    problems = []
-    if (bias := fields.get("bias")) not in (None, "none"):
-        problems.append(
-            AdapterIncompatible(
-                f"bias is {shown_value(bias)}: the adapter replaces biases of the base model",
-                field="bias",
-                hint=_RETRAIN,
-            )
-        )
+def _refused(fields: Mapping[str, Any]) -> tuple[list[AdapterIncompatible], list[str]]:
+    """Problems and notes about the fields that are not served."""
+    problems, notes = [], []
     for name, value in fields.items():
-        if not value or name in HONOURED or name in WITHOUT_EFFECT or name == "bias":
+        field = FIELDS.get(name)
+        if not value or (field and (field.kind != "refused" or value in field.harmless)):
             continue
-        why, remedy = REFUSED.get(
-            name,
-            ("is an unknown field", "remove it if it has no effect at inference"),
-        )
         named = shown(name)
+        if field is None and describes_training(name):
+            notes.append(
+                f"the unknown field {named} is ignored: by its name it describes the training"
+            )
+            continue
+        why, remedy = "is an unknown field", "remove it if it has no effect at inference"
+        if field is not None:
+            why, remedy = field.what, field.remedy
+            if field.harmless:
+                why = f"is {shown_value(value)}: it {why}"
         problems.append(AdapterIncompatible(f"{named} {why}", field=named, hint=remedy))
-    return problems
+    return problems, notes[:MAX_NOTES]
 
 
 def _init(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:
     init = str(fields.get("init_lora_weights", True)).lower()
     if init in HARMLESS_INITS:
         return []
-    known = init.startswith(BASE_CHANGING_INITS)
-    why = "changes the base weights" if known else "is an unknown initialisation"
-    return [
-        AdapterIncompatible(
-            f"init_lora_weights '{shown(init)}' {why}", field="init_lora_weights", hint=_CONVERT
-        )
-    ]
+    why, remedy = "is an unknown initialisation", CONVERT
+    if init.startswith(CONVERTED_INITS):
+        why = "changes the base weights"
+    elif init.startswith(UNCONVERTED_INITS):
+        why, remedy = "changes the base weights", MERGE
+    text = f"init_lora_weights '{shown(init)}' {why}"
+    return [AdapterIncompatible(text, field="init_lora_weights", hint=remedy)]
 
 
 def _pattern(fields: Mapping[str, Any], name: str, pattern: str, default: int) -> Pattern:
@@ -247,23 +187,3 @@ def _number(value: Any, where: str, field: str, whole: bool) -> float:
             f"{where} is {shown_value(value)}, not a valid number", field=field
         )
     return float(value)
-
-
-# (part of a tensor's name, only at the end?, what it is, field)
-_KNOWN_KEYS = (
-    (".lora_magnitude_vector", False, "a DoRA magnitude", "use_dora"),
-    (".lora_A.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
-    (".lora_B.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
-    (".trainable_tokens_", False, "trained rows of the embedding", "trainable_token_indices"),
-    (".lora_diag", False, "a KaSA diagonal", "kasa_config"),
-    (".modules_to_save.", False, "a whole module", "modules_to_save"),
-    (".bias", True, "a bias of the base model", "bias"),
-)
-
-
-def describe_key(key: str) -> tuple[str, str, str] | None:
-    """(what, field, remedy) of a known kind of tensor that is not part of a LoRA pair; else None."""
-    for part, at_end, what, field in _KNOWN_KEYS:
-        if key.endswith(part) if at_end else part in key:
-            return what, field, REFUSED[field][1] if field in REFUSED else _RETRAIN
-    return None

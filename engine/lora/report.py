@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import AdapterError
 from engine.files import OpenFile
-from engine.lora.formats import check_peft
+from engine.lora.formats import check_peft, same_base
 from engine.lora.image import image_size, write_image
 from engine.lora.modules import module_notes
 from engine.lora.peft_config import read_config
@@ -23,14 +24,17 @@ class AdapterReport:
     folder: str
     base_model: str | None  # the adapter's name for it
     base_matches: bool | None  # by name (None: a name is missing); only a hint, the shapes decide
-    targets: dict[str, int]  # name of the target -> number of layers that adapt it
-    ranks: list[int]  # the distinct ones
-    scales: list[float]
-    data_bytes: int  # in the arena
-    image_bytes: int  # in host memory
-    digest: str | None  # None: the values were not read
     errors: list[AdapterError]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    targets: dict[str, int] = field(
+        default_factory=dict
+    )  # target -> number of layers that adapt it
+    coverage: dict[str, str] = field(default_factory=dict)  # target -> its layers, as "0-3, 5 of 8"
+    ranks: list[int] = field(default_factory=list)  # the distinct ones
+    scales: list[float] = field(default_factory=list)
+    data_bytes: int = 0  # in the arena
+    image_bytes: int = 0  # in host memory
+    digest: str | None = None  # None: the values were not read
 
     @property
     def ok(self) -> bool:
@@ -42,6 +46,7 @@ def inspect(
     weights: OpenFile,
     layout: ShardLayout,
     *,
+    shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
     base_model: str | None = None,
     values: bool = True,
@@ -57,56 +62,94 @@ def inspect(
     try:
         fields = read_config(config)
         found, problems = check_peft(
-            config, weights, layout.targets, max_rank=max_rank, base_model=base_model
+            config,
+            weights,
+            layout.targets,
+            shards=shards,
+            max_rank=max_rank,
+            base_model=base_model,
         )
         errors.extend(problems)
     except AdapterError as error:
         errors.append(error)
     named = fields.get("base_model_name_or_path")
-    matches = named == base_model if named and base_model else None
+    matches = same_base(named, base_model) if named and base_model else None
+    report = AdapterReport(folder, named, matches, errors)
     if found is None:
-        return AdapterReport(
-            folder=folder,
-            base_model=named,
-            base_matches=matches,
-            targets={},
-            ranks=[],
-            scales=[],
-            data_bytes=0,
-            image_bytes=0,
-            digest=None,
-            errors=errors,
-            notes=[],
-        )
+        return report
     size, digest = image_size(found, layout), None
     if values:
         try:
             digest = write_image(found, layout, memoryview(bytearray(size.total))).hex()
         except AdapterError as error:
             errors.append(error)
-    return AdapterReport(
-        folder=folder,
-        base_model=named,
-        base_matches=matches,
+    return replace(
+        report,
+        notes=[
+            *found.notes,
+            *module_notes(fields, found, layout.targets),
+            *_gaps(fields, found, layout.targets),
+        ],
         targets=count_targets(found, layout.targets),
+        coverage=coverage(found, layout.targets),
         ranks=sorted({pair.rank for pair in found.pairs.values()}),
         scales=sorted({pair.scale for pair in found.pairs.values()}),
         data_bytes=size.data_bytes,
         image_bytes=size.total,
         digest=digest,
-        errors=errors,
-        notes=[*found.notes, *module_notes(fields, found, layout.targets)],
     )
 
 
 def count_targets(weights: LoraWeights, targets: ModelTargets) -> dict[str, int]:
     """Name of the target -> number of layers that adapt it, in the order of the model."""
-    counts: dict[str, int] = {}
+    return {name: len(layers) for name, (layers, _) in _layers(weights, targets).items() if layers}
+
+
+def coverage(weights: LoraWeights, targets: ModelTargets) -> dict[str, str]:
+    """Name of every target -> the layers that adapt it: "all 8 layers", "0-3, 5 of 8 layers", "none of 8 layers"."""
+    found = {}
+    for name, (layers, total) in _layers(weights, targets).items():
+        if total == 1:
+            found[name] = "yes" if layers else "no"
+        elif len(layers) == total:
+            found[name] = f"all {total} layers"
+        else:
+            found[name] = f"{_ranges(layers) or 'none'} of {total} layers"
+    return found
+
+
+def _gaps(fields: Mapping[str, Any], weights: LoraWeights, targets: ModelTargets) -> list[str]:
+    """A note if a target is adapted in some layers only, and the configuration does not ask for that."""
+    chosen = fields.get("layers_to_transform") is not None
+    if chosen or isinstance(fields.get("target_modules"), str):
+        return []
+    partial: dict[str, list[str]] = {}
+    for name, (layers, total) in _layers(weights, targets).items():
+        if 0 < len(layers) < total:
+            partial.setdefault(f"{_ranges(layers)} of {total} layers", []).append(name)
+    return [f"{', '.join(names)}: adapted in {where} only" for where, names in partial.items()]
+
+
+def _layers(weights: LoraWeights, targets: ModelTargets) -> dict[str, tuple[list[int], int]]:
+    """Name of every target -> the layers that adapt it, and the number of layers that have it."""
+    found: dict[str, tuple[list[int], int]] = {}
     for layer, number, group in targets.each_group():
         for index, target in enumerate(group.targets):
-            experts = range(group.experts or 1)
-            if any(
-                TargetIndex(layer, number, index, expert) in weights.pairs for expert in experts
-            ):
-                counts[target.name] = counts.get(target.name, 0) + 1
-    return counts
+            layers, total = found.get(target.name, ([], 0))
+            places = (
+                TargetIndex(layer, number, index, expert) for expert in range(group.experts or 1)
+            )
+            adapted = [layer] if any(place in weights.pairs for place in places) else []
+            found[target.name] = (layers + adapted, total + 1)
+    return found
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as "0-3, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)

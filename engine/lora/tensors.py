@@ -6,17 +6,17 @@ the next checkpoint, `pread` gives an error; a mapping would kill the process (S
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from engine.errors import RENAME, RESAVE, AdapterIncompatible, AdapterLoadFailed
+from engine.errors import RENAME, RESAVE, WAIT, AdapterIncompatible, AdapterLoadFailed
 from engine.files import Changed, OpenFile
 from engine.lora.weights import Matrix
 from engine.names import shown
-from engine.safetensors import read_header
+from engine.safetensors import Incomplete, read_header, read_index
 
 MAX_REASON = 300  # characters of the reason why a header is invalid
 
@@ -34,20 +34,22 @@ class TensorInfo:
 
     dtype: str  # in the spelling of the file
     shape: tuple[int, ...]
-    start: int = 0  # bytes from the start of the file
+    start: int  # bytes from the start of the file
+    file: OpenFile
 
 
 @dataclass(frozen=True, slots=True)
 class _FileMatrix:
     """A matrix in a safetensors file."""
 
-    file: SafetensorsFile
+    file: OpenFile
     start: int
     shape: tuple[int, int]
     dtype: torch.dtype
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
-        self.file.read_into(out, self.start + start * self.shape[1] * self.dtype.itemsize)
+        with reading(self.file):
+            self.file.read_into(out, self.start + start * self.shape[1] * self.dtype.itemsize)
 
 
 @contextmanager
@@ -61,37 +63,70 @@ def reading(file: OpenFile) -> Iterator[None]:
         raise AdapterLoadFailed(f"cannot read {file.name}: {error.strerror}") from None
 
 
+@contextmanager
+def _parsing(file: OpenFile) -> Iterator[None]:
+    """Turns errors of the disk and of the format into AdapterError."""
+    try:
+        with reading(file):
+            yield
+    except Incomplete as error:
+        why = shown(str(error), MAX_REASON)
+        raise AdapterLoadFailed(f"{file.name} is incomplete: {why}", hint=WAIT) from None
+    except ValueError as error:
+        why = shown(str(error), MAX_REASON)
+        raise AdapterIncompatible(f"{file.name} is damaged: {why}", hint=RESAVE) from None
+
+
 class SafetensorsFile:
-    """The tensors of an open safetensors file."""
+    """The tensors of an open safetensors file; of several, if it is the index of a sharded one."""
 
-    def __init__(self, file: OpenFile) -> None:
-        """Reads the header. Raises AdapterLoadFailed, or AdapterIncompatible if it is not safetensors."""
-        self.file = file
-        try:
-            with reading(file):
-                entries, data = read_header(file)
-        except ValueError as error:
-            why = shown(str(error), MAX_REASON)
-            raise AdapterIncompatible(f"{file.name} is damaged: {why}", hint=RESAVE) from None
-        self.infos = {
-            name: TensorInfo(entry.dtype, entry.shape, data + entry.data_offsets[0])
-            for name, entry in entries.items()
-        }
+    def __init__(self, file: OpenFile, shards: Sequence[OpenFile] = ()) -> None:
+        """Reads the headers. `shards`: the files that an index names.
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` from `offset` on. Raises AdapterLoadFailed if the file is too short or cannot be read."""
-        with reading(self.file):
-            self.file.read_into(buffer, offset)
+        Raises AdapterLoadFailed, or AdapterIncompatible if a file is not safetensors.
+        """
+        self.files = (file, *shards)
+        self.infos: dict[str, TensorInfo] = {}
+        for one in shards or (file,):
+            with _parsing(one):
+                entries, data = read_header(one)
+            for name, entry in entries.items():
+                if name in self.infos:
+                    raise AdapterIncompatible(
+                        f"two files have the tensor {shown(name)}", hint=RESAVE
+                    )
+                self.infos[name] = TensorInfo(
+                    entry.dtype, entry.shape, data + entry.data_offsets[0], one
+                )
+        if shards:
+            self._check_index(file)
+
+    def _check_index(self, index: OpenFile) -> None:
+        with _parsing(index):
+            listed = read_index(index)
+        for name, shard in listed.items():
+            info = self.infos.get(name)
+            if info is None or info.file.name != shard:
+                raise AdapterIncompatible(
+                    f"{shown(shard)} lacks the tensor {shown(name)} that {index.name} lists",
+                    hint=RESAVE,
+                )
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """`names`: new name -> name in the file. Tensors without a new name are dropped."""
+        self.infos = {name: self.infos[key] for name, key in names.items()}
 
     def matrix(self, name: str) -> Matrix:
         info = self.infos[name]
         rows, columns = info.shape
-        return _FileMatrix(self, info.start, (rows, columns), DTYPES[info.dtype])
+        return _FileMatrix(info.file, info.start, (rows, columns), DTYPES[info.dtype])
 
     def verify(self) -> None:
-        """Raises AdapterLoadFailed if the file changed since it was opened."""
-        with reading(self.file):
-            self.file.verify()
+        """Raises AdapterLoadFailed if a file changed since it was opened."""
+        for file in self.files:
+            with reading(file):
+                file.verify()
 
     def close(self) -> None:
-        self.file.close()
+        for file in self.files:
+            file.close()

@@ -19,6 +19,7 @@ from pathlib import Path
 from engine.errors import (
     RENAME,
     RESAVE,
+    WAIT,
     AdapterIncompatible,
     AdapterLoadFailed,
     AdapterTooLarge,
@@ -39,6 +40,7 @@ _CPU_S = 5
 _BYTES_PER_S = 32 << 20  # of a slow disk and processor
 _WALL_FACTOR = 10  # the child runs at low priority
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+_ZIP_END_BYTES = 22 + (1 << 16)  # the end of a zip's directory and the longest comment
 _TEMPORARY = ".tmp"
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Converter:
                 hint="raise --host-cache-gb",
             )
         try:
+            if _is_truncated(file):
+                raise AdapterLoadFailed(f"{file.name} is incomplete: it ends early", hint=WAIT)
             digest = file.sha256(pause)
             with self._exclusive(digest, pause):
                 if (refused := self._refused.get(digest)) is not None:
@@ -194,6 +198,18 @@ class Converter:
 def is_pickle(file: OpenFile) -> bool:
     """Whether the file is a pickle of torch.save, by its name."""
     return file.path.suffix == ".bin"
+
+
+def _is_truncated(file: OpenFile) -> bool:
+    """Whether the file is empty, or a zip without its directory, which torch.save writes last."""
+    start = bytearray(min(file.size, 4))
+    file.read_into(start, 0)
+    if start and start != b"PK\x03\x04":
+        return False
+    end = bytearray(min(file.size, _ZIP_END_BYTES))
+    file.read_into(end, file.size - len(end))
+    found = end.rfind(b"PK\x05\x06")
+    return found < 0 or found + 22 > len(end)
 
 
 def _name(digest: bytes) -> str:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engine.config import MIB, EngineConfig
-from engine.errors import AdapterError, LoraxError
+from engine.errors import (
+    AdapterError,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    LoraxError,
+)
 from lorax_cli.options import with_config
-from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail
+from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail, warn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,8 +65,23 @@ def bar(out: Output, name: str) -> Iterator[Progress]:
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
+def similar(name: str, roots: Iterable[str]) -> list[str]:
+    """Folders whose names resemble a missing one: next to its path, and below the adapter roots."""
+    wanted, found = Path(name), []
+    for root in dict.fromkeys(("", *roots)):
+        parent = (Path(root) / wanted).parent
+        with suppress(OSError):
+            folders = [path.name for path in parent.iterdir() if path.is_dir()]
+            close = difflib.get_close_matches(wanted.name, folders, n=3)
+            found += [str(wanted.with_name(one)) for one in close]
+    return list(dict.fromkeys(found))[:3]
+
+
 def each(
-    names: list[str], run: Callable[[str], dict[str, Any]], failures: list[AdapterError]
+    names: list[str],
+    run: Callable[[str], dict[str, Any]],
+    failures: list[AdapterError],
+    roots: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """`run` for every name. A failure is printed and kept in `failures`; the other names still run."""
     rows = []
@@ -67,6 +89,10 @@ def each(
         try:
             rows.append(run(name))
         except AdapterError as error:
+            if isinstance(error, AdapterNotFound | AdapterLoadFailed) and (
+                others := similar(name, roots)
+            ):
+                error.hint = f"did you mean {' or '.join(others)}?"
             fail(f"{name}: {error.message}", error.hint)
             rows.append({"adapter": name, "ok": False, "errors": [error_entry(error)]})
             failures.append(error)
@@ -131,31 +157,33 @@ def pull(
                 "source": source,
                 "revision": files.revision,
                 "folder": str(files.folder),
-                "bytes": files.config.size + files.weights.size,
+                "bytes": files.num_bytes,
             }
 
     failures: list[AdapterError] = []
-    rows = each(adapter, run, failures)
+    rows = each(adapter, run, failures, config.adapters.adapter_root)
     folders = [row["folder"] for row in rows if row["ok"]]
     if folders or as_json:
         out.result(rows, view=lambda: pulled_table(rows), bare="\n".join(folders))
     end(failures)
 
 
-def report_entry(name: str, report: AdapterReport) -> dict[str, Any]:
+def report_entry(name: str, report: AdapterReport, failures: list[AdapterError]) -> dict[str, Any]:
+    """`failures`: those of this adapter, with the notes that --strict turned into errors."""
     return {
         "adapter": name,
-        "ok": report.ok,
+        "ok": not failures,
         "folder": report.folder,
         "base_model": report.base_model,
         "base_matches": report.base_matches,
         "targets": report.targets,
+        "coverage": report.coverage,
         "ranks": report.ranks,
         "scales": report.scales,
         "bytes": report.data_bytes,
         "digest": report.digest,
         "notes": report.notes,
-        "errors": [error_entry(error) for error in report.errors],
+        "errors": [error_entry(error) for error in failures],
     }
 
 
@@ -167,10 +195,10 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     matches = {True: "same name", False: "other name", None: "unknown"}
     for row in rows:
         result = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
-        by_layers: dict[int, list[str]] = {}
-        for name, num_layers in row.get("targets", {}).items():
-            by_layers.setdefault(num_layers, []).append(name)
-        targets = "; ".join(f"{', '.join(names)} ({num})" for num, names in by_layers.items())
+        by_layers: dict[str, list[str]] = {}
+        for name in row.get("targets", {}):
+            by_layers.setdefault(row["coverage"][name], []).append(name)
+        targets = "; ".join(f"{', '.join(names)} ({layers})" for layers, names in by_layers.items())
         table.add_row(
             escape(row["adapter"]),
             escape(f"{row.get('base_model') or ''} ({matches[row.get('base_matches')]})"),
@@ -186,17 +214,22 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
 def validate(
     adapter: AdapterNames,
     config: EngineConfig,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Treat notes as errors.", show_default=False)
+    ] = False,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Check that adapters can be served with the base model of --model-id, without loading its weights.
 
     Every problem is printed with the module, the field and the remedy. The exit code is 0 if all adapters can be
-    served, else that of the first problem: for example 11 if an adapter is missing, 13 if it is incompatible. A hint
-    is printed if target_modules and the tensors of the file differ. The server does not read target_modules.
+    served, else that of the first problem: for example 11 if an adapter is missing, 13 if it is incompatible. Warnings
+    name what may be a mistake: another base model, other target_modules than the file has tensors for, layers without
+    a tensor, a tokenizer, chat template or head in the folder that the server does not use.
     """
     from engine.adapters.sources import open_folder
     from engine.checkpoint import cache_folder
+    from engine.lora.folder import folder_notes
     from engine.lora.report import inspect
     from engine.models import adapter_layout
     from engine.sandbox import Converter
@@ -220,18 +253,21 @@ def validate(
                 files.config,
                 weights,
                 layout,
+                shards=files.shards,
                 max_rank=config.adapters.max_adapter_rank,
                 base_model=config.model.model_id.partition("@")[0],
             )
-        failures.extend(report.errors)
-        for error in report.errors:
+        report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
+        found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
+        failures.extend(found)
+        for error in found:
             fail(f"{name}: {error.message}", error.hint)
-        for note in report.notes:
-            out.hint(f"{name}: {note}")
-        return report_entry(name, report)
+        for note in [] if strict or quiet else report.notes:
+            warn(f"{name}: {note}")
+        return report_entry(name, report, found)
 
     with closing(converter):
-        rows = each(adapter, run, failures)
+        rows = each(adapter, run, failures, config.adapters.adapter_root)
     bare = "\n".join(row["adapter"] for row in rows if row["ok"]) or None
     out.result(rows, view=lambda: report_table(rows), bare=bare)
     end(failures)

@@ -47,7 +47,7 @@ def test_local_by_path_and_by_name(saved: Path) -> None:
         assert files.weights.path == saved / "a" / WEIGHTS
 
 
-@pytest.mark.parametrize("name", ["/etc", "../other", "/no/such/folder", "~root/x", "a/../../.."])
+@pytest.mark.parametrize("name", ["/etc", "../other", "/no/such/folder", "a/../../.."])
 def test_local_outside_the_roots(name: str, saved: Path) -> None:
     """Forbidden whether it exists or not: the answer tells nothing of the disk."""
     with pytest.raises(AdapterForbidden) as caught:
@@ -81,7 +81,7 @@ def test_local_that_is_no_adapter(tmp_path: Path) -> None:
     source = LocalSource([tmp_path])
     with pytest.raises(AdapterNotFound) as caught:
         fetch(source, "nothing")
-    assert str(tmp_path) in caught.value.message
+    assert "nothing" in caught.value.message
     (tmp_path / "x").mkdir()
     with pytest.raises(AdapterIncompatible, match=r"no adapter_config\.json"):
         fetch(source, "x")
@@ -333,8 +333,8 @@ def test_not_found_says_where_it_was_looked_for(hub: FakeHub, tmp_path: Path, sa
         "preloaded",
         "first",
         "the demo has no",
-        str(tmp_path),
-        "private or does not exist on the hub",
+        "below an --adapter-root",
+        "'pirat' is not a valid hub id",
     ):
         assert words in caught.value.message
     assert "it has a, b" in (caught.value.hint or "")
@@ -343,7 +343,10 @@ def test_not_found_says_where_it_was_looked_for(hub: FakeHub, tmp_path: Path, sa
             resolve(registry, AdapterRef.parse(name))
     hub.stop()
     with pytest.raises(AdapterLoadFailed, match="the demo has no"):
-        resolve(registry, AdapterRef.parse("pirat"))
+        resolve(registry, AdapterRef.parse("org/pirat"))
+    for name in ("pirat", "a/b/c", "./pirat", "pirate~1/x y"):
+        with pytest.raises(AdapterNotFound, match="not a valid hub id"):
+            resolve(registry, AdapterRef.parse(name))
 
 
 def test_the_sources_of_a_server(saved: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorax_cli.app import app
@@ -124,3 +124,99 @@ def test_unknown_source(flag: str) -> None:
     assert result.exit_code == 2
     assert f"error: {flag} 's3' is not a source of this server; it has local, hub" in result.stderr
     assert "hint: copy the adapter under a folder of --adapter-root" in result.stderr
+
+
+def edited(folder: str, **fields: Any) -> Path:
+    """A copy of the adapter `one` with other fields."""
+    path = Path("adapters") / folder
+    shutil.copytree("adapters/one", path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+    return path
+
+
+def test_validate_lists_layers() -> None:
+    (one,) = json.loads(validate("adapters/one", "--json").stdout)
+    assert one["coverage"]["q_proj"] == "all 3 layers" and set(one["targets"]) <= set(
+        one["coverage"]
+    )
+    assert set(one["coverage"].values()) <= {"all 3 layers", "none of 3 layers", "yes", "no"}
+    path = edited("gap")
+    tensors = load_file(path / WEIGHTS)
+    save_file({key: one for key, one in tensors.items() if "layers.1" not in key}, path / WEIGHTS)
+    (gap,) = json.loads(validate("adapters/gap", "--json").stdout)
+    assert gap["ok"] and gap["coverage"]["q_proj"] == "0, 2 of 3 layers"
+    assert any(
+        "q_proj" in note and "adapted in 0, 2 of 3 layers only" in note for note in gap["notes"]
+    )
+    table = validate("adapters/gap", "adapters/one").stdout
+    assert "(0, 2 of 3 layers)" in table and "(all 3 layers)" in table
+
+
+def test_validate_warns_of_another_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name and its target modules, though the shapes match."""
+    edited("other", base_model_name_or_path="org/other-model", target_modules=["c_attn", "c_proj"])
+    result = validate("adapters/other")
+    assert result.exit_code == 0 and "other name" in result.stdout
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
+    assert any("trained on org/other-model" in line for line in warnings)
+    assert any("target_modules does not name" in line for line in warnings)
+    edited("same", base_model_name_or_path="/somewhere/else/base")
+    assert "warning" not in validate("adapters/same").stderr
+
+
+def test_validate_strict() -> None:
+    edited("other", base_model_name_or_path="org/other-model")
+    result = validate("adapters/other", "adapters/one", "--strict", "--json")
+    other, one = json.loads(result.stdout)
+    assert (
+        result.exit_code == 13
+        and not other["ok"]
+        and "error: adapters/other: trained on" in result.stderr
+    )
+    assert other["errors"][0]["error_type"] == "adapter_incompatible"
+    assert one["ok"] and validate("adapters/one", "--strict").exit_code == 0
+
+
+def test_validate_lists_what_else_lies_in_the_folder() -> None:
+    """Files that are equal to the base model's give no note."""
+    path = edited("full")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path("base") / name, path / name)
+    (path / "README.md").write_text("x")
+    assert not json.loads(validate("adapters/full", "--json").stdout)[0]["notes"]
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (path / "chat_template.jinja").write_text("x")
+    (path / "value_head.safetensors").write_bytes(b"")
+    notes = json.loads(validate("adapters/full", "--json").stdout)[0]["notes"]
+    assert len(notes) == 3 and "tokenizer is not used (tokenizer.json)" in notes[0]
+    assert "(chat_template.jinja, tokenizer_config.json)" in notes[1] and "value_head" in notes[2]
+
+
+@pytest.mark.parametrize("name", ["adapters/oen", "adapters/tow"])
+def test_did_you_mean(name: str) -> None:
+    result = validate(name)
+    meant = {"adapters/oen": "adapters/one", "adapters/tow": "adapters/two"}[name]
+    assert result.exit_code == 11 and f"hint: did you mean {meant}?" in result.stderr
+    result = CliRunner().invoke(
+        app,
+        [
+            "adapters",
+            "pull",
+            name.removeprefix("adapters/"),
+            "--adapter-root",
+            "adapters",
+            "--adapter-source",
+            "local",
+        ],
+    )
+    assert f"did you mean {meant.removeprefix('adapters/')}?" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["oen", "./adapters/oen", "adapters/a/b"])
+def test_a_missing_name_without_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub cannot have it, so nothing is asked and nothing has failed."""
+    monkeypatch.setattr("socket.socket.connect", None)
+    result = CliRunner().invoke(app, ["adapters", "validate", "--model-id", "base", name])
+    assert result.exit_code == 11, result.output

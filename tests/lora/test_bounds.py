@@ -18,7 +18,7 @@ import re2
 from hypothesis import given, settings
 from peft.utils.other import get_pattern_key
 
-from engine.errors import AdapterIncompatible
+from engine.errors import AdapterIncompatible, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora import patterns, peft_config
 from engine.lora.formats import MAX_PROBLEMS, check_peft, summary
@@ -274,12 +274,20 @@ def test_long_lists_of_modules_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [
     '{"r": ' + "[" * 200_000, "[" * 200_000, '{"a": "\\ud800"}', '{"\\uDFFF": 1}', '{"r": ' + "9" * 5000 + "}",
-    "[1]", "3", "", "{", "null",
+    "[1]", "3", "null", "{}}", '{"r": 1,}',
 ])  # fmt: skip
 def test_what_is_no_configuration(text: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text(text)
     with ends_soon(), pytest.raises(AdapterIncompatible, match=r"adapter_config\.json"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"r": 8,', '{"peft_type": "LO'])
+def test_a_configuration_that_ends_early(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(text)
+    with pytest.raises(AdapterLoadFailed, match=r"adapter_config\.json is incomplete"):
         read_config(path)
 
 

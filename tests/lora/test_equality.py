@@ -138,6 +138,9 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "velora": dict(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4)),
     "monteclora": dict(r=4, target_modules=["q_proj"], monteclora_config=MontecloraConfig()),
     "mica": dict(r=4, target_modules=["q_proj"], init_lora_weights="mica"),
+    "gaussian": dict(r=4, target_modules=["q_proj"], init_lora_weights="gaussian"),
+    "orthogonal": dict(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal"),
+    "no init": dict(r=4, target_modules=["q_proj"], init_lora_weights=False),
     "rslora-patterns": dict(
         r=4, use_rslora=True, target_modules=["q_proj"], rank_pattern={r".*\.2\..*": 9}
     ),

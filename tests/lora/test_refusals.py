@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from engine import sandbox
 from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
-from engine.lora import peft_config
 from engine.lora.formats import check_peft
 from engine.lora.image import image_size, write_image
+from engine.lora.peft_fields import FIELDS
 from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix
 from engine.ops.layout import ShardLayout
 from engine.ops.targets import Group, ModelTargets, Target
@@ -69,10 +69,14 @@ def test_a_sound_adapter_is_taken(plain: Path) -> None:
 
 
 def test_every_field_of_peft_has_its_place() -> None:
-    tables = [peft_config.HONOURED, peft_config.WITHOUT_EFFECT, set(peft_config.REFUSED), {"bias"}]
-    known = set().union(*tables)
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
-    assert sum(map(len, tables)) == len(known), "a field is in two tables"
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= set(FIELDS)
+    for name, field in FIELDS.items():
+        assert field.what and bool(field.remedy) == (field.kind == "refused"), name
+
+
+def test_peft_writes_nothing_else(plain: Path) -> None:
+    """Every field that a default configuration writes is in the table, and none is refused."""
+    assert set(json.loads((plain / "adapter_config.json").read_text())) <= set(FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,36 @@ def test_a_field_that_cannot_be_honoured(
 
 
 @pytest.mark.parametrize(
+    "field", ["train_seed", "axolotl_version", "Training_Date", "unsloth_fixed"]
+)
+def test_an_unknown_field_about_the_training_is_a_note(
+    field: str, plain: Path, tmp_path: Path
+) -> None:
+    report = tiny.inspect(changed(plain, tmp_path, {field: 3}), tiny.llama_layout())
+    assert report.ok and any(f"unknown field {field} is ignored" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("field", ["lora_scale", "constrain", "updates", "seeded", "trainable_x"])
+@pytest.mark.parametrize("value", [2, 0.5, True, "x", [1], {"a": 1}])
+def test_an_unknown_field_that_may_change_the_output(
+    field: str, value: Any, plain: Path, tmp_path: Path
+) -> None:
+    (error,) = tiny.inspect(changed(plain, tmp_path, {field: value}), tiny.llama_layout()).errors
+    assert error.field == field and "unknown field" in error.message
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+def test_inits_that_change_the_base_name_the_remedy(init: str, plain: Path, tmp_path: Path) -> None:
+    error = refused(changed(plain, tmp_path, {"init_lora_weights": init}))
+    remedy = (
+        "merge_and_unload"
+        if init == "loftq"
+        else "path_initial_model_for_weight_conversion=INITIAL"
+    )
+    assert "changes the base weights" in error.message and remedy in (error.hint or "")
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("init_lora_weights", "gaussian"),
@@ -166,14 +200,14 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "other inputs": (put(Q.format(0, "A"), 4, 32), "q_proj", "trained on another base model"),
     "other outputs": (put(Q.format(0, "B"), 32, 4), "q_proj", "trained on another base model"),
     "rank differs": (put(Q.format(0, "B"), 24, 5), "q_proj", "not those of a LoRA pair"),
-    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "not those of a LoRA pair"),
+    "empty": (put(Q.format(0, "A"), 0, 24), "q_proj", "was saved empty"),
     "flat": (put(Q.format(0, "A"), 96), "q_proj", "not those of a LoRA pair"),
     "dtype": (put(Q.format(0, "A"), 4, 24, dtype=torch.float8_e4m3fn), "q_proj", "F8_E4M3"),
     "dora": (put(Q.format(0, "magnitude_vector"), 24), "use_dora", "DoRA"),
     "bias of B": (put(Q.format(0, "B").replace("weight", "bias"), 24), "lora_bias", "bias"),
     "bias": (put("base_model.model.model.layers.0.self_attn.q_proj.bias", 24), "bias", "bias"),
     "head": (put("base_model.model.lm_head.weight", 50, 24), "modules_to_save", "whole matrix"),
-    "saved": (put("base_model.model.score.modules_to_save.weight", 2, 24), "modules_to_save", "whole"),
+    "saved": (put("base_model.model.score.modules_to_save.weight", 2, 24), "modules_to_save", "classification"),
     "tokens": (
         put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 24),
         "trainable_token_indices",
@@ -182,7 +216,7 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "anything": (put("something", 3), "something", "not a LoRA tensor"),
     "embedding half": (put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 50), "embed", "B"),
     "wrong kind": (put(Q.format(0, "A").replace("lora_A.weight", "lora_embedding_A"), 4, 24), "q_", "both"),
-    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "not a LoRA tensor"),
+    "twice": (put(Q.format(0, "A").removeprefix("base_model.model."), 4, 24), "q_proj", "the same tensor"),
     "nothing": (lambda t: t.clear() or put("velora.lora_velora_embed", 1)(t), "", "no LoRA tensors"),
 }  # fmt: skip
 
@@ -282,18 +316,14 @@ def test_another_name_of_the_base_is_a_note(plain: Path, tmp_path: Path) -> None
     assert report.digest and report.data_bytes > 0
 
 
-def test_a_copy_of_the_frozen_embedding_is_a_note(tmp_path: Path) -> None:
-    """PEFT saves the base embedding beside its LoRA; a resized one means another vocabulary."""
+def test_a_copy_of_the_base_matrix_is_refused(tmp_path: Path) -> None:
+    """PEFT serves the copy, which may differ from the served model's matrix; it saves one unless told otherwise."""
     adapted = tiny.adapt(tiny.llama(), r=2, target_modules=["embed_tokens", "lm_head"])
-    folder = tiny.save(adapted, tmp_path / "a")
-    names = load_file(folder / "adapter_model.safetensors").keys()
-    assert any("base_layer" in name for name in names), "PEFT saves it"
+    folder = tiny.save(adapted, tmp_path / "a", save_embedding_layers="auto")
     report = tiny.inspect(folder, tiny.llama_layout())
-    assert report.ok and len(report.notes) == 2
-
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    error = refused(changed(folder, tmp_path / "b", None, put(key, 51, 24)))
-    assert "resized to [51, 24]" in error.message
+    assert {error.field for error in report.errors} == {"model.embed_tokens", "lm_head"}
+    assert all("save_embedding_layers=False" in (error.hint or "") for error in report.errors)
+    assert tiny.inspect(tiny.save(adapted, tmp_path / "b"), tiny.llama_layout()).ok
 
 
 def header(entries: dict[str, Any]) -> bytes:
@@ -310,20 +340,24 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
     whole = good.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     bad_header = whole.replace(b'"data_offsets":[0,', b'"data_offsets":[9,')
-    for data in (b"", b"abc", whole[:100], struct.pack("<Q", 1 << 60), bad_header,
+    for data in (struct.pack("<Q", 1 << 60), bad_header,
                  struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": [1]}',
                  header({"\ud800": {"dtype": "F32", "shape": [1, 4], "data_offsets": [0, 16]}}),
-                 header({"a": {"dtype": "F32", "shape": [1e999, 4], "data_offsets": [0, 16]}}),
-                 whole[: 8 + length]):  # fmt: skip
+                 header({"a": {"dtype": "F32", "shape": [1e999, 4], "data_offsets": [0, 16]}})):  # fmt: skip
         weights.write_bytes(data)
         with pytest.raises(AdapterIncompatible) as caught:
             tiny.loaded(config, weights, layout)
         msgspec.msgpack.encode(caught.value.to_wire())
+    for size in (0, 3, 100, 8 + length, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(AdapterLoadFailed, match="incomplete") as failed:
+            tiny.loaded(config, weights, layout)
+        assert "wait until" in (failed.value.hint or "")
     with pytest.raises(AdapterLoadFailed):
         tiny.loaded(config, tmp_path / "none.safetensors", layout)
     with pytest.raises(AdapterLoadFailed):
         tiny.loaded(tmp_path / "none.json", good, layout)
-    (tmp_path / "adapter_config.json").write_text("{")
+    (tmp_path / "adapter_config.json").write_text("{,")
     with pytest.raises(AdapterIncompatible):
         tiny.loaded(tmp_path / "adapter_config.json", good, layout)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "\\ud800"}')
@@ -341,9 +375,13 @@ def test_unfit_files(plain: Path, tmp_path: Path) -> None:
             tiny.loaded(config, tmp_path / "adapter_model.bin", layout)
     torch.save({"a": torch.ones(100)}, tmp_path / "adapter_model.bin")
     truncated = (tmp_path / "adapter_model.bin").read_bytes()[:200]
-    for data in (b"nonsense", b"", truncated):
+    for data, error in (
+        (b"nonsense", AdapterIncompatible),
+        (b"", AdapterLoadFailed),
+        (truncated, AdapterLoadFailed),
+    ):
         (tmp_path / "adapter_model.bin").write_bytes(data)
-        with pytest.raises(AdapterIncompatible):
+        with pytest.raises(error):
             tiny.loaded(config, tmp_path / "adapter_model.bin", layout)
 
 

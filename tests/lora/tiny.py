@@ -123,11 +123,12 @@ def adapt(model: nn.Module, seed: int = 1, **fields: Any) -> PeftModel:
     return adapted
 
 
-def save(adapted: PeftModel, folder: Path, safetensors: bool = True) -> Path:
-    """Saves the adapter as PEFT does."""
+def save(adapted: PeftModel, folder: Path, safetensors: bool = True, **given: Any) -> Path:
+    """Saves the adapter as PEFT does, without copies of the base's embedding and head."""
+    given = {"save_embedding_layers": False} | given
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted.save_pretrained(str(folder), safe_serialization=safetensors)
+        adapted.save_pretrained(str(folder), safe_serialization=safetensors, **given)
     return folder
 
 
