@@ -84,12 +84,12 @@ class AdapterConfig:
         ),
     ] = None
     adapter_source: Annotated[
-        str, Option("Source of --adapter-id and --preloaded-adapter-ids: hub or local.")
+        str, Option("Source of --adapter-id and --preloaded-adapter-ids: hub, local or s3.")
     ] = "hub"
     default_adapter_source: Annotated[
         str | None,
         Option(
-            "Source of adapters in requests that name no source: hub or local. Unset: --adapter-source."
+            "Source of adapters in requests that name no source: hub, local or s3. Unset: --adapter-source."
         ),
     ] = None
     preloaded_adapter_ids: Annotated[
@@ -134,6 +134,21 @@ class AdapterConfig:
             "GiB of host memory to cache adapters. Higher: fewer reloads from disk or hub. Unset: a quarter of free "
             "memory, at most 4.",
             least=0,
+        ),
+    ] = None
+    adapter_disk_cache_gb: Annotated[
+        float,
+        Option(
+            "GiB of disk for adapters downloaded from sources other than the hub. The least recently used are removed. "
+            "Higher: fewer downloads. 0: no limit.",
+            least=0,
+        ),
+    ] = 50.0
+    s3_endpoint_url: Annotated[
+        str | None,
+        Option(
+            "Address of an S3-compatible store, such as https://ACCOUNT.r2.cloudflarestorage.com. Unset: AWS.",
+            env=("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
         ),
     ] = None
     max_adapter_rank: Annotated[

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef, refuse_merged
+from engine.adapters.s3 import S3Source
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
-from engine.checkpoint import DEMO, DEMO_FOLDER
-from engine.config import AdapterConfig, EngineConfig, flag_of
+from engine.checkpoint import DEMO, DEMO_FOLDER, cache_folder
+from engine.config import GIB, AdapterConfig, EngineConfig, flag_of
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
@@ -22,7 +24,6 @@ Ask = Callable[[AdapterRef], Awaitable[Version]]  # resolves a reference that na
 
 # Sources that other servers have -> what to do instead.
 _INSTEAD = {
-    "s3": "copy the adapter under a folder of --adapter-root and request it with adapter_source local",
     "pbase": "export the adapter to the hub, or under a folder of --adapter-root",
 }
 
@@ -32,14 +33,21 @@ def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dic
 
     `max_file_bytes`: larger weight files are not downloaded.
     """
+    adapters = config.adapters
+    cache = DiskCache(
+        cache_folder(config.model.huggingface_hub_cache),
+        int(adapters.adapter_disk_cache_gb * GIB),
+        adapters.adapter_load_timeout_s,
+    )
     table: list[Source] = [
-        LocalSource(config.adapters.adapter_root),
+        LocalSource(adapters.adapter_root),
         HubSource(
             config.model.hub_token,
             config.model.huggingface_hub_cache,
             max_file_bytes=max_file_bytes,
-            max_seconds=config.adapters.adapter_load_timeout_s,
+            max_seconds=adapters.adapter_load_timeout_s,
         ),
+        S3Source(cache, endpoint=adapters.s3_endpoint_url, max_file_bytes=max_file_bytes),
     ]
     if config.model.model_id == DEMO:
         table.insert(0, DemoSource(DEMO_FOLDER / "adapters"))
