@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import boto3
@@ -39,7 +38,7 @@ class FakeS3:
         self._proxy.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
 
-    def __enter__(self) -> FakeS3:
+    def start(self) -> None:
         self._moto.start()
         threading.Thread(target=self._proxy.serve_forever, args=(0.01,), daemon=True).start()
         port = self._moto._server.server_port  # type: ignore[union-attr]
@@ -48,14 +47,8 @@ class FakeS3:
             "s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1"
         )
         self.client.create_bucket(Bucket=BUCKET)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         self.client.close()
         self._proxy.shutdown()
         self._proxy.server_close()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,47 +31,12 @@ from engine.errors import (
 )
 from tests.lora import tiny
 
-pytest.importorskip("boto3")
-pytest.importorskip("moto.server")
 if TYPE_CHECKING:
     from tests.adapters.fake_s3 import FakeS3
 
 LAYOUT = tiny.llama_layout("bfloat16")
 ROOT = Path(__file__).resolve().parents[2]
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeS3]:
-    from tests.adapters.fake_s3 import FakeS3
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        with FakeS3() as server:
-            yield server
-
-
-@pytest.fixture
-def s3(saved: Path, server: FakeS3) -> FakeS3:
-    """The adapters `team/a` and `team/a-b`."""
-    server.reset()
-    server.put_folder("team/a", saved / "a")
-    server.put_folder("team/a-b", saved / "b")
-    server.put("team/a/README.md", b"text")
-    return server
 
 
 Make = Callable[..., S3Source]

@@ -123,7 +123,7 @@ def test_unknown_source(flag: str) -> None:
     result = CliRunner().invoke(app, ["adapters", "pull", "adapters/one", flag, "ftp"])
     assert result.exit_code == 2
     assert (
-        f"error: {flag} 'ftp' is not a source of this server; it has local, hub, s3"
+        f"error: {flag} 'ftp' is not a source of this server; it has local, hub, s3, pbase"
         in result.stderr
     )
     assert "hint: use one of these" in result.stderr
