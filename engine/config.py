@@ -84,12 +84,12 @@ class AdapterConfig:
         ),
     ] = None
     adapter_source: Annotated[
-        str, Option("Source of --adapter-id and --preloaded-adapter-ids: hub or local.")
+        str, Option("Source of --adapter-id and --preloaded-adapter-ids: hub, local, s3 or pbase.")
     ] = "hub"
     default_adapter_source: Annotated[
         str | None,
         Option(
-            "Source of adapters in requests that name no source: hub or local. Unset: --adapter-source."
+            "Source of adapters in requests that name no source: hub, local, s3 or pbase. Unset: --adapter-source."
         ),
     ] = None
     preloaded_adapter_ids: Annotated[
@@ -138,6 +138,40 @@ class AdapterConfig:
             "GiB of host memory to cache adapters. Higher: fewer reloads from disk or hub. Unset: a quarter of free "
             "memory, at most 4.",
             least=0,
+        ),
+    ] = None
+    adapter_disk_cache_gb: Annotated[
+        float,
+        Option(
+            "GiB of disk for adapters downloaded from sources other than the hub. The least recently used are removed. "
+            "Higher: fewer downloads. 0: no limit.",
+            least=0,
+        ),
+    ] = 50.0
+    s3_endpoint_url: Annotated[
+        str | None,
+        Option(
+            "Address of an S3-compatible store, such as https://ACCOUNT.r2.cloudflarestorage.com. Unset: AWS.",
+            env=("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        ),
+    ] = None
+    adapter_hosts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Web server from which adapters may be read (https://HOST/folder): HOST or HOST:PORT. Repeat for more. "
+            "Unset: none. Only a host given as an IP address may be private."
+        ),
+    ] = ()
+    predibase_gateway_endpoint: Annotated[
+        str, Option("Address of Predibase's API, for adapters of the source pbase.")
+    ] = "https://api.app.predibase.com"
+    predibase_api_token: Annotated[
+        str | None, Option("Predibase token, for requests without an api_token.", secret=True)
+    ] = field(default=None, repr=False)
+    predibase_model_bucket: Annotated[
+        str | None,
+        Option(
+            "S3 bucket of Predibase's adapters. Unset: the first part of the path that its API returns."
         ),
     ] = None
     max_adapter_rank: Annotated[

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
+from engine.adapters.disk_cache import DiskCache
+from engine.adapters.https import HttpsSource
 from engine.adapters.hub import HubSource
+from engine.adapters.pbase import PbaseSource
 from engine.adapters.ref import AdapterRef
+from engine.adapters.s3 import S3Source
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
-from engine.checkpoint import DEMO, DEMO_FOLDER
-from engine.config import AdapterConfig, EngineConfig, flag_of
+from engine.checkpoint import DEMO, DEMO_FOLDER, cache_folder
+from engine.config import GIB, AdapterConfig, EngineConfig, flag_of
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
@@ -20,27 +24,42 @@ from engine.errors import (
 
 Ask = Callable[[AdapterRef], Awaitable[Version]]  # resolves a reference that names its source
 
-# Sources that other servers have -> what to do instead.
-_INSTEAD = {
-    "s3": "copy the adapter under a folder of --adapter-root and request it with adapter_source local",
-    "pbase": "export the adapter to the hub, or under a folder of --adapter-root",
-}
-
 
 def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dict[str, Source]:
     """The sources of a server, by name. A new source is one more line in this table.
 
     `max_file_bytes`: larger weight files are not downloaded.
     """
+    adapters = config.adapters
+    cache = DiskCache(
+        cache_folder(config.model.huggingface_hub_cache),
+        int(adapters.adapter_disk_cache_gb * GIB),
+        adapters.adapter_load_timeout_s,
+    )
+    s3 = S3Source(cache, endpoint=adapters.s3_endpoint_url, max_file_bytes=max_file_bytes)
     table: list[Source] = [
-        LocalSource(config.adapters.adapter_root),
+        LocalSource(adapters.adapter_root),
         HubSource(
             config.model.hub_token,
             config.model.huggingface_hub_cache,
             max_file_bytes=max_file_bytes,
-            max_seconds=config.adapters.adapter_load_timeout_s,
+            max_seconds=adapters.adapter_load_timeout_s,
+        ),
+        s3,
+        PbaseSource(
+            s3,
+            adapters.predibase_gateway_endpoint,
+            token=adapters.predibase_api_token,
+            bucket=adapters.predibase_model_bucket,
         ),
     ]
+    if adapters.adapter_hosts:
+        seconds = adapters.adapter_load_timeout_s
+        table.append(
+            HttpsSource(
+                cache, adapters.adapter_hosts, max_file_bytes=max_file_bytes, max_seconds=seconds
+            )
+        )
     if config.model.model_id == DEMO:
         table.insert(0, DemoSource(DEMO_FOLDER / "adapters"))
     return {source.name: source for source in table}
@@ -60,7 +79,7 @@ def default_source(config: AdapterConfig, sources: Mapping[str, Source]) -> str:
             raise ConfigError(
                 f"{flag_of(field)} {name!r} is not a source of this server; it has {', '.join(names)}",
                 field=field,
-                hint=_INSTEAD.get(name, "use one of these"),
+                hint="use one of these",
             )
     return config.default_adapter_source or config.adapter_source
 
@@ -108,7 +127,7 @@ class Registry:
             raise InvalidRequest(
                 f"this server has no adapter_source {name!r}; it has {', '.join(names)}",
                 field="adapter_source",
-                hint=_INSTEAD.get(name, "use one of these, or leave adapter_source out"),
+                hint="use one of these, or leave adapter_source out",
             )
 
     async def resolve(self, ref: AdapterRef, ask: Ask) -> Version:

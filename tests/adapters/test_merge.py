@@ -131,7 +131,7 @@ async def test_failures_name_the_part(make: Make, saved: Path, tmp_path: Path) -
     cases: list[tuple[str, type[Exception]]] = [
         ("none", AdapterNotFound),
         ("/etc", AdapterForbidden),
-        ("bad", AdapterIncompatible),
+        ("bad", AdapterLoadFailed),
     ]
     for name, kind in cases:
         with pytest.raises(kind, match=f"^{name}: ") as caught:

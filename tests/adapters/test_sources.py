@@ -350,8 +350,8 @@ def test_not_found_says_where_it_was_looked_for(hub: FakeHub, tmp_path: Path, sa
 
 
 def test_the_sources_of_a_server(saved: Path) -> None:
-    assert set(make_sources(config(saved))) == {"local", "hub"}
-    assert set(make_sources(config(saved, "demo"))) == {"local", "hub", "demo"}
+    assert set(make_sources(config(saved))) == {"local", "hub", "s3", "pbase"}
+    assert set(make_sources(config(saved, "demo"))) == {"local", "hub", "s3", "pbase", "demo"}
     registry = Registry(make_sources(config(saved)), "local")
     with pytest.raises(InvalidRequest):
         registry.candidates(AdapterRef(("x",), "demo"))

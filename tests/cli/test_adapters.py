@@ -120,10 +120,13 @@ def test_pull_goes_on_after_a_failure() -> None:
 
 @pytest.mark.parametrize("flag", ["--adapter-source", "--default-adapter-source"])
 def test_unknown_source(flag: str) -> None:
-    result = CliRunner().invoke(app, ["adapters", "pull", "adapters/one", flag, "s3"])
+    result = CliRunner().invoke(app, ["adapters", "pull", "adapters/one", flag, "ftp"])
     assert result.exit_code == 2
-    assert f"error: {flag} 's3' is not a source of this server; it has local, hub" in result.stderr
-    assert "hint: copy the adapter under a folder of --adapter-root" in result.stderr
+    assert (
+        f"error: {flag} 'ftp' is not a source of this server; it has local, hub, s3, pbase"
+        in result.stderr
+    )
+    assert "hint: use one of these" in result.stderr
 
 
 def edited(folder: str, **fields: Any) -> Path:

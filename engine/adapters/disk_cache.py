@@ -1,0 +1,326 @@
+"""Downloaded adapters on disk: one folder per version, at most `max_bytes` together, the least recently used go first.
+
+A version is downloaded into a temporary folder that is renamed when it is complete, so an entry is never half written,
+whenever the process is killed. Sizes are read from disk, and temporary folders without an owner are removed, so the
+budget stays correct after a kill. Several processes may share the folder. Removing an entry harms no reader: adapters
+are read through descriptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.adapters.sources import CONFIG_NAME, AdapterFiles, Progress, Version, open_files
+from engine.errors import AdapterError, AdapterLoadFailed, AdapterTooLarge
+
+FOLDER = "lorax-downloads"
+CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
+_TEMPORARY = ".tmp"
+_LOCK = ".lock"
+_RESCAN_S = 30.0  # the sizes on disk are read again after this time
+_KEPT = 0.9  # part of the budget that stays when entries are removed, so that it happens rarely
+
+logger = logging.getLogger(__name__)
+
+
+class TooSlow(OSError):
+    """The download takes longer than allowed."""
+
+
+class Stopped(OSError):
+    """Another part of the same download has failed."""
+
+
+class Transfer:
+    """One download: its deadline, its room on disk and its progress. Thread-safe."""
+
+    def __init__(self, end_by: float, progress: Progress, make_room: Callable[[int], None]) -> None:
+        """`end_by`: by time.monotonic()."""
+        self.total = 0  # bytes
+        self._end_by = end_by
+        self._progress = progress
+        self._make_room = make_room
+        self._done = 0
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def reserve(self, num_bytes: int) -> None:
+        """Removes other entries until this download fits into the budget. Raises AdapterTooLarge."""
+        self._make_room(num_bytes)
+        self.total = num_bytes
+
+    def wrote(self, count: int) -> None:
+        """Counts bytes that were written. Raises TooSlow at the deadline, and Stopped."""
+        if time.monotonic() > self._end_by:
+            raise TooSlow(0, "the download took too long")
+        if self._stopped:
+            raise Stopped(0, "the download was stopped")
+        with self._lock:
+            self._done += count
+            self._progress(self._done, self.total)
+
+    def stop(self) -> None:
+        """Ends the threads of this download at their next piece."""
+        self._stopped = True
+
+
+Fill = Callable[[Path, Transfer], None]  # reserves room and writes the two files into a folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    used: float  # time of the last use
+    num_bytes: int
+
+
+class DiskCache:
+    """See the module. Thread-safe. Writes nothing before the first download."""
+
+    def __init__(self, cache: Path, max_bytes: int = 0, max_seconds: float = 600.0) -> None:
+        """Entries lie in the folder `lorax-downloads` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one
+        download."""
+        self.folder = cache / FOLDER
+        self._max_bytes = max_bytes
+        self._max_seconds = max_seconds
+        self._used: int | None = None  # bytes on disk, as last read plus what was added since
+        self._scanned = 0.0  # time.monotonic()
+        self._busy: set[str] = set()
+        self._changed = threading.Condition()
+
+    def fetch(self, version: Version, where: str, progress: Progress, fill: Fill) -> AdapterFiles:
+        """The files of a version, open: from disk, or after `fill` has downloaded them.
+
+        `where`: what else the contents depend on, such as the endpoint. Concurrent calls download once. Raises
+        AdapterError; `fill` may also raise OSError, TooSlow or Stopped.
+        """
+        end_by = time.monotonic() + self._max_seconds
+        name = _name(version, where)
+        with self._exclusive(name, end_by):
+            if (files := self._open(name, version)) is not None:
+                return files
+            transfer = Transfer(end_by, progress, self._make_room)
+            try:
+                self._add(name, transfer, fill)
+            except (TooSlow, Stopped) as error:
+                raise AdapterLoadFailed(
+                    f"{version.id}: {error.strerror}",
+                    hint="raise --adapter-load-timeout-s, or try again later",
+                ) from None
+            except OSError as error:
+                raise self._unwritable(error) from None
+            files = self._open(name, version)
+        if files is None:
+            raise AdapterLoadFailed(
+                f"{version.id} was removed from {self.folder} during loading", hint="try again"
+            )
+        return files
+
+    def _open(self, name: str, version: Version) -> AdapterFiles | None:
+        folder = self.folder / name
+        if not folder.is_dir():
+            return None
+        try:
+            root = self.folder.resolve()
+            files = open_files(
+                folder / CONFIG_NAME, folder / version.weights, [root], version.revision
+            )
+        except AdapterError as error:  # removed a moment ago, or damaged
+            logger.debug("%s: %s", folder, error)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+        return files
+
+    def _add(self, name: str, transfer: Transfer, fill: Fill) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._temporary() as folder:
+            fill(folder, transfer)
+            target = self.folder / name
+            with contextlib.suppress(FileNotFoundError):  # a damaged entry
+                _discard(target)
+            try:
+                os.rename(folder, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+                    raise
+            _sync(self.folder)
+        with self._changed:
+            if self._used is not None:
+                self._used += transfer.total
+
+    @contextlib.contextmanager
+    def _exclusive(self, name: str, end_by: float) -> Iterator[None]:
+        """One thread at a time downloads the same version."""
+        with self._changed:
+            while name in self._busy:
+                if not self._changed.wait(end_by - time.monotonic()):
+                    raise AdapterLoadFailed("the download took too long", hint="try again later")
+            self._busy.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.discard(name)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A new folder, locked while this process lives. It is removed unless it was renamed."""
+        while True:
+            path = self.folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
+            path.mkdir()
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # without locks, `_remove_stale` removes nothing
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_dir():
+                break
+            os.close(fd)  # another process removed it between the two calls
+        try:
+            yield path
+        finally:
+            os.close(fd)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Removes stale temporaries, and entries until `num_bytes` more fit into the budget."""
+        with self._changed:
+            recent = time.monotonic() - self._scanned < _RESCAN_S
+            fits = not self._max_bytes or (self._used or 0) + num_bytes <= self._max_bytes
+            if self._used is not None and recent and fits:
+                return
+            if self._max_bytes and num_bytes > self._max_bytes:
+                raise AdapterTooLarge(
+                    f"the adapter has {num_bytes} bytes; the disk cache is limited to {self._max_bytes} bytes",
+                    field="adapter_id",
+                    hint="raise --adapter-disk-cache-gb",
+                )
+            with _locked(self.folder / _LOCK):
+                entries, used = self._scan()
+                if self._max_bytes and used + num_bytes > self._max_bytes:
+                    goal = max(0, int(self._max_bytes * _KEPT) - num_bytes)
+                    for entry in sorted(entries, key=lambda one: one.used):
+                        if used <= goal:
+                            break
+                        with contextlib.suppress(OSError):
+                            _discard(entry.path)
+                            used -= entry.num_bytes
+            self._used, self._scanned = used, time.monotonic()
+
+    def _scan(self) -> tuple[list[_Entry], int]:
+        """The complete entries, and the bytes of these and of downloads in progress."""
+        entries, used = [], 0
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process removes it
+                if path.name == _LOCK or (path.suffix == _TEMPORARY and _remove_stale(path)):
+                    continue
+                num_bytes = sum(file.stat().st_size for file in path.iterdir())
+                used += num_bytes
+                if path.suffix != _TEMPORARY:
+                    entries.append(_Entry(path, path.stat().st_mtime, num_bytes))
+        return entries, used
+
+    def _unwritable(self, error: OSError) -> AdapterLoadFailed:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return AdapterLoadFailed(
+                f"the disk of {self.folder} is full",
+                hint="free disk space, or lower --adapter-disk-cache-gb",
+            )
+        return AdapterLoadFailed(
+            f"cannot write {self.folder}: {error.strerror or error}",
+            hint="set --huggingface-hub-cache to a folder that can be written",
+        )
+
+
+class NewFile:
+    """A file that several threads may fill. A context manager; complete when it ends without an error."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Reserves `size` bytes on disk. Raises OSError if the disk is full."""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            if size:
+                os.posix_fallocate(self._fd, 0, size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def write(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+
+def _name(version: Version, where: str) -> str:
+    parts = (version.source, where, version.id, version.revision, version.weights)
+    parts_of_bytes = [part.encode("utf-8", "surrogateescape") for part in parts]
+    joined = b"".join(len(part).to_bytes(4, "big") + part for part in parts_of_bytes)
+    return hashlib.sha256(joined + version.salt).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time. Where the file system has no locks, the processes may remove a little more."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _discard(path: Path) -> None:
+    """Removes a folder under another name first, so that it is never seen half removed."""
+    trash = path.with_name(f"{secrets.token_hex(8)}{_TEMPORARY}")
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _remove_stale(path: Path) -> bool:
+    """Removes a temporary folder that no process has locked."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _sync(folder: Path) -> None:
+    """Makes new names in the folder survive a power cut."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
