@@ -162,6 +162,13 @@ class AdapterConfig:
             "Unset: none. Only a host given as an IP address may be private."
         ),
     ] = ()
+    adapter_schemes: Annotated[
+        tuple[str, ...],
+        Option(
+            "Further store from which adapters may be read through fsspec, such as gs or abfs. Repeat for more. "
+            "Needs the store's package. Unset: none."
+        ),
+    ] = ()
     predibase_gateway_endpoint: Annotated[
         str, Option("Address of Predibase's API, for adapters of the source pbase.")
     ] = "https://api.app.predibase.com"

@@ -182,12 +182,20 @@ class DiskCache:
         while True:
             path = self.folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
             path.mkdir()
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with contextlib.suppress(OSError):  # without locks, `_remove_stale` removes nothing
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # another process removed it
+                continue
+            try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.is_dir():
+                is_ours = path.is_dir()
+            except BlockingIOError:
+                is_ours = False
+            except OSError:  # without locks, `_remove_stale` removes nothing
+                is_ours = True
+            if is_ours:
                 break
-            os.close(fd)  # another process removed it between the two calls
+            os.close(fd)  # another process removes it
         try:
             yield path
         finally:

@@ -10,6 +10,7 @@ from engine.adapters.hub import HubSource
 from engine.adapters.pbase import PbaseSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.s3 import S3Source
+from engine.adapters.schemes import SchemeSource
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
 from engine.checkpoint import DEMO, DEMO_FOLDER, cache_folder
 from engine.config import GIB, AdapterConfig, EngineConfig, flag_of
@@ -60,6 +61,8 @@ def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dic
                 cache, adapters.adapter_hosts, max_file_bytes=max_file_bytes, max_seconds=seconds
             )
         )
+    for scheme in adapters.adapter_schemes:
+        table.append(SchemeSource(scheme, cache, max_file_bytes=max_file_bytes))
     if config.model.model_id == DEMO:
         table.insert(0, DemoSource(DEMO_FOLDER / "adapters"))
     return {source.name: source for source in table}

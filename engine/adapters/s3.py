@@ -183,7 +183,7 @@ class S3Source(Source):
                 Bucket=bucket, Prefix=prefix, Delimiter="/", MaxKeys=limit
             )
             found = answer.get("Contents", [])
-            return [_Object(one["Key"], one.get("ETag", ""), int(one["Size"])) for one in found]
+            return [_Object(one["Key"], one["ETag"], int(one["Size"])) for one in found]
 
         files = {
             one.key.removeprefix(start): one
@@ -254,6 +254,7 @@ class S3Source(Source):
         """The result of a call; botocore repeats it after transient failures. Raises AdapterError."""
         self._client()  # raises without boto3
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         try:
             return call()
@@ -263,6 +264,11 @@ class S3Source(Source):
             raise AdapterLoadFailed(
                 f"s3://{path}: {_first_line(error)}",
                 hint="check the network and --s3-endpoint-url, or try again later",
+            ) from None
+        except (ResponseParserError, KeyError, TypeError, ValueError) as error:
+            raise AdapterLoadFailed(
+                f"s3://{path}: not an answer of S3: {_first_line(error)}",
+                hint="check --s3-endpoint-url",
             ) from None
         except BotoCoreError as error:
             raise AdapterForbidden(

@@ -59,6 +59,7 @@ class FakeS3:
         self.broken = 0
         self.fault: int | str = 503  # a status, or `cut`: the body ends in its middle
         self.code = "SlowDown"
+        self.body: bytes | None = None  # of a broken answer with a status
         self.where = ""
         self.delay_s = 0.0  # between two pieces of a body
 
@@ -86,7 +87,9 @@ class FakeS3:
             is_broken = self.broken > 0 and self.where in request.path
             self.broken -= is_broken
         if is_broken and self.fault != "cut":
-            body = f"<Error><Code>{self.code}</Code><Message>fault</Message></Error>".encode()
+            body = self.body
+            if body is None:
+                body = f"<Error><Code>{self.code}</Code><Message>fault</Message></Error>".encode()
             request.send_response(int(self.fault))
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()

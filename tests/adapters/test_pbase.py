@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from engine.adapters import pbase as module
-from engine.adapters.disk_cache import DiskCache
+from engine.adapters.disk_cache import FOLDER, DiskCache
 from engine.adapters.pbase import PbaseSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.s3 import S3Source
@@ -24,6 +26,20 @@ if TYPE_CHECKING:
     from tests.adapters.fake_s3 import FakeS3
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from engine.adapters.disk_cache import DiskCache
+from engine.adapters.pbase import PbaseSource
+from engine.adapters.ref import AdapterRef
+from engine.adapters.s3 import S3Source
+below = S3Source(DiskCache(Path(sys.argv[1])), endpoint=sys.argv[2], part_bytes=500)
+source = PbaseSource(below, sys.argv[3], bucket="loras")
+version = source.resolve(AdapterRef.parse("pirat/3"), "alice")
+source.fetch(version, "alice", lambda done, total: print(done, flush=True))
+"""
 
 
 class FakeApi:
@@ -181,3 +197,25 @@ def test_no_server_and_bad_names(api: FakeApi, source: PbaseSource) -> None:
     with pytest.raises(AdapterLoadFailed) as caught:
         load(source, "pirat/3")
     assert "--predibase-gateway-endpoint" in (caught.value.hint or "")
+
+
+def test_killed_during_the_download(
+    api: FakeApi, source: PbaseSource, s3: FakeS3, saved: Path, tmp_path: Path
+) -> None:
+    s3.delay_s = 0.1
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), s3.url, api.url],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+    )
+    assert program.stdout is not None
+    for _ in range(3):
+        assert program.stdout.readline().strip(), "it ended before it was killed"
+    program.kill()
+    program.wait()
+    program.stdout.close()
+    left = tmp_path / FOLDER
+    assert len(list(left.glob("*.tmp"))) == 1
+    s3.delay_s = 0.0
+    assert load(source, "pirat/3") == (saved / "a" / WEIGHTS).read_bytes()
+    assert not list(left.glob("*.tmp"))

@@ -183,6 +183,24 @@ def test_transient_failures_are_retried(
     assert s3.broken == 0
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>hello",
+        b"",
+        b"<a>" * 5000,
+        b"<ListBucketResult/>",
+        b"<ListBucketResult><Contents><Key>team/a/adapter_config.json</Key></Contents></ListBucketResult>",
+        b"<ListBucketResult><Contents><Key>x</Key><Size>ten</Size></Contents></ListBucketResult>",
+    ],
+)
+def test_what_is_no_answer_of_s3(s3: FakeS3, make: Make, body: bytes) -> None:
+    s3.where, s3.fault, s3.body, s3.broken = "list-type", 200, body, 1000
+    with pytest.raises((AdapterLoadFailed, AdapterNotFound)) as caught:
+        load(make())
+    assert caught.value.hint
+
+
 def test_permanent_failures_are_not_retried(s3: FakeS3, make: Make) -> None:
     s3.fault, s3.code, s3.broken = 403, "AccessDenied", 1000
     with pytest.raises(AdapterForbidden):

@@ -49,7 +49,10 @@ def test_examples_parse(path: str, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "values"),
-    [("--load-format", ["safetensors", "dummy"]), ("--adapter-source", ["local", "hub"])],
+    [
+        ("--load-format", ["safetensors", "dummy"]),
+        ("--adapter-source", ["local", "hub", "s3", "pbase"]),
+    ],
 )
 def test_completion_asks_the_program(flag: str, values: list[str]) -> None:
     environment = {
