@@ -329,14 +329,14 @@ def _is_complete(folder: Path, weights: str) -> bool:
 
 
 def _num_bytes(weights: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of the weights. Of a sharded adapter: of all safetensors files next to the index."""
+    """Bytes of the weights. Of a sharded adapter: of all safetensors files in the index's folder."""
     if not weights.endswith(INDEX_NAME):
         return sizes[weights]
     folder = weights.removesuffix(INDEX_NAME)
     return sum(
         size
         for name, size in sizes.items()
-        if name.startswith(folder) and name.endswith(".safetensors")
+        if name.endswith(".safetensors") and name.rpartition("/")[0] == folder.rstrip("/")
     )
 
 

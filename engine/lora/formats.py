@@ -26,6 +26,7 @@ from engine.names import shown, shown_shape
 from engine.ops.layout import MAX_RANK
 from engine.ops.targets import Group, ModelTargets, Target
 
+MAX_SUMMARY = 500  # characters of all problems as one error, if the first is not longer
 MAX_PROBLEMS = 64  # kinds of problems that are listed
 
 _HALF = re.compile(
@@ -106,11 +107,15 @@ def load_peft(
 
 
 def summary(problems: Sequence[AdapterIncompatible]) -> AdapterIncompatible:
-    """All problems as one error, the first three in full."""
-    first = problems[0]
-    text = "; ".join(problem.message for problem in problems[:3])
-    if len(problems) > 3:
-        text += f"; and {len(problems) - 3} more problems"
+    """All problems as one error: the first in full, up to two more that are short."""
+    first, text, listed = problems[0], problems[0].message, 1
+    for problem in problems[1:3]:
+        if len(text) + len(problem.message) > MAX_SUMMARY:
+            break
+        text += f"; {problem.message}"
+        listed += 1
+    if len(problems) > listed:
+        text += f"; and {len(problems) - listed} more problems"
     return AdapterIncompatible(text, field=first.field, hint=first.hint)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,7 +88,6 @@ def inspect(
         notes=[
             *found.notes,
             *module_notes(fields, found, layout.targets),
-            *_gaps(fields, found, layout.targets),
         ],
         targets=count_targets(found, layout.targets),
         coverage=coverage(found, layout.targets),
@@ -116,18 +115,6 @@ def coverage(weights: LoraWeights, targets: ModelTargets) -> dict[str, str]:
         else:
             found[name] = f"{_ranges(layers) or 'none'} of {total} layers"
     return found
-
-
-def _gaps(fields: Mapping[str, Any], weights: LoraWeights, targets: ModelTargets) -> list[str]:
-    """A note if a target is adapted in some layers only, and the configuration does not ask for that."""
-    chosen = fields.get("layers_to_transform") is not None
-    if chosen or isinstance(fields.get("target_modules"), str):
-        return []
-    partial: dict[str, list[str]] = {}
-    for name, (layers, total) in _layers(weights, targets).items():
-        if 0 < len(layers) < total:
-            partial.setdefault(f"{_ranges(layers)} of {total} layers", []).append(name)
-    return [f"{', '.join(names)}: adapted in {where} only" for where, names in partial.items()]
 
 
 def _layers(weights: LoraWeights, targets: ModelTargets) -> dict[str, tuple[list[int], int]]:

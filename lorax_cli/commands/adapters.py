@@ -224,8 +224,8 @@ def validate(
 
     Every problem is printed with the module, the field and the remedy. The exit code is 0 if all adapters can be
     served, else that of the first problem: for example 11 if an adapter is missing, 13 if it is incompatible. Warnings
-    name what may be a mistake: another base model, other target_modules than the file has tensors for, layers without
-    a tensor, a tokenizer, chat template or head in the folder that the server does not use.
+    name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer,
+    chat template or head in the folder that the server does not use.
     """
     from engine.adapters.sources import open_folder
     from engine.checkpoint import cache_folder

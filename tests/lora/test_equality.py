@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import EvaConfig
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
@@ -138,6 +139,7 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     "velora": dict(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4)),
     "monteclora": dict(r=4, target_modules=["q_proj"], monteclora_config=MontecloraConfig()),
     "mica": dict(r=4, target_modules=["q_proj"], init_lora_weights="mica"),
+    "eva": dict(r=4, target_modules=["q_proj"], init_lora_weights="eva", eva_config=EvaConfig()),
     "gaussian": dict(r=4, target_modules=["q_proj"], init_lora_weights="gaussian"),
     "orthogonal": dict(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal"),
     "no init": dict(r=4, target_modules=["q_proj"], init_lora_weights=False),
