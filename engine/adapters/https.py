@@ -27,7 +27,7 @@ from engine.adapters.sources import (
     Progress,
     Source,
     Version,
-    find_weights,
+    find_single_file,
 )
 from engine.adapters.web import Answer, Refused, Web, WebError
 from engine.errors import (
@@ -130,7 +130,7 @@ class HttpsSource(Source):
             if (file := self._ask(place, name, end_by)) is not None:
                 found[name] = file
                 break
-        return config, found[find_weights(found, f"https://{place}")]
+        return config, found[find_single_file(found, f"https://{place}")]
 
     def _ask(self, place: str, name: str, end_by: float) -> _File | None:
         """One file as the server describes it; None if it does not exist."""

@@ -26,7 +26,7 @@ from engine.adapters.sources import (
     Progress,
     Source,
     Version,
-    find_weights,
+    find_single_file,
 )
 from engine.errors import (
     RENAME,
@@ -191,7 +191,7 @@ class S3Source(Source):
         }
         if not files and not self._call(path, lambda: list_keys(start, 1)):
             return None
-        weights = find_weights(files, f"{self.prefix}{path}")
+        weights = find_single_file(files, f"{self.prefix}{path}")
         return _Listing(bucket, files[CONFIG_NAME], files[weights])
 
     def _download(self, listing: _Listing, weights: str, folder: Path, transfer: Transfer) -> None:

@@ -22,7 +22,7 @@ from engine.adapters.sources import (
     Progress,
     Source,
     Version,
-    find_weights,
+    find_single_file,
 )
 from engine.errors import (
     RENAME,
@@ -163,7 +163,7 @@ class SchemeSource(Source):
             found[name] = info
             if name != CONFIG_NAME:
                 break
-        find_weights(found, f"{self.prefix}{place}")
+        find_single_file(found, f"{self.prefix}{place}")
         return found
 
     def _info(self, place: str, name: str) -> dict[str, Any]:

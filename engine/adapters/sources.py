@@ -129,6 +129,18 @@ def find_weights(names: Iterable[str], where: str) -> str:
     raise _not_an_adapter(present, where)
 
 
+def find_single_file(names: Iterable[str], where: str) -> str:
+    """As `find_weights`, for sources that download two files: raises AdapterIncompatible for weights in several."""
+    name = find_weights(names, where)
+    if name.endswith(INDEX_NAME):
+        raise AdapterIncompatible(
+            f"{where} has its weights in several files, which this source does not download",
+            field=INDEX_NAME,
+            hint="save the adapter as one file (save_pretrained with a larger max_shard_size)",
+        )
+    return name
+
+
 def _not_an_adapter(present: set[str], where: str) -> AdapterIncompatible:
     """What the files are instead, and the remedy."""
     field, what, hint = CONFIG_NAME, f"has no {CONFIG_NAME}", _SAVE_WITH_PEFT
