@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import os
 import tempfile
@@ -31,7 +30,7 @@ from engine.ops.layout import ShardLayout
 from engine.process import Parts, ProcessBackend
 from tools.adapters import write_adapter
 from tools.bench_peft import smollm2_135m
-from tools.bench_stalls import Streams, cold_request, copy_adapter
+from tools.bench_stalls import Streams, cold_request, copy_adapter, report
 
 CALLS = "LORAX_BENCH_CALL_S"  # the exchange's process reads it
 RANK = 4
@@ -126,10 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = asyncio.run(measure(args, Path(name)))
-    for what, value in found.items():
-        print(f"{what:28} {value:10.2f}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
+    report(found, args.json)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,14 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     return found
 
 
+def report(found: dict[str, float], file: Path | None) -> None:
+    """Prints the figures, and writes them as JSON into `file`."""
+    for what, value in found.items():
+        print(f"{what:40} {value:10.2f}")
+    if file:
+        file.write_text(json.dumps(found, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--streams", type=int, default=8)
@@ -189,10 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = asyncio.run(measure(args, Path(name)))
-    for what, value in found.items():
-        print(f"{what:40} {value:10.2f}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
+    report(found, args.json)
 
 
 if __name__ == "__main__":

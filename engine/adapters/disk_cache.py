@@ -24,6 +24,7 @@ from pathlib import Path
 
 from engine.adapters.sources import CONFIG_NAME, AdapterFiles, Progress, Version, open_files
 from engine.errors import AdapterError, AdapterLoadFailed, AdapterTooLarge
+from engine.files import sync_folder
 
 FOLDER = "lorax-downloads"
 CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
@@ -49,7 +50,7 @@ class Transfer:
     def __init__(self, end_by: float, progress: Progress, make_room: Callable[[int], None]) -> None:
         """`end_by`: by time.monotonic()."""
         self.total = 0  # bytes
-        self._end_by = end_by
+        self.end_by = end_by
         self._progress = progress
         self._make_room = make_room
         self._done = 0
@@ -63,7 +64,7 @@ class Transfer:
 
     def wrote(self, count: int) -> None:
         """Counts bytes that were written. Raises TooSlow at the deadline, and Stopped."""
-        if time.monotonic() > self._end_by:
+        if time.monotonic() > self.end_by:
             raise TooSlow(0, "the download took too long")
         if self._stopped:
             raise Stopped(0, "the download was stopped")
@@ -156,7 +157,7 @@ class DiskCache:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
                     raise
-            _sync(self.folder)
+            sync_folder(self.folder)
         with self._changed:
             if self._used is not None:
                 self._used += transfer.total
@@ -322,13 +323,3 @@ def _remove_stale(path: Path) -> bool:
         return False
     finally:
         os.close(fd)
-
-
-def _sync(folder: Path) -> None:
-    """Makes new names in the folder survive a power cut."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -6,9 +6,7 @@ address may be private. No token is sent.
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import random
 import ssl
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
 from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import changed, is_transient, pause, revision_of
 from engine.adapters.sources import (
     CONFIG_NAME,
     WEIGHT_NAMES,
@@ -31,7 +30,6 @@ from engine.adapters.sources import (
 )
 from engine.adapters.web import Answer, Refused, Web, WebError
 from engine.errors import (
-    RENAME,
     AdapterForbidden,
     AdapterLoadFailed,
     AdapterNotFound,
@@ -42,7 +40,6 @@ from engine.errors import (
 T = TypeVar("T")
 
 RESOLVE_S = 30.0  # limit of one `resolve`
-_TRANSIENT = (408, 425, 429)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,6 @@ class HttpsSource(Source):
         hosts: Iterable[str],
         *,
         max_file_bytes: int | None = None,
-        max_seconds: float = 600.0,
         ttl_s: float = 60.0,
         attempts: int = 3,
         backoff_s: float = 0.5,
@@ -75,7 +71,6 @@ class HttpsSource(Source):
         self._hosts = dict(map(_parse_host, hosts))
         self._cache = cache
         self._max_file_bytes = max_file_bytes
-        self._max_seconds = max_seconds
         self._attempts = attempts
         self._backoff_s = backoff_s
         self._web = Web(self._permit, context)
@@ -101,12 +96,11 @@ class HttpsSource(Source):
         def fill(folder: Path, transfer: Transfer) -> None:
             config, weights = self._find(version.id)
             if _revision(config, weights) != version.revision:
-                raise _changed(version.id)
+                raise changed(f"https://{version.id}")
             transfer.reserve(config.size + weights.size)
-            end_by = time.monotonic() + self._max_seconds
             for file in (config, weights):
                 with NewFile(folder / file.name, file.size) as target:
-                    self._download(version.id, file, target, transfer, end_by)
+                    self._download(version.id, file, target, transfer)
 
         return self._cache.fetch(version, "", progress, fill)
 
@@ -142,12 +136,10 @@ class HttpsSource(Source):
 
         return self._get("HEAD", place, name, end_by, read)
 
-    def _download(
-        self, place: str, file: _File, target: NewFile, transfer: Transfer, end_by: float
-    ) -> None:
+    def _download(self, place: str, file: _File, target: NewFile, transfer: Transfer) -> None:
         def write(answer: Answer) -> None:
             if answer.status != 200 or _described(place, file.name, answer.headers) != file:
-                raise _changed(place)
+                raise changed(f"https://{place}")
             at = 0
             for piece in answer.pieces:
                 if at + len(piece) > file.size:
@@ -158,7 +150,7 @@ class HttpsSource(Source):
             if at != file.size:
                 raise WebError("the answer was cut off")
 
-        self._get("GET", place, file.name, end_by, write)
+        self._get("GET", place, file.name, transfer.end_by, write)
 
     def _get(
         self, method: str, place: str, name: str, end_by: float, use: Callable[[Answer], T]
@@ -187,12 +179,12 @@ class HttpsSource(Source):
                         hint="its files must be readable without a token",
                     )
                 failure = f"the answer has status {status}"
-                if status not in _TRANSIENT and status < 500:
+                if not is_transient(status):
                     break
             if time.monotonic() >= end_by:
                 break
             if attempt < self._attempts:
-                time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+                pause(attempt, self._backoff_s)
         raise AdapterLoadFailed(f"https://{place}: {failure}", hint="try again later")
 
 
@@ -233,9 +225,4 @@ def _described(place: str, name: str, headers: Message) -> _File:
 
 
 def _revision(*files: _File) -> str:
-    text = "".join(f"{file.name}\n{file.stamp}\n{file.size}\n" for file in files)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
-
-
-def _changed(place: str) -> AdapterLoadFailed:
-    return AdapterLoadFailed(f"https://{place} changed during loading", hint=RENAME)
+    return revision_of((file.name, file.stamp, file.size) for file in files)

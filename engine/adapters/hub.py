@@ -8,9 +8,7 @@ that a tenant's token unlocked lie in a folder of their own, so no other tenant 
 from __future__ import annotations
 
 import logging
-import random
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -31,6 +29,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
 from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import first_line, is_transient, pause
 from engine.adapters.sources import (
     FOLDERS,
     INDEX_NAME,
@@ -255,11 +254,11 @@ class HubSource(Source):
                     raise _Refusal(error) from None
                 failure: Exception = error
             except HfHubHTTPError as error:
-                if not _is_transient(error):
+                if not is_transient(error.response.status_code):
                     raise _Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise AdapterLoadFailed(f"the hub is disabled: {_first_line(error)}") from None
+                raise AdapterLoadFailed(f"the hub is disabled: {first_line(error)}") from None
             except _NETWORK as error:
                 failure = error
             except hub_client.TooMuch:
@@ -267,9 +266,9 @@ class HubSource(Source):
             except Exception as error:  # a boundary: the answer may be anything
                 failure = error
             if attempt < self._attempts:
-                time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+                pause(attempt, self._backoff_s)
         raise AdapterLoadFailed(
-            f"the hub request failed: {_first_line(failure)}",
+            f"the hub request failed: {first_line(failure)}",
             hint="try again; without network, only adapters that are already downloaded can be served",
         )
 
@@ -304,7 +303,7 @@ class HubSource(Source):
                 field="adapter_id",
                 hint="if it is private, " + hint,
             )
-        return AdapterLoadFailed(f"the hub refused {ref.name}: {_first_line(error)}")
+        return AdapterLoadFailed(f"the hub refused {ref.name}: {first_line(error)}")
 
 
 def _invalid(ref: AdapterRef) -> AdapterNotFound:
@@ -346,14 +345,6 @@ class _Refusal(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def _is_transient(error: HfHubHTTPError) -> bool:
-    return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _reporter(progress: Progress) -> type[tqdm]:

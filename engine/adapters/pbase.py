@@ -7,13 +7,13 @@ server's credentials for S3.
 from __future__ import annotations
 
 import json
-import random
 import time
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import is_transient, pause
 from engine.adapters.s3 import S3Source
 from engine.adapters.sources import AdapterFiles, Progress, Source, Version, token_hash
 from engine.adapters.web import Refused, TooMuch, Web, WebError
@@ -153,10 +153,10 @@ class PbaseSource(Source):
                 if status == 200:
                     return self._parsed(ref, body)
                 failure = f"its answer has status {status}"
-                if status not in (408, 425, 429) and status < 500:
+                if not is_transient(status):
                     break
             if attempt < self._attempts and time.monotonic() < end_by:
-                time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+                pause(attempt, self._backoff_s)
         raise AdapterLoadFailed(
             f"Predibase's API failed for {ref.name}: {failure}",
             hint="try again later, or check --predibase-gateway-endpoint",

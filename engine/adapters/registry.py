@@ -55,12 +55,7 @@ def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dic
         ),
     ]
     if adapters.adapter_hosts:
-        seconds = adapters.adapter_load_timeout_s
-        table.append(
-            HttpsSource(
-                cache, adapters.adapter_hosts, max_file_bytes=max_file_bytes, max_seconds=seconds
-            )
-        )
+        table.append(HttpsSource(cache, adapters.adapter_hosts, max_file_bytes=max_file_bytes))
     for scheme in adapters.adapter_schemes:
         table.append(SchemeSource(scheme, cache, max_file_bytes=max_file_bytes))
     if config.model.model_id == DEMO:

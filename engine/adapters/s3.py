@@ -7,11 +7,8 @@ downloaded in ranges, each on the condition that its etag is still the same.
 
 from __future__ import annotations
 
-import hashlib
-import random
 import re
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from typing import Any, TypeVar
 
 from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
 from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import changed, first_line, pause, revision_of
 from engine.adapters.sources import (
     CONFIG_NAME,
     AdapterFiles,
@@ -29,7 +27,6 @@ from engine.adapters.sources import (
     find_single_file,
 )
 from engine.errors import (
-    RENAME,
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
@@ -75,10 +72,7 @@ class _Listing:
 
     @property
     def revision(self) -> str:
-        state = hashlib.sha256()
-        for one in (self.config, self.weights):
-            state.update(f"{one.key}\n{one.etag}\n{one.size}\n".encode("utf-8", "surrogatepass"))
-        return state.hexdigest()[:40]
+        return revision_of((one.key, one.etag, one.size) for one in (self.config, self.weights))
 
 
 class S3Source(Source):
@@ -139,7 +133,7 @@ class S3Source(Source):
         def fill(folder: Path, transfer: Transfer) -> None:
             listing = self._list(version.id)
             if listing is None or listing.revision != version.revision:
-                raise _changed(version.id)
+                raise changed(f"s3://{version.id}")
             transfer.reserve(listing.config.size + listing.weights.size)
             self._download(listing, version.weights, folder, transfer)
 
@@ -245,7 +239,7 @@ class S3Source(Source):
                 try:
                     return get()
                 except _transient():
-                    time.sleep(self._backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+                    pause(attempt, self._backoff_s)
             get()
 
         self._call(path, get_repeatedly)
@@ -259,20 +253,20 @@ class S3Source(Source):
         try:
             return call()
         except ClientError as error:
-            raise _refused(path, error.response, _first_line(error)) from None
+            raise _refused(path, error.response, first_line(error)) from None
         except _transient() as error:
             raise AdapterLoadFailed(
-                f"s3://{path}: {_first_line(error)}",
+                f"s3://{path}: {first_line(error)}",
                 hint="check the network and --s3-endpoint-url, or try again later",
             ) from None
         except (ResponseParserError, KeyError, TypeError, ValueError) as error:
             raise AdapterLoadFailed(
-                f"s3://{path}: not an answer of S3: {_first_line(error)}",
+                f"s3://{path}: not an answer of S3: {first_line(error)}",
                 hint="check --s3-endpoint-url",
             ) from None
         except BotoCoreError as error:
             raise AdapterForbidden(
-                f"cannot read s3://{path}: {_first_line(error)}",
+                f"cannot read s3://{path}: {first_line(error)}",
                 field="adapter_id",
                 hint="start the server with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or with AWS_PROFILE",
             ) from None
@@ -304,7 +298,7 @@ class S3Source(Source):
             return boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
         except (BotoCoreError, ValueError) as error:
             raise AdapterLoadFailed(
-                f"cannot use S3: {_first_line(error)}",
+                f"cannot use S3: {first_line(error)}",
                 hint="check AWS_REGION, AWS_PROFILE and --s3-endpoint-url",
             ) from None
 
@@ -333,7 +327,7 @@ def _refused(path: str, answer: Any, reason: str) -> AdapterError:
     code = str(answer.get("Error", {}).get("Code", ""))
     status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if status == 412:
-        return _changed(path)
+        return changed(f"s3://{path}")
     if code == "NoSuchBucket":
         return AdapterNotFound(f"there is no bucket {path.partition('/')[0]!r}", field="adapter_id")
     if status in (401, 403) or code in _FORBIDDEN:
@@ -347,11 +341,3 @@ def _refused(path: str, answer: Any, reason: str) -> AdapterError:
     if status in (301, 307):
         return AdapterLoadFailed(f"s3://{path} is in another region", hint="set AWS_REGION")
     return AdapterLoadFailed(f"S3 refused s3://{path}: {reason}", hint="try again later")
-
-
-def _changed(path: str) -> AdapterError:
-    return AdapterLoadFailed(f"s3://{path} changed during loading", hint=RENAME)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,15 +6,14 @@ deadline ends their request.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
 from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import changed, first_line, pause, revision_of
 from engine.adapters.sources import (
     CONFIG_NAME,
     WEIGHT_NAMES,
@@ -25,7 +24,6 @@ from engine.adapters.sources import (
     find_single_file,
 )
 from engine.errors import (
-    RENAME,
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
@@ -144,9 +142,7 @@ class SchemeSource(Source):
                         self._download(version.id, name, int(info["size"]), target, transfer)
                 files = self._find(version.id)
             if _revision(files) != version.revision:
-                raise AdapterLoadFailed(
-                    f"{self.prefix}{version.id} changed during loading", hint=RENAME
-                )
+                raise changed(f"{self.prefix}{version.id}")
 
         return self._cache.fetch(version, "", progress, fill)
 
@@ -218,8 +214,9 @@ class SchemeSource(Source):
             except Exception as error:  # a boundary: each store has exceptions of its own
                 failure = error
             if attempt < self._attempts:
-                time.sleep(self._backoff_s * 2 ** (attempt - 1))
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+                pause(attempt, self._backoff_s)
+        assert failure is not None, "there is at least one attempt"
+        reason = first_line(failure)
         raise AdapterLoadFailed(f"{self.prefix}{place}: {reason}", hint="try again later")
 
     def _store(self) -> Any:
@@ -245,5 +242,4 @@ def _stamp(info: dict[str, Any]) -> str | None:
 
 
 def _revision(files: dict[str, dict[str, Any]]) -> str:
-    text = "".join(f"{name}\n{_stamp(info)}\n{info['size']}\n" for name, info in files.items())
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+    return revision_of((name, str(_stamp(info)), info["size"]) for name, info in files.items())

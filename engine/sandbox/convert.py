@@ -24,7 +24,7 @@ from engine.errors import (
     AdapterLoadFailed,
     AdapterTooLarge,
 )
-from engine.files import Changed, OpenFile
+from engine.files import Changed, OpenFile, sync_folder
 from engine.names import shown
 from engine.safetensors import MAX_HEADER_BYTES, read_header
 from engine.sandbox.call import Limits
@@ -135,7 +135,7 @@ class Converter:
                 if not _is_complete(made):
                     raise self._refuse(file, digest, "cannot be converted")
             os.rename(path, folder / _name(digest))
-            _sync_folder(folder)
+            sync_folder(folder)
             return OpenFile(folder / _name(digest), [folder.resolve()])
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -253,13 +253,3 @@ def _remove_stale(path: Path) -> None:
     with contextlib.suppress(OSError), OpenFile(path) as file:
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes new names in the folder survive a power cut."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -27,7 +27,7 @@ class Alias:
 
 @dataclass(slots=True)
 class Aliases:
-    """The table of one server. `reserved`: names that are no adapter's, those of the base model."""
+    """The table of one server. `reserved`: names of the base model, which cannot be aliases."""
 
     reserved: frozenset[str] = frozenset()
     _table: dict[str, Alias] = field(default_factory=dict)

@@ -129,7 +129,7 @@ def test_by_both_interfaces(api: FakeApi, source: PbaseSource, s3: FakeS3, saved
 
 
 def test_each_tenant_by_its_own_token(api: FakeApi, source: PbaseSource, s3: FakeS3) -> None:
-    """Nobody gets an adapter because somebody else may have it."""
+    """A tenant cannot use an adapter that only another tenant may read."""
     load(source, "pirat/3")
     before = s3.requests.total()
     for token in ("bob", None):
