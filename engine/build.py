@@ -27,6 +27,7 @@ from engine.ops.layout import RECORD_WORDS, ShardLayout
 from engine.ops.targets import Shard
 from engine.platform import Platform, detect
 from engine.runner.batch import Adapters
+from engine.runner.extras import Finisher
 from engine.runner.faults import fitting
 from engine.runner.memory import Footprint, MemoryPlan, compared, plan_memory
 from engine.runner.pinning import Pinning
@@ -190,7 +191,11 @@ def make_runner(
         spare=decode_words(plan.max_rows) + mixed_words(plan.max_rows, plan.max_step_tokens),
     )
     model.attention.start(Capacity(plan.max_rows, blocks, plan.block_size))
-    host = (arena, records, region)
+    embedding = model.decoder.embedding
+    finisher = Finisher(
+        arena, model.decoder.linears, model.dtype, [(embedding.layer, embedding.number)]
+    )
+    host = (arena, records, region, finisher)
     placer = Placer(*host) if pinning is None else CudaPlacer(*host, pinning)
     return Runner(
         model=model.decoder,

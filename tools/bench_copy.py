@@ -20,6 +20,7 @@ import torch
 
 from engine.engine import Engine
 from engine.messages import AdapterImageRef, Placement, Request, SamplingParams, aligned
+from engine.runner.placement import Budget
 from tools.profile_step import engine_of
 
 PROMPT, LONGEST = 128, 4096
@@ -42,12 +43,12 @@ class Copies:
         self._idle = set(self._placements)
         self.placer.advance = self.advance  # type: ignore[method-assign]
 
-    def advance(self, max_bytes: int) -> list[int]:
+    def advance(self, budget: Budget) -> list[int]:
         for slot in self._idle if self.going else ():
             self.placer.start(self._placements[slot])
         if self.going:
             self._idle = set()
-        for slot in self._advance(max_bytes):
+        for slot in self._advance(budget):
             self.landed += self._placements[slot].image.data_bytes
             self._idle.add(slot)
         return []
@@ -56,7 +57,7 @@ class Copies:
         """Stops, and waits for what is on its way."""
         self.going = False
         while len(self._idle) < len(self._placements):
-            self.advance(1 << 30)
+            self.advance(self.placer.idle)
 
 
 def submit(engine: Engine, batch: int) -> None:
@@ -104,7 +105,7 @@ def main() -> None:
     print(f"{engine.platform.name}: {len(refs)} adapters of {size:.1f} MB, {given.batch} rows")
 
     def copy() -> None:
-        copies.advance(copies.placer.bytes_per_idle_step)
+        copies.advance(copies.placer.idle)
         time.sleep(0.0002)  # what the engine's loop leaves between two looks
 
     copies.going = True

@@ -35,7 +35,7 @@ class LoraBatch:
     slots: Tensor  # [G] int32: the slot of each segment
     segment_starts: Tensor  # [G + 1] int32: first token of each segment, then the end of the last
     stacked_rank: int  # at least the largest stacked rank in the batch: the number of columns of t
-    touched: list[list[bool]]  # [layers + 1][groups]: whether any adapter of the batch acts there
+    touched: list[list[int]]  # [layers + 1][groups]: what the adapters of the batch do there
 
 
 @dataclass(frozen=True, slots=True)

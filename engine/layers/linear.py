@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.batch import LoraBatch
-from engine.ops.layout import GroupPart
+from engine.ops.layout import PAIRS, RESCALES, GroupPart
 
 ops = torch.ops.lorax
 
@@ -46,6 +46,8 @@ def plain_parts(outputs: int, inputs: int, bias: bool, transposed: bool) -> list
 class LinearMethod(Protocol):
     """How a linear holds and multiplies its weight: plain or quantised."""
 
+    bias: Tensor | None  # [outputs], in the dtype of y
+
     def parts(self, outputs: int, inputs: int, bias: bool, transposed: bool) -> list[Part]:
         """The tensors of one linear in the checkpoint, with these whole sizes."""
 
@@ -65,6 +67,9 @@ class LinearMethod(Protocol):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x[T, columns] -> [T, rows]."""
+
+    def weight_rows(self, rows: slice) -> Tensor:
+        """Rows of the weight that `matmul` multiplies with, [n, columns] in the dtype of x."""
 
 
 class Plain:
@@ -103,33 +108,41 @@ class Plain:
     def matmul(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
+    def weight_rows(self, rows: slice) -> Tensor:
+        return self.weight[rows]
+
 
 class Linear:
     """y = x W.T + b, plus the update of each token's adapter."""
 
-    def __init__(
-        self,
-        method: LinearMethod,
-        group: GroupPart,
-        address: tuple[int, int],
-        bias: bool,
-    ) -> None:
+    def __init__(self, method: LinearMethod, group: GroupPart, address: tuple[int, int]) -> None:
         """`address` is (layer, group number): where the group's records are."""
         self.group = group
         self.layer, self.number = address
         self.splits = [target.out_features for target in group.targets]
         self.method = method
-        self.bias = bias
-        method.allocate(sum(self.splits), group.in_features, bias)
+        self.bias = group.whole.bias
+        method.allocate(sum(self.splits), group.in_features, self.bias)
 
     def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        if lora is None or not lora.touched[self.layer][self.number]:
-            return self.method.matmul(x)
-        where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
         y = self.method.matmul(x)
-        t = ops.lora_shrink(x, *where, lora.stacked_rank, overlap=True)
-        ops.lora_expand_(y, t, *where, self.splits)
+        if lora is None or not (does := lora.touched[self.layer][self.number]):
+            return y
+        where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
+        if does & PAIRS:
+            t = ops.lora_shrink(x, *where, lora.stacked_rank, overlap=True)
+            ops.lora_expand_(y, t, *where, self.splits)
+        if does & RESCALES:
+            ops.lora_rescale_(y, *where)
         return y
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        return self.method.bias
+
+    def weight_rows(self, rows: slice) -> Tensor:
+        """Rows of the base weight [N, K], in the model's dtype."""
+        return self.method.weight_rows(rows)
 
 
 class Embedding:
@@ -145,15 +158,18 @@ class Embedding:
 
     def __call__(self, ids: Tensor, lora: LoraBatch | None) -> Tensor:
         y = self.table[ids]
-        if lora is not None and lora.touched[self.layer][self.number]:
-            where = (
-                lora.arena,
-                lora.records,
-                lora.slots,
-                lora.segment_starts,
-                self.layer,
-                self.number,
-            )
+        if lora is None or not (does := lora.touched[self.layer][self.number]):
+            return y
+        where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
+        if does & PAIRS:
             t = ops.lora_gather(ids, *where, lora.stacked_rank, self.table.dtype)
             ops.lora_expand_(y, t, *where, self.splits)
+        if does & RESCALES:
+            ops.lora_rescale_(y, *where)
         return y
+
+    base_bias: Tensor | None = None
+
+    def weight_rows(self, rows: slice) -> Tensor:
+        """Features of every row of the table: rows of its transpose [hidden, vocab]."""
+        return self.table[:, rows].T

@@ -108,10 +108,9 @@ class Int8(_Quantised):
         self.weight[rows], largest = _in_8_bits(self.whole_blocks(weight, torch.float32))
         self.unit[rows] = largest / INT8_MAX**2
 
-    def dequantised(self) -> Tensor:
-        """The weight that `matmul` multiplies with, [rows, columns]."""
-        scale = self.unit[:, None] * INT8_MAX
-        return (self.weight[: self.rows, : self.columns] * scale).to(self.dtype)
+    def weight_rows(self, rows: slice) -> Tensor:
+        scale = self.unit[rows, None] * INT8_MAX
+        return (self.weight[: self.rows, : self.columns][rows] * scale).to(self.dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         y = x.new_empty(x.shape[0], self.rows)
@@ -175,14 +174,14 @@ class FourBit(_Quantised):
         self.packed[rows].copy_(packed.view_as(self.packed[rows]))
         self.scales[rows].copy_(scales.view_as(self.scales[rows]))
 
-    def dequantised(self) -> Tensor:
-        """The weight that `matmul` multiplies with, [rows, columns]."""
-        return self.unpacked()[:, : self.columns]
+    def weight_rows(self, rows: slice) -> Tensor:
+        return self.unpacked(rows)[:, : self.columns]
 
-    def unpacked(self) -> Tensor:
-        """The weight with its padding, [rows, padded]."""
-        shape = (self.rows, self.padded)
-        flat = (self.packed.view(-1, 1), self.scales.view(-1))
+    def unpacked(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the weight with its padding, [n, padded]."""
+        packed = self.packed[rows]
+        shape = (packed.shape[0], self.padded)
+        flat = (packed.view(-1, 1), self.scales[rows].view(-1))
         return torch.ops.bitsandbytes.dequantize_4bit(
             *flat, self.align, self.kind, shape, self.dtype
         )

@@ -20,11 +20,12 @@ from engine.files import OpenFile
 from engine.lora.keys import plain_keys
 from engine.lora.leftovers import FULL_MODEL, describe
 from engine.lora.peft_config import PeftConfig, check_config, read_config
+from engine.lora.peft_extras import Site, check_complete, take_extras
 from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
-from engine.lora.weights import LoraWeights, Pair, TargetIndex
+from engine.lora.weights import Extras, LoraWeights, Pair, TargetIndex
 from engine.names import shown, shown_shape
 from engine.ops.layout import MAX_RANK
-from engine.ops.targets import Group, ModelTargets, Target
+from engine.ops.targets import ModelTargets
 
 MAX_SUMMARY = 500  # characters of all problems as one error, if the first is not longer
 MAX_PROBLEMS = 64  # kinds of problems that are listed
@@ -35,15 +36,6 @@ _HALF = re.compile(
 _TRAINING_ONLY = re.compile(r"\.lora_(velora|monteclora)_")  # PEFT does not read them at inference
 _GATHER = "gather sharded weights (ZeRO-3, FSDP) before saving"
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """Where a target module is in the model."""
-
-    index: TargetIndex
-    group: Group
-    target: Target
 
 
 def _kind(name: str) -> str:
@@ -138,7 +130,7 @@ def check_peft(
     file = SafetensorsFile(weights, shards)
     file.rename(plain_keys(file.infos, problems.add))
     matcher = _Matcher(file, parsed, targets, max_rank, problems)
-    pairs = matcher.pairs()
+    pairs, extras = matcher.match()
     errors = problems.errors()
     if errors:
         return None, errors
@@ -147,7 +139,7 @@ def check_peft(
         notes.append(
             f"trained on {shown(parsed.base_model)}, served with {base_model}; the shapes match"
         )
-    return LoraWeights(pairs, parsed.base_model, notes, file.verify, file.close), []
+    return LoraWeights(pairs, extras, parsed.base_model, notes, file.verify, file.close), []
 
 
 def same_base(named: str, served: str) -> bool:
@@ -169,8 +161,8 @@ class _Matcher:
     problems: _Problems
     notes: list[str] = field(default_factory=list)
 
-    def pairs(self) -> dict[TargetIndex, Pair]:
-        """The valid pairs; every other tensor becomes a problem."""
+    def match(self) -> tuple[dict[TargetIndex, Pair], dict[TargetIndex, Extras]]:
+        """The valid pairs and extras; every other tensor becomes a problem."""
         halves: dict[str, dict[str, str]] = {}  # module -> half -> tensor's name
         others = []
         for key in self.file.infos:
@@ -180,6 +172,7 @@ class _Matcher:
             elif not _TRAINING_ONLY.search(key):
                 others.append(key)
         sites = self._sites()
+        extras, others = take_extras(others, self.file, self.config, sites, self.problems.add)
         self._leftover(others, sites)
         linears = sorted({path.rsplit(".", 1)[-1] for path in sites})
         pairs = {}
@@ -188,17 +181,20 @@ class _Matcher:
             if site is None:
                 self._no_such_module(module, linears)
             elif (pair := self._pair(module, names, site)) is not None:
-                pairs[site.index] = pair
+                pairs[site.place] = pair
         if not halves:
             whole = any(key.removesuffix(".weight") in sites for key in others)
             remedy = FULL_MODEL if whole else RESAVE
             self.problems.add("empty", "the weight file has no LoRA tensors", None, remedy)
-        return pairs
+        modules = {index: pair.module for index, pair in pairs.items()}
+        places = {site.place for site in sites.values() if not site.group.embedding}
+        check_complete(extras, modules, places, self.config, self.problems.add)
+        return pairs, extras
 
-    def _sites(self) -> dict[str, _Site]:
+    def _sites(self) -> dict[str, Site]:
         """Every target module of every layer, by its path."""
         return {
-            target.module.format(layer=layer, expert=expert): _Site(
+            target.module.format(layer=layer, expert=expert): Site(
                 TargetIndex(layer, number, position, expert), group, target
             )
             for layer, number, group in self.targets.each_group()
@@ -206,7 +202,7 @@ class _Matcher:
             for expert in range(group.experts or 1)
         }
 
-    def _pair(self, module: str, names: dict[str, str], site: _Site) -> Pair | None:
+    def _pair(self, module: str, names: dict[str, str], site: Site) -> Pair | None:
         """The pair of one module, if dtype, shapes and rank are valid."""
         kind, halves = site.target.name, ("A", "B")
         if site.group.embedding:
@@ -246,7 +242,7 @@ class _Matcher:
         matrices = [self.file.matrix(names[half]) for half in halves]
         return Pair(matrices[0], matrices[1], self.config.scale(module), module)
 
-    def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, site: _Site) -> bool:
+    def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, site: Site) -> bool:
         kind = site.target.name
         for info in (a, b):
             if info.dtype not in DTYPES:
@@ -297,7 +293,7 @@ class _Matcher:
             hint = f"train on {', '.join(linears)} only"
         self.problems.add(f"module {kind}", f"{shown(module)} {why}", module, hint)
 
-    def _leftover(self, keys: list[str], sites: dict[str, _Site]) -> None:
+    def _leftover(self, keys: list[str], sites: dict[str, Site]) -> None:
         """Tensors that do not belong to a pair."""
         targets = {path.rpartition(".")[2] for path in sites}
         for key in keys:

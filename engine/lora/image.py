@@ -2,8 +2,8 @@
 
     records   int32 [layers + 1, groups, 8], offsets relative to the data
     zeros     to the next multiple of IMAGE_ALIGN bytes
-    data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed;
-              for a group of experts: the expert records, then the same for each adapted expert
+    data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed, then
+              the extras; for a group of experts: the expert records, then the same for each adapted expert
 
 An image belongs to one shard: it holds the parts of the matrices that the shard's linears need.
 
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import AdapterIncompatible, AdapterTooLarge
-from engine.lora.weights import LoraWeights, Matrix, Pair, TargetIndex, sliced
+from engine.lora.extras import extras_bytes, flags_of, write_extras
+from engine.lora.weights import Extras, LoraWeights, Matrix, Pair, TargetIndex, sliced
 from engine.ops.layout import (
     ALIGN,
+    EXTRAS,
     FLAG_EXPERTS,
     RECORD_BYTES,
     GroupPart,
@@ -65,8 +67,10 @@ class _Section:
 
     group: GroupPart
     pairs: tuple[Pair | None, ...]  # by target
+    extras: tuple[Extras | None, ...]
     a: int
     b: int
+    rows: int  # of the extras
     end: int
 
     @property
@@ -75,7 +79,8 @@ class _Section:
 
     def record(self) -> bytes:
         scales = [pair.scale if pair else 0.0 for pair in self.pairs]
-        return _record(self.a, self.b, self.ranks, 0, scales)
+        flags = flags_of(self.group, self.extras)
+        return _record(self.a, self.b, self.ranks, flags, scales, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +106,12 @@ class _GroupData:
         return b"".join(s.record() if s else bytes(RECORD_BYTES) for s in self.sections)
 
 
-def _record(a: int, b: int, ranks: list[int], flags: int, scales: list[float]) -> bytes:
+def _record(
+    a: int, b: int, ranks: list[int], flags: int, scales: list[float], rows: int = 0
+) -> bytes:
     filled = [*ranks, 0, 0, 0][:MAX_TARGETS], [*scales, 0.0, 0.0, 0.0][:MAX_TARGETS]
-    return _RECORD.pack(a // ALIGN, b // ALIGN, 0, *filled[0], flags, *filled[1])
+    extra = rows // ALIGN if flags & EXTRAS else 0
+    return _RECORD.pack(a // ALIGN, b // ALIGN, extra, *filled[0], flags, *filled[1])
 
 
 def _ranks(pairs: tuple[Pair | None, ...]) -> list[int]:
@@ -116,39 +124,43 @@ def _groups(weights: LoraWeights, layout: ShardLayout) -> Iterator[_GroupData]:
     for layer, number, group in layout.each_group():
         experts = group.whole.experts
         by_expert = [
-            tuple(
-                weights.pairs.get(TargetIndex(layer, number, index, expert))
-                for index in range(len(group.targets))
-            )
+            [TargetIndex(layer, number, index, expert) for index in range(len(group.targets))]
             for expert in range(experts or 1)
         ]
-        if not any(map(any, by_expert)):
+        if not any(at in weights.pairs or at in weights.extras for one in by_expert for at in one):
             continue
         table = start if experts else None
         start += experts * RECORD_BYTES
         sections: list[_Section | None] = []
-        for pairs in by_expert:
-            section = _section(group, pairs, start, _dtype(layout).itemsize)
+        for places in by_expert:
+            pairs = tuple(weights.pairs.get(at) for at in places)
+            extras = tuple(weights.extras.get(at) for at in places)
+            section = _section(group, pairs, extras, start, _dtype(layout).itemsize)
             sections.append(section)
             start = section.end if section else start
         yield _GroupData(layer, number, table, tuple(sections), start)
 
 
 def _section(
-    group: GroupPart, pairs: tuple[Pair | None, ...], start: int, itemsize: int
+    group: GroupPart,
+    pairs: tuple[Pair | None, ...],
+    extras: tuple[Extras | None, ...],
+    start: int,
+    itemsize: int,
 ) -> _Section | None:
-    ranks = _ranks(pairs)
-    if not any(ranks):
+    if not any(pairs) and not any(extras):
         return None
+    ranks = _ranks(pairs)
     rows, length = sum(ranks), group.in_features
     if group.whole.embedding:
         rows, length = length, rows
     b = start + rows * padded(length * itemsize)
-    end = b + sum(
+    at = b + sum(
         rank * padded(target.out_features * itemsize)
         for rank, target in zip(ranks, group.targets, strict=True)
     )
-    return _Section(group, pairs, a=start, b=b, end=end)
+    end = at + extras_bytes(group, flags_of(group, extras))
+    return _Section(group, pairs, extras, a=start, b=b, rows=at, end=end)
 
 
 def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
@@ -190,6 +202,7 @@ def write_image(
             out[at : at + len(records)] = records
         for section in filter(None, group.sections):
             _write_section(writer, section)
+            write_extras(data, section.rows, section.group, section.extras)
     writer.flush()
     weights.verify()
     return _digest(out, size, pause)
@@ -208,7 +221,7 @@ def _write_section(writer: _Writer, section: _Section) -> None:
         if adapted is not None:
             b = sliced(adapted.b, rows=target.outputs)
             offset = writer.transposed(b, offset, adapted.module)
-    assert offset == section.end
+    assert offset == section.rows
 
 
 def write_records(weights: LoraWeights, layout: ShardLayout, out: memoryview) -> None:

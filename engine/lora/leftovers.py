@@ -20,13 +20,18 @@ _HEAD = re.compile(r"(?:.+\.)?(?:score|classifier|classification_head|qa_outputs
 
 # (part of a tensor's name, only at the end?, what it is, field)
 _KNOWN_KEYS = (
-    (".lora_magnitude_vector", False, "a DoRA magnitude", "use_dora"),
-    (".lora_A.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
-    (".lora_B.bias", True, "a bias of lora_A or lora_B", "lora_bias"),
+    (
+        ".lora_magnitude_vector",
+        False,
+        "a DoRA magnitude of a module that cannot be adapted",
+        "use_dora",
+    ),
+    (".lora_A.bias", True, "a bias of lora_A", "lora_bias"),
+    (".lora_B.bias", True, "a bias of a module that cannot be adapted", "lora_bias"),
     (".trainable_tokens_", False, "trained rows of the embedding", "trainable_token_indices"),
     (".lora_diag", False, "a KaSA diagonal", "kasa_config"),
     (".modules_to_save.", False, "a whole module", "modules_to_save"),
-    (".bias", True, "a bias of the base model", "bias"),
+    (".bias", True, "a bias outside of the linear layers", "bias"),
 )
 
 

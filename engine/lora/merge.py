@@ -70,6 +70,12 @@ def merge(
     """
     shares: dict[TargetIndex, list[_Share]] = {}
     for number, ((name, weights), weight) in enumerate(zip(parts, recipe.weights, strict=True)):
+        if weights.extras:
+            raise _refused(
+                "ids",
+                f"{name} has DoRA magnitudes or biases, which cannot be merged",
+                "request it alone, or merge ordinary LoRA adapters",
+            )
         for index, pair in weights.pairs.items():
             factor = weight * pair.scale
             if not abs(factor) <= MAX_SCALE:
@@ -93,7 +99,7 @@ def merge(
 
     notes = [f"{name}: {note}" for name, weights in parts for note in weights.notes]
     bases = {weights.base_model for _, weights in parts}
-    return LoraWeights(pairs, bases.pop() if len(bases) == 1 else None, notes, verify, close)
+    return LoraWeights(pairs, {}, bases.pop() if len(bases) == 1 else None, notes, verify, close)
 
 
 def _rank(shares: Sequence[_Share], recipe: Recipe, largest: int, max_rank: int) -> int:

@@ -46,6 +46,11 @@ class PeftConfig:
     rslora: bool
     base_model: str | None
     notes: list[str]  # about fields that are ignored though they are unknown
+    announced: frozenset[str] = frozenset()  # "magnitude", "shift" and "bias"
+
+    def announces(self, part: str) -> bool:
+        """Whether the file has DoRA magnitudes ("magnitude"), biases of lora_B ("shift") or trained biases ("bias")."""
+        return part in self.announced
 
     def rank(self, module: str) -> int:
         return int(self.ranks.value(module))
@@ -119,6 +124,7 @@ def check_config(fields: Mapping[str, Any]) -> tuple[PeftConfig | None, list[Ada
         bool(fields.get("use_rslora")),
         str(base) if base else None,
         notes,
+        _announced(fields),
     )
     return config, problems
 
@@ -143,6 +149,15 @@ def _refused(fields: Mapping[str, Any]) -> tuple[list[AdapterIncompatible], list
                 why = f"is {shown_value(value)}: it {why}"
         problems.append(AdapterIncompatible(f"{named} {why}", field=named, hint=remedy))
     return problems, notes[:MAX_NOTES]
+
+
+def _announced(fields: Mapping[str, Any]) -> frozenset[str]:
+    given = {
+        "magnitude": fields.get("use_dora"),
+        "shift": fields.get("lora_bias"),
+        "bias": fields.get("bias") not in (None, "none"),
+    }
+    return frozenset(part for part, there in given.items() if there)
 
 
 def _init(fields: Mapping[str, Any]) -> list[AdapterIncompatible]:

@@ -46,6 +46,8 @@ CONVERT = (
     " where INITIAL is the adapter as it was before training"
 )
 
+SERVED_BIASES = ("none", "all", "lora_only")
+
 FIELDS = {
     "peft_type": _served("must be LORA"),
     "r": _served("the rank"),
@@ -54,6 +56,8 @@ FIELDS = {
     "rank_pattern": _served("ranks of single modules"),
     "alpha_pattern": _served("alphas of single modules"),
     "init_lora_weights": _served("true, false, gaussian, eva, orthogonal and mica; see below for the others"),
+    "use_dora": _served("DoRA: outputs are scaled by magnitude / norm of the adapted weight"),
+    "lora_bias": _served("the bias of lora_B is added, times the scale"),
     "base_model_name_or_path": _served("another name than the served model's is a note"),
     "task_type": _ignored("the kind of the model"),
     "auto_mapping": _ignored("the class of the base model"),
@@ -77,9 +81,7 @@ FIELDS = {
     "runtime_config": _ignored("how PEFT runs; never saved"),
     "merge_weights": _ignored("written by peft before 0.3"),
     "enable_lora": _ignored("written by peft before 0.3"),
-    "bias": _refused("replaces biases of the base model", RETRAIN, "none"),
-    "use_dora": _refused("scales every output by a magnitude (DoRA)", RETRAIN),
-    "lora_bias": _refused("adds a bias to lora_B", RETRAIN),
+    "bias": _refused("is none of none, all and lora_only, which are served", RETRAIN, *SERVED_BIASES),
     "modules_to_save": _refused(
         "replaces whole modules of the base model", "target them with LoRA (target_modules) instead"
     ),

@@ -126,7 +126,8 @@ def _layers(weights: LoraWeights, targets: ModelTargets) -> dict[str, tuple[list
             places = (
                 TargetIndex(layer, number, index, expert) for expert in range(group.experts or 1)
             )
-            adapted = [layer] if any(place in weights.pairs for place in places) else []
+            changed = (place in weights.pairs or place in weights.extras for place in places)
+            adapted = [layer] if any(changed) else []
             found[target.name] = (layers + adapted, total + 1)
     return found
 

@@ -121,6 +121,12 @@ class SafetensorsFile:
         rows, columns = info.shape
         return _FileMatrix(info.file, info.start, (rows, columns), DTYPES[info.dtype])
 
+    def vector(self, name: str) -> Matrix:
+        """A tensor [N] as a matrix [1, N]."""
+        info = self.infos[name]
+        (size,) = info.shape
+        return _FileMatrix(info.file, info.start, (1, size), DTYPES[info.dtype])
+
     def verify(self) -> None:
         """Raises AdapterLoadFailed if a file changed since it was opened."""
         for file in self.files:

@@ -119,11 +119,23 @@ class Pair:
         return self.a.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What an adapter does to the outputs of one target module besides its pair; each [1, N]."""
+
+    module: str  # its path, for messages
+    magnitude: Matrix | None = None  # DoRA's, of each row of the weight
+    shift: Matrix | None = None  # the bias of lora_B
+    shift_scale: float = 1.0
+    bias: Matrix | None = None  # replaces that of the base
+
+
 @dataclass(slots=True)
 class LoraWeights(Closable):
     """An adapter that fits its base model. A context manager; closing it closes the weight file."""
 
     pairs: Mapping[TargetIndex, Pair]
+    extras: Mapping[TargetIndex, Extras] = field(default_factory=dict)
     base_model: str | None = None  # the adapter's name for it
     notes: list[str] = field(default_factory=list)  # hints for the user, not errors
     verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed

@@ -28,8 +28,8 @@ class Layer:
         spec, names = model.spec, model.spec.names
         attention, mlp = spec.attention, spec.mlp
         self.attention = Attention(
-            model.linear(layer, QKV, attention.qkv_bias),
-            model.linear(layer, OUT, attention.out_bias),
+            model.linear(layer, QKV),
+            model.linear(layer, OUT),
             shape=(attention.heads, attention.kv_heads, attention.head_dim),
             cos_sin=model.cos_sin,
             scale=attention.scale,
@@ -37,8 +37,8 @@ class Layer:
             window=attention.window(layer),
         )
         self.mlp = Mlp(
-            model.linear(layer, UP, mlp.bias),
-            model.linear(layer, DOWN, mlp.bias),
+            model.linear(layer, UP),
+            model.linear(layer, DOWN),
             mlp.act,
             mlp.gated,
         )
@@ -76,6 +76,10 @@ class Decoder:
         self.layout: ShardLayout = layout_of(spec, str(dtype).removeprefix("torch."), shard)
         last = spec.num_layers
         self.embedding = Embedding(self.layout.ends[EMBEDDING], (last, EMBEDDING), dtype, device)
+        # by (layer, group number), as in the records
+        self.linears: dict[tuple[int, int], Linear | Embedding] = {
+            (last, EMBEDDING): self.embedding
+        }
         # Rounded before the multiplication, as in transformers.
         self.embedding_scale = torch.tensor(spec.scales.embedding, dtype=dtype).item()
         self.position_table: Tensor | None = None
@@ -92,16 +96,19 @@ class Decoder:
         self.final_norm = self.norm()
         self.vocabulary = Plain(dtype, device, self.embedding.table if spec.tied else None)
         self.heads: dict[str, Head] = {}  # by name of the request kind
-        self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD), bias=False)
+        self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD))
+        self.linears[last, HEAD] = self.head
 
     @property
     def kinds(self) -> list[str]:
         """Names of the request kinds that the model serves."""
         return [kind.name for kind in KINDS.values() if not kind.pools or kind.name in self.heads]
 
-    def linear(self, layer: int, number: int, bias: bool) -> Linear:
+    def linear(self, layer: int, number: int) -> Linear:
         method = self.method(self.dtype, self.device)
-        return Linear(method, self.layout.groups[number], (layer, number), bias)
+        made = Linear(method, self.layout.groups[number], (layer, number))
+        self.linears[layer, number] = made
+        return made
 
     def norm(self) -> RmsNorm | LayerNorm:
         spec = self.spec

@@ -115,24 +115,26 @@ def targets_of(spec: ModelSpec) -> ModelTargets:
     q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     up = (mlp.size, mlp.size) if mlp.gated else (mlp.size,)
 
-    def column(name: str, modules: tuple[str, ...], sizes: tuple[int, ...], unit: int) -> Group:
+    def column(
+        name: str, modules: tuple[str, ...], sizes: tuple[int, ...], unit: int, bias: bool
+    ) -> Group:
         """Column-parallel. One module with several sizes: the checkpoint stores it fused."""
         if len(modules) == 1 < len(sizes):
             target = _target(spec, modules[0], sum(sizes), unit, sizes)
-            return Group(name, spec.hidden, (target,))
+            return Group(name, spec.hidden, (target,), bias=bias)
         pairs = zip(modules, sizes, strict=True)
         targets = tuple(_target(spec, module, size, unit) for module, size in pairs)
-        return Group(name, spec.hidden, targets)
+        return Group(name, spec.hidden, targets, bias=bias)
 
-    def row(name: str, module: str, size: int, unit: int) -> Group:
+    def row(name: str, module: str, size: int, unit: int, bias: bool) -> Group:
         target = _target(spec, module, spec.hidden)
-        return Group(name, size, (target,), cut="inputs", unit=unit)
+        return Group(name, size, (target,), cut="inputs", unit=unit, bias=bias)
 
     groups = (
-        column("qkv", names.qkv, (q, kv, kv), attention.head_dim),
-        row("o", names.out, q, attention.head_dim),
-        column("gate_up" if mlp.gated else "up", names.up, up, 1),
-        row("down", names.down, mlp.size, 1),
+        column("qkv", names.qkv, (q, kv, kv), attention.head_dim, attention.qkv_bias),
+        row("o", names.out, q, attention.head_dim, attention.out_bias),
+        column("gate_up" if mlp.gated else "up", names.up, up, 1, mlp.bias),
+        row("down", names.down, mlp.size, 1, mlp.bias),
     )
     table = Target(names.embedding.rsplit(".", 1)[-1], names.embedding, spec.hidden)
     head = Target(names.head, names.head, spec.vocab)

@@ -20,6 +20,15 @@ target, and in place of A and B
 
 Offsets in an expert record are relative to the adapter's data, so that the data is copied as it is. An expert with
 ranks of 0 is not adapted.
+
+Extras change the outputs of a group after its pairs: y becomes `scale * y + shift`. They are float32 rows over all
+outputs of the group, padded to ALIGN bytes: the scale row if any target has FLAG_SCALED, then the shift row if
+FLAG_SHIFT. An image has the rows of the adapter's file:
+
+    scale   the DoRA magnitude of a target with FLAG_SCALED, else 1
+    shift   what is added to a target, or with FLAG_OWN_BIAS what replaces the base's bias
+
+`engine.runner.extras` makes the rows final in the arena, where the base weights are.
 """
 
 from __future__ import annotations
@@ -38,12 +47,22 @@ RECORD_BYTES = RECORD_WORDS * 4
 # words of a record
 WORD_A = 0  # offset of A
 WORD_B = 1  # offset of B of the first target
-WORD_EXTRA = 2  # offset of per-output extras (bias, DoRA scale); 0: none
+WORD_EXTRA = 2  # offset of the extras, if the flags say that there are any
 WORD_RANKS = 3  # rank 0 | rank 1 << 16
 WORD_RANK2 = 4  # rank 2 | flags << 16
 WORD_SCALE = 5  # float32 bits of the three targets' scales
 
 FLAG_EXPERTS = 1  # A and B are those of the second level
+FLAG_SHIFT = 2  # the extras have a shift row
+FLAG_SCALED = 4  # target 0 has a DoRA magnitude; target t: FLAG_SCALED << t
+FLAG_OWN_BIAS = 32  # the same for a bias that replaces the base's
+SCALED = FLAG_SCALED * 7  # any target
+EXTRAS = FLAG_SHIFT | SCALED  # there are extras
+FLAGS_SHIFT = 16  # bits from the start of WORD_RANK2 to the flags
+
+# What an adapter does to a group, combined.
+PAIRS = 1  # adds x A.T B.T
+RESCALES = 2  # has extras
 
 
 def padded(num_bytes: int) -> int:

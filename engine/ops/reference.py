@@ -14,8 +14,13 @@ from torch import Tensor
 
 from engine.ops.layout import (
     ALIGN,
+    EXTRAS,
+    FLAG_SHIFT,
+    FLAGS_SHIFT,
+    SCALED,
     WORD_A,
     WORD_B,
+    WORD_EXTRA,
     WORD_RANK2,
     WORD_RANKS,
     WORD_SCALE,
@@ -219,7 +224,7 @@ def _segments(
         yield first, last, words, ranks, scales
 
 
-def _matrix(arena: Tensor, offset: int, rows: int, length: int, dtype: torch.dtype) -> Tensor:
+def matrix(arena: Tensor, offset: int, rows: int, length: int, dtype: torch.dtype) -> Tensor:
     """The `[rows, length]` matrix at `offset` (in units of ALIGN) in the arena."""
     size = dtype.itemsize
     stride = row_stride(length, size)
@@ -242,7 +247,7 @@ def lora_shrink(
     """Partial sums t[P, T, stacked_rank] of x @ A.T, in float32. Columns past a slot's stacked rank are not defined."""
     t = x.new_zeros((1, x.shape[0], stacked_rank), dtype=torch.float32)
     for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
-        a = _matrix(arena, words[WORD_A], sum(ranks), x.shape[1], x.dtype)
+        a = matrix(arena, words[WORD_A], sum(ranks), x.shape[1], x.dtype)
         t[0, first:last, : sum(ranks)] = x[first:last].float() @ a.float().T
     return t
 
@@ -262,7 +267,7 @@ def lora_gather(
     t = torch.zeros((1, ids.shape[0], stacked_rank), dtype=torch.float32, device=ids.device)
     for first, last, words, ranks, _ in _segments(records, slots, segment_starts, layer, group):
         rows = int(ids[first:last].max()) + 1
-        a = _matrix(arena, words[WORD_A], rows, ranks[0], dtype)
+        a = matrix(arena, words[WORD_A], rows, ranks[0], dtype)
         t[0, first:last, : ranks[0]] = a[ids[first:last]].float()
     return t
 
@@ -286,8 +291,42 @@ def lora_expand_(
         total = t[:, first:last].sum(0)
         offset, column, row = words[WORD_B], 0, 0
         for rank, scale, n in zip(ranks, scales, splits, strict=False):
-            b = _matrix(arena, offset, rank, n, y.dtype)
+            b = matrix(arena, offset, rank, n, y.dtype)
             part = y[first:last, column : column + n]
             part.copy_(part.float() + scale * (total[:, row : row + rank] @ b.float()))
             offset += rank * padded(n * size) // ALIGN
             column, row = column + n, row + rank
+
+
+def extras(
+    arena: Tensor, offset: int, flags: int, columns: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scale row and the shift row of the extras at `offset` (in units of ALIGN): float32 [columns] views."""
+    at, found = offset * ALIGN, []
+    for flag in (SCALED, FLAG_SHIFT):
+        row = arena[at : at + 4 * columns].view(torch.float32) if flags & flag else None
+        found.append(row)
+        at += padded(4 * columns) if row is not None else 0
+    return found[0], found[1]
+
+
+def lora_rescale_(
+    y: Tensor,  # [T, N]
+    arena: Tensor,
+    records: Tensor,
+    slots: Tensor,
+    segment_starts: Tensor,
+    layer: int,
+    group: int,
+) -> None:
+    """`y[i] = scale * y[i] + shift` with the extras of token i's adapter, in float32, rounded once."""
+    bounds = segment_starts.tolist()
+    for s, slot in enumerate(slots.tolist()):
+        words = records[slot, layer, group].view(torch.uint32).tolist()
+        flags = words[WORD_RANK2] >> FLAGS_SHIFT
+        if not flags & EXTRAS:
+            continue
+        scale, shift = extras(arena, words[WORD_EXTRA], flags, y.shape[1])
+        part = y[bounds[s] : bounds[s + 1]]
+        scaled = part.float() if scale is None else part.float() * scale
+        part.copy_(scaled if shift is None else scaled + shift)

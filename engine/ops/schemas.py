@@ -63,6 +63,10 @@ SCHEMAS = {
         "(Tensor(a!) y, Tensor t, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer,"
         " int group, int[] splits) -> ()"
     ),
+    # y[i] = scale(slot) * y[i] + shift(slot) for every token whose adapter has extras in the group.
+    "lora_rescale_": (
+        "(Tensor(a!) y, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group) -> ()"
+    ),
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

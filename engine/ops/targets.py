@@ -74,6 +74,7 @@ class Group:
     embedding: bool = False
     cut: Literal["outputs", "inputs"] = "outputs"  # column-parallel or row-parallel
     unit: int = 1  # inputs that stay in one shard, if it is cut along its inputs
+    bias: bool = False  # the base has biases, of all targets
     experts: int = 0  # linears like this one per layer, one per expert; 0: no experts
 
     def __post_init__(self) -> None:

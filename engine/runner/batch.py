@@ -7,7 +7,8 @@ what the layers need from the row table. A CUDA graph starts with `prepare_step_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,20 +17,25 @@ from torch import Tensor
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
 from engine.ops.attention import AttentionBackend, Prepare, StepLengths
+from engine.ops.layout import RESCALES
 from engine.runner.inputs import Description, Inputs
 from engine.runner.rows import RowTable
 from engine.runner.shapes import Shape, decode_words
 
 ops = torch.ops.lorax
 
-Touched = list[list[bool]]  # [layers + 1][groups]
+Touched = list[list[int]]  # [layers + 1][groups]: PAIRS and RESCALES, combined
+
+# Where a step runs the ops of pairs: nowhere, in the linears of the layers, or in embedding and head too.
+# EVERYTHING runs the ops of extras as well.
+NO_LORA, IN_LAYERS, EVERYWHERE, EVERYTHING = range(4)
 
 
 class Reach(NamedTuple):
     """What the adapters of a step can do."""
 
     stacked_rank: int  # the largest stacked rank
-    touched: Touched  # where any of the adapters acts
+    touched: Touched  # by any of the adapters
 
 
 class Adapters:
@@ -39,9 +45,14 @@ class Adapters:
         self.arena, self.records = arena, records
         self.stacked_ranks = [0] * records.shape[0]  # largest stacked rank of each slot
         self.touched: list[Touched] = [[] for _ in range(records.shape[0])]
+        self.kinds = [NO_LORA] * records.shape[0]
 
     def placed(self, slot: int, stacked_rank: int, touched: Touched) -> None:
         self.stacked_ranks[slot], self.touched[slot] = stacked_rank, touched
+        if any(does & RESCALES for layer in touched for does in layer):
+            self.kinds[slot] = EVERYTHING
+        else:
+            self.kinds[slot] = EVERYWHERE if any(touched[-1]) else IN_LAYERS
 
     def reach(self, slots: Iterable[int]) -> Reach | None:
         """What all adapters in `slots` can do together. None: all slots are the base model."""
@@ -49,7 +60,7 @@ class Adapters:
         if not used:
             return None
         layers = zip(*(self.touched[slot] for slot in used), strict=True)
-        touched = [[any(group) for group in zip(*layer, strict=True)] for layer in layers]
+        touched = [[reduce(or_, group) for group in zip(*layer, strict=True)] for layer in layers]
         return Reach(max(self.stacked_ranks[slot] for slot in used), touched)
 
     def batch(self, slots: Tensor, segment_starts: Tensor, reach: Reach | None) -> LoraBatch | None:

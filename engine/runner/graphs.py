@@ -2,9 +2,9 @@
 
 A graph reads the inputs of its step from words at fixed addresses, gathers the state of the rows from the row table,
 runs the model and writes the logits to one buffer that all graphs share. Sampling is launched after it. There is a
-graph for every shape and for each of NO_LORA, IN_LAYERS and EVERYWHERE. An attention backend's plan is copied to the
-device before a replay. Steps that fit no shape are launched kernel by kernel: they keep the GPU busy for longer than
-the host needs to launch them.
+graph for every shape and for each of NO_LORA, IN_LAYERS, EVERYWHERE and EVERYTHING. An attention backend's plan is
+copied to the device before a replay. Steps that fit no shape are launched kernel by kernel: they keep the GPU busy for
+longer than the host needs to launch them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from itertools import chain, product, repeat
 import torch
 from torch import Tensor
 
-from engine.runner.batch import BatchBuilder, Model, Reach, Step
+from engine.ops.layout import PAIRS, RESCALES
+from engine.runner.batch import (
+    EVERYTHING,
+    EVERYWHERE,
+    IN_LAYERS,
+    NO_LORA,
+    BatchBuilder,
+    Model,
+    Reach,
+    Step,
+)
 from engine.runner.inputs import Description
 from engine.runner.shapes import Shape, decode_shapes, mixed_shapes
 
 logger = logging.getLogger(__name__)
-
-# Where a captured step runs the LoRA ops: nowhere, in the linears of the layers, or in embedding and head too.
-NO_LORA, IN_LAYERS, EVERYWHERE = range(3)
 
 NOTHING = Description([], [], [], [])  # a step of padding
 
@@ -53,11 +60,15 @@ class StepGraphs:
         self.mixed_shapes = mixed_shapes(max_rows, max_tokens) if attention.captures_chunks else []
         self.attention = {shape: attention.captured(shape.decodes) for shape in self.shapes}
         layers, groups = builder.adapters.records.shape[1:3]
-        inside = [[True] * groups] * (layers - 1)
         self.reaches: dict[int, Reach | None] = {NO_LORA: None}
         if builder.adapters.arena.numel():
-            self.reaches[IN_LAYERS] = Reach(stacked_rank, [*inside, [False] * groups])
-            self.reaches[EVERYWHERE] = Reach(stacked_rank, [*inside, [True] * groups])
+            for kind, inside, ends in (
+                (IN_LAYERS, PAIRS, 0),
+                (EVERYWHERE, PAIRS, PAIRS),
+                (EVERYTHING, PAIRS | RESCALES, PAIRS | RESCALES),
+            ):
+                touched = [[inside] * groups] * (layers - 1) + [[ends] * groups]
+                self.reaches[kind] = Reach(stacked_rank, touched)
         self.captured: dict[tuple[Shape, int], Captured] = {}
         self.logits: Tensor | None = None  # [largest O, vocab], of the graph that ran last
         self._found: tuple[Description, Captured | None] | None = None
@@ -139,11 +150,8 @@ class StepGraphs:
         return None if shape is None else self.captured[shape, self._kind(description)]
 
     def _kind(self, description: Description) -> int:
-        used = {slot for slot in description.slots if slot}
-        if not used:
-            return NO_LORA
-        touched = self.builder.adapters.touched
-        return EVERYWHERE if any(any(touched[slot][-1]) for slot in used) else IN_LAYERS
+        kinds = self.builder.adapters.kinds
+        return max((kinds[slot] for slot in description.slots), default=NO_LORA)
 
     def replay(self, captured: Captured, description: Description) -> tuple[Tensor, Tensor, Tensor]:
         """Starts the step. Returns rows, lengths and logits of the sampled tokens, valid until the next replay."""

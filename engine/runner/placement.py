@@ -1,14 +1,16 @@
 """Copies images from the host region into the arena, a bounded piece per step, and their records into the slots.
 
-`Placer` copies in the caller's thread, between host tensors. `CudaPlacer` starts copies on its own CUDA stream and
-reports a slot when the event after its last copy has completed.
+An image with extras is finished after its copy, with the base weights (`engine.runner.extras`). `Placer` works in the
+caller's thread, between host tensors. `CudaPlacer` starts the work on its own CUDA stream and reports a slot when the
+event after its last piece has completed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,14 +18,18 @@ from torch import Tensor
 from engine.messages import Placement
 from engine.ops.layout import (
     ALIGN,
+    EXTRAS,
+    FLAGS_SHIFT,
+    PAIRS,
     RECORD_WORDS,
+    RESCALES,
     WORD_A,
-    WORD_B,
     WORD_EXTRA,
     WORD_RANK2,
     WORD_RANKS,
     data_start,
 )
+from engine.runner.extras import Finisher
 from engine.runner.pinning import Pinning
 
 COPY_BYTES = 4 << 20  # the largest piece of one copy
@@ -36,24 +42,38 @@ class Region(Protocol):
     def view(self) -> memoryview: ...
 
 
+class Budget(NamedTuple):
+    """What placements may take of one step."""
+
+    bytes: int  # to copy
+    weights: int  # of the base to read for extras
+
+
 @dataclass(slots=True)
 class _Copy:
     placement: Placement
     done: int = 0  # bytes of data copied
+    finishing: Iterator[int] | None = None  # after the copy
 
 
 class Placer:
     """Placements in host memory."""
 
-    bytes_per_busy_step = 4 << 20
-    bytes_per_idle_step = 64 << 20
+    busy = Budget(4 << 20, 2 << 20)
+    idle = Budget(64 << 20, 32 << 20)
 
-    def __init__(self, arena: Tensor, records: Tensor, region: Region) -> None:
-        """`arena` [bytes] uint8; `records` [slots, layers + 1, groups, 8] int32, zero where nothing is placed."""
+    def __init__(
+        self, arena: Tensor, records: Tensor, region: Region, finisher: Finisher | None = None
+    ) -> None:
+        """`arena` [bytes] uint8; `records` [slots, layers + 1, groups, 8] int32, zero where nothing is placed.
+
+        `finisher` may be None if no image has extras.
+        """
         assert arena.dtype == torch.uint8 and records.dtype == torch.int32
         assert records.shape[-1] == RECORD_WORDS
         self.arena = arena
         self.records = records
+        self.finisher = finisher
         self.host = torch.frombuffer(region.view, dtype=torch.uint8)
         self._record_bytes = records[0].numel() * 4
         self._copies: deque[_Copy] = deque()
@@ -65,24 +85,38 @@ class Placer:
         assert all(copy.placement.slot != placement.slot for copy in self._copies)
         self._copies.append(_Copy(placement))
 
-    def touched(self, placement: Placement) -> list[list[bool]]:
-        """[layers + 1][groups]: whether the adapter adapts that group."""
-        start = placement.image.offset
-        words = self.host[start : start + self._record_bytes].view(torch.int32)
-        return adapted(words.view(self.records.shape[1:])).tolist()
+    def touched(self, placement: Placement) -> list[list[int]]:
+        """[layers + 1][groups]: what the adapter does to the group, PAIRS and RESCALES combined."""
+        return effects(self._image_records(placement)).tolist()
 
-    def advance(self, max_bytes: int) -> list[int]:
-        """Copies at most `max_bytes` more, the oldest placement first; returns the slots that are now resident."""
+    def advance(self, budget: Budget) -> list[int]:
+        """Spends at most `budget`, or one piece of work; returns the slots that are now resident, in order of start."""
         resident = []
-        budget = max(max_bytes, 1)
-        while self._copies and budget > 0:
+        num_bytes, weights = max(budget.bytes, 1), max(budget.weights, 1)
+        while self._copies and num_bytes > 0 and weights > 0:
             copy = self._copies[0]
-            budget -= self._copy(copy, budget)
-            if copy.done == copy.placement.image.data_bytes:
-                self._copies.popleft()
-                self._publish(copy.placement)
-                resident.append(copy.placement.slot)
+            size = copy.placement.image.data_bytes
+            if copy.done < size:
+                num_bytes -= self._copy(copy, num_bytes)
+            if copy.done < size:
+                continue
+            if (read := self._finish(copy)) is not None:
+                weights -= read
+                continue
+            self._copies.popleft()
+            self._publish(copy.placement)
+            resident.append(copy.placement.slot)
         return resident
+
+    def _finish(self, copy: _Copy) -> int | None:
+        """Makes the next extras final. Returns the base weights that it read; None: nothing is left."""
+        if copy.finishing is None:
+            records = self._relocated(copy.placement)
+            if not (effects(records) & RESCALES).any():
+                return None
+            assert self.finisher is not None, "the image has extras"
+            copy.finishing = self.finisher.finish(records, copy.placement.image.digest)
+        return next(copy.finishing, None)
 
     def _copy(self, copy: _Copy, budget: int) -> int:
         """Copies the next piece; returns its bytes."""
@@ -100,9 +134,13 @@ class Placer:
         self.records[placement.slot] = self._relocated(placement)
 
     def _relocated(self, placement: Placement) -> Tensor:
+        return relocated(self._image_records(placement), placement.offset)
+
+    def _image_records(self, placement: Placement) -> Tensor:
+        """The records [layers + 1, groups, 8] in the image, relative to its data."""
         start = placement.image.offset
         words = self.host[start : start + self._record_bytes].view(torch.int32)
-        return relocated(words.view(self.records.shape[1:]), placement.offset)
+        return words.view(self.records.shape[1:])
 
     def unplace(self, slot: int) -> None:
         """Resets the slot to the base model; drops a placement under way."""
@@ -116,25 +154,31 @@ class Placer:
 class CudaPlacer(Placer):
     """Placements from pinned host memory into a GPU, on a separate stream that overlaps with the steps."""
 
-    bytes_per_busy_step = 256 << 20  # about 5 ms over PCIe; a copy hardly slows the step
-    bytes_per_idle_step = 1 << 30
+    # 256 MiB take about 5 ms over PCIe; a copy hardly slows the step. 32 Mi weights are a linear of 4096 x 8192.
+    busy = Budget(256 << 20, 32 << 20)
+    idle = Budget(1 << 30, 256 << 20)
 
     def __init__(
-        self, arena: Tensor, records: Tensor, region: Region, pinning: Pinning | None = None
+        self,
+        arena: Tensor,
+        records: Tensor,
+        region: Region,
+        finisher: Finisher | None = None,
+        pinning: Pinning | None = None,
     ) -> None:
         """`pinning` of the region, if it has begun. Raises ConfigError if the system does not allow pinning."""
-        super().__init__(arena, records, region)
+        super().__init__(arena, records, region, finisher)
         self._pinning = pinning or pin(region, arena.device)
         self._pinning.wait()
         self._stream = torch.cuda.Stream(arena.device)
         self._staging = torch.empty(records.shape, dtype=torch.int32, pin_memory=True)
         self._landing: deque[tuple[int, torch.cuda.Event]] = deque()  # in the order of the stream
 
-    def advance(self, max_bytes: int) -> list[int]:
-        """Starts copies of at most `max_bytes`; returns the slots whose last copy has completed."""
+    def advance(self, budget: Budget) -> list[int]:
+        """Starts work of at most `budget`; returns the slots whose last piece has completed."""
         if self._copies:
             with torch.cuda.stream(self._stream):
-                for slot in super().advance(max_bytes):
+                for slot in super().advance(budget):
                     self._landing.append((slot, self._stream.record_event()))
         resident = []
         while self._landing and self._landing[0][1].query():
@@ -166,9 +210,11 @@ def pin(region: Region, device: torch.device) -> Pinning:
     return Pinning(torch.frombuffer(region.view, dtype=torch.uint8), device)
 
 
-def adapted(records: Tensor) -> Tensor:
-    """[layers + 1, groups]: whether the records have ranks."""
-    return (records[..., WORD_RANKS] != 0) | ((records[..., WORD_RANK2] & 0xFFFF) != 0)
+def effects(records: Tensor) -> Tensor:
+    """[layers + 1, groups]: what the records do, PAIRS and RESCALES combined."""
+    rank2 = records[..., WORD_RANK2]
+    pairs = (records[..., WORD_RANKS] != 0) | ((rank2 & 0xFFFF) != 0)
+    return pairs * PAIRS + ((rank2 & (EXTRAS << FLAGS_SHIFT)) != 0) * RESCALES
 
 
 def relocated(records: Tensor, offset: int) -> Tensor:
@@ -176,9 +222,6 @@ def relocated(records: Tensor, offset: int) -> Tensor:
     words = records.clone()
     # int64, since offsets are uint32 in int32 words
     moved = words[..., WORD_A : WORD_EXTRA + 1].long() & 0xFFFFFFFF
-    shift = offset // ALIGN
-    extra = moved[..., WORD_EXTRA] != 0
-    moved[..., WORD_A : WORD_B + 1] += shift
-    moved[..., WORD_EXTRA] += shift * extra
-    words[..., WORD_A : WORD_EXTRA + 1] = moved.to(torch.int32) * adapted(words)[..., None]
+    moved += offset // ALIGN
+    words[..., WORD_A : WORD_EXTRA + 1] = moved.to(torch.int32) * (effects(words) != 0)[..., None]
     return words

@@ -109,8 +109,7 @@ class Runner:
             sampled, prompt = self._sample(forwarded.description, forwarded.outputs, bitmask)
         busy = forwarded.outputs is not None
         placer = self.placer
-        max_bytes = placer.bytes_per_busy_step if busy else placer.bytes_per_idle_step
-        resident = placer.advance(max_bytes)
+        resident = placer.advance(placer.busy if busy else placer.idle)
         mark = self.readback.mark()
         self.launched.append(
             _Launched(

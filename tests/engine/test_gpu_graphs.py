@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine.messages import AdapterImageRef, Request, Update
-from engine.runner.placement import CudaPlacer, Placer
+from engine.runner.placement import Budget, CudaPlacer, Placer
 from tests.engine.harness import Harness, config_of, request
 from tests.tiny import TARGETS, VOCAB, make_adapter, make_model
 
@@ -48,14 +48,14 @@ class Side:
 def settle(placer: CudaPlacer) -> None:
     """Makes the placer wait for its copies."""
 
-    def advance(max_bytes: int) -> list[int]:
+    def advance(budget: Budget) -> list[int]:
         with torch.cuda.stream(placer._stream):
-            resident = Placer.advance(placer, max_bytes)
+            resident = Placer.advance(placer, budget)
         placer._stream.synchronize()
         return resident
 
     placer.advance = advance  # type: ignore[method-assign]
-    placer.bytes_per_busy_step = PIECE
+    placer.busy = Budget(PIECE, PIECE)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from engine.lora.weights import Matrix
 from engine.messages import AdapterImageRef, Placement
 from engine.ops import reference
 from engine.ops.layout import ALIGN, GroupPart, ShardLayout
-from engine.runner.placement import Placer
+from engine.runner.placement import Budget, Placer
 from tests.lora import tiny
 
 
@@ -50,7 +50,7 @@ def place(
     resident: list[int] = []
     while not resident:
         assert not records.any()
-        resident = placer.advance(piece)
+        resident = placer.advance(Budget(piece, 1))
     assert resident == [slot] and records[slot].any()
     return arena, records, image
 

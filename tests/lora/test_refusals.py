@@ -83,8 +83,7 @@ def test_peft_writes_nothing_else(plain: Path) -> None:
     ("field", "value"),
     [
         ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
         ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
@@ -229,9 +228,6 @@ def test_tensors_that_do_not_fit(case: str, plain: Path, tmp_path: Path) -> None
 
 
 REAL: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "dora": ({"use_dora": True}, {"use_dora"}),
-    "lora bias": ({"lora_bias": True}, {"lora_bias"}),
-    "bias": ({"bias": "all"}, {"bias"}),
     "saved module": ({"modules_to_save": ["lm_head"]}, {"modules_to_save"}),
     "tokens": ({"trainable_token_indices": [3]}, {"trainable_token_indices"}),
     "pissa": ({"init_lora_weights": "pissa"}, {"init_lora_weights"}),
@@ -247,12 +243,67 @@ def test_what_peft_really_saves(case: str, tmp_path: Path) -> None:
     given = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | fields
     folder = tiny.save(tiny.adapt(tiny.llama(), **given), tmp_path)
     assert {error.field for error in tiny.inspect(folder, tiny.llama_layout()).errors} == names
-    neutral = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
-    neutral |= {"trainable_token_indices": None}
-    with_tensors = {"use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
+    neutral = {"modules_to_save": None, "trainable_token_indices": None}
+    with_tensors = {"modules_to_save", "trainable_token_indices"}
     report = tiny.inspect(changed(folder, tmp_path / "b", neutral), tiny.llama_layout())
     if names <= with_tensors:
         assert {error.field for error in report.errors} == names, "the tensors tell too"
+
+
+EXTRAS: dict[str, tuple[dict[str, Any], str]] = {
+    "use_dora": ({"use_dora": True}, "magnitude_vector"),
+    "lora_bias": ({"lora_bias": True}, "lora_B.bias"),
+}
+
+
+@pytest.mark.parametrize("field", EXTRAS)
+def test_extras_agree_with_the_configuration(field: str, tmp_path: Path) -> None:
+    """Tensors that the configuration does not announce, which PEFT would ignore, or that it announces in vain."""
+    given, part = EXTRAS[field]
+    fields = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | given
+    folder = tiny.save(tiny.adapt(tiny.llama(), **fields), tmp_path / "a")
+    with tiny.load(folder, tiny.llama_layout()) as weights:
+        assert len(weights.extras) == tiny.LAYERS
+    error = refused(changed(folder, tmp_path / "b", {field: False}))
+    assert error.field == field and f"does not set {field}" in error.message
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop(next(key for key in tensors if part in key))
+
+    error = refused(changed(folder, tmp_path / "c", None, drop))
+    assert error.field == field and "lacks" in error.message
+
+
+MISFITS: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
+    "no pair": ({"use_dora": True}, put(Q.format(0, "magnitude_vector").replace("q_", "k_"), 12), "no lora_A"),
+    "size": ({"use_dora": True}, put(Q.format(0, "magnitude_vector"), 25), "has the shape [25], not [24]"),
+    "dtype": ({"lora_bias": True}, put(Q.format(0, "B").replace("weight", "bias"), 24, dtype=torch.int8), "dtype I8"),
+    "no bias": ({"bias": "all"}, put("base_model.model.model.layers.0.self_attn.k_proj.bias", 12), "no bias there"),
+    "norm": ({"bias": "all"}, put("base_model.model.model.layers.0.input_layernorm.bias", 24), "outside of the linear"),
+    "table": (
+        {"lora_bias": True},
+        put("base_model.model.model.embed_tokens.lora_B.bias", 24),
+        "bias of lora_B of an embedding",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_extras_that_do_not_fit(case: str, plain: Path, tmp_path: Path) -> None:
+    fields, change, words = MISFITS[case]
+    errors = tiny.inspect(changed(plain, tmp_path, fields, change), tiny.llama_layout()).errors
+    assert any(words in error.message and error.hint for error in errors)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_extras_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    adapted = tiny.adapt(tiny.llama(), r=2, target_modules=["q_proj"], lora_bias=True)
+    folder = tiny.save(adapted, tmp_path / "a")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[next(key for key in tensors if key.endswith("lora_B.bias"))][3] = value
+
+    assert "not finite" in refused(changed(folder, tmp_path / "b", None, spoil)).message
 
 
 def test_another_base_model_is_told_once_per_linear(tmp_path: Path) -> None:
@@ -271,9 +322,9 @@ def test_all_problems_are_reported(plain: Path, tmp_path: Path) -> None:
 
     report = tiny.inspect(changed(plain, tmp_path, {"use_dora": True}, change), tiny.llama_layout())
     assert [error.field for error in report.errors] == [
-        "use_dora",
         "something",
         "model.layers.1.self_attn.q_proj",
+        "use_dora",
     ]
 
 

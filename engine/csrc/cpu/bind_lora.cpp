@@ -1,8 +1,8 @@
-// lorax::lora_shrink, lorax::lora_gather and lorax::lora_expand_ on the CPU.
+// lorax::lora_shrink, lorax::lora_gather, lorax::lora_expand_ and lorax::lora_rescale_ on the CPU.
 //
 // The bindings read the records (engine/ops/layout.py), check that what they point at lies in the
-// arena, and hand the kernels one piece per segment (shrink, gather) or per segment and target
-// (expand). Base segments yield none.
+// arena, and hand the kernels one piece per segment (shrink, gather, rescale) or per segment and
+// target (expand). Base segments yield none.
 #include "../common/bind_lora.h"
 
 #include "bind.h"
@@ -16,6 +16,7 @@ struct Record {
   uint16_t ranks[4];  // of three targets; then flags
   float scales[kLoraTargets];
 
+  bool has_extras() const { return (ranks[3] & kFlagsExtras) != 0; }
   int64_t rank() const { return int64_t(ranks[0]) + ranks[1] + ranks[2]; }
 };
 static_assert(sizeof(Record) == kRecordWords * 4);
@@ -24,7 +25,7 @@ int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 int64_t padded(int64_t bytes) { return (bytes + kLoraAlign - 1) / kLoraAlign * kLoraAlign; }
 
-// The checked view of arena, records, slots and segment_starts that the three ops share.
+// The checked view of arena, records, slots and segment_starts that the ops share.
 class Segments {
  public:
   Segments(const char* op, const Tensor& arena, const Tensor& records, const Tensor& slots,
@@ -51,20 +52,26 @@ class Segments {
 
   int64_t count() const { return count_; }
 
-  // Calls f(slot, record, first token, tokens) for every segment that has tokens and an adapter of
-  // this group.
+  // Calls f(slot, record, first token, tokens) for every segment that has tokens.
   template <class F>
-  void for_each(int64_t stacked_rank, const F& f) const {
+  void for_all(const F& f) const {
     for (int64_t s = 0; s < count_; ++s) {
       const int64_t slot = slots_[s], first = starts_[s], tokens = starts_[s + 1] - first;
       LORAX_CHECK(slot >= 0 && slot < num_slots_, op_, ": slot ", slot,
                   " is not in the records of ", num_slots_, " slots");
-      const Record& record = records_[slot * stride_];
-      if (tokens == 0 || record.rank() == 0) continue;
+      if (tokens) f(slot, records_[slot * stride_], first, tokens);
+    }
+  }
+
+  // The same for every segment whose adapter has a pair in this group.
+  template <class F>
+  void for_each(int64_t stacked_rank, const F& f) const {
+    for_all([&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+      if (record.rank() == 0) return;
       LORAX_CHECK(record.rank() <= stacked_rank, op_, ": stacked_rank ", stacked_rank,
                   " is below ", record.rank(), ", that of slot ", slot);
       f(slot, record, first, tokens);
-    }
+    });
   }
 
   // What lies `offset` bytes into the arena, `bytes` of it.
@@ -205,6 +212,35 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   lora_expand(args);
 }
 
+void bind_lora_rescale(Tensor y, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts,
+                       int64_t layer, int64_t group) {
+  const char* op = "lora_rescale_";
+  check_layout(op, "y", y, 2);
+  RescaleArgs args{};
+  args.dtype = dtype_of(op, "y", y);
+  const Segments segments(op, arena, records, slots, segment_starts, layer, group, y.size(0));
+  args.y = y.mutable_data_ptr();
+  args.y_stride = y.stride(0);
+  args.columns = y.size(1);
+  const int64_t row_bytes = padded(args.columns * int64_t(sizeof(float)));
+  RescalePiece* pieces = outer_scratch<RescalePiece>(segments.count());
+  segments.for_all([&](int64_t slot, const Record& record, int64_t first, int64_t tokens) {
+    if (!record.has_extras()) return;
+    int64_t offset = record.extra * kLoraAlign;
+    const auto row = [&](bool there) -> const float* {
+      if (!there) return nullptr;
+      const char* found = segments.arena_at(slot, offset, row_bytes);
+      offset += row_bytes;
+      return reinterpret_cast<const float*>(found);
+    };
+    const float* scale = row(record.ranks[3] & kFlagsScaled);
+    const float* shift = row(record.ranks[3] & kFlagShift);
+    pieces[args.num_pieces++] = {scale, shift, first, tokens};
+  });
+  args.pieces = pieces;
+  if (args.num_pieces && args.columns) lora_rescale(args);
+}
+
 }  // namespace
 }  // namespace lorax
 
@@ -212,4 +248,5 @@ STABLE_TORCH_LIBRARY_IMPL(lorax, CPU, m) {
   m.impl("lora_shrink", TORCH_BOX(&lorax::bind_lora_shrink));
   m.impl("lora_gather", TORCH_BOX(&lorax::bind_lora_gather));
   m.impl("lora_expand_", TORCH_BOX(&lorax::bind_lora_expand));
+  m.impl("lora_rescale_", TORCH_BOX(&lorax::bind_lora_rescale));
 }

@@ -1,4 +1,4 @@
-// Adapters of a batch on the CPU: x @ A.T, rows of A by id, and y += scale * t @ B.
+// Adapters of a batch on the CPU: x @ A.T, rows of A by id, y += scale * t @ B, y = scale * y + shift.
 #pragma once
 
 #include "kernels.h"
@@ -60,8 +60,26 @@ struct ExpandArgs {
   int64_t num_pieces;
 };
 
+// The consecutive tokens of one slot that has extras.
+struct RescalePiece {
+  const float* scale;  // [columns]; null: 1
+  const float* shift;  // [columns]; null: 0
+  int64_t first;       // token
+  int64_t tokens;
+};
+
+struct RescaleArgs {
+  DType dtype;  // of y
+  void* y;
+  int64_t y_stride;
+  int64_t columns;
+  const RescalePiece* pieces;
+  int64_t num_pieces;
+};
+
 }  // namespace lorax
 
 LORAX_DECLARE_KERNEL(lora_shrink, ShrinkArgs)
 LORAX_DECLARE_KERNEL(lora_gather, GatherArgs)
 LORAX_DECLARE_KERNEL(lora_expand, ExpandArgs)
+LORAX_DECLARE_KERNEL(lora_rescale, RescaleArgs)

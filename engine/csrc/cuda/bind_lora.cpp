@@ -1,4 +1,4 @@
-// lorax::lora_shrink, lorax::lora_gather and lorax::lora_expand_ on the GPU.
+// lorax::lora_shrink, lorax::lora_gather, lorax::lora_expand_ and lorax::lora_rescale_ on the GPU.
 //
 // Only shapes are checked: what slots, segment_starts and records hold is read by the kernels.
 #include "../common/bind_lora.h"
@@ -97,6 +97,20 @@ void bind_lora_expand(Tensor y, Tensor t, Tensor arena, Tensor records, Tensor s
   check_launch(op);
 }
 
+void bind_lora_rescale(Tensor y, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts,
+                       int64_t layer, int64_t group) {
+  const char* op = "lora_rescale_";
+  check_layout(op, "y", y, 2);
+  RescaleArgs args{};
+  args.dtype = dtype_of(op, "y", y);
+  args.segments = segments_of(op, arena, records, slots, segment_starts, layer, group, y.size(0));
+  args.y = y.mutable_data_ptr();
+  args.y_stride = y.stride(0);
+  args.columns = y.size(1);
+  lora_rescale(args, current_stream(y));
+  check_launch(op);
+}
+
 }  // namespace
 }  // namespace lorax::cuda
 
@@ -104,4 +118,5 @@ STABLE_TORCH_LIBRARY_IMPL(lorax, CUDA, m) {
   m.impl("lora_shrink", TORCH_BOX(&lorax::cuda::bind_lora_shrink));
   m.impl("lora_gather", TORCH_BOX(&lorax::cuda::bind_lora_gather));
   m.impl("lora_expand_", TORCH_BOX(&lorax::cuda::bind_lora_expand));
+  m.impl("lora_rescale_", TORCH_BOX(&lorax::cuda::bind_lora_rescale));
 }

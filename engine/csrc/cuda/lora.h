@@ -1,4 +1,5 @@
-// Adapters of a batch on the GPU: t = x @ A.T, rows of A by id, and y += scale * t @ B.
+// Adapters of a batch on the GPU: t = x @ A.T, rows of A by id, y += scale * t @ B, and
+// y = scale * y + shift.
 //
 // The kernels read slots, starts and records on the device; the host never does. Every grid depends
 // on shapes alone, so a launch can be captured in a CUDA graph.
@@ -57,11 +58,20 @@ struct ExpandArgs {
   int64_t splits[kLoraTargets];  // widths of the targets, 0 where there is none
 };
 
+struct RescaleArgs {
+  DType dtype;  // of y
+  LoraSegments segments;
+  void* y;  // [T, columns]
+  int64_t y_stride;
+  int64_t columns;
+};
+
 // P: how many partial sums a shrink over k leaves.
 inline int64_t shrink_parts(int64_t k) { return k > 0 ? (k + kLoraChunk - 1) / kLoraChunk : 1; }
 
 void lora_shrink(const ShrinkArgs& args, cudaStream_t stream);
 void lora_gather(const GatherArgs& args, cudaStream_t stream);
 void lora_expand(const ExpandArgs& args, cudaStream_t stream);
+void lora_rescale(const RescaleArgs& args, cudaStream_t stream);
 
 }  // namespace lorax::cuda
