@@ -56,6 +56,7 @@ class AdapterImageRef(Struct, frozen=True):
     name: str = ""  # for logs and metrics only
     source: str = ""  # where it was found, for responses
     merged: bool = False  # from several adapters
+    vocab: int = 0  # its vocabulary, if its own rows change it; 0: that of the base
 
 
 class Request(Struct, frozen=True):

@@ -155,6 +155,7 @@ class Exchange:
                 name=ref.name,
                 source=what.source,
                 merged=ref.recipe is not None,
+                vocab=adapter.size.vocab,
             ),
             what.salt,
             lambda: self._room.release(image),
@@ -170,7 +171,8 @@ class Exchange:
         """
 
         def lease(ref: AdapterImageRef) -> Lease:
-            size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.stacked_rank)
+            record_bytes = self._layout.record_bytes
+            size = ImageSize(record_bytes, ref.data_bytes, ref.stacked_rank, ref.vocab)
             image = self.tier.adopt(ref.digest, ref.offset, size.total)
             state = AdapterState(ref.name, ref.source, "ready", ref.digest, size, merged=ref.merged)
             self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)

@@ -187,6 +187,14 @@ def report_entry(name: str, report: AdapterReport, failures: list[AdapterError])
     }
 
 
+def show_problems(name: str, errors: list[AdapterError], notes: list[str]) -> None:
+    """Errors and warnings of one adapter on stderr."""
+    for error in errors:
+        fail(f"{name}: {error.message}", error.hint)
+    for note in notes:
+        warn(f"{name}: {note}")
+
+
 def report_table(rows: list[dict[str, Any]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
@@ -249,21 +257,20 @@ def validate(
             with bar(out, name) as progress:
                 files = find(name, progress)[1]
         with files, converter.readable(files.weights) as weights:
+            given = config.adapters
             report = inspect(
                 files.config,
                 weights,
                 layout,
                 shards=files.shards,
-                max_rank=config.adapters.max_adapter_rank,
+                max_rank=given.max_adapter_rank,
+                max_added_tokens=given.max_added_tokens,
                 base_model=config.model.model_id.partition("@")[0],
             )
         report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
         found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
         failures.extend(found)
-        for error in found:
-            fail(f"{name}: {error.message}", error.hint)
-        for note in [] if strict or quiet else report.notes:
-            warn(f"{name}: {note}")
+        show_problems(name, found, [] if strict or quiet else report.notes)
         return report_entry(name, report, found)
 
     with closing(converter):
