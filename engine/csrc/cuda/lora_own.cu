@@ -11,24 +11,18 @@ constexpr int kWarps = kOwnThreads / 32;
 constexpr int kRows = 4;    // of a warp at a time
 constexpr int kTokens = 8;  // of a pass over the rows
 
-// The own rows of the adapter of segment blockIdx.y.
+// The own rows of an adapter.
 struct Own {
-  int first;      // token
-  int64_t end;    // token
-  int count;      // rows
-  int vocab;      // the adapter's
+  int count;  // rows
+  int vocab;  // the adapter's
   const int32_t* ids;
   const char* rows;
 };
 
-__device__ __forceinline__ bool find_own(const LoraSegments& segments, Own& own) {
-  const int slot = segments.slots[blockIdx.y];
-  own.first = segments.starts[blockIdx.y];
-  own.end = min(int64_t(segments.starts[blockIdx.y + 1]), segments.tokens);
-  if (slot <= 0 || slot >= segments.num_slots || own.first < 0 || own.end <= own.first)
-    return false;
-  const int32_t* words = segments.records + slot * segments.record_stride;
-  if (!(uint32_t(words[4]) >> 16 & kFlagOwnRows)) return false;
+// Those of a record; false if it has none.
+__device__ __forceinline__ bool find_own(const LoraSegments& segments, const int32_t* words,
+                                         Own& own) {
+  if (!words || !(uint32_t(words[4]) >> 16 & kFlagOwnRows)) return false;
   const char* header = arena_at(segments, uint32_t(words[kWordOwn]));
   own.count = reinterpret_cast<const int32_t*>(header)[0];
   own.vocab = reinterpret_cast<const int32_t*>(header)[1];
@@ -51,14 +45,15 @@ __device__ __forceinline__ int lower_bound(const int32_t* ids, int count, int64_
   return low;
 }
 
-// Grid: tokens modulo its width, segments. Threads walk the columns of a row.
+// Grid: tokens modulo its width. Threads walk the columns of a row.
 template <class T, int N>
 __global__ void __launch_bounds__(kOwnThreads) own_rows(const OwnRowsArgs args) {
   allow_next();
-  wait_for_previous();
-  Own own;
-  if (!find_own(args.segments, own)) return;
-  for (int64_t i = own.first + blockIdx.x; i < own.end; i += gridDim.x) {  // over tokens
+  if (blockIdx.x == 0) wait_for_previous();
+  for (int64_t i = blockIdx.x; i < args.segments.tokens; i += gridDim.x) {  // over tokens
+    Own own;
+    if (!find_own(args.segments, record_of_token(args.segments, i), own)) continue;
+    wait_for_previous();
     const int at = lower_bound(own.ids, own.count, args.ids[i]);
     if (at == own.count || own.ids[at] != args.ids[i]) continue;
     const T* row = reinterpret_cast<const T*>(own.rows + at * row_bytes(args.hidden, sizeof(T)));
@@ -113,25 +108,50 @@ __device__ __forceinline__ void logits_of(const OwnLogitsArgs& args, const Own& 
   }
 }
 
-// Grid: tiles of kWarps * kRows rows modulo its width, segments.
+// The logits of the tokens [first, end), which use one adapter; CTAs share the rows.
 template <class T, int N>
-__global__ void __launch_bounds__(kOwnThreads) own_logits(const OwnLogitsArgs args) {
-  allow_next();
-  wait_for_previous();
-  Own own;
-  if (!find_own(args.segments, own)) return;
+__device__ __forceinline__ void logits_of_segment(const OwnLogitsArgs& args, const Own& own,
+                                                  int64_t first, int64_t end) {
   const int warp = threadIdx.x / 32;
-  for (int64_t token = own.first; token < own.end; token += kTokens) {  // over passes
-    const int tokens = int(min(int64_t(kTokens), own.end - token));
+  for (int64_t token = first; token < end; token += kTokens) {  // over passes
+    const int tokens = int(min(int64_t(kTokens), end - token));
     for (int row = (blockIdx.x * kWarps + warp) * kRows; row < own.count;
          row += gridDim.x * kWarps * kRows)
       logits_of<T, N>(args, own, row, token, tokens);
   }
   const int64_t columns = args.columns - own.vocab;
-  if (columns <= 0) return;
-  for (int64_t i = own.first + blockIdx.x; i < own.end; i += gridDim.x) {  // over tokens
+  for (int64_t i = first + blockIdx.x; i < end; i += gridDim.x) {  // over tokens
     T* y = static_cast<T*>(args.y) + i * args.y_stride + own.vocab;
     for (int64_t c = threadIdx.x; c < columns; c += kOwnThreads) y[c] = narrow<T>(-INFINITY);
+  }
+}
+
+// Grid: tiles of kWarps * kRows rows modulo its width. A page of kOwnThreads segments is searched at
+// a time, a segment a thread.
+template <class T, int N>
+__global__ void __launch_bounds__(kOwnThreads) own_logits(const OwnLogitsArgs args) {
+  __shared__ int found[kOwnThreads];
+  __shared__ int count;
+  allow_next();
+  if (blockIdx.x == 0) wait_for_previous();
+  const LoraSegments& segments = args.segments;
+  for (int page = 0; page < segments.count; page += kOwnThreads) {
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    const int s = page + threadIdx.x;
+    Own own;
+    if (s < segments.count && segments.starts[s] < segments.starts[s + 1] &&
+        find_own(segments, record_of_token(segments, segments.starts[s]), own))
+      found[atomicAdd(&count, 1)] = s;
+    __syncthreads();
+    for (int i = 0; i < count; ++i) {
+      const int64_t first = segments.starts[found[i]];
+      const int64_t end = min(int64_t(segments.starts[found[i] + 1]), segments.tokens);
+      find_own(segments, record_of_token(segments, first), own);
+      wait_for_previous();
+      logits_of_segment<T, N>(args, own, first, end);
+    }
+    __syncthreads();
   }
 }
 
@@ -140,7 +160,7 @@ __global__ void __launch_bounds__(kOwnThreads) own_logits(const OwnLogitsArgs ar
 void lora_own_rows(const OwnRowsArgs& args, cudaStream_t stream) {
   if (args.segments.count == 0 || args.segments.tokens == 0 || args.hidden == 0) return;
   const int64_t tokens = args.segments.tokens;
-  const dim3 grid(unsigned(tokens < 64 ? tokens : 64), unsigned(args.segments.count));
+  const dim3 grid(unsigned(tokens < 1024 ? tokens : 1024));
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kN = kPack<T>;
@@ -154,7 +174,7 @@ void lora_own_rows(const OwnRowsArgs& args, cudaStream_t stream) {
 
 void lora_own_logits(const OwnLogitsArgs& args, cudaStream_t stream) {
   if (args.segments.count == 0 || args.segments.tokens == 0) return;
-  const dim3 grid(unsigned(4 * multiprocessors()), unsigned(args.segments.count));
+  const dim3 grid(unsigned(4 * multiprocessors()));
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kN = kPack<T>;
