@@ -138,7 +138,7 @@ class StepPlan(Struct, frozen=True):
 class TokenOutput(Struct, frozen=True):
     """One sampled token. Log-probabilities are of the model's own distribution, before penalties and filters."""
 
-    token: int
+    token: int  # -1: the logits were not finite
     logprob: float | None = None
     alternatives: list[tuple[int, float]] | None = None
 
