@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
+from engine.adapters.hub_files import remove_unfinished
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import first_line, is_transient, pause
 from engine.adapters.sources import (
@@ -95,6 +97,7 @@ class HubSource(Source):
         self._attempts = attempts
         self._backoff_s = backoff_s
         self._api = HfApi(endpoint=endpoint)
+        self._clean = threading.Lock()  # taken once, by the first `fetch`
 
     def tenant(self, token: str | None) -> bytes:
         effective = token or self._token
@@ -141,8 +144,8 @@ class HubSource(Source):
         )
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
+        self._clean_up()
         ref = AdapterRef((version.id,), self.name, version.revision)
-
         roots = [Path(version.cache).resolve()]
 
         def download(name: str, max_bytes: int) -> Path:
@@ -181,6 +184,13 @@ class HubSource(Source):
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
         return open_files(config, weights, roots, version.revision)
+
+    def _clean_up(self) -> None:
+        """Removes what killed processes left, at the first download of this process."""
+        if self._clean.acquire(blocking=False):
+            tenants = Path(self._cache) / TENANT_FOLDER
+            for cache in (Path(self._cache), *tenants.glob("*")):
+                remove_unfinished(cache)
 
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
         """The hub's answer for this tenant. For gated repositories, checks that the tenant may download the files."""

@@ -69,6 +69,7 @@ _STAMPS = (
     "md5Hash",
     "content_md5",
     "mtime",
+    "modificationTime",
     "last_modified",
     "LastModified",
     "updated",
@@ -114,7 +115,7 @@ class SchemeSource(Source):
         self._lock = threading.Lock()
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
-        place = ref.name.strip("/")
+        place = ref.name.rstrip("/")
         files = self._find(place)
         weights = next(name for name in files if name != CONFIG_NAME)
         for name, limit in ((CONFIG_NAME, CONFIG_BYTES), (weights, self._max_file_bytes)):

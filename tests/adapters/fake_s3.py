@@ -13,6 +13,8 @@ from typing import Any
 import boto3
 from moto.server import ThreadedMotoServer
 
+from tests.adapters.halt import Halt
+
 BUCKET = "loras"
 
 
@@ -62,6 +64,7 @@ class FakeS3:
         self.body: bytes | None = None  # of a broken answer with a status
         self.where = ""
         self.delay_s = 0.0  # between two pieces of a body
+        self.halt = Halt()
 
     def reset(self) -> None:
         """No faults, no objects."""
@@ -107,6 +110,8 @@ class FakeS3:
                 request.send_header(key, value)
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
+        if self.halt.write(request, body):
+            return
         end = len(body) // 2 if is_broken else len(body)
         step = 1 << 10 if self.delay_s else 1 << 20
         try:

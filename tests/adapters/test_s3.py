@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     from tests.adapters.fake_s3 import FakeS3
 
 LAYOUT = tiny.llama_layout("bfloat16")
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -289,42 +285,6 @@ def test_eviction(s3: FakeS3, make: Make, saved: Path, tmp_path: Path) -> None:
     held.close()
     with pytest.raises(AdapterTooLarge, match="--adapter-disk-cache-gb"):
         load(make(size // 2), "loras/x/a")
-    assert residue(tmp_path) == []
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from engine.adapters.disk_cache import DiskCache
-from engine.adapters.ref import AdapterRef
-from engine.adapters.s3 import S3Source
-source = S3Source(DiskCache(Path(sys.argv[1])), endpoint=sys.argv[2], part_bytes=500)
-version = source.resolve(AdapterRef.parse("loras/team/a"), None)
-source.fetch(version, None, lambda done, total: print(done, flush=True))
-"""
-
-
-@pytest.mark.parametrize("pieces", [1, 4, 9])
-def test_killed_during_the_download(
-    s3: FakeS3, make: Make, saved: Path, tmp_path: Path, pieces: int
-) -> None:
-    """After a SIGKILL in the middle, the next load is right and removes what was left."""
-    s3.delay_s = 0.1
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), s3.url],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        env={**os.environ},
-    )
-    assert program.stdout is not None
-    for _ in range(pieces):
-        assert program.stdout.readline().strip(), "it ended before it was killed"
-    program.send_signal(signal.SIGKILL)
-    program.wait()
-    program.stdout.close()
-    assert len(residue(tmp_path)) == 1
-    s3.delay_s = 0.0
-    assert load(make()) == (saved / "a" / WEIGHTS).read_bytes()
     assert residue(tmp_path) == []
 
 
