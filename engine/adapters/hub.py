@@ -31,7 +31,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from engine.adapters import hub_client
 from engine.adapters.hub_files import remove_unfinished
 from engine.adapters.ref import AdapterRef
-from engine.adapters.remote import first_line, is_transient, pause
+from engine.adapters.remote import Check, first_line, is_transient, pause
 from engine.adapters.sources import (
     FOLDERS,
     INDEX_NAME,
@@ -85,9 +85,11 @@ class HubSource(Source):
         ttl_s: float = 60.0,
         attempts: int = 4,
         backoff_s: float = 0.5,
+        check: Check | None = None,
     ) -> None:
         """`max_file_bytes`: limit of a weight file, checked before and during the download. `max_seconds`: limit of
-        one download. `attempts`: tries per call, `backoff_s` apart, doubling."""
+        one download. `attempts`: tries per call, `backoff_s` apart, doubling. `check` raises for a configuration that
+        is refused."""
         hub_client.install()
         self.ttl_s = ttl_s
         self._token = token
@@ -96,6 +98,7 @@ class HubSource(Source):
         self._max_seconds = max_seconds
         self._attempts = attempts
         self._backoff_s = backoff_s
+        self._check = check
         self._api = HfApi(endpoint=endpoint)
         self._clean = threading.Lock()  # taken once, by the first `fetch`
 
@@ -165,6 +168,9 @@ class HubSource(Source):
         left = version.num_bytes or self._max_file_bytes or sys.maxsize
         try:
             config = download(config_of(version.weights), CONFIG_BYTES)
+            if self._check is not None:
+                with OpenFile(config, roots) as opened:
+                    self._check(opened)
             if not version.weights.endswith(INDEX_NAME):
                 weights = download(version.weights, left)
             else:

@@ -20,6 +20,7 @@ class FakeHdfs:
         self.files: dict[str, bytes] = {}
         self.requests: Counter[str] = Counter()
         self.halt = Halt()
+        self.status = 0  # of every answer, if not 0
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,11 +43,16 @@ class FakeHdfs:
         parts = urlsplit(request.path)
         path, query = unquote(parts.path).removeprefix(PREFIX), parse_qs(parts.query)
         operation = query["op"][0].upper()
-        self.requests[f"{operation} {path}"] += 1
+        is_redirect = operation == "OPEN" and "location" not in query
+        self.requests[f"{operation} {path}"] += not is_redirect
         status, body = 200, b""
         below = path.rstrip("/") + "/"
         inside = {one.removeprefix(below) for one in self.files if one.startswith(below)}
-        if path not in self.files and not inside:
+        if self.status:
+            refusal = {"exception": "AccessControlException", "message": "no"}
+            status, body = self.status, json.dumps({"RemoteException": refusal}).encode()
+            body = body if status == 403 else b""
+        elif path not in self.files and not inside:
             missing = {"exception": "FileNotFoundException", "message": path}
             status, body = 404, json.dumps({"RemoteException": missing}).encode()
         elif operation == "GETFILESTATUS":
@@ -55,7 +61,7 @@ class FakeHdfs:
             names = sorted({name.partition("/")[0] for name in inside})
             found = [self._status(below + name) | {"pathSuffix": name} for name in names]
             body = json.dumps({"FileStatuses": {"FileStatus": found}}).encode()
-        elif "location" not in query:  # the name node sends the client to a data node
+        elif is_redirect:  # the name node sends the client to a data node
             status = 307
         else:
             start = int(query.get("offset", ["0"])[0])

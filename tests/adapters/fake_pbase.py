@@ -15,7 +15,8 @@ class FakeApi:
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, bytes]] = {}
         self.requests: Counter[str] = Counter()
-        self.failures = 0  # answers with status 503 first
+        self.failures = 0  # answers with the status `failure` first
+        self.failure = 503
         self.delay_s = 0.0  # between two bytes
         self.redirect: str | None = None
         api = self
@@ -45,7 +46,7 @@ class FakeApi:
             status, body = 401, b"{}"
         if self.failures:
             self.failures -= 1
-            status = 503
+            status = self.failure
         if self.redirect:
             status = 302
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import boto3
 from moto.server import ThreadedMotoServer
 
-from tests.adapters.halt import Halt
+from tests.adapters.halt import Halt, flipped
 
 BUCKET = "loras"
 
@@ -31,6 +31,9 @@ class FakeS3:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                fake._answer(self)
+
+            def do_HEAD(self) -> None:
                 fake._answer(self)
 
             def log_message(self, *args: object) -> None:
@@ -59,7 +62,8 @@ class FakeS3:
     def _forget(self) -> None:
         self.requests: Counter[str] = Counter()
         self.broken = 0
-        self.fault: int | str = 503  # a status, or `cut`: the body ends in its middle
+        # A status; or `cut`: the body ends in its middle; or `corrupt`: one of its bytes is another.
+        self.fault: int | str = 503
         self.code = "SlowDown"
         self.body: bytes | None = None  # of a broken answer with a status
         self.where = ""
@@ -86,21 +90,22 @@ class FakeS3:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         with self._lock:
-            self.requests[request.path] += 1
+            self.requests[request.path] += request.command == "GET"
             is_broken = self.broken > 0 and self.where in request.path
+            is_broken &= request.command == "GET"
             self.broken -= is_broken
-        if is_broken and self.fault != "cut":
+        if is_broken and isinstance(self.fault, int):
             body = self.body
             if body is None:
                 body = f"<Error><Code>{self.code}</Code><Message>fault</Message></Error>".encode()
-            request.send_response(int(self.fault))
+            request.send_response(self.fault)
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
             request.wfile.write(body)
             return
         upstream = http.client.HTTPConnection(*self._upstream, timeout=10)
         headers = {key: value for key, value in request.headers.items() if key != "Host"}
-        upstream.request("GET", request.path, headers=headers)
+        upstream.request(request.command, request.path, headers=headers)
         answer = upstream.getresponse()
         body = answer.read()
         upstream.close()
@@ -108,11 +113,14 @@ class FakeS3:
         for key, value in answer.getheaders():
             if key.lower() not in ("connection", "content-length", "server", "date"):
                 request.send_header(key, value)
-        request.send_header("Content-Length", str(len(body)))
+        length = answer.headers.get("Content-Length") if request.command == "HEAD" else None
+        request.send_header("Content-Length", length or str(len(body)))
         request.end_headers()
         if self.halt.write(request, body):
             return
-        end = len(body) // 2 if is_broken else len(body)
+        if self.fault == "corrupt" and is_broken:
+            body = flipped(body)
+        end = len(body) // 2 if is_broken and self.fault == "cut" else len(body)
         step = 1 << 10 if self.delay_s else 1 << 20
         try:
             for start in range(0, end, step):

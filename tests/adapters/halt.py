@@ -1,4 +1,4 @@
-"""A server that stops in the middle of a file, until the test goes on."""
+"""What a fake server does to a body: it stops in its middle until the test goes on, or changes a byte."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ class Halt:
         """Ends the stopped answers; later ones are whole."""
         self.where = ""
         self._released.set()
+
+
+def flipped(body: bytes) -> bytes:
+    """The body with another byte in its middle."""
+    middle = len(body) // 2
+    return (
+        body[:middle] + bytes(byte ^ 1 for byte in body[middle : middle + 1]) + body[middle + 1 :]
+    )
