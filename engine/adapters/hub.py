@@ -29,9 +29,9 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
-from engine.adapters.hub_files import remove_unfinished
+from engine.adapters.hub_files import Integrity, discard, remove_unfinished
 from engine.adapters.ref import AdapterRef
-from engine.adapters.remote import Check, first_line, is_transient, pause
+from engine.adapters.remote import DOWNLOADS, Check, corrupt, first_line, is_transient, pause
 from engine.adapters.sources import (
     FOLDERS,
     INDEX_NAME,
@@ -99,6 +99,7 @@ class HubSource(Source):
         self._attempts = attempts
         self._backoff_s = backoff_s
         self._check = check
+        self._integrity = Integrity()
         self._api = HfApi(endpoint=endpoint)
         self._clean = threading.Lock()  # taken once, by the first `fetch`
 
@@ -152,18 +153,22 @@ class HubSource(Source):
         roots = [Path(version.cache).resolve()]
 
         def download(name: str, max_bytes: int) -> Path:
-            with hub_client.bounded(max_bytes, self._max_seconds):
-                path = self._try(
-                    lambda: self._api.hf_hub_download(
-                        version.id,
-                        name,
-                        revision=version.revision,
-                        cache_dir=version.cache,
-                        token=self._effective(token),
-                        tqdm_class=_reporter(progress),
+            for _ in range(DOWNLOADS):
+                with hub_client.bounded(max_bytes, self._max_seconds):
+                    path = self._try(
+                        lambda: self._api.hf_hub_download(
+                            version.id,
+                            name,
+                            revision=version.revision,
+                            cache_dir=version.cache,
+                            token=self._effective(token),
+                            tqdm_class=_reporter(progress),
+                        )
                     )
-                )
-            return Path(path)
+                if self._integrity.holds(Path(path)):
+                    return Path(path)
+                discard(Path(path))
+            raise corrupt(f"{name} of {ref.name} on the hub", "hash")
 
         left = version.num_bytes or self._max_file_bytes or sys.maxsize
         try:

@@ -12,6 +12,7 @@ from engine.errors import RENAME, AdapterIncompatible, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.names import shown
 
+DOWNLOADS = 2  # of a file whose checksum differs
 Check = Callable[[OpenFile], None]  # raises AdapterIncompatible for a configuration that is refused
 
 

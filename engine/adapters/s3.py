@@ -181,15 +181,18 @@ class S3Source(StoreSource):
     def _checksums(self, folder: str, file: StoredFile) -> Sequence[Checksum]:
         """The checksums of the whole object, else its etag where that is made of MD5."""
         path = f"{folder}/{file.name}"
-        head = self._call(path, lambda: self._head(folder, file, ChecksumMode="ENABLED"))
-        listed = [
-            Checksum(name, base64.b64decode(head[f"Checksum{name.upper()}"]))
-            for name in _CHECKSUMS
-            if f"Checksum{name.upper()}" in head and can_compute(name)
+        head = self._call(
+            path, lambda: self._head(folder, file, IfMatch=file.stamp, ChecksumMode="ENABLED")
+        )
+        listed = {name: head.get(f"Checksum{name.upper()}") for name in _CHECKSUMS}
+        found = [
+            Checksum(name, base64.b64decode(value))
+            for name, value in listed.items()
+            if value and "-" not in value and can_compute(name)  # -5: of five parts' checksums
         ]
+        if found:
+            return found
         etag = _ETAG.fullmatch(file.stamp)
-        if listed and head.get("ChecksumType") != "COMPOSITE":
-            return listed
         if etag is None or not _is_md5(head, folder):
             return ()
         if etag["parts"] is None:
@@ -211,13 +214,11 @@ class S3Source(StoreSource):
             return tuple(int(head["ContentLength"]) for head in heads)
 
         found = self._call(f"{folder}/{file.name}", sizes)
-        return (Checksum("md5", md5, found),) if sum(found) == file.size else ()
+        return (Checksum("md5", md5, found),) if found and sum(found) == file.size else ()
 
     def _head(self, folder: str, file: StoredFile, **asked: Any) -> Any:
         bucket, prefix = _split(folder)
-        return self._client().head_object(
-            Bucket=bucket, Key=prefix + file.name, IfMatch=file.stamp, **asked
-        )
+        return self._client().head_object(Bucket=bucket, Key=prefix + file.name, **asked)
 
     def _call(self, path: str, call: Callable[[], T]) -> T:
         """The result of a call; botocore repeats it after transient failures. Raises AdapterError."""

@@ -17,7 +17,7 @@ from typing import Protocol
 from engine.adapters.checksums import Checksum
 from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
 from engine.adapters.ref import AdapterRef
-from engine.adapters.remote import Check, changed, corrupt, revision_of
+from engine.adapters.remote import DOWNLOADS, Check, changed, corrupt, revision_of
 from engine.adapters.sources import (
     CONFIG_NAME,
     FOLDERS,
@@ -35,7 +35,6 @@ from engine.files import OpenFile
 from engine.safetensors import MAX_INDEX_BYTES, parse_index
 
 RESOLVE_S = 30.0  # limit of one `resolve`
-DOWNLOADS = 2  # of a file whose checksum differs
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
-from tests.adapters.halt import Halt
+from tests.adapters.halt import Halt, flipped
 
 
 @dataclass
@@ -45,6 +45,7 @@ class FakeHub:
         self.broken_status = 503
         self.stopped = False
         self.halt = Halt()
+        self.corrupt = 0  # so many bodies of weights have another byte
         self.tokens = {"alice", "bob", "operator"}  # valid ones
         hub = self
 
@@ -139,6 +140,9 @@ class FakeHub:
             return _send(request, 404, b"", body, headers | {"X-Error-Code": "EntryNotFound"})
         data = files[wanted]
         headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+        if body and self.corrupt and "adapter_model" in wanted:
+            self.corrupt -= 1
+            data = flipped(data)
         _send(request, 200, data, body, headers, self.halt)
 
 

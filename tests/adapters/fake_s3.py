@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from moto.s3 import models
 from moto.server import ThreadedMotoServer
 
 from tests.adapters.halt import Halt, flipped
@@ -44,6 +45,7 @@ class FakeS3:
         self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
 
     def start(self) -> None:
+        models.S3_UPLOAD_PART_MIN_SIZE = 256
         self._moto.start()
         threading.Thread(target=self._proxy.serve_forever, args=(0.01,), daemon=True).start()
         port = self._moto._server.server_port  # type: ignore[union-attr]
@@ -68,6 +70,7 @@ class FakeS3:
         self.body: bytes | None = None  # of a broken answer with a status
         self.where = ""
         self.delay_s = 0.0  # between two pieces of a body
+        self.add_headers: dict[str, str] = {}  # to answers of HEAD for weights
         self.halt = Halt()
 
     def reset(self) -> None:
@@ -82,6 +85,12 @@ class FakeS3:
     def put_folder(self, key: str, folder: Path) -> None:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             self.put(f"{key}/{name}", (folder / name).read_bytes())
+
+    def forget_checksum(self, key: str) -> None:
+        """Makes an object one that was stored without an additional checksum."""
+        for account in models.s3_backends.values():
+            stored = account["aws"].head_object(BUCKET, key)
+            stored.checksum_algorithm = stored.checksum_value = None
 
     @property
     def downloads(self) -> int:
@@ -115,6 +124,9 @@ class FakeS3:
                 request.send_header(key, value)
         length = answer.headers.get("Content-Length") if request.command == "HEAD" else None
         request.send_header("Content-Length", length or str(len(body)))
+        if request.command == "HEAD" and "adapter_model" in request.path:
+            for key, value in self.add_headers.items():
+                request.send_header(key, value)
         request.end_headers()
         if self.halt.write(request, body):
             return

@@ -40,6 +40,7 @@ class Store:
     requests: Callable[[], Mapping[str, int]]
     halt: Halt
     fail: Callable[[int], None]  # every request gets this status from now on; 0: no more
+    corrupt: Callable[[int], None] | None = None  # so many answers with weights have another byte
     flags: list[str] = field(default_factory=list)  # of the commands
 
     def resolve(self, source: Source, revision: str = "") -> Version:
@@ -83,6 +84,9 @@ def _hub(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[Store
     def fail(status: int) -> None:
         hub.broken, hub.broken_status = 1000 if status else 0, status
 
+    def corrupt(times: int) -> None:
+        hub.corrupt = times
+
     yield Store(
         "org/adapter",
         "",
@@ -91,6 +95,7 @@ def _hub(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[Store
         lambda: hub.requests,
         hub.halt,
         fail,
+        corrupt,
     )
 
 
@@ -110,9 +115,14 @@ def _s3(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[Store]
         server.broken, server.fault = 1000 if status else 0, status
         server.code = "AccessDenied" if status == 403 else "SlowDown"
 
+    def corrupt(times: int) -> None:
+        server.where, server.fault, server.broken = "adapter_model", "corrupt", times
+
     flags = ["--s3-endpoint-url", server.url]
     requests = lambda: server.requests  # noqa: E731
-    yield Store("loras/x/adapter", "s3://", put, source, requests, server.halt, fail, flags)
+    yield Store(
+        "loras/x/adapter", "s3://", put, source, requests, server.halt, fail, corrupt, flags
+    )
 
 
 def _pbase(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[Store]:
@@ -130,7 +140,8 @@ def _pbase(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[Sto
 
         flags = ["--default-adapter-source=pbase", f"--predibase-gateway-endpoint={api.url}"]
         flags += ["--predibase-api-token=alice", *store.flags]
-        yield Store("pirat/3", "", store.put, source, store.requests, store.halt, fail, flags)
+        given = (store.put, source, store.requests, store.halt, fail, store.corrupt, flags)
+        yield Store("pirat/3", "", *given)
     api.stop()
 
 
@@ -151,7 +162,7 @@ def _https(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[Sto
 
     flags = ["--adapter-hosts", server.host]
     name, requests = f"{server.host}/x/adapter", lambda: server.requests
-    yield Store(name, "https://", put, source, requests, server.halt, fail, flags)
+    yield Store(name, "https://", put, source, requests, server.halt, fail, None, flags)
     server.stop()
 
 
@@ -172,5 +183,5 @@ def _webhdfs(get: Callable[[str], Any], patch: pytest.MonkeyPatch) -> Iterator[S
         server.status = status
 
     flags, requests = ["--adapter-schemes", "webhdfs"], lambda: server.requests
-    yield Store("/x/adapter", "webhdfs://", put, source, requests, server.halt, fail, flags)
+    yield Store("/x/adapter", "webhdfs://", put, source, requests, server.halt, fail, None, flags)
     server.stop()

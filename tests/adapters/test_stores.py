@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from engine.adapters.disk_cache import FOLDER
+from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import make_sources
 from engine.adapters.remote import check_rank
 from engine.adapters.sources import LocalSource
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
-from engine.errors import AdapterIncompatible, AdapterTooLarge
+from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
 from engine.files import OpenFile
+from tests.adapters.fake_hub import FakeHub, Repo
+from tests.adapters.halt import flipped
 from tests.adapters.stores import STORES, Store, contents, store
 from tests.adapters.test_layouts import shard
 
@@ -157,3 +160,37 @@ def test_the_limits_of_a_server(tmp_path: Path) -> None:
             pytest.raises(AdapterIncompatible, match="r is 3"),
         ):
             source._check(file)
+
+
+@pytest.mark.parametrize("served", ["hub", "s3", "pbase"], indirect=True)
+def test_corrupt_bodies(served: Store, root: Path, tmp_path: Path) -> None:
+    """The right length and another byte: downloaded again once, then refused and not kept."""
+    files = contents(root / "plain")
+    served.put(files)
+    assert served.corrupt is not None
+    served.corrupt(1000)
+    source = served.source(tmp_path / "cache")
+    with pytest.raises(AdapterLoadFailed) as caught:
+        served.load(source)
+    assert caught.value.hint and served.downloads(WEIGHTS) == 2
+    broken = [path for path in (tmp_path / "cache").rglob("*") if "adapter_model" in path.name]
+    assert not broken and not entries(tmp_path / "cache")
+    served.corrupt(1)
+    assert served.load(source) == [files[CONFIG], files[WEIGHTS]]
+    assert served.downloads(WEIGHTS) == 4
+
+
+def test_a_file_of_the_hubs_cache_that_decayed(root: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """Found at the first use in a process, and downloaded again."""
+    files = contents(root / "plain")
+    hub.repos["org/x"] = repo = Repo()
+    repo.commit(files)
+    for number in range(2):
+        source = HubSource(None, tmp_path / "cache", endpoint=hub.url, attempts=1)
+        version = source.resolve(AdapterRef.parse("org/x"), None)
+        for _ in range(2):
+            with source.fetch(version, None, lambda done, total: None) as found:
+                assert found.weights.read() == files[WEIGHTS]
+        assert hub.count(f"GET org/x/resolve/{version.revision}/{WEIGHTS}") == number + 1
+        path = found.weights.path.resolve()
+        path.write_bytes(flipped(files[WEIGHTS]))
