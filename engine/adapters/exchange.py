@@ -146,6 +146,7 @@ class Exchange:
             what = newest
             adapter, image = await self._lease(ref, what, token)
         assert adapter.size is not None
+        adapter.unconfirmed = any(version.unconfirmed for version in what.versions)
         return Lease(
             AdapterImageRef(
                 digest=image.digest,
@@ -236,6 +237,7 @@ class Exchange:
                 seconds=dict(adapter.seconds),
                 error=adapter.error,
                 merged=adapter.merged,
+                unconfirmed=adapter.unconfirmed,
             )
             for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases

@@ -14,11 +14,12 @@ from email.message import Message
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
-from engine.adapters.disk_cache import DiskCache, Transfer
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, is_transient, pause
 from engine.adapters.sources import CONFIG_NAME
 from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.transfer import Transfer
 from engine.adapters.web import Answer, Refused, Web, WebError
 from engine.errors import (
     AdapterForbidden,

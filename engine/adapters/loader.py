@@ -63,6 +63,7 @@ class AdapterState:
     seconds: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     merged: bool = False
+    unconfirmed: bool = False  # see `Version`
 
 
 class _Attempt:

@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from engine.adapters.checksums import Checksum, can_compute
-from engine.adapters.disk_cache import DiskCache, Transfer
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
+from engine.adapters.sources import FOLDERS, WEIGHT_NAMES, Version
 from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.transfer import Transfer
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
@@ -38,6 +40,7 @@ MIN_REVISION = 8  # characters of a digest that name a revision
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")  # no ARN, which names other services
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[0-9]{1,5}))?"?')
+_REVISION = re.compile(r"[0-9a-f]{40}")  # a whole digest
 _CHECKSUMS = ("sha256", "sha1", "crc64nvme", "crc32c", "crc32")  # the strongest first
 _NO_PARTS = (400, 405, 416, 501)  # answers of stores that do not tell the sizes of parts
 _FORBIDDEN = {
@@ -102,6 +105,17 @@ class S3Source(StoreSource):
                 hint="give the folder of adapter_config.json as s3://bucket/folder",
             )
         return listing
+
+    def _kept(self, ref: AdapterRef) -> Version | None:
+        if not _REVISION.fullmatch(ref.revision or ""):
+            return None
+        folders = [f"{ref.id.rstrip('/')}/{below}".rstrip("/") for below in FOLDERS]
+        versions = [
+            Version(self.name, folder, revision=ref.revision or "", weights=name)
+            for folder in folders
+            for name in WEIGHT_NAMES
+        ]
+        return next((one for one in versions if self._cache.has(one, self._where())), None)
 
     def _look(self, folder: str, end_by: float) -> dict[str, StoredFile]:
         return {file.name: file for file in self._keys(folder, "adapter_", MAX_KEYS)}

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from engine.adapters.checksums import Checksum
-from engine.adapters.disk_cache import DiskCache, Transfer
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
 from engine.adapters.sources import Version
 from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.transfer import Transfer
 from engine.errors import (
     AdapterError,
     AdapterForbidden,

@@ -7,6 +7,7 @@ index that names them.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.adapters.checksums import Checksum
-from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import DOWNLOADS, Check, changed, corrupt, revision_of
 from engine.adapters.sources import (
@@ -30,11 +31,14 @@ from engine.adapters.sources import (
     damaged,
     find_weights,
 )
-from engine.errors import AdapterIncompatible, AdapterTooLarge
+from engine.adapters.transfer import CONFIG_BYTES, NewFile, Transfer
+from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
 from engine.files import OpenFile
 from engine.safetensors import MAX_INDEX_BYTES, parse_index
 
 RESOLVE_S = 30.0  # limit of one `resolve`
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,15 @@ class StoreSource(Source):
         self._check = check
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        if (kept := self._kept(ref)) is not None:
+            return kept
+        try:
+            return self.current(ref)
+        except AdapterLoadFailed as error:
+            return self.recall(self.name, ref, b"", error)
+
+    def current(self, ref: AdapterRef) -> Version:
+        """As `resolve`, by the source's answer alone."""
         listing = self._find(ref)
         limits = (
             (listing.config.name, listing.config.size, CONFIG_BYTES, None),
@@ -102,7 +115,18 @@ class StoreSource(Source):
             revision=listing.revision,
             weights=listing.weights.name,
             num_bytes=listing.weight_bytes,
+            asked=ref.name,
         )
+
+    def recall(
+        self, source: str, ref: AdapterRef, salt: bytes, error: AdapterLoadFailed
+    ) -> Version:
+        """The version on disk that a reference last meant, while its source is away. Raises `error` without one."""
+        known = self._cache.recall(source, self._where(), ref.name, salt)
+        if known is None:
+            raise error
+        logger.warning("%s: using the downloaded copy: %s", ref.name, error.message)
+        return known
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
         def fill(folder: Path, transfer: Transfer) -> None:
@@ -143,6 +167,10 @@ class StoreSource(Source):
             ):  # no configuration, or the preferred weights
                 break
         return found
+
+    def _kept(self, ref: AdapterRef) -> Version | None:
+        """The exact version that a reference names, if it is on disk."""
+        return None
 
     def _exists(self, folder: str) -> bool:
         """Whether anything lies in a folder without a configuration, as far as the store can say."""

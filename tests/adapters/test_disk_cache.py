@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.adapters.disk_cache import FOLDER, DiskCache, NewFile, Transfer
+from engine.adapters.disk_cache import FOLDER, DiskCache
 from engine.adapters.sources import Version
+from engine.adapters.transfer import NewFile, Transfer
 from engine.errors import AdapterLoadFailed, AdapterTooLarge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
