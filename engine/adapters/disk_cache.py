@@ -53,10 +53,11 @@ class _Entry:
 class DiskCache:
     """See the module. Thread-safe. Writes nothing before the first download."""
 
-    def __init__(self, cache: Path, max_bytes: int = 0, max_seconds: float = 600.0) -> None:
-        """Entries lie in the folder `lorax-downloads` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one
-        download."""
-        self.folder = cache / FOLDER
+    def __init__(
+        self, cache: Path, max_bytes: int = 0, max_seconds: float = 600.0, folder: str = FOLDER
+    ) -> None:
+        """Entries lie in `folder` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one download."""
+        self.folder = cache / folder
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
         self._used: int | None = None  # bytes on disk, as last read plus what was added since
@@ -76,16 +77,7 @@ class DiskCache:
             if (files := self._open(name, version)) is not None:
                 self._note(version, where, name)
                 return files
-            transfer = Transfer(end_by, progress, self._make_room)
-            try:
-                self._add(name, transfer, fill)
-            except (TooSlow, Stopped) as error:
-                raise AdapterLoadFailed(
-                    f"{version.id}: {error.strerror}",
-                    hint="raise --adapter-load-timeout-s, or try again later",
-                ) from None
-            except OSError as error:
-                raise self._unwritable(error) from None
+            self._fill(name, version, end_by, progress, fill)
             files = self._open(name, version)
         if files is None:
             raise AdapterLoadFailed(
@@ -93,6 +85,35 @@ class DiskCache:
             )
         self._note(version, where, name)
         return files
+
+    def keep(self, version: Version, where: str, progress: Progress, fill: Fill) -> Path:
+        """As `fetch`, for files of any names: the folder with what `fill` has written."""
+        end_by = time.monotonic() + self._max_seconds
+        name = _name(version, where)
+        with self._exclusive(name, end_by):
+            if not (self.folder / name).is_dir():
+                self._fill(name, version, end_by, progress, fill)
+        return self.folder / name
+
+    def link(self, name: str, entry: Path) -> None:
+        """Makes a link to an entry, or moves it there. Raises OSError."""
+        with self._temporary() as folder:
+            os.symlink(entry.name, folder / name)
+            os.rename(folder / name, self.folder / name)
+
+    def _fill(
+        self, name: str, version: Version, end_by: float, progress: Progress, fill: Fill
+    ) -> None:
+        transfer = Transfer(end_by, progress, self._make_room)
+        try:
+            self._add(name, transfer, fill)
+        except (TooSlow, Stopped) as error:
+            raise AdapterLoadFailed(
+                f"{version.id}: {error.strerror}",
+                hint="raise --adapter-load-timeout-s, or try again later",
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def has(self, version: Version, where: str) -> bool:
         """Whether a version is on disk."""

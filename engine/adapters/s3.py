@@ -33,7 +33,7 @@ T = TypeVar("T")
 CONNECT_S, READ_S = 5.0, 20.0  # limits of one connection attempt, and of one wait for data
 PART_BYTES = 16 << 20  # larger files are downloaded in parts of this size
 THREADS = 4  # parts of one adapter that are downloaded at the same time
-MAX_KEYS = 1000  # files of one folder whose names begin with `adapter_`
+MAX_KEYS = 1000  # files of one folder that are looked at
 PIECE_BYTES = 1 << 18
 MAX_PARTS = 256  # of an object whose parts are compared one by one
 MIN_REVISION = 8  # characters of a digest that name a revision
@@ -122,6 +122,9 @@ class S3Source(StoreSource):
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         return next((file for file in self._keys(folder, name, 1) if file.name == name), None)
+
+    def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        return {file.name: file for file in self._keys(folder, "", MAX_KEYS) if file.name}
 
     def _exists(self, folder: str) -> bool:
         return bool(self._keys(folder, "", 1))

@@ -121,8 +121,18 @@ class SchemeSource(StoreSource):
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         info = self._info(folder, name)
-        if info is None:
-            return None
+        return None if info is None else self._stored(folder, name, info)
+
+    def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        infos = self._call(folder, lambda: self._store().ls(folder, detail=True))
+        named = {str(info["name"]).rpartition("/")[2]: info for info in infos}
+        return {
+            name: self._stored(folder, name, info)
+            for name, info in named.items()
+            if info.get("type") == "file"
+        }
+
+    def _stored(self, folder: str, name: str, info: dict[str, Any]) -> StoredFile:
         size, stamp = info.get("size"), _stamp(info)
         if info.get("type") != "file" or not isinstance(size, int) or stamp is None:
             raise AdapterLoadFailed(

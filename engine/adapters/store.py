@@ -12,6 +12,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
@@ -32,11 +33,30 @@ from engine.adapters.sources import (
     find_weights,
 )
 from engine.adapters.transfer import CONFIG_BYTES, NewFile, Transfer
-from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
+from engine.checkpoint import TOKENIZER_FILES, WHOLE_NAMES
+from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterNotFound, AdapterTooLarge
 from engine.files import OpenFile
-from engine.safetensors import MAX_INDEX_BYTES, parse_index
+from engine.safetensors import MAX_INDEX_BYTES, MAX_SHARDS, parse_index
 
 RESOLVE_S = 30.0  # limit of one `resolve`
+MAX_MODEL_SHARDS = 1024
+MODEL_CONFIG = "config.json"
+MODEL_FILES = (
+    MODEL_CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +164,56 @@ class StoreSource(Source):
 
         return self._cache.fetch(version, self._where(), progress, fill)
 
+    def keep_model(self, folder: str, weights: bool, cache: DiskCache) -> Path:
+        """A base model's configuration, tokenizer and, if wanted, weights, downloaded once per version into `cache`.
+
+        Raises as `resolve`, with errors that speak of the model.
+        """
+        folder = folder.rstrip("/")
+        files = self._model_files(folder, weights)
+        total = sum(file.size for file in files)
+        revision = revision_of((file.name, file.stamp, file.size) for file in files)
+
+        def fill(into: Path, transfer: Transfer) -> None:
+            logger.info("downloading %s: %d MiB", self._shown(folder), total >> 20)
+            transfer.reserve(total)
+            for file in files:
+                self._save(folder, file, into, transfer)
+
+        version = Version(self.name, folder, revision, weights="")
+        return cache.keep(version, self._where(), lambda done, total: None, fill)
+
+    def _model_files(self, folder: str, weights: bool) -> list[StoredFile]:
+        listed = self._model_listing(folder, time.monotonic() + RESOLVE_S)
+
+        def matching(*patterns: str) -> list[StoredFile]:
+            found = [
+                file for name, file in listed.items() if any(fnmatch(name, p) for p in patterns)
+            ]
+            return sorted(found, key=lambda file: file.name)
+
+        where = self._shown(folder)
+        if MODEL_CONFIG not in listed:
+            raise AdapterNotFound(
+                f"there is no {MODEL_CONFIG} in {where}",
+                hint="give the folder that save_pretrained of transformers has written",
+            )
+        found = matching("*.safetensors") or matching("pytorch_model*.bin")
+        if weights and not found:
+            raise AdapterIncompatible(f"{where} has neither {' nor '.join(WHOLE_NAMES)}")
+        return [*matching(*TOKENIZER_FILES), *(found if weights else [])]
+
+    def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        """The files of a base model, by name. Where a store cannot list a folder: those that transformers writes."""
+        found = {}
+        for name in MODEL_FILES:
+            if (file := self._describe(folder, name, end_by)) is not None:
+                found[name] = file
+        if (index := found.get(f"{WHOLE_NAMES[0]}.index.json")) is not None:
+            shards = self._shards(folder, index, found, end_by, MAX_MODEL_SHARDS)
+            found |= {file.name: file for file in shards}
+        return found
+
     @abstractmethod
     def _find(self, ref: AdapterRef) -> Listing:
         """The files of a reference. Raises AdapterNotFound, or as `resolve`."""
@@ -210,7 +280,12 @@ class StoreSource(Source):
         return Listing(at, files[CONFIG_NAME], weights, shards)
 
     def _shards(
-        self, folder: str, index: StoredFile, files: dict[str, StoredFile], end_by: float
+        self,
+        folder: str,
+        index: StoredFile,
+        files: dict[str, StoredFile],
+        end_by: float,
+        limit: int = MAX_SHARDS,
     ) -> tuple[StoredFile, ...]:
         """The files that an index names. The index is small, so it is read before any of them is looked up."""
         where = f"{self._shown(folder)}/{index.name}"
@@ -220,7 +295,7 @@ class StoreSource(Source):
         transfer = Transfer(end_by, lambda done, total: None, lambda num_bytes: None)
         self._download(folder, index, text, transfer)
         try:
-            names = sorted(set(parse_index(bytes(text.data)).values()))
+            names = sorted(set(parse_index(bytes(text.data), limit).values()))
         except ValueError as error:
             raise damaged(where, str(error)) from None
         shards = []
@@ -230,7 +305,7 @@ class StoreSource(Source):
                 raise AdapterIncompatible(
                     f"{where} names {name}, which does not exist",
                     field=index.name,
-                    hint="upload every file of the adapter",
+                    hint="upload every file",
                 )
             shards.append(file)
         return tuple(shards)
