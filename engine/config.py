@@ -151,8 +151,8 @@ class AdapterConfig:
     adapter_disk_cache_gb: Annotated[
         float,
         Option(
-            "GiB of disk for adapters downloaded from sources other than the hub. The least recently used are removed. "
-            "Higher: fewer downloads. 0: no limit.",
+            "GiB of disk for adapters downloaded from sources other than the hub, and for converted .bin files. "
+            "The least recently used are removed. Higher: fewer downloads. 0: no limit.",
             least=0,
         ),
     ] = 50.0

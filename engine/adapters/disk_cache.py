@@ -33,6 +33,7 @@ from engine.files import OpenFile, sync_folder
 FOLDER = "lorax-downloads"
 _TEMPORARY = ".tmp"
 _NOTE = ".ref"
+_FILES = "*.safetensors"
 _LOCK = ".lock"
 _RESCAN_S = 30.0  # the sizes on disk are read again after this time
 _KEPT = 0.9  # part of the budget that stays when entries are removed, so that it happens rarely
@@ -54,10 +55,17 @@ class DiskCache:
     """See the module. Thread-safe. Writes nothing before the first download."""
 
     def __init__(
-        self, cache: Path, max_bytes: int = 0, max_seconds: float = 600.0, folder: str = FOLDER
+        self,
+        cache: Path,
+        max_bytes: int = 0,
+        max_seconds: float = 600.0,
+        folder: str = FOLDER,
+        files: str | None = None,
     ) -> None:
-        """Entries lie in `folder` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one download."""
+        """Entries lie in `folder` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one download. `files`:
+        another folder of `cache`; its safetensors files count too, and are removed like entries."""
         self.folder = cache / folder
+        self._files = cache / files if files else None
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
         self._used: int | None = None  # bytes on disk, as last read plus what was added since
@@ -114,6 +122,15 @@ class DiskCache:
             ) from None
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def grew(self, num_bytes: int) -> None:
+        """Counts a new file in the folder of `files`, and removes others if needed."""
+        with self._changed:
+            if self._used is not None:
+                self._used += num_bytes
+        with contextlib.suppress(OSError):  # the file is complete, so its request is served
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(0)
 
     def has(self, version: Version, where: str) -> bool:
         """Whether a version is on disk."""
@@ -259,6 +276,11 @@ class DiskCache:
                 used += num_bytes
                 if path.suffix != _TEMPORARY:
                     entries.append(_Entry(path, path.stat().st_mtime, num_bytes))
+        for path in self._files.glob(_FILES) if self._files else ():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                used += status.st_size
+                entries.append(_Entry(path, status.st_atime, status.st_size))
         return entries, used
 
     def _unwritable(self, error: OSError) -> AdapterLoadFailed:
@@ -318,7 +340,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _discard(path: Path) -> None:
-    """Removes a folder under another name first, so that it is never seen half removed."""
+    """Removes a file, or a folder: under another name first, so that it is never seen half removed."""
+    if not path.is_dir():
+        path.unlink()
+        return
     trash = path.with_name(f"{secrets.token_hex(8)}{_TEMPORARY}")
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
