@@ -144,7 +144,7 @@ def test_a_redirect_on_the_list(server: WebServer, make: Make, saved: Path) -> N
         (403, AdapterForbidden),
         (401, AdapterForbidden),
         (500, AdapterLoadFailed),
-        (410, AdapterLoadFailed),
+        (410, (AdapterNotFound, AdapterLoadFailed)),
     ],
 )
 def test_faults(
