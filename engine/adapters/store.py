@@ -32,7 +32,7 @@ from engine.adapters.sources import (
     damaged,
     find_weights,
 )
-from engine.adapters.transfer import CONFIG_BYTES, NewFile, Transfer
+from engine.adapters.transfer import CONFIG_BYTES, NewFile, TooSlow, Transfer
 from engine.checkpoint import TOKENIZER_FILES, WHOLE_NAMES
 from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterNotFound, AdapterTooLarge
 from engine.files import OpenFile
@@ -41,7 +41,7 @@ from engine.safetensors import MAX_INDEX_BYTES, MAX_SHARDS, parse_index
 RESOLVE_S = 30.0  # limit of one `resolve`
 MAX_MODEL_SHARDS = 1024
 MODEL_CONFIG = "config.json"
-MODEL_FILES = (
+MODEL_FILES = (  # of a base model, where a store cannot list a folder
     MODEL_CONFIG,
     "generation_config.json",
     "tokenizer.json",
@@ -204,7 +204,7 @@ class StoreSource(Source):
         return [*matching(*TOKENIZER_FILES), *(found if weights else [])]
 
     def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
-        """The files of a base model, by name. Where a store cannot list a folder: those that transformers writes."""
+        """The files of a base model, by name."""
         found = {}
         for name in MODEL_FILES:
             if (file := self._describe(folder, name, end_by)) is not None:
@@ -227,16 +227,14 @@ class StoreSource(Source):
         """Downloads exactly `file.size` bytes. Raises AdapterLoadFailed if the file has changed."""
 
     def _look(self, folder: str, end_by: float) -> dict[str, StoredFile]:
-        """The configuration and what may be weights, by name; without a configuration the rest does not matter."""
-        found = {}
-        for name in (CONFIG_NAME, *WEIGHT_NAMES):
-            if (file := self._describe(folder, name, end_by)) is not None:
-                found[name] = file
-            if (file is None) == (
-                name == CONFIG_NAME
-            ):  # no configuration, or the preferred weights
-                break
-        return found
+        """The configuration and the preferred weights, by name; other files do not matter."""
+        config = self._describe(folder, CONFIG_NAME, end_by)
+        if config is None:
+            return {}
+        for name in WEIGHT_NAMES:
+            if (weights := self._describe(folder, name, end_by)) is not None:
+                return {config.name: config, weights.name: weights}
+        return {config.name: config}
 
     def _kept(self, ref: AdapterRef) -> Version | None:
         """The exact version that a reference names, if it is on disk."""
@@ -293,9 +291,11 @@ class StoreSource(Source):
             raise damaged(where, f"it has {index.size} bytes, the limit is {MAX_INDEX_BYTES}")
         text = _Memory(index.size)
         transfer = Transfer(end_by, lambda done, total: None, lambda num_bytes: None)
-        self._download(folder, index, text, transfer)
         try:
+            self._download(folder, index, text, transfer)
             names = sorted(set(parse_index(bytes(text.data), limit).values()))
+        except TooSlow as error:
+            raise AdapterLoadFailed(f"{where}: {error.strerror}", hint="try again later") from None
         except ValueError as error:
             raise damaged(where, str(error)) from None
         shards = []

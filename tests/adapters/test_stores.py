@@ -123,6 +123,17 @@ def test_broken_indexes(served: Store, root: Path, tmp_path: Path) -> None:
     assert not served.downloads("adapter_model-") and not entries(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("served", ["s3", "https", "webhdfs"], indirect=True)
+def test_an_index_that_comes_too_slowly(
+    served: Store, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.put(contents(root / "sharded"))
+    monkeypatch.setattr("engine.adapters.store.RESOLVE_S", -1.0)
+    with pytest.raises(AdapterLoadFailed, match="too slow|too long") as caught:
+        served.resolve(served.source(tmp_path / "cache"))
+    assert caught.value.hint
+
+
 def config_with(files: dict[str, bytes], **fields: object) -> bytes:
     return json.dumps(json.loads(files[CONFIG]) | fields).encode()
 
