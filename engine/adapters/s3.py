@@ -7,14 +7,13 @@ ranges, each on the condition that the etag is still the same, and then compared
 
 from __future__ import annotations
 
-import base64
 import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from engine.adapters.checksums import Checksum, can_compute
+from engine.adapters.checksums import Checksum, listed
 from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
@@ -201,14 +200,10 @@ class S3Source(StoreSource):
         head = self._call(
             path, lambda: self._head(folder, file, IfMatch=file.stamp, ChecksumMode="ENABLED")
         )
-        listed = {name: head.get(f"Checksum{name.upper()}") for name in _CHECKSUMS}
-        found = [
-            Checksum(name, base64.b64decode(value))
-            for name, value in listed.items()
-            if value and "-" not in value and can_compute(name)  # -5: of five parts' checksums
-        ]
-        if found:
-            return found
+        # One of parts ends with -5 or the like, so it is none of the object.
+        found = [listed(name, head.get(f"Checksum{name.upper()}")) for name in _CHECKSUMS]
+        if any(found):
+            return [one for one in found if one is not None]
         etag = _ETAG.fullmatch(file.stamp)
         if etag is None or not _is_md5(head, folder):
             return ()

@@ -6,12 +6,11 @@ deadline ends their request.
 
 from __future__ import annotations
 
-import base64
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from engine.adapters.checksums import Checksum
+from engine.adapters.checksums import Checksum, listed
 from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
@@ -29,7 +28,6 @@ from engine.errors import (
 T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
-MD5_BYTES = 16
 # Schemes with a source of their own, or that would open the server's own disk.
 _INSTEAD = {
     "file": "use --adapter-root",
@@ -174,12 +172,9 @@ class SchemeSource(StoreSource):
 
     def _checksums(self, folder: str, file: StoredFile) -> Sequence[Checksum]:
         """The MD5 that Google Cloud Storage and some others list."""
-        listed = (self._info(folder, file.name) or {}).get("md5Hash")
-        try:
-            digest = base64.b64decode(listed or "", validate=True)
-        except (TypeError, ValueError):
-            return ()
-        return (Checksum("md5", digest),) if len(digest) == MD5_BYTES else ()
+        info = self._info(folder, file.name) or {}
+        found = listed("md5", info.get("md5Hash"))
+        return () if found is None else (found,)
 
     def _confirm(self, version: Version) -> None:
         listing = self._list(version.id)

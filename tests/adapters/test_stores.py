@@ -30,6 +30,8 @@ from engine.errors import (
     AdapterTooLarge,
 )
 from engine.files import OpenFile
+from engine.messages import EngineStats
+from engine.metrics import Metrics
 from tests.adapters.fake_hub import FakeHub, Repo
 from tests.adapters.halt import flipped
 from tests.adapters.stores import FAST, STORES, Store, contents, store
@@ -266,6 +268,8 @@ async def test_the_status_of_a_source_that_is_down(s3: FakeS3, tmp_path: Path) -
             digests.add(lease.image.digest)
         (status,) = await exchange.adapters()
         assert status.unconfirmed == is_down
+        text = Metrics().render(EngineStats(), [status], 16).decode()
+        assert f"lorax_adapters_unconfirmed {float(is_down)}" in text
     assert len(digests) == 1
     await exchange.close()
     region.close()
