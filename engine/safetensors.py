@@ -139,15 +139,20 @@ def read_index(file: OpenFile) -> dict[str, str]:
     """
     if file.size > MAX_INDEX_BYTES:
         raise ValueError(f"it has {file.size} bytes, the limit is {MAX_INDEX_BYTES}")
+    return parse_index(file.read())
+
+
+def parse_index(text: bytes, max_shards: int = MAX_SHARDS) -> dict[str, str]:
+    """As `read_index`, from the contents of an index of at most MAX_INDEX_BYTES."""
     try:
-        found = _INDEX_DECODER.decode(file.read()).weight_map
+        found = _INDEX_DECODER.decode(text).weight_map
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it cannot be read ({error})") from None
     shards = set(found.values())
     if not shards:
         raise ValueError("it names no file")
-    if len(shards) > MAX_SHARDS:
-        raise ValueError(f"it names {len(shards)} files, the limit is {MAX_SHARDS}")
+    if len(shards) > max_shards:
+        raise ValueError(f"it names {len(shards)} files, the limit is {max_shards}")
     for shard in sorted(shards):
         if not _SHARD.fullmatch(shard):
             raise ValueError(f"it names {shard!r}, which is not a safetensors file of its folder")

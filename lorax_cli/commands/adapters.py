@@ -218,6 +218,16 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def layout_of(config: EngineConfig) -> ShardLayout:
+    """The layout of adapters for the base model. Its weights are not needed, and not downloaded."""
+    from engine.adapters.base_model import fetch_base_model
+    from engine.models import adapter_layout
+
+    fetch_base_model(config, weights=False)
+    layout: ShardLayout = adapter_layout(config.model)[0]
+    return layout
+
+
 @with_config("model", "adapters")
 def validate(
     adapter: AdapterNames,
@@ -239,11 +249,10 @@ def validate(
     from engine.checkpoint import cache_folder
     from engine.lora.folder import folder_notes
     from engine.lora.report import inspect
-    from engine.models import adapter_layout
     from engine.sandbox import Converter
 
     out = Output.of(as_json, quiet)
-    layout: ShardLayout = adapter_layout(config.model)[0]
+    layout = layout_of(config)
     find = finder(config)
     failures: list[AdapterError] = []
 

@@ -25,7 +25,10 @@ def test_an_adapter_that_diverged(run_ahead: int, tmp_path: Path) -> None:
     good, bad = harness.stage(tmp_path / "good"), harness.stage(tmp_path / "bad")
     sound = [request(f"{i}", prompt, (good, None)[i % 2]) for i, prompt in enumerate(PROMPTS)]
     expected = harness.run(sound)
-    broken = [request("greedy", PROMPTS[0], bad), request("drawn", PROMPTS[1], bad, temperature=0.9)]
+    broken = [
+        request("greedy", PROMPTS[0], bad),
+        request("drawn", PROMPTS[1], bad, temperature=0.9),
+    ]
     broken.append(request("punished", PROMPTS[2], bad, repetition_penalty=1.3, num_alternatives=2))
     found = harness.run([*broken, *sound])
     for one in broken:
