@@ -1,4 +1,4 @@
-"""`lorax adapters`: download adapters, and check them before they are served."""
+"""`lorax adapters`: download adapters, check them before they are served, and merge them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,17 @@ def bar(out: Output, name: str) -> Iterator[Progress]:
             return
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+def opened(name: str, find: Finder, out: Output) -> AdapterFiles:
+    """The files of a folder, or of an adapter by name."""
+    from engine.adapters.sources import open_folder
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return open_folder(folder)
+    with bar(out, name) as progress:
+        return find(name, progress)[1]
 
 
 def similar(name: str, roots: Iterable[str]) -> list[str]:
@@ -245,7 +256,6 @@ def validate(
     name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer,
     chat template or head in the folder that the server does not use.
     """
-    from engine.adapters.sources import open_folder
     from engine.checkpoint import cache_folder
     from engine.lora.folder import folder_notes
     from engine.lora.report import inspect
@@ -259,12 +269,7 @@ def validate(
     converter = Converter(cache_folder(config.model.huggingface_hub_cache))
 
     def run(name: str) -> dict[str, Any]:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            files = open_folder(folder)
-        else:
-            with bar(out, name) as progress:
-                files = find(name, progress)[1]
+        files = opened(name, find, out)
         with files, converter.readable(files.weights) as weights:
             given = config.adapters
             report = inspect(
@@ -290,7 +295,9 @@ def validate(
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Download and check adapters.", no_args_is_help=True)
+    from lorax_cli.commands.adapters_merge import merge
+
+    group = typer.Typer(help="Download, check and merge adapters.", no_args_is_help=True)
     group.command(
         epilog=examples(
             "lorax adapters pull user/adapter",
@@ -303,4 +310,10 @@ def register(app: typer.Typer) -> None:
             "lorax adapters validate user/adapter --model-id Qwen/Qwen2.5-0.5B-Instruct --json",
         )
     )(validate)
+    group.command(
+        epilog=examples(
+            "lorax adapters merge ./sql ./chat --model-id ./model -o ./both",
+            "lorax adapters merge a b --weight 0.7 --weight 0.3 --merge-strategy ties --density 0.5 -o ./ab",
+        )
+    )(merge)
     app.add_typer(group, name="adapters")
