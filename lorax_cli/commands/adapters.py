@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,62 +18,15 @@ from engine.errors import (
     AdapterNotFound,
     LoraxError,
 )
+from lorax_cli.adapter_files import AdapterNames, bar, finder, layout_of, opened
+from lorax_cli.commands.adapters_merge import merge
 from lorax_cli.options import with_config
 from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail, warn
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from engine.adapters.sources import AdapterFiles
     from engine.lora.report import AdapterReport
-    from engine.ops.layout import ShardLayout
-
-Progress = Callable[[int, int], None]
-Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
-
-
-def finder(config: EngineConfig) -> Finder:
-    """Finds adapters by name, as a server with this configuration does. Downloads missing files."""
-    import asyncio
-
-    from engine.adapters.ref import AdapterRef
-    from engine.adapters.registry import Registry, default_source, make_sources
-    from engine.adapters.sources import Version
-
-    sources = make_sources(config)
-    registry = Registry(sources, default_source(config.adapters, sources))
-
-    async def ask(ref: AdapterRef) -> Version:
-        assert ref.source is not None, "the registry resolves with one source at a time"
-        return sources[ref.source].resolve(ref, None)
-
-    def find(name: str, progress: Progress) -> tuple[str, AdapterFiles]:
-        version = asyncio.run(registry.resolve(AdapterRef.parse(name), ask))
-        return version.source, sources[version.source].fetch(version, None, progress)
-
-    return find
-
-
-@contextmanager
-def bar(out: Output, name: str) -> Iterator[Progress]:
-    """A progress bar for one adapter."""
-    with out.progress() as progress:
-        if progress is None:
-            yield lambda done, total: None
-            return
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
-
-
-def opened(name: str, find: Finder, out: Output) -> AdapterFiles:
-    """The files of a folder, or of an adapter by name."""
-    from engine.adapters.sources import open_folder
-
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return open_folder(folder)
-    with bar(out, name) as progress:
-        return find(name, progress)[1]
 
 
 def similar(name: str, roots: Iterable[str]) -> list[str]:
@@ -136,12 +89,6 @@ def pulled_table(rows: list[dict[str, Any]]) -> Table:
             cells = (row["adapter"], row["source"], row["revision"][:12], size, row["folder"])
             table.add_row(*map(escape, cells))
     return table
-
-
-AdapterNames = Annotated[
-    list[str],
-    typer.Argument(help="Adapter: a folder, or a name as in `adapter_id`.", show_default=False),
-]
 
 
 @with_config("model", "adapters")
@@ -229,16 +176,6 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def layout_of(config: EngineConfig) -> ShardLayout:
-    """The layout of adapters for the base model. Its weights are not needed, and not downloaded."""
-    from engine.adapters.base_model import fetch_base_model
-    from engine.models import adapter_layout
-
-    fetch_base_model(config, weights=False)
-    layout: ShardLayout = adapter_layout(config.model)[0]
-    return layout
-
-
 @with_config("model", "adapters")
 def validate(
     adapter: AdapterNames,
@@ -295,8 +232,6 @@ def validate(
 
 
 def register(app: typer.Typer) -> None:
-    from lorax_cli.commands.adapters_merge import merge
-
     group = typer.Typer(help="Download, check and merge adapters.", no_args_is_help=True)
     group.command(
         epilog=examples(

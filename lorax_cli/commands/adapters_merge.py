@@ -11,7 +11,7 @@ import typer
 from engine.config import MIB, EngineConfig
 from engine.errors import ConfigError, LoraxError
 from engine.lora.recipe import MajoritySign, Recipe, Strategy, check_count
-from lorax_cli.commands.adapters import AdapterNames, finder, layout_of, opened
+from lorax_cli.adapter_files import AdapterNames, finder, layout_of, opened
 from lorax_cli.options import with_config
 from lorax_cli.output import JsonFlag, Output, QuietFlag, fail
 
