@@ -37,7 +37,7 @@ from engine.ops.reference import extras, matrix
 from engine.ops.targets import MAX_TARGETS
 from engine.runner.transfer import Mark, read_back
 
-PIECE_WEIGHTS = 16 << 20  # base weights that are read at once, dequantised or widened if need be
+PIECE_WEIGHTS = {"cpu": 4 << 20, "cuda": 64 << 20}  # that are read at once, dequantised if need be
 KEPT_BYTES = 256 << 20  # of final extras that are kept in host memory
 
 
@@ -159,15 +159,15 @@ class Finisher:
             rank, end = group.ranks[target], column + n
             if group.flags & FLAG_SCALED << target:
                 a, b = self._pair(group, row, rank, n, b_offset)
-                s, gram = group.scales[target], a.float() @ a.float().T
-                step = max(1, PIECE_WEIGHTS // a.shape[1])
+                s, gram = group.scales[target], _product(a, a)
+                step = max(1, PIECE_WEIGHTS[a.device.type] // a.shape[1])
                 for first in range(0, n, step):
                     part = slice(column + first, min(column + first + step, end))
                     weight = group.base.weight_rows(part)
                     of_part = b[:, first : first + step].T.float()
-                    cross = _product(weight, a) + (s / 2) * (of_part @ gram)
-                    square = self._square(group, part, weight) + 2 * s * (cross * of_part).sum(1)
-                    scale[part] /= square.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
+                    cross = torch.addmm(_product(weight, a), of_part, gram, beta=2 * s, alpha=s * s)
+                    square = torch.linalg.vecdot(cross, of_part) + self._square(group, part, weight)
+                    scale[part] *= square.clamp_(min=torch.finfo(torch.float32).tiny).rsqrt_()
                     yield weight.numel()
             b_offset += rank * padded(n * self._dtype.itemsize) // ALIGN
             row, column = row + rank, end
@@ -204,7 +204,7 @@ class Finisher:
 
 
 def _product(weight: Tensor, a: Tensor) -> Tensor:
-    """weight[n, K] @ a[r, K].T as float32, summed in float32."""
+    """weight[n, K] @ a[r, K].T, in float32."""
     if weight.is_cuda and weight.dtype != torch.float32:
         return torch.mm(weight, a.T, out_dtype=torch.float32)
     return weight.float() @ a.float().T

@@ -9,6 +9,7 @@ longer than the host needs to launch them.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures every graph; takes seconds."""
+        gc.collect()  # a graph that is freed during a capture makes it fail
         started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
         pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self._warm_up(side, [self.decode_shapes[-1], self.shapes[0]])

@@ -76,7 +76,7 @@ def test_in_pieces_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = tiny.save(tiny.adapt(tiny.llama(), **GIVEN), tmp_path)
     whole, arena = finisher_of(layout, bases(layout))
     assert placed(folder, layout, whole, arena, Budget(1 << 20, 1 << 20)) == [1, 1]
-    monkeypatch.setattr(extras, "PIECE_WEIGHTS", 100)
+    monkeypatch.setattr(extras, "PIECE_WEIGHTS", {"cpu": 100})
     pieces, other = finisher_of(layout, bases(layout))
     first, second = placed(folder, layout, pieces, other, Budget(1 << 20, 1))
     assert first > 100 and second == 1
