@@ -24,7 +24,7 @@ from pathlib import Path
 
 from engine.adapters.sources import CONFIG_NAME, AdapterFiles, Progress, Version, open_files
 from engine.errors import AdapterError, AdapterLoadFailed, AdapterTooLarge
-from engine.files import sync_folder
+from engine.files import FULL, sync_folder
 
 FOLDER = "lorax-downloads"
 CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
@@ -242,7 +242,7 @@ class DiskCache:
         return entries, used
 
     def _unwritable(self, error: OSError) -> AdapterLoadFailed:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             return AdapterLoadFailed(
                 f"the disk of {self.folder} is full",
                 hint="free disk space, or lower --adapter-disk-cache-gb",

@@ -30,6 +30,8 @@ from engine.adapters.sources import (
 )
 from engine.adapters.web import Answer, Refused, Web, WebError
 from engine.errors import (
+    RAISE_LIMIT,
+    RESAVE,
     AdapterForbidden,
     AdapterLoadFailed,
     AdapterNotFound,
@@ -83,6 +85,7 @@ class HttpsSource(Source):
                 raise AdapterTooLarge(
                     f"{file.name} of https://{place} has {file.size} bytes; the limit is {limit} bytes",
                     field="adapter_id",
+                    hint=RESAVE if file is config else RAISE_LIMIT,
                 )
         return Version(
             self.name,

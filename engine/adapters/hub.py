@@ -45,6 +45,8 @@ from engine.adapters.sources import (
     token_hash,
 )
 from engine.errors import (
+    AGAIN,
+    RAISE_LIMIT,
     AdapterError,
     AdapterForbidden,
     AdapterIncompatible,
@@ -52,7 +54,7 @@ from engine.errors import (
     AdapterNotFound,
     AdapterTooLarge,
 )
-from engine.files import OpenFile
+from engine.files import OpenFile, is_local, remedy
 from engine.safetensors import MAX_INDEX_BYTES
 
 T = TypeVar("T")
@@ -63,6 +65,10 @@ API_SECONDS = 30.0  # limit of one whole API answer
 CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
 API_BYTES = 8 << 20  # limit of one API answer; a repository of 20,000 files takes 5 MB
 _NETWORK = (hub_client.TRANSPORT_ERROR, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
+_NETWORK_HINT = (
+    "try again, or check the network and HF_ENDPOINT; without network, only adapters that are already downloaded can"
+    " be served"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +114,8 @@ class HubSource(Source):
             info = self._try(lambda: self._info(ref, token))
         except hub_client.TooMuch as error:
             raise AdapterLoadFailed(
-                f"the hub's answer for {ref.name} is too large: {error}"
+                f"the hub's answer for {ref.name} is too large: {error}",
+                hint="keep the adapter in a repository of fewer files",
             ) from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
@@ -125,7 +132,7 @@ class HubSource(Source):
             raise AdapterTooLarge(
                 f"{weights} of {ref.name} has {size} bytes; the limit is {self._max_file_bytes} bytes",
                 field="adapter_id",
-                hint="raise --host-cache-gb",
+                hint=RAISE_LIMIT,
             )
         cache = tenant_cache if private and token else self._cache
         self._remember(ref, info.sha or "", cache)
@@ -172,11 +179,12 @@ class HubSource(Source):
                     shard = download(str(PurePosixPath(version.weights).with_name(name)), left)
                     left = max(0, left - shard.stat().st_size)
         except OSError as error:
-            raise AdapterLoadFailed(f"cannot read {ref.name}: {error.strerror}") from None
+            raise _disk_error(version.cache, error) from None
         except hub_client.TooMuch as error:
             raise AdapterTooLarge(
                 f"a file of {ref.name} on the hub is too large: {error}",
                 field="adapter_id",
+                hint=RAISE_LIMIT,
             ) from None
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
@@ -258,18 +266,22 @@ class HubSource(Source):
                     raise _Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise AdapterLoadFailed(f"the hub is disabled: {first_line(error)}") from None
+                raise AdapterLoadFailed(
+                    f"the hub is disabled: {first_line(error)}", hint="unset HF_HUB_OFFLINE"
+                ) from None
             except _NETWORK as error:
+                if isinstance(error, OSError) and is_local(error):
+                    raise _disk_error(self._cache, error) from None
                 failure = error
             except hub_client.TooMuch:
                 raise
             except Exception as error:  # a boundary: the answer may be anything
-                failure = error
+                failure = ValueError(f"the answer cannot be read: {first_line(error)}")
             if attempt < self._attempts:
                 pause(attempt, self._backoff_s)
         raise AdapterLoadFailed(
             f"the hub request failed: {first_line(failure)}",
-            hint="try again; without network, only adapters that are already downloaded can be served",
+            hint=_NETWORK_HINT,
         )
 
     def _explain(self, error: Exception, ref: AdapterRef, token: str | None) -> AdapterError:
@@ -281,7 +293,9 @@ class HubSource(Source):
             return _invalid(ref)
         if isinstance(error, RevisionNotFoundError):
             return AdapterNotFound(
-                f"{ref.id} has no revision {ref.revision!r} on the hub", field="adapter_id"
+                f"{ref.id} has no revision {ref.revision!r} on the hub",
+                field="adapter_id",
+                hint="leave the revision out, or use a branch, tag or commit of the repository",
             )
         if isinstance(error, GatedRepoError):
             return AdapterForbidden(
@@ -296,20 +310,28 @@ class HubSource(Source):
                 hint=hint,
             )
         if isinstance(error, EntryNotFoundError):
-            return AdapterIncompatible(f"a file of {ref.name} is missing on the hub")
+            return AdapterIncompatible(
+                f"a file of {ref.name} is missing on the hub", hint="upload the whole adapter again"
+            )
         if status == 404:
             return AdapterNotFound(
                 f"there is no {ref.id} on the hub",
                 field="adapter_id",
                 hint="if it is private, " + hint,
             )
-        return AdapterLoadFailed(f"the hub refused {ref.name}: {first_line(error)}")
+        return AdapterLoadFailed(f"the hub refused {ref.name}: {first_line(error)}", hint=AGAIN)
 
 
 def _invalid(ref: AdapterRef) -> AdapterNotFound:
     """The hub cannot have such a name, so it is not asked: no network is needed to say so."""
     return AdapterNotFound(
         f"{ref.id!r} is not a valid hub id", field="adapter_id", hint="use owner/name"
+    )
+
+
+def _disk_error(cache: str, error: OSError) -> AdapterLoadFailed:
+    return AdapterLoadFailed(
+        f"the hub's files in {cache} cannot be used: {error.strerror}", hint=remedy(error)
     )
 
 

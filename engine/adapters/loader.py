@@ -28,7 +28,7 @@ from engine.adapters.tiers import HostImage, HostRegion
 from engine.adapters.workers import Job, Workers
 from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
-from engine.errors import AdapterLoadFailed
+from engine.errors import AGAIN, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
@@ -81,7 +81,9 @@ class _Attempt:
 
     def raise_if_late(self) -> None:
         if time.monotonic() > self._deadline:
-            raise AdapterLoadFailed("loading took too long and was aborted")
+            raise AdapterLoadFailed(
+                "loading took too long and was aborted", hint="raise --adapter-load-timeout-s"
+            )
 
     def when_over(self, call: Callable[[], None]) -> None:
         """Calls back when its threads have ended. A stuck thread may still write until then."""
@@ -253,7 +255,7 @@ class Loader:
 
     def _raise_if_closing(self) -> None:
         if self._closing:
-            raise AdapterLoadFailed("the server is shutting down")
+            raise AdapterLoadFailed("the server is shutting down", hint=AGAIN)
 
 
 def parse_threads(device: str) -> int:

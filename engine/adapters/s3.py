@@ -27,6 +27,8 @@ from engine.adapters.sources import (
     find_single_file,
 )
 from engine.errors import (
+    RAISE_LIMIT,
+    RESAVE,
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
@@ -43,6 +45,7 @@ MAX_KEYS = 1000  # files of one folder whose names begin with `adapter_`
 PIECE_BYTES = 1 << 18
 MIN_REVISION = 8  # characters of a digest that name a revision
 
+_NAMING = "give the folder of adapter_config.json as s3://bucket/folder"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")  # no ARN, which names other services
 _FORBIDDEN = {
     "AccessDenied",
@@ -113,12 +116,13 @@ class S3Source(Source):
             raise AdapterTooLarge(
                 f"{listing.weights.key} has {size} bytes; the limit is {self._max_file_bytes} bytes",
                 field="adapter_id",
-                hint="raise --host-cache-gb",
+                hint=RAISE_LIMIT,
             )
         if listing.config.size > CONFIG_BYTES:
             raise AdapterTooLarge(
                 f"{listing.config.key} has {listing.config.size} bytes; the limit is {CONFIG_BYTES} bytes",
                 field="adapter_id",
+                hint=RESAVE,
             )
         folder = listing.config.key.removesuffix(CONFIG_NAME).strip("/")
         return Version(
@@ -155,7 +159,7 @@ class S3Source(Source):
             raise AdapterNotFound(
                 f"there is no {self.prefix}{ref.name}",
                 field="adapter_id",
-                hint="give the folder of adapter_config.json as s3://bucket/folder",
+                hint=_NAMING,
             )
         return listing
 
@@ -166,7 +170,7 @@ class S3Source(Source):
             raise AdapterNotFound(
                 f"{bucket!r} is not the name of a bucket",
                 field="adapter_id",
-                hint="use s3://bucket/folder",
+                hint=_NAMING,
             )
         folder = folder.strip("/")
         start = f"{folder}/" if folder else ""
@@ -329,7 +333,9 @@ def _refused(path: str, answer: Any, reason: str) -> AdapterError:
     if status == 412:
         return changed(f"s3://{path}")
     if code == "NoSuchBucket":
-        return AdapterNotFound(f"there is no bucket {path.partition('/')[0]!r}", field="adapter_id")
+        return AdapterNotFound(
+            f"there is no bucket {path.partition('/')[0]!r}", field="adapter_id", hint=_NAMING
+        )
     if status in (401, 403) or code in _FORBIDDEN:
         return AdapterForbidden(
             f"the server's credentials may not read s3://{path} ({code or status})",
@@ -337,7 +343,7 @@ def _refused(path: str, answer: Any, reason: str) -> AdapterError:
             hint="grant s3:GetObject and s3:ListBucket to the server's AWS credentials",
         )
     if status == 404:
-        return AdapterNotFound(f"there is no s3://{path}", field="adapter_id")
+        return AdapterNotFound(f"there is no s3://{path}", field="adapter_id", hint=_NAMING)
     if status in (301, 307):
         return AdapterLoadFailed(f"s3://{path} is in another region", hint="set AWS_REGION")
     return AdapterLoadFailed(f"S3 refused s3://{path}: {reason}", hint="try again later")

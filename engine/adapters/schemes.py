@@ -24,6 +24,8 @@ from engine.adapters.sources import (
     find_single_file,
 )
 from engine.errors import (
+    RAISE_LIMIT,
+    RESAVE,
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
@@ -123,6 +125,7 @@ class SchemeSource(Source):
                 raise AdapterTooLarge(
                     f"{name} of {self.prefix}{place} has {size} bytes; the limit is {limit} bytes",
                     field="adapter_id",
+                    hint=RESAVE if name == CONFIG_NAME else RAISE_LIMIT,
                 )
         return Version(
             self.name,
@@ -169,7 +172,8 @@ class SchemeSource(Source):
         size = info.get("size")
         if info.get("type") != "file" or not isinstance(size, int) or _stamp(info) is None:
             raise AdapterLoadFailed(
-                f"{self.prefix}{place}/{name} has no size, or nothing that shows when it changed"
+                f"{self.prefix}{place}/{name} has no size, or nothing that shows when it changed",
+                hint="use a store that lists sizes and either etags or times",
             )
         return info
 
@@ -210,6 +214,7 @@ class SchemeSource(Source):
                 raise AdapterForbidden(
                     f"the server's credentials may not read {self.prefix}{place}",
                     field="adapter_id",
+                    hint="give the server credentials that may read it",
                 ) from None
             except Exception as error:  # a boundary: each store has exceptions of its own
                 failure = error

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import (
+    AGAIN,
+    RAISE_LIMIT,
     RENAME,
     RESAVE,
     WAIT,
@@ -24,7 +26,7 @@ from engine.errors import (
     AdapterLoadFailed,
     AdapterTooLarge,
 )
-from engine.files import Changed, OpenFile, sync_folder
+from engine.files import Changed, OpenFile, remedy, sync_folder
 from engine.names import shown
 from engine.safetensors import MAX_HEADER_BYTES, read_header
 from engine.sandbox.call import Limits
@@ -74,7 +76,7 @@ class Converter:
         if self._max_bytes is not None and file.size > self._max_bytes:
             raise AdapterTooLarge(
                 f"{file.name} has {file.size} bytes; the limit is {self._max_bytes}",
-                hint="raise --host-cache-gb",
+                hint=RAISE_LIMIT,
             )
         try:
             if _is_truncated(file):
@@ -87,7 +89,9 @@ class Converter:
         except Changed as error:
             raise AdapterLoadFailed(f"{file.name} {error.strerror}", hint=RENAME) from None
         except OSError as error:
-            raise AdapterLoadFailed(f"cannot convert {file.name}: {error.strerror}") from None
+            raise AdapterLoadFailed(
+                f"cannot convert {file.name}: {error.strerror}", hint=remedy(error)
+            ) from None
 
     def close(self) -> None:
         """Removes the private folder, if there is one."""
@@ -155,13 +159,18 @@ class Converter:
         except SandboxError as error:
             file.verify()  # a file that changes while it is read may fail in any way
             if _is_transient(error):
-                raise AdapterLoadFailed(f"cannot convert {file.name}: {error}") from None
+                raise AdapterLoadFailed(
+                    f"cannot convert {file.name}: {error}", hint=AGAIN
+                ) from None
             if isinstance(error, LimitReached):
                 raise self._refuse(file, digest, f"{error} to read") from None
             raise self._refuse(file, digest, f"cannot be read: {error}") from None
         file.verify()
         if "failed" in answer:
-            raise AdapterLoadFailed(f"cannot convert {file.name}: {answer['failed']}")
+            raise AdapterLoadFailed(
+                f"cannot convert {file.name}: {answer['failed']}",
+                hint=f"check the disks of the adapter and of {self._folder}, then try again",
+            )
         if "refused" in answer:
             raise self._refuse(file, digest, shown(str(answer["refused"]), MAX_REASON))
 
@@ -227,10 +236,10 @@ def _is_transient(error: SandboxError) -> bool:
 
 def _is_complete(file: OpenFile) -> bool:
     try:
-        entries, start = read_header(file)
+        read_header(file)
     except (ValueError, OSError):
         return False
-    return start + max((e.data_offsets[1] for e in entries.values()), default=0) == file.size
+    return True
 
 
 def _create(folder: Path) -> tuple[Path, int]:
