@@ -176,7 +176,7 @@ SOURCES = {
     "hub: 500": of_hub("fails", FAILED, "500", "try again"),
     "hub: busy": of_hub("busy", FAILED, "429", "try again"),
     "hub: slow": of_hub("drips", FAILED, "took too long", "try again"),
-    "hub: closes in the middle": of_hub("resets", FAILED, "the hub request failed", "try again"),
+    "hub: closes in the middle": of_hub("resets", FAILED, "ended early", "try again"),
     "hub: wrong length": of_hub("lies", FAILED, "ended early", "try again"),
     "hub: redirects in circles": of_hub("circles", FAILED, "redirect", "try again"),
     "hub: not a hub": of_hub("not-json", FAILED, "the answer cannot be read", "HF_ENDPOINT"),

@@ -52,7 +52,6 @@ class Bench:
             await stream.reach(min(count + 1, STREAMED))
         assert stream.error is None and len(stream.tokens) > 1
         assert stream.tokens == self.alone[: len(stream.tokens)]
-        print(body)
         assert (body.get("error_type"), status) == kind, body
         rest = body["error"]
         for word in words:
