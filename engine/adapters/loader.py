@@ -14,8 +14,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -79,6 +79,19 @@ class _Attempt:
         self._jobs.append(job)
         return await job.result(self._deadline)
 
+    @asynccontextmanager
+    async def turn(self, turns: asyncio.Semaphore) -> AsyncIterator[None]:
+        """Waits for one of the turns and holds it in the block. Raises AdapterLoadFailed at the deadline."""
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                await turns.acquire()
+        except TimeoutError:
+            raise AdapterLoadFailed("too many adapters are being merged", hint=AGAIN) from None
+        try:
+            yield
+        finally:
+            turns.release()
+
     def raise_if_late(self) -> None:
         if time.monotonic() > self._deadline:
             raise AdapterLoadFailed(
@@ -118,7 +131,9 @@ class Loader:
             cache_folder(config.model.huggingface_hub_cache), max_file_bytes
         )
         self._parsers = Workers(parse_threads(device), "adapter-parse")
-        self._mergers = Workers(max(1, parse_threads(device) // 2), "adapter-merge")
+        merge_threads = max(1, parse_threads(device) // 2)
+        self._mergers = Workers(merge_threads, "adapter-merge")
+        self._merge_turns = asyncio.Semaphore(merge_threads)
         self._refused = Refusals()
         self._closing = False
 
@@ -161,13 +176,14 @@ class Loader:
             weights = await self._weights(attempt, what, files, held, pause)
             size = adapter.size = image_size(weights, self._layout)
             opened = time.monotonic() - started
-            offset = await self._room.reserve(adapter.name, size.total)
-            reserved.callback(self._room.abandon, offset)
-            started = time.monotonic() - opened
-            view = self._region.view[offset : offset + size.total]
-            write = partial(write_image, weights, self._layout, out=view, pause=pause)
-            writers = self._mergers if what.recipe else self._parsers  # merges take seconds
-            digest = await attempt.run(writers, write)
+            # Merges take seconds: those that wait for a thread hold no memory meanwhile.
+            async with attempt.turn(self._merge_turns) if what.recipe else nullcontext():
+                offset = await self._room.reserve(adapter.name, size.total)
+                reserved.callback(self._room.abandon, offset)
+                started = time.monotonic() - opened
+                view = self._region.view[offset : offset + size.total]
+                write = partial(write_image, weights, self._layout, out=view, pause=pause)
+                digest = await attempt.run(self._mergers if what.recipe else self._parsers, write)
             # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
             await self._fetch(attempt, what, token, held)
             reserved.pop_all()

@@ -53,7 +53,7 @@ class Room:
                         raise AdapterLoadFailed("the server is shutting down", hint=AGAIN)
         except TimeoutError:
             raise Overloaded(
-                f"no host memory for {name}: adapters of open requests use all of it",
+                f"no host memory for {name}: adapters of open requests and other loads use all of it",
                 field="adapter_id",
                 hint="try again, or raise --host-cache-gb",
             ) from None

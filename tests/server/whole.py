@@ -23,7 +23,7 @@ from engine.server.text import Text
 from tools.adapters import write_adapter
 from tools.tiny import write_model
 
-CONTEXT = 2048
+CONTEXT = 8192
 RANK = 4
 TARGETS = ["q_proj", "v_proj"]
 SCALE = 0.3  # of the adapters' values, so that each changes the text
