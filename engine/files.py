@@ -23,10 +23,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 _FREE = "free disk space"
 _ACCESS = "give the user that runs the server access to it"
 _LINKS = "check that the file exists and where its links lead"
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _REMEDIES = {
     **dict.fromkeys(FULL, _FREE),
     **dict.fromkeys((errno.EACCES, errno.EPERM), _ACCESS),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), _LINKS),
+    **dict.fromkeys(_LOST, _LINKS),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     errno.EROFS: "mount the file system for writing, or use another folder",
 }
@@ -170,5 +171,5 @@ def remedy(error: OSError) -> str:
 
 
 def is_local(error: OSError) -> bool:
-    """Whether it is certainly an error of this machine's files, not of a network."""
-    return error.errno in _REMEDIES
+    """Whether it is an error of this machine's file systems that another try will meet again, not of a network."""
+    return error.errno in _REMEDIES and error.errno not in _LOST

@@ -312,9 +312,18 @@ def _discard(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary folders that killed processes left in a cache's `folder`."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        _remove_stale(path)
+
+
 def _remove_stale(path: Path) -> bool:
     """Removes a temporary folder that no process has locked."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)

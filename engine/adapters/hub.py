@@ -28,6 +28,7 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
+from engine.adapters.leftovers import TENANT_FOLDER
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import first_line, is_transient, pause
 from engine.adapters.sources import (
@@ -60,7 +61,7 @@ from engine.safetensors import MAX_INDEX_BYTES
 T = TypeVar("T")
 
 API_TIMEOUT_S = 10.0
-TENANT_FOLDER = "lorax-tenants"
+
 API_SECONDS = 30.0  # limit of one whole API answer
 CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
 API_BYTES = 8 << 20  # limit of one API answer; a repository of 20,000 files takes 5 MB

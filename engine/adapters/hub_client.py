@@ -22,7 +22,9 @@ else:  # huggingface_hub 2 has it from httpx2, huggingface_hub 1 from httpx
     httpx = getattr(_http, "httpx2", None) or _http.httpx
 
 MAX_EXPANSION = 1000  # largest ratio of decompressed to received bytes; deflate reaches 1032
-MAX_CUTS = 5  # answers that end early; huggingface_hub itself continues for ever if a few bytes came
+MAX_CUTS = (
+    5  # answers that end early; huggingface_hub itself continues for ever if a few bytes came
+)
 MIN_COMPRESSED_BYTES = 64 << 10  # lowest limit of an answer that is compressed against our request
 
 TRANSPORT_ERROR: type[Exception] = httpx.HTTPError

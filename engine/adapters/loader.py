@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, nullcontext
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from engine.adapters.leftovers import remove_leftovers
 from engine.adapters.refusals import Refusals
 from engine.adapters.resolved import Resolved, all_of
 from engine.adapters.room import Room
@@ -127,9 +129,9 @@ class Loader:
         self._room = room
         self._fetchers = {name: Workers(FETCH_THREADS, f"adapter-{name}") for name in sources}
         self._converters = Workers(CONVERT_THREADS, "adapter-convert")
-        self._converter = Converter(
-            cache_folder(config.model.huggingface_hub_cache), max_file_bytes
-        )
+        cache = cache_folder(config.model.huggingface_hub_cache)
+        self._converter = Converter(cache, max_file_bytes)
+        threading.Thread(target=remove_leftovers, args=(cache,), daemon=True).start()
         self._parsers = Workers(parse_threads(device), "adapter-parse")
         merge_threads = max(1, parse_threads(device) // 2)
         self._mergers = Workers(merge_threads, "adapter-merge")

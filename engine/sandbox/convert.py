@@ -243,10 +243,9 @@ def _is_complete(file: OpenFile) -> bool:
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """A new file, locked. Removes unfinished files of processes that have ended."""
+    """A new file, locked."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"*{_TEMPORARY}"):
-        _remove_stale(path)
+    remove_stale(folder)
     while True:
         path = folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -255,6 +254,12 @@ def _create(folder: Path) -> tuple[Path, int]:
         if os.fstat(fd).st_nlink:
             return path, fd
         os.close(fd)  # another process removed it between the two calls
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the unfinished files that killed processes left in the converter's `folder`."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        _remove_stale(path)
 
 
 def _remove_stale(path: Path) -> None:

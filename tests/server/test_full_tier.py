@@ -61,7 +61,11 @@ async def test_a_request_waits_for_the_end_of_another(server: Whole) -> None:
         async with server.stream("a0", CONTEXT - 16):
             for name in ("a1", "a2"):
                 await others.enter_async_context(server.stream(name, CONTEXT - 16))
-            assert {one.name for one in await server.backend.adapters() if one.leases} == {"a0", "a1", "a2"}
+            assert {one.name for one in await server.backend.adapters() if one.leases} == {
+                "a0",
+                "a1",
+                "a2",
+            }
             waiting = asyncio.create_task(server.ask("a5", tokens=10))
             await asyncio.sleep(0.2)
             assert not waiting.done()

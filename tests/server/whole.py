@@ -154,7 +154,7 @@ async def serving(
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         address = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(address, connector=connector) as session:
             yield Whole(root, layout, backend, session)
     finally:
