@@ -173,7 +173,7 @@ async def test_a_stuck_part(make: Make, saved: Path) -> None:
 
 
 async def test_merges_delay_no_other_adapter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More merges than there are threads: those that wait hold no memory. They end at their deadline, without residue."""
+    """More merges than threads: those that wait hold no memory. They end at their deadline, without residue."""
     exchange, gate = make(2, adapter_load_timeout_s=3.0), threading.Event()
     compute = _Merger._compute
 

@@ -18,12 +18,12 @@ from tools.attack.files import POINTER
 from tools.attack.pickles import BIN, SAFE
 from tools.attack.tensors import entry, write
 
+ACCESS = "give the user that runs the server access"
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n" * 20
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 OTHER = NAME.replace("lora_A", "lora_B")
 FAILED, MISFIT = ("adapter_load_failed", 424), ("adapter_incompatible", 422)
 NOT_FOUND, FORBIDDEN = ("adapter_not_found", 404), ("adapter_forbidden", 403)
-TOO_LARGE = ("adapter_too_large", 413)
 
 Kind = tuple[str, int]
 Break = Callable[[Path], object]
@@ -215,7 +215,7 @@ CONFIGS = {
     "r is absurd": Row(config(r=10**40), MISFIT, "not a positive whole number", "value of the training"),
     "r is text": Row(config(r="4"), MISFIT, "r is '4'", "value of the training"),
     "rank differs": Row(config(r=5), MISFIT, "has rank 4, but adapter_config.json says 5", "rank_pattern"),
-    "alpha is NaN": Row(config(lora_alpha=float("nan")), MISFIT, "lora_alpha is nan, not a finite number", "value of the training"),
+    "alpha is NaN": Row(config(lora_alpha=float("nan")), MISFIT, "not a finite number", "value of the training"),
     "unknown peft_type": Row(config(peft_type="NOVEL"), MISFIT, "peft_type is 'NOVEL'", "LoRA adapter"),
 }  # fmt: skip
 
@@ -238,10 +238,10 @@ PLACES = {
         FORBIDDEN, "outside every --adapter-root", "--adapter-root",
     ),
     "no permission": Row(
-        lambda folder: (folder / SAFE).chmod(0), FAILED, "Permission denied", "give the user that runs the server access"
+        lambda folder: (folder / SAFE).chmod(0), FAILED, "Permission denied", ACCESS
     ),
     "no permission for the folder": Row(
-        lambda folder: folder.chmod(0), FAILED, "Permission denied", "give the user that runs the server access"
+        lambda folder: folder.chmod(0), FAILED, "Permission denied", ACCESS
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Each broken adapter is refused with its reason and its remedy, to its own request alone, and leaves nothing behind."""
+"""Broken adapters are refused with reason and remedy, to their own requests alone, and leave nothing behind."""
 
 from __future__ import annotations
 
