@@ -20,7 +20,7 @@ from engine.process import Parts
 from tests.adapters import conftest as stores
 from tests.server.broken_files import FILES, SAFE, Kind, padded
 from tests.server.broken_sources import FULL, HUB, SOURCES, FailingHub, World
-from tests.server.whole import Whole, serving
+from tests.server.whole import LARGE_BYTES, Whole, serving
 from tools.attack.pickles import BIN, CODE_MARK
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ s3_server = stores.s3_server  # a fixture
 
 OF_HUB = (".locks", "models--hostile", "models--files--bad")  # what huggingface_hub keeps
 STREAMED = 500  # tokens of the stream that runs meanwhile
-HOST_BYTES = 300_000
-LARGE = 32  # rank of an adapter of all linears that needs most of them
 
 
 @dataclass
@@ -85,10 +83,10 @@ async def bench(
             patch.setenv(name, value)
         parts = Parts(exchange="tests.server.broken_sources:fragile_exchange")
         async with serving(
-            folder, parts, host_cache_gb=HOST_BYTES / (1 << 30), s3_endpoint_url=s3_server.url
+            folder, parts, host_cache_gb=LARGE_BYTES / (1 << 30), s3_endpoint_url=s3_server.url
         ) as server:
             good = server.write("good", 1)
-            server.write("large", 2, rank=LARGE, targets=None)
+            server.write_large("large")
             s3_server.put_folder("team/good", good)
             s3_server.put_folder("team/bad", server.write("bad", 3))
             pickled = server.write("pickled", 4)
@@ -134,7 +132,7 @@ async def test_a_good_file_that_looks_like_a_page(bench: Bench) -> None:
 
 
 async def test_nothing_stays_behind(bench: Bench) -> None:
-    """Runs last. An adapter that needs most of the host tier finds room there, so nothing is reserved or leased."""
+    """Runs last. An adapter that needs the whole host tier has room there, so nothing is reserved or leased."""
     server = bench.server
     await server.idle()
     assert levels(server) == bench.before

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from engine.process import Parts
 from engine.process.watch import Watch
 from tests.server.traps import HUB, TRAPS, Traps
-from tests.server.whole import Whole, serving
+from tests.server.whole import LARGE_BYTES, Whole, serving
 from tools.attack.hub import HostileHub
 from tools.attack.pickles import BIN, SAFE
 
@@ -36,8 +37,6 @@ MOMENTS = (
 )
 RESIDENT = (None, "r0", "r1")
 STREAMED = 400  # tokens of each of the endless chains of streams
-HOST_BYTES = 300_000
-LARGE = 32  # rank of an adapter of all linears that needs most of them
 MEMORY_SLACK = 40 << 20
 
 
@@ -171,7 +170,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def levels(server: Whole) -> dict[str, object]:
-    """Descriptors of each process, unfinished files, shared memory and children: what must be as before."""
+    """Descriptors, children and shared memory of each process, and unfinished files: what must be as before."""
     front = psutil.Process()
     processes = {"front": front} | {
         role: psutil.Process(pid) for role, pid in server.backend.pids.items()
@@ -181,8 +180,15 @@ def levels(server: Whole) -> dict[str, object]:
         "descriptors": {role: process.num_fds() for role, process in processes.items()},
         "children": {role: len(process.children()) for role, process in processes.items()},
         "unfinished": [path for path in cache.rglob("*") if path.suffix in (".incomplete", ".tmp")],
-        "shared memory": sorted(os.listdir("/dev/shm")),
+        "shared memory": {
+            role: Counter(re.findall(r"/memfd:\S+|/dev/shm/\S+|/SYSV\S+", maps_of(process.pid)))
+            for role, process in processes.items()
+        },
     }
+
+
+def maps_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
 
 
 def memory(server: Whole) -> dict[str, int]:
@@ -199,7 +205,7 @@ async def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
             tmp_path,
             Parts(exchange="tests.server.traps:trapped_exchange"),
             Watch(max_ends=1000),
-            host_cache_gb=HOST_BYTES / (1 << 30),
+            host_cache_gb=LARGE_BYTES / (1 << 30),
         ) as server:
             yield Load(server, hub, Traps(tmp_path))
 
@@ -216,7 +222,7 @@ async def settled(server: Whole, measure: Callable[[], Any], wanted: Any) -> Any
 async def test_killed_under_load(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL")
     server = load.server
-    server.write("large", 1, rank=LARGE, targets=None)
+    server.write_large("large")
     server.write("warm", 2)
     for number, adapter in enumerate(RESIDENT):
         if adapter:

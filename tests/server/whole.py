@@ -26,6 +26,7 @@ from tools.tiny import write_model
 CONTEXT = 8192
 RANK = 4
 TARGETS = ["q_proj", "v_proj"]
+LARGE_RANK, LARGE_BYTES = 32, 262_656  # an adapter of all linears, and its image
 SCALE = 0.3  # of the adapters' values, so that each changes the text
 
 
@@ -72,6 +73,10 @@ class Whole:
         options: dict[str, Any] = {"rank": RANK, "targets": TARGETS, "scale": SCALE} | given
         write_adapter(self.folder / name, self.layout, seed=seed, **options)
         return self.folder / name
+
+    def write_large(self, name: str) -> Path:
+        """A good adapter whose image has LARGE_BYTES."""
+        return self.write(name, 0, rank=LARGE_RANK, targets=None)
 
     async def ask(
         self, adapter: str | None, source: str | None = None, tokens: int = 4, **parameters: Any
