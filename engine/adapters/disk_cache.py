@@ -125,7 +125,7 @@ class DiskCache:
             files = self._open(name, version)
         if files is None:
             raise AdapterLoadFailed(
-                f"{version.id} was removed from {self.folder} during loading", hint="try again"
+                f"{version.id} was removed from the download cache during loading", hint="try again"
             )
         return files
 
@@ -244,11 +244,11 @@ class DiskCache:
     def _unwritable(self, error: OSError) -> AdapterLoadFailed:
         if error.errno in FULL:
             return AdapterLoadFailed(
-                f"the disk of {self.folder} is full",
+                "the disk of the download cache is full",
                 hint="free disk space, or lower --adapter-disk-cache-gb",
             )
         return AdapterLoadFailed(
-            f"cannot write {self.folder}: {error.strerror or error}",
+            f"cannot write the download cache: {error.strerror or error}",
             hint="set --huggingface-hub-cache to a folder that can be written",
         )
 

@@ -180,7 +180,7 @@ class HubSource(Source):
                     shard = download(str(PurePosixPath(version.weights).with_name(name)), left)
                     left = max(0, left - shard.stat().st_size)
         except OSError as error:
-            raise _disk_error(version.cache, error) from None
+            raise _disk_error(error) from None
         except hub_client.TooMuch as error:
             raise AdapterTooLarge(
                 f"a file of {ref.name} on the hub is too large: {error}",
@@ -272,7 +272,7 @@ class HubSource(Source):
                 ) from None
             except _NETWORK as error:
                 if isinstance(error, OSError) and is_local(error):
-                    raise _disk_error(self._cache, error) from None
+                    raise _disk_error(error) from None
                 failure = error
             except hub_client.TooMuch:
                 raise
@@ -330,9 +330,10 @@ def _invalid(ref: AdapterRef) -> AdapterNotFound:
     )
 
 
-def _disk_error(cache: str, error: OSError) -> AdapterLoadFailed:
+def _disk_error(error: OSError) -> AdapterLoadFailed:
     return AdapterLoadFailed(
-        f"the hub's files in {cache} cannot be used: {error.strerror}", hint=remedy(error)
+        f"the hub's cache (--huggingface-hub-cache) cannot be used: {error.strerror}",
+        hint=remedy(error),
     )
 
 

@@ -169,7 +169,7 @@ class Converter:
         if "failed" in answer:
             raise AdapterLoadFailed(
                 f"cannot convert {file.name}: {answer['failed']}",
-                hint=f"check the disks of the adapter and of {self._folder}, then try again",
+                hint="check the disks of the adapter and of the download cache, then try again",
             )
         if "refused" in answer:
             raise self._refuse(file, digest, shown(str(answer["refused"]), MAX_REASON))
