@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from engine.lora.report import AdapterReport
     from engine.ops.layout import ShardLayout
 
+_LENIENT = "without --strict this is a warning"
 Progress = Callable[[int, int], None]
 Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
 
@@ -258,7 +259,8 @@ def validate(
                 base_model=config.model.model_id.partition("@")[0],
             )
         report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
-        found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
+        notes = [AdapterIncompatible(note, hint=_LENIENT) for note in report.notes if strict]
+        found = [*report.errors, *notes]
         failures.extend(found)
         for error in found:
             fail(f"{name}: {error.message}", error.hint)
