@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from engine.adapters.exchange import Exchange
 from engine.adapters.loader import FETCH_THREADS
 from engine.adapters.ref import AdapterRef
@@ -115,9 +117,10 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         quiet.append(rate(streams, begin, time.perf_counter()))
 
     await measure_quiet()
-    begin = time.perf_counter()
+    exchange = psutil.Process(backend.pids["exchange"])
+    begin, busy = time.perf_counter(), sum(exchange.cpu_times()[:2])
     await asyncio.gather(*(cold_request(backend, f"a{n}") for n in range(args.adapters)))
-    end = time.perf_counter()
+    end, busy = time.perf_counter(), sum(exchange.cpu_times()[:2]) - busy
     calls_of_flood = count.stat().st_size - calls
     await measure_quiet()
     for task in streams.tasks:
@@ -130,6 +133,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         "adapters": args.adapters,
         "calls of one load": calls,
         "calls of the flood, for each load": calls_of_flood / args.adapters,
+        "processor time of each load, s": busy / args.adapters,
         "parallel calls": FETCH_THREADS,
         "limit of the source, s": limit,
         "last first token, s": end - begin,
