@@ -7,9 +7,11 @@ downloaded in ranges, each on the condition that its etag is still the same.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,15 +228,13 @@ class S3Source(Source):
                 Bucket=bucket, Key=one.key, IfMatch=one.etag, **asked
             )
             body, at = answer["Body"], start
-            try:
+            with contextlib.closing(body), _ended_by(transfer.end_by, body):
                 while piece := body.read(PIECE_BYTES):
                     if at + len(piece) > end:
                         break
                     file.write(piece, at)
                     at += len(piece)
                     transfer.wrote(len(piece))
-            finally:
-                body.close()
             if at != end or piece:
                 raise _CutOff("the answer does not have the length that was listed")
 
@@ -243,6 +243,7 @@ class S3Source(Source):
                 try:
                     return get()
                 except _transient():
+                    transfer.wrote(0)
                     pause(attempt, self._backoff_s)
             get()
 
@@ -305,6 +306,23 @@ class S3Source(Source):
                 f"cannot use S3: {first_line(error)}",
                 hint="check AWS_REGION, AWS_PROFILE and --s3-endpoint-url",
             ) from None
+
+
+@contextlib.contextmanager
+def _ended_by(end_by: float, body: Any) -> Iterator[None]:
+    """Ends the body at a time (monotonic). A byte now and then would never reach the limit of one wait."""
+
+    def shut() -> None:
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
+            body._raw_stream.shutdown()
+
+    timer = threading.Timer(max(0.0, end_by - time.monotonic()), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _CutOff(Exception):
