@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from engine.lora.report import AdapterReport
     from engine.ops.layout import ShardLayout
 
-_LENIENT = "without --strict this is a warning"
 Progress = Callable[[int, int], None]
 Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
 
@@ -64,6 +63,10 @@ def bar(out: Output, name: str) -> Iterator[Progress]:
             return
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+def _strict(note: str) -> AdapterIncompatible:
+    return AdapterIncompatible(note, hint="without --strict this is a warning")
 
 
 def similar(name: str, roots: Iterable[str]) -> list[str]:
@@ -259,8 +262,7 @@ def validate(
                 base_model=config.model.model_id.partition("@")[0],
             )
         report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
-        notes = [AdapterIncompatible(note, hint=_LENIENT) for note in report.notes if strict]
-        found = [*report.errors, *notes]
+        found = [*report.errors, *(_strict(note) for note in report.notes if strict)]
         failures.extend(found)
         for error in found:
             fail(f"{name}: {error.message}", error.hint)
