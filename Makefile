@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find engine/csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format type docs completions build demo-model bench attack clean
+.PHONY: help install demo test test-gpu soak-exchange lint format type docs completions build demo-model bench attack clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(INSTALLED) ## run the tests that need no GPU
 
 test-gpu: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+soak-exchange: $(INSTALLED) ## kill the exchange 20 times under load
+	LORAX_KILLS=20 $(BIN)/python -m pytest tests/server/test_exchange_killed.py --timeout 900 $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ from typing import Any, ClassVar, overload
 RENAME = "write adapters under another name and rename them when complete"
 RESAVE = "save the adapter again with PEFT's save_pretrained (safetensors)"
 
+AGAIN = "try again later; the server's log may say more"
+RAISE_LIMIT = "raise --host-cache-gb"
 WAIT = "wait until it is written completely, or copy it again; " + RENAME
 
 MAX_MESSAGE = 2000  # characters: names that strangers chose go into messages, and messages are kept and sent on

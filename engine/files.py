@@ -8,6 +8,7 @@ allows. What is read afterwards is that file, whatever happens to its name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -18,6 +19,18 @@ from typing import Self
 
 DESCRIPTORS = Path("/proc/self/fd")
 _PIECE_BYTES = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_FREE = "free disk space"
+_ACCESS = "give the user that runs the server access to it"
+_LINKS = "check that the file exists and where its links lead"
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_REMEDIES = {
+    **dict.fromkeys(FULL, _FREE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _ACCESS),
+    **dict.fromkeys(_LOST, _LINKS),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.EROFS: "mount the file system for writing, or use another folder",
+}
 
 
 class NotRegular(OSError):
@@ -150,3 +163,13 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def remedy(error: OSError) -> str:
+    """What the operator can do about an error of a file system."""
+    return _REMEDIES.get(error.errno or 0, "check the file system, then try again")
+
+
+def is_local(error: OSError) -> bool:
+    """Whether it is an error of this machine's file systems that another try will meet again, not of a network."""
+    return error.errno in _REMEDIES and error.errno not in _LOST

@@ -70,26 +70,42 @@ def read_header(file: OpenFile) -> tuple[dict[str, Entry], int]:
         raise ValueError(f"its header claims {length} bytes")
     if length > file.size - 8:
         raise Incomplete(f"it has {file.size} bytes, its header alone {length}")
+    if not length:  # a copy that was broken off leaves zeros
+        raise Incomplete("its header has 0 bytes")
     text = bytearray(length)
     file.read_into(text, 8)
-    try:
-        return _parse(text, file.size - 8 - length), 8 + length
-    except Incomplete:
-        raise
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise ValueError(f"its header cannot be read ({error})") from None
+    return _parse(text, file.size - 8 - length), 8 + length
 
 
 def _parse(text: bytearray, data_bytes: int) -> dict[str, Entry]:
     if text.count(b"{") > _BRACES or text.count(b",") > _COMMAS:
         raise ValueError(f"more than {MAX_TENSORS} tensors")
-    entries = _DECODER.decode(text)
+    try:
+        entries = _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise ValueError(f"its header cannot be read ({error})") from None
     metadata = entries.pop("__metadata__", _Entry())
     if len(entries) > MAX_TENSORS:
         raise ValueError(f"{len(entries)} tensors, the limit is {MAX_TENSORS}")
     if text.count(b'"data_offsets"') > len(entries) + (metadata.data_offsets is not None):
         raise ValueError("a name stands twice")
-    return {name: _checked(name, entry, data_bytes) for name, entry in entries.items()}
+    checked = {name: _checked(name, entry, data_bytes) for name, entry in entries.items()}
+    _check_cover(checked, data_bytes)
+    return checked
+
+
+def _check_cover(entries: Mapping[str, Entry], data_bytes: int) -> None:
+    """Raises ValueError unless each byte of the data belongs to exactly one tensor, as safetensors itself demands."""
+    end, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        first, last = entry.data_offsets
+        if first < end:
+            raise ValueError(f"{name} and {before} overlap")
+        if first > end:
+            raise ValueError(f"the {first - end} bytes before {name} belong to no tensor")
+        end, before = last, name
+    if end < data_bytes:
+        raise ValueError(f"the last {data_bytes - end} bytes belong to no tensor")
 
 
 def _checked(name: str, entry: _Entry, data_bytes: int) -> Entry:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import error_classes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # docs/architecture.md, "Who may import whom": a module imports its own package and those of lower levels; siblings
@@ -275,3 +277,18 @@ def test_no_forbidden_words() -> None:
                 f"{path.relative_to(ROOT)}:{number}: {word}" for word in FORBIDDEN if word in line
             ]
     assert not found
+
+
+def without_remedy(tree: ast.AST) -> Iterator[int]:
+    """Lines that make an error of an adapter, or Overloaded, without the argument `hint`."""
+    kinds = {name for name in error_classes() if name.startswith("Adapter")} | {"Overloaded"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
+            given = {keyword.arg for keyword in node.keywords}
+            if "hint" not in given:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", list(sources("engine", "lorax_cli")), ids=module_of)
+def test_errors_of_adapters_have_a_remedy(path: Path) -> None:
+    assert not list(without_remedy(ast.parse(path.read_text())))

@@ -32,7 +32,7 @@ def test_what_is_written_is_read(path: Path) -> None:
     entries = {"ä": Entry("BF16", (), (0, 2)), "b": Entry("F8_ODD", (1, 5), (2, 9))}
     header = header_of(entries)
     assert len(header) % 8 == 0
-    assert parse(path, header[8:]) == entries
+    assert parse(path, header[8:], data=9) == entries
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,9 @@ def test_what_is_written_is_read(path: Path) -> None:
     ],
 )
 def test_metadata_is_skipped(metadata: dict[str, str], path: Path) -> None:
-    entries = {"__metadata__": metadata, "a": ENTRY, "data_offsets and shape": ENTRY | {"new": [1]}}
-    found = parse(path, json.dumps(entries).encode())
+    second = ENTRY | {"data_offsets": [16, 32], "new": [1]}
+    entries = {"__metadata__": metadata, "a": ENTRY, "data_offsets and shape": second}
+    found = parse(path, json.dumps(entries).encode(), data=32)
     assert set(found) == {"a", "data_offsets and shape"} and found["a"].shape == (2, 2)
 
 
@@ -77,6 +78,9 @@ REFUSED = {
     "dimensions": (entry(shape=[1] * 9), "length <= 8"),
     "backwards": (entry(data_offsets=[16, 0]), "before it begins"),
     "outside": (entry(data_offsets=[16, 32]), "after the end"),
+    "hole": (entry(shape=[2], data_offsets=[8, 16]), "8 bytes before a belong to no tensor"),
+    "overlap": (json.dumps({"a": ENTRY, "b": ENTRY}).encode(),
+                "b and a overlap"),
     "long name": (json.dumps({"n" * 513: ENTRY}).encode(), "513 characters"),
     "deep": (b'{"a": {"dtype": "F32", "x": ' + b"[" * 1_000_000, "recursion|truncated"),
     "many tensors": (json.dumps(dict.fromkeys(map(str, range(MAX_TENSORS + 1)), ENTRY)).encode(),
@@ -95,13 +99,20 @@ def test_refused(kind: str, path: Path) -> None:
         parse(path, text)
 
 
+def test_bytes_after_the_last_tensor(path: Path) -> None:
+    with pytest.raises(ValueError, match="the last 3 bytes belong to no tensor"):
+        parse(path, entry(), data=19)
+
+
 def test_memory(path: Path) -> None:
     """The worst of MAX_HEADER_BYTES costs a few times its bytes."""
-    worst = json.dumps({f"{n:0180}": ENTRY | {"shape": [4]} for n in range(MAX_TENSORS)}).encode()
+    one = {"dtype": "U8", "shape": [1]}
+    tensors = {f"{n:0170}": one | {"data_offsets": [n, n + 1]} for n in range(MAX_TENSORS)}
+    worst = json.dumps(tensors).encode()
     assert len(worst) < MAX_HEADER_BYTES
     tracemalloc.start()
     try:
-        assert len(parse(path, worst)) == MAX_TENSORS
+        assert len(parse(path, worst, data=MAX_TENSORS)) == MAX_TENSORS
         for kind in ("many objects", "many sizes", "many small"):
             with pytest.raises(ValueError):
                 parse(path, REFUSED[kind][0])

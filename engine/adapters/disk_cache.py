@@ -28,7 +28,7 @@ import msgspec
 from engine.adapters.sources import CONFIG_NAME, AdapterFiles, Progress, Version, open_files
 from engine.adapters.transfer import Stopped, TooSlow, Transfer
 from engine.errors import AdapterError, AdapterLoadFailed, AdapterTooLarge
-from engine.files import OpenFile, sync_folder
+from engine.files import FULL, OpenFile, sync_folder
 
 FOLDER = "lorax-downloads"
 _TEMPORARY = ".tmp"
@@ -89,7 +89,7 @@ class DiskCache:
             files = self._open(name, version)
         if files is None:
             raise AdapterLoadFailed(
-                f"{version.id} was removed from {self.folder} during loading", hint="try again"
+                f"{version.id} was removed from the download cache during loading", hint="try again"
             )
         self._note(version, where, name)
         return files
@@ -284,13 +284,13 @@ class DiskCache:
         return entries, used
 
     def _unwritable(self, error: OSError) -> AdapterLoadFailed:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             return AdapterLoadFailed(
-                f"the disk of {self.folder} is full",
+                "the disk of the download cache is full",
                 hint="free disk space, or lower --adapter-disk-cache-gb",
             )
         return AdapterLoadFailed(
-            f"cannot write {self.folder}: {error.strerror or error}",
+            f"cannot write the download cache: {error.strerror or error}",
             hint="set --huggingface-hub-cache to a folder that can be written",
         )
 
@@ -349,9 +349,18 @@ def _discard(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary folders that killed processes left in a cache's `folder`."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        _remove_stale(path)
+
+
 def _remove_stale(path: Path) -> bool:
     """Removes a temporary folder that no process has locked."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)

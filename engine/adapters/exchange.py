@@ -28,6 +28,7 @@ from engine.adapters.versions import Lru, Versions, share
 from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
 from engine.errors import (
+    AGAIN,
     AdapterIncompatible,
     AdapterLoadFailed,
     AdapterNotFound,
@@ -317,7 +318,9 @@ class Exchange:
         except Exception as error:
             if not isinstance(error, LoraxError):
                 logger.exception("adapter %s failed to load", adapter.name)
-                error = AdapterLoadFailed(f"{adapter.name} could not be loaded: {error!r}")
+                error = AdapterLoadFailed(
+                    f"{adapter.name} could not be loaded: {error!r}", hint=AGAIN
+                )
             adapter.state, adapter.error = "failed", error.to_wire()
             self._failed.put(key, self._adapters.pop(key))
             del self._loads[key]

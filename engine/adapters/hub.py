@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -26,10 +26,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
-from engine.adapters.hub_files import Integrity, discard, remove_unfinished
+from engine.adapters.hub_files import (
+    TENANT_FOLDER,
+    Integrity,
+    discard,
+    disk_error,
+    remove_unfinished,
+)
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import DOWNLOADS, Check, corrupt, first_line, is_transient, pause
 from engine.adapters.sources import (
@@ -48,6 +53,8 @@ from engine.adapters.sources import (
 )
 from engine.adapters.transfer import CONFIG_BYTES
 from engine.errors import (
+    AGAIN,
+    RAISE_LIMIT,
     AdapterError,
     AdapterForbidden,
     AdapterIncompatible,
@@ -55,16 +62,20 @@ from engine.errors import (
     AdapterNotFound,
     AdapterTooLarge,
 )
-from engine.files import OpenFile
+from engine.files import OpenFile, is_local
 from engine.safetensors import MAX_INDEX_BYTES
 
 T = TypeVar("T")
 
 API_TIMEOUT_S = 10.0
-TENANT_FOLDER = "lorax-tenants"
+
 API_SECONDS = 30.0  # limit of one whole API answer
 API_BYTES = 8 << 20  # limit of one API answer; a repository of 20,000 files takes 5 MB
 _NETWORK = (hub_client.TRANSPORT_ERROR, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
+_NETWORK_HINT = (
+    "try again, or check the network and HF_ENDPOINT; without network, only adapters that are already downloaded can"
+    " be served"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +126,8 @@ class HubSource(Source):
             info = self._try(lambda: self._info(ref, token))
         except hub_client.TooMuch as error:
             raise AdapterLoadFailed(
-                f"the hub's answer for {ref.name} is too large: {error}"
+                f"the hub's answer for {ref.name} is too large: {error}",
+                hint="keep the adapter in a repository of fewer files",
             ) from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
@@ -132,7 +144,7 @@ class HubSource(Source):
             raise AdapterTooLarge(
                 f"{weights} of {ref.name} has {size} bytes; the limit is {self._max_file_bytes} bytes",
                 field="adapter_id",
-                hint="raise --host-cache-gb",
+                hint=RAISE_LIMIT,
             )
         cache = tenant_cache if private and token else self._cache
         self._remember(ref, info.sha or "", cache)
@@ -162,7 +174,7 @@ class HubSource(Source):
                             revision=version.revision,
                             cache_dir=version.cache,
                             token=self._effective(token),
-                            tqdm_class=_reporter(progress),
+                            tqdm_class=hub_client.reporter(progress),
                         )
                     )
                 if self._integrity.holds(Path(path)):
@@ -186,11 +198,12 @@ class HubSource(Source):
                     shard = download(str(PurePosixPath(version.weights).with_name(name)), left)
                     left = max(0, left - shard.stat().st_size)
         except OSError as error:
-            raise AdapterLoadFailed(f"cannot read {ref.name}: {error.strerror}") from None
+            raise disk_error(error) from None
         except hub_client.TooMuch as error:
             raise AdapterTooLarge(
                 f"a file of {ref.name} on the hub is too large: {error}",
                 field="adapter_id",
+                hint=RAISE_LIMIT,
             ) from None
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
@@ -199,9 +212,7 @@ class HubSource(Source):
     def _clean_up(self) -> None:
         """Removes what killed processes left, at the first download of this process."""
         if self._clean.acquire(blocking=False):
-            tenants = Path(self._cache) / TENANT_FOLDER
-            for cache in (Path(self._cache), *tenants.glob("*")):
-                remove_unfinished(cache)
+            remove_unfinished(Path(self._cache))
 
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
         """The hub's answer for this tenant. For gated repositories, checks that the tenant may download the files."""
@@ -280,18 +291,22 @@ class HubSource(Source):
                     raise _Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise AdapterLoadFailed(f"the hub is disabled: {first_line(error)}") from None
+                raise AdapterLoadFailed(
+                    f"the hub is disabled: {first_line(error)}", hint="unset HF_HUB_OFFLINE"
+                ) from None
             except _NETWORK as error:
+                if isinstance(error, OSError) and is_local(error):
+                    raise disk_error(error) from None
                 failure = error
             except hub_client.TooMuch:
                 raise
             except Exception as error:  # a boundary: the answer may be anything
-                failure = error
+                failure = ValueError(f"the answer cannot be read: {first_line(error)}")
             if attempt < self._attempts:
                 pause(attempt, self._backoff_s)
         raise AdapterLoadFailed(
             f"the hub request failed: {first_line(failure)}",
-            hint="try again; without network, only adapters that are already downloaded can be served",
+            hint=_NETWORK_HINT,
         )
 
     def _explain(self, error: Exception, ref: AdapterRef, token: str | None) -> AdapterError:
@@ -303,7 +318,9 @@ class HubSource(Source):
             return _invalid(ref)
         if isinstance(error, RevisionNotFoundError):
             return AdapterNotFound(
-                f"{ref.id} has no revision {ref.revision!r} on the hub", field="adapter_id"
+                f"{ref.id} has no revision {ref.revision!r} on the hub",
+                field="adapter_id",
+                hint="leave the revision out, or use a branch, tag or commit of the repository",
             )
         if isinstance(error, GatedRepoError):
             return AdapterForbidden(
@@ -318,14 +335,16 @@ class HubSource(Source):
                 hint=hint,
             )
         if isinstance(error, EntryNotFoundError):
-            return AdapterIncompatible(f"a file of {ref.name} is missing on the hub")
+            return AdapterIncompatible(
+                f"a file of {ref.name} is missing on the hub", hint="upload the whole adapter again"
+            )
         if status == 404:
             return AdapterNotFound(
                 f"there is no {ref.id} on the hub",
                 field="adapter_id",
                 hint="if it is private, " + hint,
             )
-        return AdapterLoadFailed(f"the hub refused {ref.name}: {first_line(error)}")
+        return AdapterLoadFailed(f"the hub refused {ref.name}: {first_line(error)}", hint=AGAIN)
 
 
 def _invalid(ref: AdapterRef) -> AdapterNotFound:
@@ -367,19 +386,3 @@ class _Refusal(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def _reporter(progress: Progress) -> type[tqdm]:
-    """A progress bar for huggingface_hub that calls `progress` and draws nothing."""
-
-    class Reporter(tqdm):
-        monitor_interval = 0  # no thread that redraws
-
-        def __init__(self, *args: Any, **fields: Any) -> None:
-            super().__init__(*args, **{**fields, "disable": True})  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> None:
-            self.n += int(n or 0)
-            progress(self.n, int(self.total or 0))
-
-    return Reporter

@@ -7,14 +7,15 @@ them is aborted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import set_client_factory
 from huggingface_hub.utils import _http
+from huggingface_hub.utils.tqdm import tqdm
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -22,6 +23,9 @@ else:  # huggingface_hub 2 has it from httpx2, huggingface_hub 1 from httpx
     httpx = getattr(_http, "httpx2", None) or _http.httpx
 
 MAX_EXPANSION = 1000  # largest ratio of decompressed to received bytes; deflate reaches 1032
+MAX_CUTS = (
+    5  # answers that end early; huggingface_hub itself continues for ever if a few bytes came
+)
 MIN_COMPRESSED_BYTES = 64 << 10  # lowest limit of an answer that is compressed against our request
 
 TRANSPORT_ERROR: type[Exception] = httpx.HTTPError
@@ -35,10 +39,15 @@ class TooSlow(OSError):
     """The answer takes longer than allowed."""
 
 
+class CutOff(OSError):
+    """The server has closed the connection in the middle of too many answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Bounds:
     max_bytes: int
     end_by: float  # time.monotonic()
+    cuts: list[Exception] = field(default_factory=list)  # answers of the block that ended early
 
 
 _BOUNDS: ContextVar[_Bounds | None] = ContextVar("bounds", default=None)
@@ -46,7 +55,7 @@ _BOUNDS: ContextVar[_Bounds | None] = ContextVar("bounds", default=None)
 
 @contextmanager
 def bounded(max_bytes: int, seconds: float) -> Iterator[None]:
-    """Limits every answer within the block. Reading beyond a limit raises TooMuch or TooSlow."""
+    """Limits every answer within the block. Reading beyond a limit raises TooMuch, TooSlow or CutOff."""
     token = _BOUNDS.set(_Bounds(max_bytes, time.monotonic() + seconds))
     try:
         yield
@@ -85,14 +94,36 @@ class _Bounded(httpx.SyncByteStream):
         self._bounds = bounds
 
     def __iter__(self) -> Iterator[bytes]:
-        received = 0
-        for piece in self._stream:
-            received += len(piece)
-            if received > self._bounds.max_bytes:
-                raise TooMuch(f"the limit is {self._bounds.max_bytes} bytes")
-            if time.monotonic() > self._bounds.end_by:
-                raise TooSlow("the answer took too long")
-            yield piece
+        bounds, received = self._bounds, 0
+        try:
+            for piece in self._stream:
+                received += len(piece)
+                if received > bounds.max_bytes:
+                    raise TooMuch(f"the limit is {bounds.max_bytes} bytes")
+                if time.monotonic() > bounds.end_by:
+                    raise TooSlow("the answer took too long")
+                yield piece
+        except httpx.RemoteProtocolError as error:
+            bounds.cuts.append(error)
+            if len(bounds.cuts) > MAX_CUTS:
+                raise CutOff(f"the answer ended early {len(bounds.cuts)} times: {error}") from None
+            raise
 
     def close(self) -> None:
         self._stream.close()
+
+
+def reporter(progress: Callable[[int, int], None]) -> type[tqdm]:
+    """A progress bar for huggingface_hub that calls `progress` and draws nothing."""
+
+    class Reporter(tqdm):
+        monitor_interval = 0  # no thread that redraws
+
+        def __init__(self, *args: Any, **fields: Any) -> None:
+            super().__init__(*args, **{**fields, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            progress(self.n, int(self.total or 0))
+
+    return Reporter

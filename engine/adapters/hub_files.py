@@ -11,22 +11,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.adapters.checksums import Checksum
-from engine.files import OpenFile
+from engine.errors import AdapterLoadFailed
+from engine.files import OpenFile, remedy
 
+TENANT_FOLDER = "lorax-tenants"  # below it, each tenant has a hub cache
 MAX_KNOWN = 4096  # files that are known to be intact
 _UNFINISHED = "*--*/blobs/*.????????.incomplete"  # a name of one download; none continues it
 
 
 def remove_unfinished(cache: Path) -> None:
-    """Removes the unfinished files of downloads that have ended, from a cache of huggingface_hub.
+    """Removes the unfinished files of downloads that have ended, from a hub cache and the tenants' below it.
 
     huggingface_hub holds a lock per file while it downloads. Where the file system has no locks, nothing is removed.
     """
-    for path in cache.glob(_UNFINISHED):
-        etag, repository = path.name.partition(".")[0], path.parents[1].name
-        lock = cache / ".locks" / repository / f"{etag}.lock"
-        with contextlib.suppress(OSError), _locked(lock):
-            path.unlink()
+    for hub in (cache, *(cache / TENANT_FOLDER).glob("*")):
+        for path in hub.glob(_UNFINISHED):
+            etag, repository = path.name.partition(".")[0], path.parents[1].name
+            lock = hub / ".locks" / repository / f"{etag}.lock"
+            with contextlib.suppress(OSError), _locked(lock):
+                path.unlink()
+
+
+def disk_error(error: OSError) -> AdapterLoadFailed:
+    """The error for a failure of the cache's disk."""
+    return AdapterLoadFailed(
+        f"the hub's cache (--huggingface-hub-cache) cannot be used: {error.strerror}",
+        hint=remedy(error),
+    )
 
 
 @contextlib.contextmanager

@@ -13,22 +13,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from engine.adapters.leftovers import remove_leftovers
 from engine.adapters.refusals import Refusals
 from engine.adapters.resolved import Resolved, all_of
 from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
 from engine.adapters.workers import Job, Workers
-from engine.checkpoint import folder_of
+from engine.checkpoint import cache_folder, folder_of
 from engine.config import EngineConfig
-from engine.errors import AdapterLoadFailed
+from engine.errors import AGAIN, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
@@ -81,9 +83,24 @@ class _Attempt:
         self._jobs.append(job)
         return await job.result(self._deadline)
 
+    @asynccontextmanager
+    async def turn(self, turns: asyncio.Semaphore) -> AsyncIterator[None]:
+        """Waits for one of the turns and holds it in the block. Raises AdapterLoadFailed at the deadline."""
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                await turns.acquire()
+        except TimeoutError:
+            raise AdapterLoadFailed("too many adapters are being merged", hint=AGAIN) from None
+        try:
+            yield
+        finally:
+            turns.release()
+
     def raise_if_late(self) -> None:
         if time.monotonic() > self._deadline:
-            raise AdapterLoadFailed("loading took too long and was aborted")
+            raise AdapterLoadFailed(
+                "loading took too long and was aborted", hint="raise --adapter-load-timeout-s"
+            )
 
     def when_over(self, call: Callable[[], None]) -> None:
         """Calls back when its threads have ended. A stuck thread may still write until then."""
@@ -115,8 +132,12 @@ class Loader:
         self._fetchers = {name: Workers(FETCH_THREADS, f"adapter-{name}") for name in sources}
         self._converters = Workers(CONVERT_THREADS, "adapter-convert")
         self._converter = converter
+        cache = cache_folder(config.model.huggingface_hub_cache)
+        threading.Thread(target=remove_leftovers, args=(cache,), daemon=True).start()
         self._parsers = Workers(parse_threads(device), "adapter-parse")
-        self._mergers = Workers(max(1, parse_threads(device) // 2), "adapter-merge")
+        merge_threads = max(1, parse_threads(device) // 2)
+        self._mergers = Workers(merge_threads, "adapter-merge")
+        self._merge_turns = asyncio.Semaphore(merge_threads)
         self._refused = Refusals()
         self._closing = False
 
@@ -159,13 +180,14 @@ class Loader:
             weights = await self._weights(attempt, what, files, held, pause)
             size = adapter.size = image_size(weights, self._layout)
             opened = time.monotonic() - started
-            offset = await self._room.reserve(adapter.name, size.total)
-            reserved.callback(self._room.abandon, offset)
-            started = time.monotonic() - opened
-            view = self._region.view[offset : offset + size.total]
-            write = partial(write_image, weights, self._layout, out=view, pause=pause)
-            writers = self._mergers if what.recipe else self._parsers  # merges take seconds
-            digest = await attempt.run(writers, write)
+            # Merges take seconds: those that wait for a thread hold no memory meanwhile.
+            async with attempt.turn(self._merge_turns) if what.recipe else nullcontext():
+                offset = await self._room.reserve(adapter.name, size.total)
+                reserved.callback(self._room.abandon, offset)
+                started = time.monotonic() - opened
+                view = self._region.view[offset : offset + size.total]
+                write = partial(write_image, weights, self._layout, out=view, pause=pause)
+                digest = await attempt.run(self._mergers if what.recipe else self._parsers, write)
             # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
             await self._fetch(attempt, what, token, held)
             reserved.pop_all()
@@ -272,7 +294,7 @@ class Loader:
 
     def _raise_if_closing(self) -> None:
         if self._closing:
-            raise AdapterLoadFailed("the server is shutting down")
+            raise AdapterLoadFailed("the server is shutting down", hint=AGAIN)
 
 
 def parse_threads(device: str) -> int:

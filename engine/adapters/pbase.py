@@ -152,7 +152,9 @@ class PbaseSource(Source):
                     return None
                 if status in (401, 403):
                     raise AdapterForbidden(
-                        f"Predibase refused the api_token for {ref.name}", field="api_token"
+                        f"Predibase refused the api_token for {ref.name}",
+                        field="api_token",
+                        hint="send a valid api_token of the tenant",
                     )
                 if status == 200:
                     return self._parsed(ref, body)

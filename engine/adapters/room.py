@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from engine.adapters.tiers import HostImage, HostTier
-from engine.errors import AdapterLoadFailed, AdapterTooLarge, Overloaded
+from engine.errors import AGAIN, RAISE_LIMIT, AdapterLoadFailed, AdapterTooLarge, Overloaded
 
 
 class Room:
@@ -35,7 +35,7 @@ class Room:
             raise AdapterTooLarge(
                 f"{name} needs {num_bytes} bytes of host memory; the limit is {self.tier.capacity} bytes",
                 field="adapter_id",
-                hint="raise --host-cache-gb",
+                hint=RAISE_LIMIT,
             )
         turn = object()
         self._waiting.append(turn)
@@ -50,10 +50,10 @@ class Room:
                         self._recall(num_bytes)
                     await freed.wait()
                     if self._closing:
-                        raise AdapterLoadFailed("the server is shutting down")
+                        raise AdapterLoadFailed("the server is shutting down", hint=AGAIN)
         except TimeoutError:
             raise Overloaded(
-                f"no host memory for {name}: adapters of open requests use all of it",
+                f"no host memory for {name}: adapters of open requests and other loads use all of it",
                 field="adapter_id",
                 hint="try again, or raise --host-cache-gb",
             ) from None

@@ -7,9 +7,11 @@ ranges, each on the condition that the etag is still the same, and then compared
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -37,6 +39,7 @@ PIECE_BYTES = 1 << 18
 MAX_PARTS = 256  # of an object whose parts are compared one by one
 MIN_REVISION = 8  # characters of a digest that name a revision
 
+_NAMING = "give the folder of adapter_config.json as s3://bucket/folder"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")  # no ARN, which names other services
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[0-9]{1,5}))?"?')
 _REVISION = re.compile(r"[0-9a-f]{40}")  # a whole digest
@@ -101,7 +104,7 @@ class S3Source(StoreSource):
             raise AdapterNotFound(
                 f"there is no {self.prefix}{ref.name}",
                 field="adapter_id",
-                hint="give the folder of adapter_config.json as s3://bucket/folder",
+                hint=_NAMING,
             )
         return listing
 
@@ -172,15 +175,13 @@ class S3Source(StoreSource):
                 Bucket=bucket, Key=prefix + file.name, IfMatch=file.stamp, **asked
             )
             body, at = answer["Body"], start
-            try:
+            with contextlib.closing(body), _ended_by(transfer.end_by, body):
                 while piece := body.read(PIECE_BYTES):
                     if at + len(piece) > end:
                         break
                     target.write(piece, at)
                     at += len(piece)
                     transfer.wrote(len(piece))
-            finally:
-                body.close()
             if at != end or piece:
                 raise _CutOff("the answer does not have the length that was listed")
 
@@ -189,6 +190,7 @@ class S3Source(StoreSource):
                 try:
                     return get()
                 except _transient():
+                    transfer.wrote(0)
                     pause(attempt, self._backoff_s)
             get()
 
@@ -298,7 +300,7 @@ def _split(path: str) -> tuple[str, str]:
         raise AdapterNotFound(
             f"{bucket!r} is not the name of a bucket",
             field="adapter_id",
-            hint="use s3://bucket/folder",
+            hint=_NAMING,
         )
     folder = folder.strip("/")
     return bucket, f"{folder}/" if folder else ""
@@ -309,6 +311,23 @@ def _is_md5(head: Any, folder: str) -> bool:
     encrypted = head.get("ServerSideEncryption", "AES256") != "AES256"
     bucket = folder.partition("/")[0]
     return not encrypted and "SSECustomerAlgorithm" not in head and not bucket.endswith("--x-s3")
+
+
+@contextlib.contextmanager
+def _ended_by(end_by: float, body: Any) -> Iterator[None]:
+    """Ends the body at a time (monotonic). A byte now and then would never reach the limit of one wait."""
+
+    def shut() -> None:
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
+            body._raw_stream.shutdown()
+
+    timer = threading.Timer(max(0.0, end_by - time.monotonic()), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _CutOff(Exception):
@@ -337,7 +356,9 @@ def _refused(path: str, answer: Any, reason: str) -> AdapterError:
     if status == 412:
         return changed(f"s3://{path}")
     if code == "NoSuchBucket":
-        return AdapterNotFound(f"there is no bucket {path.partition('/')[0]!r}", field="adapter_id")
+        return AdapterNotFound(
+            f"there is no bucket {path.partition('/')[0]!r}", field="adapter_id", hint=_NAMING
+        )
     if status in (401, 403) or code in _FORBIDDEN:
         return AdapterForbidden(
             f"the server's credentials may not read s3://{path} ({code or status})",
@@ -345,7 +366,7 @@ def _refused(path: str, answer: Any, reason: str) -> AdapterError:
             hint="grant s3:GetObject and s3:ListBucket to the server's AWS credentials",
         )
     if status == 404:
-        return AdapterNotFound(f"there is no s3://{path}", field="adapter_id")
+        return AdapterNotFound(f"there is no s3://{path}", field="adapter_id", hint=_NAMING)
     if status in (301, 307):
         return AdapterLoadFailed(f"s3://{path} is in another region", hint="set AWS_REGION")
     return AdapterLoadFailed(f"S3 refused s3://{path}: {reason}", hint="try again later")

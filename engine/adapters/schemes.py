@@ -134,7 +134,8 @@ class SchemeSource(StoreSource):
         size, stamp = info.get("size"), _stamp(info)
         if info.get("type") != "file" or not isinstance(size, int) or stamp is None:
             raise AdapterLoadFailed(
-                f"{self.prefix}{folder}/{name} has no size, or nothing that shows when it changed"
+                f"{self.prefix}{folder}/{name} has no size, or nothing that shows when it changed",
+                hint="use a store that lists sizes and either etags or times",
             )
         return StoredFile(name, stamp, size)
 
@@ -199,6 +200,7 @@ class SchemeSource(StoreSource):
                 raise AdapterForbidden(
                     f"the server's credentials may not read {self.prefix}{place}",
                     field="adapter_id",
+                    hint="give the server credentials that may read it",
                 ) from None
             except Exception as error:  # a boundary: each store has exceptions of its own
                 failure = error

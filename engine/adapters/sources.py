@@ -25,7 +25,7 @@ from engine.errors import (
     AdapterLoadFailed,
     AdapterNotFound,
 )
-from engine.files import Closable, NotRegular, OpenFile, Outside
+from engine.files import Closable, NotRegular, OpenFile, Outside, remedy
 from engine.names import MAX_SHOWN, shown
 from engine.safetensors import read_index
 
@@ -49,7 +49,18 @@ _FULL_MODEL = (
     "pytorch_model.bin.index.json",
 )
 _POINTER = b"version https://git-lfs"
-_MAX_POINTER_BYTES = 1024
+_ZIP = b"PK\x03\x04"
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # white space and the mark of UTF-8
+_MAX_START_BYTES = 256
+_NOT_PULLED = (
+    "a Git LFS pointer, not the file itself",
+    "run `git lfs pull` in the adapter's folder",
+)
+_WEB_PAGE = (
+    "a web page, not the file itself",
+    "download it again from the link to the file itself, logged in if it is private",
+)
+_TORCH_SAVE = ("a zip file of torch.save, not safetensors", f"rename it to {WEIGHT_NAMES[-1]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,7 @@ def shard_names(index: OpenFile) -> list[str]:
     except ValueError as error:
         raise damaged(index.name, str(error)) from None
     except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {index.name}: {error.strerror}") from None
+        raise _unreadable(index.name, error) from None
 
 
 def damaged(index: str, why: str) -> AdapterIncompatible:
@@ -195,7 +206,7 @@ def _weights_in(folder: Path, where: str) -> str:
     try:
         return find_weights(list_files(folder), where)
     except OSError as error:
-        raise AdapterLoadFailed(f"cannot read the folder {where}: {error.strerror}") from None
+        raise _unreadable(f"the folder {where}", error) from None
 
 
 class LocalSource(Source):
@@ -326,30 +337,41 @@ def _open(path: Path, roots: tuple[Path, ...] | None) -> OpenFile:
     try:
         file = OpenFile(path, roots)
     except NotRegular:
-        raise AdapterIncompatible(f"{path.name} is not a regular file", field=path.name) from None
+        raise AdapterIncompatible(
+            f"{path.name} is not a regular file",
+            field=path.name,
+            hint="put the file itself in its place",
+        ) from None
     except Outside:
         raise AdapterForbidden(
-            f"{path.name} leads out of the adapter folders", field=path.name
+            f"{path.name} leads out of the adapter folders",
+            field=path.name,
+            hint="put the file itself in its place",
         ) from None
     except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {path.name}: {error.strerror}") from None
+        raise _unreadable(path.name, error) from None
     with ExitStack() as stack:
         stack.callback(file.close)
-        if _is_pointer(file):
-            raise AdapterIncompatible(
-                f"{path.name} is a Git LFS pointer, not the file itself",
-                field=path.name,
-                hint="run `git lfs pull` in the adapter's folder",
-            )
+        what, hint = _mistaken(file)
+        if what:
+            raise AdapterIncompatible(f"{path.name} is {what}", field=path.name, hint=hint)
         stack.pop_all()
     return file
 
 
-def _is_pointer(file: OpenFile) -> bool:
-    """Whether git left a note of where the file is, because Git LFS is not installed."""
-    if not len(_POINTER) <= file.size < _MAX_POINTER_BYTES:
-        return False
-    start = bytearray(len(_POINTER))
+def _unreadable(name: str, error: OSError) -> AdapterLoadFailed:
+    return AdapterLoadFailed(f"cannot read {name}: {error.strerror}", hint=remedy(error))
+
+
+def _mistaken(file: OpenFile) -> tuple[str, str]:
+    """What was saved under the name instead, and the remedy; empty texts if nothing is known to be wrong."""
+    start = bytearray(min(file.size, _MAX_START_BYTES))
     with suppress(OSError):  # it is read again
         file.read_into(start, 0)
-    return start == _POINTER
+    if start.startswith(_POINTER):
+        return _NOT_PULLED
+    if b"\0" not in start and start.lstrip(_BLANK).startswith(b"<"):  # lengths have zeros
+        return _WEB_PAGE
+    if start.startswith(_ZIP) and file.name.endswith(".safetensors"):
+        return _TORCH_SAVE
+    return "", ""

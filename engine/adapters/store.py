@@ -34,7 +34,14 @@ from engine.adapters.sources import (
 )
 from engine.adapters.transfer import CONFIG_BYTES, NewFile, TooSlow, Transfer
 from engine.checkpoint import TOKENIZER_FILES, WHOLE_NAMES
-from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterNotFound, AdapterTooLarge
+from engine.errors import (
+    RAISE_LIMIT,
+    RESAVE,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    AdapterTooLarge,
+)
 from engine.files import OpenFile
 from engine.safetensors import MAX_INDEX_BYTES, MAX_SHARDS, parse_index
 
@@ -119,8 +126,8 @@ class StoreSource(Source):
         """As `resolve`, by the source's answer alone."""
         listing = self._find(ref)
         limits = (
-            (listing.config.name, listing.config.size, CONFIG_BYTES, None),
-            ("weights", listing.weight_bytes, self._max_file_bytes, "raise --host-cache-gb"),
+            (listing.config.name, listing.config.size, CONFIG_BYTES, RESAVE),
+            ("weights", listing.weight_bytes, self._max_file_bytes, RAISE_LIMIT),
         )
         for name, size, limit, hint in limits:
             if limit is not None and size > limit:
@@ -200,7 +207,10 @@ class StoreSource(Source):
             )
         found = matching("*.safetensors") or matching("pytorch_model*.bin")
         if weights and not found:
-            raise AdapterIncompatible(f"{where} has neither {' nor '.join(WHOLE_NAMES)}")
+            raise AdapterIncompatible(
+                f"{where} has neither {' nor '.join(WHOLE_NAMES)}",
+                hint="give the folder that save_pretrained of transformers has written",
+            )
         return [*matching(*TOKENIZER_FILES), *(found if weights else [])]
 
     def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:

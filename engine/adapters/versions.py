@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import Registry
 from engine.adapters.sources import Version
-from engine.errors import AdapterLoadFailed, LoraxError, from_wire
+from engine.errors import AGAIN, AdapterLoadFailed, LoraxError, from_wire
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -159,5 +159,5 @@ async def share(task: asyncio.Task[T]) -> T:
         raise from_wire(error.to_wire()) from None
     except asyncio.CancelledError:
         if task.cancelled():
-            raise AdapterLoadFailed("the server is shutting down") from None
+            raise AdapterLoadFailed("the server is shutting down", hint=AGAIN) from None
         raise

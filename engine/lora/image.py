@@ -203,7 +203,8 @@ def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
         )
     if data_bytes >= ALIGN << 32:
         raise AdapterTooLarge(
-            f"the adapter takes {data_bytes} bytes; the limit is {ALIGN << 32} bytes (64 GiB)"
+            f"the adapter takes {data_bytes} bytes; the limit is {ALIGN << 32} bytes (64 GiB)",
+            hint="use an adapter of lower rank",
         )
     return ImageSize(
         layout.record_bytes, data_bytes, stacked_rank, vocab_of(weights.own, layout.targets)

@@ -59,7 +59,12 @@ class Problems:
             text = f"{first.message}, and {count} more like it" if count else first.message
             found.append(AdapterIncompatible(text, field=first.field, hint=first.hint))
         if self.unlisted:
-            found.append(AdapterIncompatible(f"{self.unlisted} more problems are not listed"))
+            found.append(
+                AdapterIncompatible(
+                    f"{self.unlisted} more problems are not listed",
+                    hint="mend the listed ones first",
+                )
+            )
         return found
 
 

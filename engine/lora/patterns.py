@@ -85,6 +85,8 @@ class Pattern:
 
     def value(self, module: str) -> float:
         """The value for a module's full path. Raises AdapterIncompatible if RE2 runs out of memory."""
+        if not self.values:
+            return self.default
         if module not in self._found:
             number = min(self._matches(module), default=None)
             self._found[module] = self.default if number is None else self.values[number]

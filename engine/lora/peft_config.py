@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import WAIT, AdapterIncompatible, AdapterLoadFailed
+from engine.errors import RESAVE, WAIT, AdapterIncompatible, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.patterns import REMEDY, Pattern, check_bounds, compile_pattern
 from engine.lora.peft_fields import (
@@ -67,7 +67,9 @@ def read_config(file: OpenFile) -> dict[str, Any]:
     Raises AdapterLoadFailed or AdapterIncompatible.
     """
     if file.size > MAX_CONFIG_BYTES:
-        raise AdapterIncompatible(f"{file.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+        raise AdapterIncompatible(
+            f"{file.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB", hint=RESAVE
+        )
     with reading(file):
         contents = file.read()
     try:
@@ -78,13 +80,16 @@ def read_config(file: OpenFile) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if _ends_early(error):
             raise AdapterLoadFailed(f"{file.name} is incomplete", hint=WAIT) from None
-        raise AdapterIncompatible(f"{file.name} is not valid JSON: {shown(str(error))}") from None
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise AdapterIncompatible(
+            f"{file.name} is not valid JSON: {shown(why)}", hint=RESAVE
+        ) from None
     if not isinstance(loaded, dict):
-        raise AdapterIncompatible(f"{file.name} is not a JSON object")
+        raise AdapterIncompatible(f"{file.name} is not a JSON object", hint=RESAVE)
     if len(loaded) > MAX_FIELDS:
         raise AdapterIncompatible(
             f"{file.name} has {len(loaded)} fields, the limit is {MAX_FIELDS}",
-            hint="save the adapter with PEFT's save_pretrained",
+            hint=RESAVE,
         )
     if base := loaded.get("base_model_name_or_path"):
         loaded["base_model_name_or_path"] = shown(str(base), MAX_BASE_NAME)
@@ -178,7 +183,7 @@ def _pattern(fields: Mapping[str, Any], name: str, pattern: str, default: int) -
     given = fields.get(pattern) or {}
     if not isinstance(given, dict):
         raise AdapterIncompatible(
-            f"{pattern} is {shown_value(given)}, not a mapping", field=pattern
+            f"{pattern} is {shown_value(given)}, not a mapping", field=pattern, hint=RESAVE
         )
     whole = name == "r"
     try:
@@ -198,7 +203,10 @@ def _number(value: Any, where: str, field: str, whole: bool) -> float:
     if usable and whole:
         usable = isinstance(value, int) and 0 < value < 1 << 31
     if not usable or not abs(value) <= 1e30:  # false for NaN too
+        kind = "a positive whole number" if whole else "a finite number"
         raise AdapterIncompatible(
-            f"{where} is {shown_value(value)}, not a valid number", field=field
+            f"{where} is {shown_value(value)}, not {kind}",
+            field=field,
+            hint="set it to the value of the training",
         )
     return float(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.errors import RENAME, RESAVE, WAIT, AdapterIncompatible, AdapterLoadFailed
-from engine.files import Changed, OpenFile
+from engine.files import Changed, OpenFile, remedy
 from engine.lora.weights import Matrix
 from engine.names import shown
 from engine.safetensors import Incomplete, read_header, read_index
@@ -60,7 +60,9 @@ def reading(file: OpenFile) -> Iterator[None]:
     except Changed as error:
         raise AdapterLoadFailed(f"{file.name} {error.strerror}", hint=RENAME) from None
     except OSError as error:
-        raise AdapterLoadFailed(f"cannot read {file.name}: {error.strerror}") from None
+        raise AdapterLoadFailed(
+            f"cannot read {file.name}: {error.strerror}", hint=remedy(error)
+        ) from None
 
 
 @contextmanager

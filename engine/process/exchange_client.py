@@ -179,8 +179,9 @@ class ExchangeClient:
         """Reaps the process and starts the next. Raises EngineDead after too many restarts."""
         watch, now = self._watch, time.monotonic()
         self._set_away()
+        if self._ready:  # a process that was still starting had no questions
+            self._suspect_loading()
         self._ready = self._begin_sent = False
-        self._suspect_loading()
         code = await self._child.ended(0, reap_s=None)
         self._ends.append(now)
         if len(self._ends) == watch.max_ends and now - self._ends[0] < watch.window_s:

@@ -16,7 +16,7 @@ from contextlib import suppress
 import msgspec
 
 from engine.adapters.tiers import HostRegion
-from engine.errors import AdapterLoadFailed, LoraxError
+from engine.errors import AGAIN, AdapterLoadFailed, LoraxError
 from engine.ops.layout import ShardLayout
 from engine.process import child
 from engine.process.collector import freeze_gc
@@ -204,7 +204,7 @@ class Service:
         except Exception as error:
             if not isinstance(error, LoraxError):
                 logger.exception("a call failed")
-                error = AdapterLoadFailed(f"the adapter could not be loaded: {error!r}")
+                error = AdapterLoadFailed(f"the adapter could not be loaded: {error!r}", hint=AGAIN)
             self._pipe.send(Refused(call.call, error.to_wire()))
 
     async def _ask(self, call: Call) -> msgspec.Struct:

@@ -3,7 +3,7 @@
 A *grant* is one answered `Acquire`. While it lasts, the image stays in place, even if the exchange restarts. Requests
 for an adapter in use need no question while its version is fresh. While the exchange is away, they are served with the
 last valid version. An unused grant is returned when the exchange recalls it for room, when there are too many, or when
-its adapter is unloaded.
+its adapter is unloaded. If too few are unused for a recall, the next ones to become unused are returned at once.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Grants:
         self._give_back = give_back
         self._current: OrderedDict[Key, Grant] = OrderedDict()  # least recently used first
         self._retired: set[Grant] = set()
+        self._recalled = 0  # bytes that the exchange still waits for
 
     def __len__(self) -> int:
         return len(self._current) + len(self._retired)
@@ -110,9 +111,13 @@ class Grants:
     def released(self, grant: Grant) -> None:
         """Removes a user. Called by leases."""
         grant.users -= 1
-        if grant.retired and not grant.users:
+        if grant.users:
+            return
+        if grant.retired:
             self._retired.discard(grant)
             self._give_back(grant.call)
+        elif self._recalled > 0:
+            self.recall(self._recalled)
 
     def refused(self, key: Key) -> None:
         """The exchange refused the key: its grant serves no new request."""
@@ -132,6 +137,7 @@ class Grants:
                 break
             num_bytes -= grant.image.data_bytes
             self._retire(grant)
+        self._recalled = num_bytes
 
     def held(self) -> dict[int, AdapterImageRef]:
         """Call -> image of everything that the exchange must keep in place."""

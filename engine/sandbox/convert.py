@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import (
+    AGAIN,
+    RAISE_LIMIT,
     RENAME,
     RESAVE,
     WAIT,
@@ -25,7 +27,7 @@ from engine.errors import (
     AdapterLoadFailed,
     AdapterTooLarge,
 )
-from engine.files import Changed, OpenFile, sync_folder
+from engine.files import Changed, OpenFile, remedy, sync_folder
 from engine.names import shown
 from engine.safetensors import MAX_HEADER_BYTES, read_header
 from engine.sandbox.call import Limits
@@ -85,7 +87,7 @@ class Converter:
         if self._max_bytes is not None and file.size > self._max_bytes:
             raise AdapterTooLarge(
                 f"{file.name} has {file.size} bytes; the limit is {self._max_bytes}",
-                hint="raise --host-cache-gb",
+                hint=RAISE_LIMIT,
             )
         try:
             if _is_truncated(file):
@@ -98,7 +100,9 @@ class Converter:
         except Changed as error:
             raise AdapterLoadFailed(f"{file.name} {error.strerror}", hint=RENAME) from None
         except OSError as error:
-            raise AdapterLoadFailed(f"cannot convert {file.name}: {error.strerror}") from None
+            raise AdapterLoadFailed(
+                f"cannot convert {file.name}: {error.strerror}", hint=remedy(error)
+            ) from None
 
     def close(self) -> None:
         """Removes the private folder, if there is one."""
@@ -174,13 +178,18 @@ class Converter:
         except SandboxError as error:
             file.verify()  # a file that changes while it is read may fail in any way
             if _is_transient(error):
-                raise AdapterLoadFailed(f"cannot convert {file.name}: {error}") from None
+                raise AdapterLoadFailed(
+                    f"cannot convert {file.name}: {error}", hint=AGAIN
+                ) from None
             if isinstance(error, LimitReached):
                 raise self._refuse(file, digest, f"{error} to read") from None
             raise self._refuse(file, digest, f"cannot be read: {error}") from None
         file.verify()
         if "failed" in answer:
-            raise AdapterLoadFailed(f"cannot convert {file.name}: {answer['failed']}")
+            raise AdapterLoadFailed(
+                f"cannot convert {file.name}: {answer['failed']}",
+                hint="check the disks of the adapter and of the download cache, then try again",
+            )
         if "refused" in answer:
             raise self._refuse(file, digest, shown(str(answer["refused"]), MAX_REASON))
 
@@ -246,10 +255,10 @@ def _is_transient(error: SandboxError) -> bool:
 
 def _is_complete(file: OpenFile) -> bool:
     try:
-        entries, start = read_header(file)
+        read_header(file)
     except (ValueError, OSError):
         return False
-    return start + max((e.data_offsets[1] for e in entries.values()), default=0) == file.size
+    return True
 
 
 def _touch(file: OpenFile) -> None:
@@ -259,10 +268,9 @@ def _touch(file: OpenFile) -> None:
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """A new file, locked. Removes unfinished files of processes that have ended."""
+    """A new file, locked."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"*{_TEMPORARY}"):
-        _remove_stale(path)
+    remove_stale(folder)
     while True:
         path = folder / f"{secrets.token_hex(8)}{_TEMPORARY}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -271,6 +279,12 @@ def _create(folder: Path) -> tuple[Path, int]:
         if os.fstat(fd).st_nlink:
             return path, fd
         os.close(fd)  # another process removed it between the two calls
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the unfinished files that killed processes left in the converter's `folder`."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        _remove_stale(path)
 
 
 def _remove_stale(path: Path) -> None:

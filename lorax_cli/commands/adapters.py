@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from engine.lora.report import AdapterReport
 
 
+def _strict(note: str) -> AdapterIncompatible:
+    return AdapterIncompatible(note, hint="without --strict this is a warning")
+
+
 def similar(name: str, roots: Iterable[str]) -> list[str]:
     """Folders whose names resemble a missing one: next to its path, and below the adapter roots."""
     wanted, found = Path(name), []
@@ -219,7 +223,7 @@ def validate(
                 base_model=config.model.model_id.partition("@")[0],
             )
         report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
-        found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
+        found = [*report.errors, *(_strict(note) for note in report.notes if strict)]
         failures.extend(found)
         show_problems(name, found, [] if strict or quiet else report.notes)
         return report_entry(name, report, found)

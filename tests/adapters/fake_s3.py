@@ -70,7 +70,7 @@ class FakeS3:
         self.code = "SlowDown"
         self.body: bytes | None = None  # of a broken answer with a status
         self.where = ""
-        self.delay_s = 0.0  # between two pieces of a body
+        self.delay_s = 0.0  # between two pieces of a body whose path contains `where`
         self.add_headers: dict[str, str] = {}  # to answers of HEAD for weights
         self.halt = Halt()
 
@@ -134,12 +134,13 @@ class FakeS3:
         if self.fault == "corrupt" and is_broken:
             body = flipped(body)
         end = len(body) // 2 if is_broken and self.fault == "cut" else len(body)
-        step = 1 << 10 if self.delay_s else 1 << 20
+        delay_s = self.delay_s if self.where in request.path else 0.0
+        step = 1 << 10 if delay_s else 1 << 20
         try:
             for start in range(0, end, step):
                 request.wfile.write(body[start : min(end, start + step)])
                 request.wfile.flush()
-                time.sleep(self.delay_s)
+                time.sleep(delay_s)
         except OSError:
             pass
         request.close_connection = is_broken

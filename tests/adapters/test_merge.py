@@ -173,8 +173,9 @@ async def test_a_stuck_part(make: Make, saved: Path) -> None:
 
 
 async def test_merges_delay_no_other_adapter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More merges are being computed than there are threads. They end at their deadline, without residue."""
-    exchange, gate, compute = make(adapter_load_timeout_s=3.0), threading.Event(), _Merger._compute
+    """More merges than threads: those that wait hold no memory. They end at their deadline, without residue."""
+    exchange, gate = make(2, adapter_load_timeout_s=3.0), threading.Event()
+    compute = _Merger._compute
 
     def slow(*given: Any) -> Any:
         gate.wait(10)

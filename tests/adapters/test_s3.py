@@ -365,3 +365,15 @@ def test_checksums_of_objects(
     else:  # there is nothing to compare it with
         s3.broken = 0
     assert load(source) == data
+
+
+def test_a_body_that_drips(s3: FakeS3, make: Make, tmp_path: Path) -> None:
+    """Each piece comes before the limit of one wait; the download ends at its own. The whole would take 40 s."""
+    s3.where, s3.delay_s = "adapter_model", 5.0
+    source = make(seconds=1.0, read_s=20.0)
+    version = source.resolve(AdapterRef.parse("loras/team/a"), None)
+    start = time.monotonic()
+    with pytest.raises(AdapterLoadFailed, match="took too long"):
+        source.fetch(version, None, lambda done, total: None)
+    assert time.monotonic() - start < 20
+    assert residue(tmp_path) == []

@@ -57,11 +57,15 @@ def write_config(folder: Path, **fields: Any) -> Path:
 
 
 def write_weights(folder: Path, names: list[str], dtype: str = "F32", shape: Any = (1, 4)) -> Path:
-    """A file of tensors that all share 16 bytes."""
-    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, 16]}
-    header = json.dumps({name: entry for name in names}).encode()
+    """A file of tensors of 16 bytes each."""
+    one = {"dtype": dtype, "shape": shape}
+    entries = {
+        name: one | {"data_offsets": [16 * number, 16 * number + 16]}
+        for number, name in enumerate(dict.fromkeys(names))
+    }
+    header = json.dumps(entries).encode()
     path = folder / "adapter_model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16 * len(entries)))
     return path
 
 

@@ -68,6 +68,8 @@ def test_recall_takes_the_least_recently_used_that_nobody_uses() -> None:
     assert returned == [2, 3]
     grants.recall(10**9)
     assert returned == [2, 3, 4, 5, 1], "and never what is in use"
+    leases[0].release()
+    assert returned[5:] == [0], "but that as soon as it is not"
 
 
 def test_age(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,18 @@ async def test_what_ends_it_again_and_again_is_refused(start: Start) -> None:
     (await backend.acquire(ref("other"), None)).release()
 
 
+async def test_a_process_that_ends_while_starting_loads_nothing(start: Start) -> None:
+    """A request that waits for the new process has no part in its end."""
+    backend = await start(replace(WATCH, max_deaths=1))
+    first = send(backend, signal.SIGKILL)
+    await until(lambda: backend.exchange_away)
+    waiting = asyncio.create_task(backend.acquire(ref("new"), None))
+    await until(lambda: backend.pids["exchange"] not in (first, None))
+    send(backend, signal.SIGKILL)
+    await back(backend, 2)
+    (await waiting).release()
+
+
 async def test_an_adapter_in_use_is_not_refused(start: Start) -> None:
     """It was asked for again, as every second, when the exchange ended twice."""
     backend = await start(replace(WATCH, max_deaths=2))
