@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
+
+# Threads of torch that wait do not spin: on two cores, they would take the time of the tests and of their processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage leave out the modules and the tests, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
