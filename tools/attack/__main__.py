@@ -193,7 +193,9 @@ async def run(folder: Path, args: argparse.Namespace) -> list[Check]:
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="the part that takes a minute and a half")
+    parser.add_argument(
+        "--quick", action="store_true", help="the part that takes a minute and a half"
+    )
     for name, value in FULL.items():
         flag = "--" + name.replace("_", "-")
         shown = f"default {value}; --quick: {QUICK[name]}"
