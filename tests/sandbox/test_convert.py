@@ -191,7 +191,7 @@ def test_refused(
     """With the reason; and asking again starts nothing."""
     make, words = POISON[kind]
     make(tmp_path / "x.bin")
-    monkeypatch.setattr(convert, "_CPU_S", 2 if kind == "processor" else 10)
+    monkeypatch.setattr(convert, "_CPU_S", 1 if kind == "processor" else 10)
     first = refusal(converter, tmp_path / "x.bin")
     assert words in first.message
     monkeypatch.setattr(convert, "run", None)
