@@ -11,8 +11,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def pytest_collection_finish() -> None:
-    """Collections of garbage leave out the modules and the tests, which stay to the end."""
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_searched_for_garbage() -> None:
+    """The modules and the tests, of which a collection would take a second. A benchmark's run undoes it."""
     gc.collect()
     gc.freeze()
 
