@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import math
 import os
@@ -38,7 +39,10 @@ def main(call_fd: int, parent: int) -> None:
         with open(call_fd, "rb") as file:
             call = msgspec.json.decode(file.read(), type=Call)
         task = importlib.import_module(call.task)
+        gc.disable()  # imports leave no garbage; torch's are quicker by a tenth of a second
         task.prepare()
+        gc.freeze()
+        gc.enable()
         _limit(call.limits)
         _write(READY + f"{_memory_bytes()[1]}\n".encode())
         _write(msgspec.json.encode(task.run(call.descriptors, call.arguments)))

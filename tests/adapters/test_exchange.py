@@ -419,10 +419,10 @@ class EndlessSource(Source):
         )
 
 
-async def test_ten_thousand_names_leave_little_behind(
+async def test_thousands_of_names_leave_little_behind(
     make: Make, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "MAX_RESOLVED", 1000)
+    monkeypatch.setattr(versions, "MAX_RESOLVED", 300)
     exchange = make(sources={"local": EndlessSource(saved / "a")})
 
     async def ask(number: int) -> bool:
@@ -433,12 +433,12 @@ async def test_ten_thousand_names_leave_little_behind(
         return True
 
     served = 0
-    for start in range(0, 10_000, 1000):
+    for start in range(0, 4000, 1000):
         served += sum(await asyncio.gather(*(ask(start + n) for n in range(1000))))
-    assert served == 12
+    assert served == 5
     assert len(exchange._versions) == versions.MAX_RESOLVED
-    assert len(exchange._adapters) == 12 and len(exchange._failed) == MAX_FAILED
-    assert len(await exchange.adapters()) == 12 + MAX_FAILED
+    assert len(exchange._adapters) == 5 and len(exchange._failed) == MAX_FAILED
+    assert len(await exchange.adapters()) == 5 + MAX_FAILED
     assert not exchange._loads and not exchange._versions._asking
 
 

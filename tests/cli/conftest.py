@@ -6,16 +6,27 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import typer.main
+import typer.testing
 from aiohttp import web
 
 from tests import tiny
 from tests.server.fake import write_tokenizer
 
 BUDGET = ("--cpu-memory-gb", "0.2", "--host-cache-gb", "0.05")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once() -> Iterator[None]:
+    """An app with every setting takes 50 ms to become commands; `CliRunner.invoke` would do it every time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(scope="session")

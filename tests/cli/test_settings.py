@@ -21,19 +21,25 @@ SETTINGS = list(settings())
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
-    """The configs that commands receive. The environment has no settings."""
+@pytest.fixture(scope="module")
+def kept() -> list[EngineConfig]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def seen(kept: list[EngineConfig], monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
+    """The configs that this test's commands receive. The environment has no settings."""
+    kept.clear()
     for setting in SETTINGS:
         for name in setting.environment:
             monkeypatch.delenv(name, raising=False)
     for flag in legacy.LEGACY:
         monkeypatch.delenv(flag.name.upper(), raising=False)
-    return []
+    return kept
 
 
-@pytest.fixture
-def app(seen: list[EngineConfig]) -> typer.Typer:
+@pytest.fixture(scope="module")
+def app(kept: list[EngineConfig]) -> typer.Typer:
     """A command with every setting, which keeps its config."""
     app = typer.Typer(cls=ErrorTable)
     app.callback()(lambda: None)
@@ -41,7 +47,7 @@ def app(seen: list[EngineConfig]) -> typer.Typer:
     @app.command(cls=LaunchCommand)
     @with_config(*dict.fromkeys(setting.concern for setting in SETTINGS), legacy=True)
     def take(config: EngineConfig) -> None:
-        seen.append(config)
+        kept.append(config)
 
     return app
 

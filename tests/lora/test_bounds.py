@@ -363,10 +363,10 @@ FOREIGN = {
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_file_of_foreign_tensors(case: str, tmp_path: Path) -> None:
     """The first kinds are listed, the others counted."""
-    number = 65_000
+    number = 20_000  # enough that a cost in its square would take minutes
     names = [FOREIGN[case].replace("#", str(index)) for index in range(number)]
     config, weights = write_config(tmp_path), write_weights(tmp_path, names)
-    with ends_soon(60):
+    with ends_soon():
         found, problems = check_peft(*tiny.opened(config, weights), tiny.llama_layout().targets)
         text = summary(problems).message
     assert found is None and len(problems) <= MAX_PROBLEMS + 1 and len(text) < 600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 import os
@@ -166,6 +167,7 @@ class EchoEngine:
             self._cancelled.append(id)
 
     def step(self) -> list[Update]:
+        assert gc.isenabled(), "the process was ready"
         self._steps += 1
         updates = []
         for id in self._cancelled:
@@ -285,6 +287,7 @@ class NameExchange:
         return {call: NameLease(self, image, b"") for call, image in held.items()}
 
     async def acquire(self, ref: AdapterRef, token: str | None) -> NameLease:
+        assert gc.isenabled(), "the process was ready"
         if ref.id == "missing":
             raise AdapterNotFound("no such adapter", field="adapter_id")
         if ref.id == "clumsy":

@@ -68,7 +68,7 @@ async def test_running_requests_notice_nothing(start: Start, how: signal.Signals
     """Streams go on, leases stay, what was granted is granted again, a question is put again."""
     backend = await start()
     streams = [
-        asyncio.create_task(tokens_of(backend, request(f"{n}", [SLOW, n], 400))) for n in range(4)
+        asyncio.create_task(tokens_of(backend, request(f"{n}", [SLOW, n], 200))) for n in range(4)
     ]
     held = await backend.acquire(ref("held"), "tenant")
     idle = await backend.acquire(ref("idle"), None)
@@ -86,7 +86,7 @@ async def test_running_requests_notice_nothing(start: Start, how: signal.Signals
     assert (await leases_of(backend))["held"] == 2, "the new process knows what is held"
     with pytest.raises(AdapterNotFound):
         await backend.acquire(ref("missing"), None)
-    assert all(len(tokens) == 400 for tokens in await asyncio.gather(*streams))
+    assert all(len(tokens) == 200 for tokens in await asyncio.gather(*streams))
     assert backend.alive and backend.failure is None
     for lease in (held, again):
         lease.release()

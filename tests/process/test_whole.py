@@ -6,9 +6,11 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+import pytest_asyncio
 
 from engine.adapters.ref import AdapterRef
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
@@ -18,7 +20,10 @@ from engine.process import LocalBackend, ProcessBackend
 from tests.process.fakes import AnyBackend, tokens_of, until
 from tests.tiny import make_adapter, make_model
 
-ADAPTERS = ("one", "two")
+PRELOADED = ("one", "two")
+ADAPTERS = (*PRELOADED, "three")
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -55,44 +60,74 @@ async def answers_of(backend: AnyBackend, root: str) -> list[list[int]]:
     return await asyncio.gather(*(one(name) for name in (None, *ADAPTERS)))
 
 
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def backends(config: EngineConfig) -> AsyncIterator[tuple[LocalBackend, ProcessBackend]]:
+    """One of each kind for several tests, with preloaded adapters."""
+    adapters = replace(config.adapters, preloaded_adapter_ids=PRELOADED)
+    config = replace(config, adapters=adapters)
+    local, processes = await LocalBackend.start(config), await ProcessBackend.start(config)
+    yield local, processes
+    await processes.close()
+    await local.close()
+
+
+async def test_preloaded_adapters_lie_on_the_device(
+    backends: tuple[LocalBackend, ProcessBackend],
+) -> None:
+    for backend in backends:
+        await tokens_of(backend, Request("r", [5], SamplingParams(), 5, []))
+        await until(lambda backend=backend: len(backend.stats.resident) == len(PRELOADED))
+        names = {name.rpartition("/")[2] for name, _, _ in backend.stats.resident}
+        assert names == set(PRELOADED)
+
+
 async def test_processes_say_what_one_process_says(
-    config: EngineConfig, caplog: pytest.LogCaptureFixture
+    backends: tuple[LocalBackend, ProcessBackend],
+    config: EngineConfig,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.ERROR)
     root = config.adapters.adapter_root[0]
     answers = []
-    for kind in (LocalBackend, ProcessBackend):
-        backend: AnyBackend = await kind.start(config)
-        try:
-            answers.append(await answers_of(backend, root))
-            with pytest.raises(AdapterNotFound):
-                await backend.acquire(AdapterRef((f"{root}/none",)), None)
-            with pytest.raises(InvalidRequest):
-                await tokens_of(backend, Request("bad", [10_000], SamplingParams(), 5, []))
-            assert all(a.state in ("ready", "failed") for a in await backend.adapters())
-        finally:
-            await backend.close()
+    for backend in backends:
+        answers.append(await answers_of(backend, root))
+        with pytest.raises(AdapterNotFound):
+            await backend.acquire(AdapterRef((f"{root}/none",)), None)
+        with pytest.raises(InvalidRequest):
+            await tokens_of(backend, Request("bad", [10_000], SamplingParams(), 5, []))
+        assert all(a.state in ("ready", "failed") for a in await backend.adapters())
     assert answers[0] == answers[1]
-    assert len({tuple(answer) for answer in answers[0]}) == 3
+    assert len({tuple(answer) for answer in answers[0]}) == 1 + len(ADAPTERS)
 
 
-@pytest.mark.parametrize("kind", [LocalBackend, ProcessBackend])
-async def test_preloaded_adapters_lie_on_the_device(
-    config: EngineConfig, kind: type[AnyBackend]
+async def test_a_new_exchange_serves_the_same(
+    backends: tuple[LocalBackend, ProcessBackend],
+    config: EngineConfig,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    adapters = replace(config.adapters, preloaded_adapter_ids=ADAPTERS)
-    backend = await kind.start(replace(config, adapters=adapters))
-    try:
-        await tokens_of(backend, Request("r", [5], SamplingParams(), 5, []))
-        await until(lambda: len(backend.stats.resident) == len(ADAPTERS))
-        assert {name.rpartition("/")[2] for name, _, _ in backend.stats.resident} == set(ADAPTERS)
-    finally:
-        await backend.close()
+    """Killed with preloaded adapters and one in use: all stay in place, and files are read again for others."""
+    caplog.set_level(logging.CRITICAL)
+    root = config.adapters.adapter_root[0]
+    _, backend = backends
+    before = await answers_of(backend, root)
+    held = await backend.acquire(AdapterRef(("three",)), None)
+    for restarts in (1, 2):
+        os.kill(backend.pids["exchange"] or 0, signal.SIGKILL)
+        assert await answers_of(backend, root) == before
+        await until(
+            lambda n=restarts: backend.exchange_restarts == n and not backend.exchange_away,
+            seconds=60,
+        )
+        assert await answers_of(backend, root) == before
+        assert (await backend.acquire(AdapterRef(("three",)), None)).image == held.image
+        (await backend.acquire(AdapterRef(("one",)), None)).release()
 
 
 @pytest.mark.parametrize("kind", [LocalBackend, ProcessBackend])
 async def test_preloaded_adapters_must_fit(config: EngineConfig, kind: type[AnyBackend]) -> None:
-    adapters = replace(config.adapters, preloaded_adapter_ids=ADAPTERS, adapter_memory_fraction=0.0)
+    adapters = replace(
+        config.adapters, preloaded_adapter_ids=PRELOADED, adapter_memory_fraction=0.0
+    )
     with pytest.raises(AdapterTooLarge, match="one"):
         await kind.start(replace(config, adapters=adapters))
 
@@ -101,28 +136,3 @@ async def test_missing_model_is_named() -> None:
     config = EngineConfig(model=ModelConfig(model_id="/nowhere/at/all"))
     with pytest.raises(ModelError, match="/nowhere/at/all"):
         await ProcessBackend.start(config)
-
-
-async def test_a_new_exchange_serves_the_same(
-    config: EngineConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Killed with a preloaded adapter and one in use: both stay in place, and files are read again for others."""
-    caplog.set_level(logging.CRITICAL)
-    root = config.adapters.adapter_root[0]
-    adapters = replace(config.adapters, preloaded_adapter_ids=("one",))
-    backend = await ProcessBackend.start(replace(config, adapters=adapters))
-    try:
-        before = await answers_of(backend, root)
-        held = await backend.acquire(AdapterRef(("two",)), None)
-        for restarts in (1, 2):
-            os.kill(backend.pids["exchange"] or 0, signal.SIGKILL)
-            assert await answers_of(backend, root) == before
-            await until(
-                lambda n=restarts: backend.exchange_restarts == n and not backend.exchange_away,
-                seconds=60,
-            )
-            assert await answers_of(backend, root) == before
-            assert (await backend.acquire(AdapterRef(("two",)), None)).image == held.image
-            (await backend.acquire(AdapterRef(("one",)), None)).release()
-    finally:
-        await backend.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import logging
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
 from engine.files import OpenFile
 from engine.sandbox import CannotRun, Converter, Crashed, LimitReached, convert, parent
+from engine.sandbox.call import Limits
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -166,6 +168,10 @@ POISON: dict[str, tuple[Callable[[Path], None], str]] = {
     "expanded": (save({"a": torch.ones(1).expand(1 << 40)}), "unpacks to more than"),
     "tied often": (save(dict.fromkeys("abcdefghi", torch.ones(1 << 18))), "unpacks to more than"),
     "code": (save({"a": os.system}), "more than tensors"),
+    "nonsense": (lambda path: path.write_bytes(b"nonsense"), "more than tensors"),
+    "list": (save([torch.ones(1)]), "not a dictionary of tensors"),
+    "text": (save({"a": "text"}), "not a dictionary of tensors"),
+    "meta": (save({"a": torch.ones(2, 2, device="meta")}), "not a dictionary of tensors"),
     "sparse": (save({"a": torch.eye(3).to_sparse()}), "not a dictionary of tensors"),
     "nested": (save({"a": {"b": torch.ones(3)}}), "not a dictionary of tensors"),
     "no name": (save({1: torch.ones(3)}), "with names"),
@@ -178,14 +184,14 @@ POISON: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", POISON)
+@pytest.mark.parametrize("kind", ["memory", "processor", "code"])
 def test_refused(
     kind: str, converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the reason; and asking again starts nothing."""
     make, words = POISON[kind]
     make(tmp_path / "x.bin")
-    monkeypatch.setattr(convert, "_CPU_S", 2 if kind == "processor" else 10)
+    monkeypatch.setattr(convert, "_CPU_S", 1 if kind == "processor" else 10)
     first = refusal(converter, tmp_path / "x.bin")
     assert words in first.message
     monkeypatch.setattr(convert, "run", None)
@@ -193,15 +199,27 @@ def test_refused(
     assert again.message == first.message and again.hint == first.hint
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
-def test_a_file_that_ends_early_is_not_refused_for_good(
-    part: float, converter: Converter, plain: Path
-) -> None:
+def test_what_the_child_refuses(tmp_path: Path) -> None:
+    """All that it finds itself, one after the other in one child."""
+    kinds = POISON.keys() - {"memory", "processor"}  # limits end the child
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for kind in kinds:
+            POISON[kind][0](tmp_path / kind)
+            files[kind] = stack.enter_context((tmp_path / kind).open("rb")).fileno()
+        limits = Limits(cpu_s=60, wall_s=600.0, memory_bytes=1 << 30)
+        answers = parent.run("tests.sandbox.conversions", files, {}, limits)
+    for kind in kinds:
+        assert POISON[kind][1] in answers[kind].get("refused", ""), (kind, answers[kind])
+
+
+def test_a_file_that_ends_early_is_not_refused_for_good(converter: Converter, plain: Path) -> None:
     """It is still being written: the next try may find all of it."""
     whole = plain.read_bytes()
-    plain.write_bytes(whole[: int(part * len(whole))])
-    with OpenFile(plain) as file, pytest.raises(AdapterLoadFailed, match="incomplete"):
-        converter.convert(file)
+    for part in (0.0, 0.5, 0.99):
+        plain.write_bytes(whole[: int(part * len(whole))])
+        with OpenFile(plain) as file, pytest.raises(AdapterLoadFailed, match="incomplete"):
+            converter.convert(file)
     plain.write_bytes(whole)
     assert converted(converter, plain)
 
@@ -237,24 +255,24 @@ def test_refusals_are_forgotten_in_turn(
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (CannotRun("no processes"), "no processes"),
-        (LimitReached("wall", "takes longer than 100 s"), "100 s"),
-        (Crashed("died of SIGBUS", signal.SIGBUS), "SIGBUS"),
-        ({"failed": "No space left on device"}, "No space left"),
-    ],
-)
+FAILURES: list[tuple[Any, str]] = [
+    (CannotRun("no processes"), "no processes"),
+    (LimitReached("wall", "takes longer than 100 s"), "100 s"),
+    (Crashed("died of SIGBUS", signal.SIGBUS), "SIGBUS"),
+    ({"failed": "No space left on device"}, "No space left"),
+]
+
+
 def test_failures_of_the_machine_are_not_remembered(
-    answer: Any, words: str, converter: Converter, plain: Path, monkeypatch: pytest.MonkeyPatch
+    converter: Converter, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, OpenFile(plain) as file:
-        calls = answers(patch, answer)
-        for _ in range(2):
-            with pytest.raises(AdapterLoadFailed, match=words):
-                converter.convert(file)
-        assert len(calls) == 2 and not list(converter._folder.iterdir())
+    for answer, words in FAILURES:
+        with monkeypatch.context() as patch, OpenFile(plain) as file:
+            calls = answers(patch, answer)
+            for _ in range(2):
+                with pytest.raises(AdapterLoadFailed, match=words):
+                    converter.convert(file)
+            assert len(calls) == 2 and not list(converter._folder.iterdir())
     assert converted(converter, plain)["a"].tolist() == [1, 1, 1]
 
 

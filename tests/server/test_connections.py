@@ -246,7 +246,7 @@ def test_more_connections_than_files() -> None:
 
 def test_no_descriptor_is_left() -> None:
     """For a while: then all are served that came meanwhile, and the log has a line."""
-    with program(200, hog=2.0) as (running, port):
+    with program(200, hog=1.0) as (running, port):
         assert running.stdout is not None
         assert running.stdout.readline() == "taken\n"
         assert ask(port).startswith(b"HTTP/1.1 200")

@@ -255,7 +255,7 @@ async def rounds(
     """`count` clients: half of them of all kinds in rounds, then the other half at once, whose body never comes."""
     chosen, kinds = random.Random(seed), list(KINDS)
     await asyncio.to_thread(bomb)
-    size = max(len(kinds), count // 8)
+    size = max(len(kinds), -(-count // 8))
     for start in range(0, count // 2, size):
         of_round: list[str] = []
         for i in range(start, min(start + size, count // 2)):

@@ -13,7 +13,9 @@ from tools.attack import configs, files, hub, pickles, tensors
 
 CONTENTS = pickles.KINDS | tensors.KINDS | configs.KINDS  # from a folder and from the hub
 MAY_SERVE = {"safetensors duplicate keys"}  # the last one counts, as the format's own reader has it
-SLOW = {"hub drips", "hub drips-facts", "hub silent", "hub endless"}
+SLOW = {
+    f"hub {manner}" for manner in ("drips", "drips-facts", "silent", "endless", "lies", "resets")
+}
 GOOD = "good"
 
 

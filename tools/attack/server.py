@@ -33,7 +33,7 @@ PREFERRED = {
     "--client-header-timeout-s": "5",
     "--client-body-timeout-s": "5",
     "--drain-timeout-s": "5",
-    "--adapter-load-timeout-s": "40",
+    "--adapter-load-timeout-s": "20",
 }
 
 
