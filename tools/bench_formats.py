@@ -3,7 +3,9 @@
     python -m tools.bench_formats [--shape mistral-7b] [--batch 64] [--adapters 8] [--rank 16] [--steps 100]
 
 Weights and adapters are random. Formats: LoRA on every linear of the layers; the same with DoRA; with own rows of 16
-tokens; with an own head. Then LoRA adapters decode, and new DoRA adapters are placed one after the other.
+tokens; with an own head. Then LoRA adapters decode, and new DoRA adapters are placed one after the other, with
+different numbers of base weights a step. The steps beside a placement are compared with those right before and behind
+it, since steps grow with the texts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from engine.platform import detect
 PROMPT, LONGEST, WARM_UP = 128, 4096, 30
 FORMATS = ("lora", "dora", "16 own rows", "own head")
 HEADS = 2  # adapters with an own head, each as large as the base's
-PLACED = 8  # DoRA adapters that are placed beside steps
+PLACED = 3  # DoRA adapters that are placed beside steps, with each number of weights
+WEIGHTS = (24, 64, 128)  # Mi of a step
+QUIET = 40  # steps without a placement, before and behind each
 
 
 class Random:
@@ -82,7 +86,8 @@ def images_of(
         form: [weights_of(form, layout, rank, random) for _ in range(count)]
         for form, count in counts.items()
     }
-    made["placed"] = [weights_of("dora", layout, rank, random) for _ in range(PLACED)]
+    placed = PLACED * len(WEIGHTS)
+    made["placed"] = [weights_of("dora", layout, rank, random) for _ in range(placed)]
     sizes = [aligned(image_size(one, layout).total) for of in made.values() for one in of]
     region = HostRegion.create(sum(sizes))
     refs: dict[str, list[AdapterImageRef]] = {}
@@ -134,7 +139,11 @@ def steps(engine: Engine, count: int) -> list[float]:
 
 
 def start(engine: Engine, name: str, refs: list[AdapterImageRef], batch: int) -> list[str]:
-    """Starts `batch` long requests and waits until all decode. Returns their ids."""
+    """Places the adapters, then starts `batch` long requests together. Returns their ids."""
+    for number, ref in enumerate(refs):
+        submit(engine, f"{name} first {number}", ref, 1)
+    while engine.has_work:
+        engine.step()
     ids = [f"{name} {number}" for number in range(batch)]
     for number, id in enumerate(ids):
         submit(engine, id, refs[number % len(refs)], LONGEST - PROMPT - 1)
@@ -142,6 +151,27 @@ def start(engine: Engine, name: str, refs: list[AdapterImageRef], batch: int) ->
         engine.step()
     steps(engine, WARM_UP)
     return ids
+
+
+def stop(engine: Engine, ids: list[str]) -> None:
+    for id in ids:
+        engine.cancel(id)
+    while engine.has_work:
+        engine.step()
+
+
+def beside(engine: Engine, name: str, ref: AdapterImageRef) -> tuple[float, float, float]:
+    """Places an adapter. Returns medians and 99th percentile of the steps' times, over those without; and seconds."""
+    before = steps(engine, QUIET)
+    placed, began, found = engine.stats.placed, time.perf_counter(), []
+    submit(engine, name, ref, 2)
+    while engine.stats.placed == placed:
+        found += steps(engine, 1)
+    took = time.perf_counter() - began
+    steps(engine, 8)
+    quiet = statistics.median(before + steps(engine, QUIET))
+    found.sort()
+    return statistics.median(found) / quiet, found[len(found) * 99 // 100] / quiet, took
 
 
 def main() -> None:
@@ -158,26 +188,18 @@ def main() -> None:
         median = statistics.median(steps(engine, given.steps))
         size = refs[form][0].data_bytes / 1e6
         print(f"{form:12} {len(refs[form])} adapters of {size:6.1f} MB: {median:7.3f} ms a step")
-        for id in ids:
-            engine.cancel(id)
-        steps(engine, 3)
-    start(engine, "quiet", refs["lora"], given.batch)
-    quiet = statistics.median(steps(engine, given.steps))
-    found, waits = [], []
-    for number, ref in enumerate(refs["placed"]):
-        placed, began = engine.stats.placed, time.perf_counter()
-        submit(engine, f"new {number}", ref, 2)
-        while engine.stats.placed == placed:
-            found += steps(engine, 1)
-        waits.append(time.perf_counter() - began)
-        steps(engine, 8)
-    found.sort()
-    median, slow = statistics.median(found), found[len(found) * 99 // 100]
-    print(f"step beside nothing      {quiet:7.3f} ms")
-    print(
-        f"step beside a DoRA norm  {median:7.3f} ms, {median / quiet:.3f} times; p99 {slow:.3f} ms"
-    )
-    print(f"a DoRA adapter is placed in {statistics.median(waits) * 1000:.0f} ms")
+        stop(engine, ids)
+    start(engine, "beside", refs["lora"], given.batch)
+    new = iter(refs["placed"])
+    placer = engine.runner.placer
+    for weights in WEIGHTS:
+        placer.busy = placer.busy._replace(weights=weights << 20)
+        found = [beside(engine, f"{weights} {number}", next(new)) for number in range(PLACED)]
+        median, slow, took = (statistics.median(column) for column in zip(*found, strict=True))
+        print(
+            f"{weights:3} Mi weights a step: steps beside a placement {median:.3f} times, 99th percentile {slow:.3f};"
+            f" placed in {took * 1000:.0f} ms"
+        )
     engine.close()
 
 
