@@ -139,8 +139,13 @@ def read_index(file: OpenFile) -> dict[str, str]:
     """
     if file.size > MAX_INDEX_BYTES:
         raise ValueError(f"it has {file.size} bytes, the limit is {MAX_INDEX_BYTES}")
+    return parse_index(file.read())
+
+
+def parse_index(text: bytes) -> dict[str, str]:
+    """As `read_index`, from the contents of an index of at most MAX_INDEX_BYTES."""
     try:
-        found = _INDEX_DECODER.decode(file.read()).weight_map
+        found = _INDEX_DECODER.decode(text).weight_map
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it cannot be read ({error})") from None
     shards = set(found.values())

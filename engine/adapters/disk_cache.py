@@ -77,7 +77,7 @@ class Transfer:
         self._stopped = True
 
 
-Fill = Callable[[Path, Transfer], None]  # reserves room and writes the two files into a folder
+Fill = Callable[[Path, Transfer], None]  # reserves room and writes the files into a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,22 +258,22 @@ class NewFile:
 
     def __init__(self, path: Path, size: int) -> None:
         """Reserves `size` bytes on disk. Raises OSError if the disk is full."""
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             if size:
-                os.posix_fallocate(self._fd, 0, size)
+                os.posix_fallocate(self.fd, 0, size)
         except BaseException:
-            os.close(self._fd)
+            os.close(self.fd)
             raise
 
     def write(self, data: bytes, offset: int) -> None:
         view = memoryview(data)
         while view:
-            count = os.pwrite(self._fd, view, offset)
+            count = os.pwrite(self.fd, view, offset)
             view, offset = view[count:], offset + count
 
     def truncate(self, size: int) -> None:
-        os.ftruncate(self._fd, size)
+        os.ftruncate(self.fd, size)
 
     def __enter__(self) -> NewFile:
         return self
@@ -281,9 +281,9 @@ class NewFile:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                os.fsync(self._fd)
+                os.fsync(self.fd)
         finally:
-            os.close(self._fd)
+            os.close(self.fd)
 
 
 def _name(version: Version, where: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -28,8 +29,9 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils.tqdm import tqdm
 
 from engine.adapters import hub_client
+from engine.adapters.hub_files import Integrity, discard, remove_unfinished
 from engine.adapters.ref import AdapterRef
-from engine.adapters.remote import first_line, is_transient, pause
+from engine.adapters.remote import DOWNLOADS, Check, corrupt, first_line, is_transient, pause
 from engine.adapters.sources import (
     FOLDERS,
     INDEX_NAME,
@@ -83,9 +85,11 @@ class HubSource(Source):
         ttl_s: float = 60.0,
         attempts: int = 4,
         backoff_s: float = 0.5,
+        check: Check | None = None,
     ) -> None:
         """`max_file_bytes`: limit of a weight file, checked before and during the download. `max_seconds`: limit of
-        one download. `attempts`: tries per call, `backoff_s` apart, doubling."""
+        one download. `attempts`: tries per call, `backoff_s` apart, doubling. `check` raises for a configuration that
+        is refused."""
         hub_client.install()
         self.ttl_s = ttl_s
         self._token = token
@@ -94,7 +98,10 @@ class HubSource(Source):
         self._max_seconds = max_seconds
         self._attempts = attempts
         self._backoff_s = backoff_s
+        self._check = check
+        self._integrity = Integrity()
         self._api = HfApi(endpoint=endpoint)
+        self._clean = threading.Lock()  # taken once, by the first `fetch`
 
     def tenant(self, token: str | None) -> bytes:
         effective = token or self._token
@@ -141,27 +148,34 @@ class HubSource(Source):
         )
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
+        self._clean_up()
         ref = AdapterRef((version.id,), self.name, version.revision)
-
         roots = [Path(version.cache).resolve()]
 
         def download(name: str, max_bytes: int) -> Path:
-            with hub_client.bounded(max_bytes, self._max_seconds):
-                path = self._try(
-                    lambda: self._api.hf_hub_download(
-                        version.id,
-                        name,
-                        revision=version.revision,
-                        cache_dir=version.cache,
-                        token=self._effective(token),
-                        tqdm_class=_reporter(progress),
+            for _ in range(DOWNLOADS):
+                with hub_client.bounded(max_bytes, self._max_seconds):
+                    path = self._try(
+                        lambda: self._api.hf_hub_download(
+                            version.id,
+                            name,
+                            revision=version.revision,
+                            cache_dir=version.cache,
+                            token=self._effective(token),
+                            tqdm_class=_reporter(progress),
+                        )
                     )
-                )
-            return Path(path)
+                if self._integrity.holds(Path(path)):
+                    return Path(path)
+                discard(Path(path))
+            raise corrupt(f"{name} of {ref.name} on the hub", "hash")
 
         left = version.num_bytes or self._max_file_bytes or sys.maxsize
         try:
             config = download(config_of(version.weights), CONFIG_BYTES)
+            if self._check is not None:
+                with OpenFile(config, roots) as opened:
+                    self._check(opened)
             if not version.weights.endswith(INDEX_NAME):
                 weights = download(version.weights, left)
             else:
@@ -181,6 +195,13 @@ class HubSource(Source):
         except _Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
         return open_files(config, weights, roots, version.revision)
+
+    def _clean_up(self) -> None:
+        """Removes what killed processes left, at the first download of this process."""
+        if self._clean.acquire(blocking=False):
+            tenants = Path(self._cache) / TENANT_FOLDER
+            for cache in (Path(self._cache), *tenants.glob("*")):
+                remove_unfinished(cache)
 
     def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
         """The hub's answer for this tenant. For gated repositories, checks that the tenant may download the files."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from engine.adapters.disk_cache import DiskCache
 from engine.adapters.https import HttpsSource
 from engine.adapters.hub import HubSource
 from engine.adapters.pbase import PbaseSource
 from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import check_rank
 from engine.adapters.s3 import S3Source
 from engine.adapters.schemes import SchemeSource
 from engine.adapters.sources import DemoSource, LocalSource, Source, Version
@@ -37,13 +39,17 @@ def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dic
         int(adapters.adapter_disk_cache_gb * GIB),
         adapters.adapter_load_timeout_s,
     )
-    s3 = S3Source(cache, endpoint=adapters.s3_endpoint_url, max_file_bytes=max_file_bytes)
+    check = partial(check_rank, max_rank=adapters.max_adapter_rank)
+    s3 = S3Source(
+        cache, endpoint=adapters.s3_endpoint_url, max_file_bytes=max_file_bytes, check=check
+    )
     table: list[Source] = [
         LocalSource(adapters.adapter_root),
         HubSource(
             config.model.hub_token,
             config.model.huggingface_hub_cache,
             max_file_bytes=max_file_bytes,
+            check=check,
             max_seconds=adapters.adapter_load_timeout_s,
         ),
         s3,
@@ -55,9 +61,11 @@ def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dic
         ),
     ]
     if adapters.adapter_hosts:
-        table.append(HttpsSource(cache, adapters.adapter_hosts, max_file_bytes=max_file_bytes))
+        table.append(
+            HttpsSource(cache, adapters.adapter_hosts, max_file_bytes=max_file_bytes, check=check)
+        )
     for scheme in adapters.adapter_schemes:
-        table.append(SchemeSource(scheme, cache, max_file_bytes=max_file_bytes))
+        table.append(SchemeSource(scheme, cache, max_file_bytes=max_file_bytes, check=check))
     if config.model.model_id == DEMO:
         table.insert(0, DemoSource(DEMO_FOLDER / "adapters"))
     return {source.name: source for source in table}

@@ -1,37 +1,29 @@
 """Adapters in S3, or in any object store with its interface: `s3://bucket/folder`.
 
 The server's own credentials are used for every request, so any client may name any adapter that they can read. A
-version is a digest of the etags and sizes of its two files, so a replaced adapter is a new version. Both files are
-downloaded in ranges, each on the condition that its etag is still the same.
+version is a digest of the etags and sizes of its files, so a replaced adapter is a new version. Files are downloaded in
+ranges, each on the condition that the etag is still the same, and then compared with the checksums of the object.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
+from engine.adapters.checksums import Checksum, can_compute
+from engine.adapters.disk_cache import DiskCache, Transfer
 from engine.adapters.ref import AdapterRef
-from engine.adapters.remote import changed, first_line, pause, revision_of
-from engine.adapters.sources import (
-    CONFIG_NAME,
-    AdapterFiles,
-    Progress,
-    Source,
-    Version,
-    find_single_file,
-)
+from engine.adapters.remote import Check, changed, first_line, pause
+from engine.adapters.store import Listing, StoredFile, StoreSource, Target
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
     AdapterNotFound,
-    AdapterTooLarge,
 )
 
 T = TypeVar("T")
@@ -41,9 +33,13 @@ PART_BYTES = 16 << 20  # larger files are downloaded in parts of this size
 THREADS = 4  # parts of one adapter that are downloaded at the same time
 MAX_KEYS = 1000  # files of one folder whose names begin with `adapter_`
 PIECE_BYTES = 1 << 18
+MAX_PARTS = 256  # of an object whose parts are compared one by one
 MIN_REVISION = 8  # characters of a digest that name a revision
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")  # no ARN, which names other services
+_ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[0-9]{1,5}))?"?')
+_CHECKSUMS = ("sha256", "sha1", "crc64nvme", "crc32c", "crc32")  # the strongest first
+_NO_PARTS = (400, 405, 416, 501)  # answers of stores that do not tell the sizes of parts
 _FORBIDDEN = {
     "AccessDenied",
     "AllAccessDisabled",
@@ -55,27 +51,7 @@ _FORBIDDEN = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Object:
-    key: str
-    etag: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """The two files of an adapter."""
-
-    bucket: str
-    config: _Object
-    weights: _Object
-
-    @property
-    def revision(self) -> str:
-        return revision_of((one.key, one.etag, one.size) for one in (self.config, self.weights))
-
-
-class S3Source(Source):
+class S3Source(StoreSource):
     """See the module. boto3 is imported at the first request."""
 
     name = "s3"
@@ -92,13 +68,12 @@ class S3Source(Source):
         backoff_s: float = 0.5,
         part_bytes: int = PART_BYTES,
         read_s: float = READ_S,
+        check: Check | None = None,
     ) -> None:
-        """`endpoint`: None is AWS, or what AWS's own variables and files say. `max_file_bytes`: limit of a weight
-        file. `attempts`: tries per call, `backoff_s` apart, doubling."""
-        self.ttl_s = ttl_s
-        self._cache = cache
+        """`endpoint`: None is AWS, or what AWS's own variables and files say. `attempts`: tries per call,
+        `backoff_s` apart, doubling. For the others see `StoreSource`."""
+        super().__init__(cache, max_file_bytes, ttl_s, check)
         self._endpoint = endpoint
-        self._max_file_bytes = max_file_bytes
         self._attempts = attempts
         self._backoff_s = backoff_s
         self._part_bytes = part_bytes
@@ -106,41 +81,10 @@ class S3Source(Source):
         self._made: Any = None
         self._lock = threading.Lock()
 
-    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
-        listing = self._find(ref)
-        size = listing.weights.size
-        if self._max_file_bytes is not None and size > self._max_file_bytes:
-            raise AdapterTooLarge(
-                f"{listing.weights.key} has {size} bytes; the limit is {self._max_file_bytes} bytes",
-                field="adapter_id",
-                hint="raise --host-cache-gb",
-            )
-        if listing.config.size > CONFIG_BYTES:
-            raise AdapterTooLarge(
-                f"{listing.config.key} has {listing.config.size} bytes; the limit is {CONFIG_BYTES} bytes",
-                field="adapter_id",
-            )
-        folder = listing.config.key.removesuffix(CONFIG_NAME).strip("/")
-        return Version(
-            self.name,
-            f"{listing.bucket}/{folder}".rstrip("/"),
-            revision=listing.revision,
-            weights=listing.weights.key.rpartition("/")[2],
-            num_bytes=size,
-        )
+    def _where(self) -> str:
+        return str(self._endpoint or self._client().meta.endpoint_url)
 
-    def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
-        def fill(folder: Path, transfer: Transfer) -> None:
-            listing = self._list(version.id)
-            if listing is None or listing.revision != version.revision:
-                raise changed(f"s3://{version.id}")
-            transfer.reserve(listing.config.size + listing.weights.size)
-            self._download(listing, version.weights, folder, transfer)
-
-        where = str(self._endpoint or self._client().meta.endpoint_url)
-        return self._cache.fetch(version, where, progress, fill)
-
-    def _find(self, ref: AdapterRef) -> _Listing:
+    def _find(self, ref: AdapterRef) -> Listing:
         """The files of a reference. A folder's name may contain @; else @ is followed by a version's digest."""
         listing = self._list(ref.name)
         if listing is None and ref.revision and (current := self._list(ref.id)) is not None:
@@ -159,46 +103,36 @@ class S3Source(Source):
             )
         return listing
 
-    def _list(self, path: str) -> _Listing | None:
-        """The two files of a folder; None if nothing lies there. Raises AdapterIncompatible if others do."""
-        bucket, _, folder = path.partition("/")
-        if not _BUCKET.fullmatch(bucket):
-            raise AdapterNotFound(
-                f"{bucket!r} is not the name of a bucket",
-                field="adapter_id",
-                hint="use s3://bucket/folder",
+    def _look(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        return {file.name: file for file in self._keys(folder, "adapter_", MAX_KEYS)}
+
+    def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
+        return next((file for file in self._keys(folder, name, 1) if file.name == name), None)
+
+    def _exists(self, folder: str) -> bool:
+        return bool(self._keys(folder, "", 1))
+
+    def _keys(self, path: str, name: str, limit: int) -> list[StoredFile]:
+        """The first files of a folder whose names begin with `name`."""
+        bucket, prefix = _split(path)
+
+        def list_objects() -> list[StoredFile]:
+            answer = self._client().list_objects_v2(
+                Bucket=bucket, Prefix=prefix + name, Delimiter="/", MaxKeys=limit
             )
-        folder = folder.strip("/")
-        start = f"{folder}/" if folder else ""
+            return [
+                StoredFile(one["Key"].removeprefix(prefix), one["ETag"], int(one["Size"]))
+                for one in answer.get("Contents", [])
+            ]
 
-        def list_keys(prefix: str, limit: int) -> list[_Object]:
-            client = self._client()
-            answer = client.list_objects_v2(
-                Bucket=bucket, Prefix=prefix, Delimiter="/", MaxKeys=limit
-            )
-            found = answer.get("Contents", [])
-            return [_Object(one["Key"], one["ETag"], int(one["Size"])) for one in found]
+        return self._call(path, list_objects)
 
-        files = {
-            one.key.removeprefix(start): one
-            for one in self._call(path, lambda: list_keys(f"{start}adapter_", MAX_KEYS))
-        }
-        if not files and not self._call(path, lambda: list_keys(start, 1)):
-            return None
-        weights = find_single_file(files, f"{self.prefix}{path}")
-        return _Listing(bucket, files[CONFIG_NAME], files[weights])
-
-    def _download(self, listing: _Listing, weights: str, folder: Path, transfer: Transfer) -> None:
-        """Downloads both files. The first failure ends the other parts."""
-        with (
-            NewFile(folder / CONFIG_NAME, listing.config.size) as config,
-            NewFile(folder / weights, listing.weights.size) as other,
-            ThreadPoolExecutor(THREADS, "adapter-s3-part") as pool,
-        ):
+    def _download(self, folder: str, file: StoredFile, target: Target, transfer: Transfer) -> None:
+        """Downloads a file in parts, several at a time. The first failure ends the others."""
+        starts = range(0, file.size, self._part_bytes)
+        with ThreadPoolExecutor(THREADS, "adapter-s3-part") as pool:
             parts = [
-                pool.submit(self._part, listing.bucket, one, file, start, transfer)
-                for one, file in ((listing.config, config), (listing.weights, other))
-                for start in range(0, one.size, self._part_bytes)
+                pool.submit(self._part, folder, file, target, start, transfer) for start in starts
             ]
             try:
                 for part in parts:
@@ -209,24 +143,24 @@ class S3Source(Source):
                 raise
 
     def _part(
-        self, bucket: str, one: _Object, file: NewFile, start: int, transfer: Transfer
+        self, folder: str, file: StoredFile, target: Target, start: int, transfer: Transfer
     ) -> None:
         """Downloads a part of a file, again after a broken transfer."""
-        end = min(start + self._part_bytes, one.size)
-        is_whole = end - start == one.size  # botocore checks the checksum of a whole file
-        asked = {} if is_whole else {"Range": f"bytes={start}-{end - 1}"}
-        path = f"{bucket}/{one.key}"
+        bucket, prefix = _split(folder)
+        end = min(start + self._part_bytes, file.size)
+        asked = {} if end - start == file.size else {"Range": f"bytes={start}-{end - 1}"}
+        path = f"{folder}/{file.name}"
 
         def get() -> None:
             answer = self._client().get_object(
-                Bucket=bucket, Key=one.key, IfMatch=one.etag, **asked
+                Bucket=bucket, Key=prefix + file.name, IfMatch=file.stamp, **asked
             )
             body, at = answer["Body"], start
             try:
                 while piece := body.read(PIECE_BYTES):
                     if at + len(piece) > end:
                         break
-                    file.write(piece, at)
+                    target.write(piece, at)
                     at += len(piece)
                     transfer.wrote(len(piece))
             finally:
@@ -243,6 +177,48 @@ class S3Source(Source):
             get()
 
         self._call(path, get_repeatedly)
+
+    def _checksums(self, folder: str, file: StoredFile) -> Sequence[Checksum]:
+        """The checksums of the whole object, else its etag where that is made of MD5."""
+        path = f"{folder}/{file.name}"
+        head = self._call(
+            path, lambda: self._head(folder, file, IfMatch=file.stamp, ChecksumMode="ENABLED")
+        )
+        listed = {name: head.get(f"Checksum{name.upper()}") for name in _CHECKSUMS}
+        found = [
+            Checksum(name, base64.b64decode(value))
+            for name, value in listed.items()
+            if value and "-" not in value and can_compute(name)  # -5: of five parts' checksums
+        ]
+        if found:
+            return found
+        etag = _ETAG.fullmatch(file.stamp)
+        if etag is None or not _is_md5(head, folder):
+            return ()
+        if etag["parts"] is None:
+            return (Checksum("md5", bytes.fromhex(etag["md5"])),)
+        return self._parts(folder, file, bytes.fromhex(etag["md5"]), int(etag["parts"]))
+
+    def _parts(self, folder: str, file: StoredFile, md5: bytes, count: int) -> Sequence[Checksum]:
+        """The checksum of an object that was uploaded in parts, if the store tells their sizes."""
+        from botocore.exceptions import ClientError
+
+        def sizes() -> tuple[int, ...]:
+            numbers = range(1, count + 1) if count <= MAX_PARTS else ()
+            try:
+                heads = [self._head(folder, file, PartNumber=number) for number in numbers]
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in _NO_PARTS:
+                    raise
+                return ()
+            return tuple(int(head["ContentLength"]) for head in heads)
+
+        found = self._call(f"{folder}/{file.name}", sizes)
+        return (Checksum("md5", md5, found),) if found and sum(found) == file.size else ()
+
+    def _head(self, folder: str, file: StoredFile, **asked: Any) -> Any:
+        bucket, prefix = _split(folder)
+        return self._client().head_object(Bucket=bucket, Key=prefix + file.name, **asked)
 
     def _call(self, path: str, call: Callable[[], T]) -> T:
         """The result of a call; botocore repeats it after transient failures. Raises AdapterError."""
@@ -301,6 +277,26 @@ class S3Source(Source):
                 f"cannot use S3: {first_line(error)}",
                 hint="check AWS_REGION, AWS_PROFILE and --s3-endpoint-url",
             ) from None
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The bucket, and what the keys of a folder begin with. Raises AdapterNotFound for an impossible name."""
+    bucket, _, folder = path.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise AdapterNotFound(
+            f"{bucket!r} is not the name of a bucket",
+            field="adapter_id",
+            hint="use s3://bucket/folder",
+        )
+    folder = folder.strip("/")
+    return bucket, f"{folder}/" if folder else ""
+
+
+def _is_md5(head: Any, folder: str) -> bool:
+    """Whether etags are made of the contents' MD5: not for some encryptions, nor in directory buckets."""
+    encrypted = head.get("ServerSideEncryption", "AES256") != "AES256"
+    bucket = folder.partition("/")[0]
+    return not encrypted and "SSECustomerAlgorithm" not in head and not bucket.endswith("--x-s3")
 
 
 class _CutOff(Exception):

@@ -6,35 +6,29 @@ deadline ends their request.
 
 from __future__ import annotations
 
+import base64
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
+from engine.adapters.checksums import Checksum
+from engine.adapters.disk_cache import DiskCache, Transfer
 from engine.adapters.ref import AdapterRef
-from engine.adapters.remote import changed, first_line, pause, revision_of
-from engine.adapters.sources import (
-    CONFIG_NAME,
-    WEIGHT_NAMES,
-    AdapterFiles,
-    Progress,
-    Source,
-    Version,
-    find_single_file,
-)
+from engine.adapters.remote import Check, changed, first_line, pause
+from engine.adapters.sources import Version
+from engine.adapters.store import Listing, StoredFile, StoreSource, Target
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
     AdapterLoadFailed,
     AdapterNotFound,
-    AdapterTooLarge,
     ConfigError,
 )
 
 T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
+MD5_BYTES = 16
 # Schemes with a source of their own, or that would open the server's own disk.
 _INSTEAD = {
     "file": "use --adapter-root",
@@ -69,6 +63,7 @@ _STAMPS = (
     "md5Hash",
     "content_md5",
     "mtime",
+    "modificationTime",
     "last_modified",
     "LastModified",
     "updated",
@@ -76,7 +71,7 @@ _STAMPS = (
 )
 
 
-class SchemeSource(Source):
+class SchemeSource(StoreSource):
     """The adapters of one scheme. See the module."""
 
     def __init__(
@@ -88,6 +83,7 @@ class SchemeSource(Source):
         ttl_s: float = 60.0,
         attempts: int = 3,
         backoff_s: float = 0.5,
+        check: Check | None = None,
     ) -> None:
         """`scheme`: without `://`. its package is imported at the first request. Raises ConfigError for a scheme
         that fsspec does not have, that has a source of its own, or that wraps other schemes."""
@@ -104,93 +100,80 @@ class SchemeSource(Source):
             )
         self.name = scheme
         self.prefix = f"{scheme}://"
-        self.ttl_s = ttl_s
+        super().__init__(cache, max_file_bytes, ttl_s, check)
         self._package = str(known_implementations.get(scheme, {}).get("err", ""))
-        self._cache = cache
-        self._max_file_bytes = max_file_bytes
         self._attempts = attempts
         self._backoff_s = backoff_s
         self._made: Any = None
         self._lock = threading.Lock()
 
-    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
-        place = ref.name.strip("/")
-        files = self._find(place)
-        weights = next(name for name in files if name != CONFIG_NAME)
-        for name, limit in ((CONFIG_NAME, CONFIG_BYTES), (weights, self._max_file_bytes)):
-            size = int(files[name]["size"])
-            if limit is not None and size > limit:
-                raise AdapterTooLarge(
-                    f"{name} of {self.prefix}{place} has {size} bytes; the limit is {limit} bytes",
-                    field="adapter_id",
-                )
-        return Version(
-            self.name,
-            place,
-            revision=_revision(files),
-            weights=weights,
-            num_bytes=int(files[weights]["size"]),
-        )
-
-    def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
-        def fill(folder: Path, transfer: Transfer) -> None:
-            files = self._find(version.id)
-            if _revision(files) == version.revision:
-                transfer.reserve(sum(int(info["size"]) for info in files.values()))
-                for name, info in files.items():
-                    with NewFile(folder / name, int(info["size"])) as target:
-                        self._download(version.id, name, int(info["size"]), target, transfer)
-                files = self._find(version.id)
-            if _revision(files) != version.revision:
-                raise changed(f"{self.prefix}{version.id}")
-
-        return self._cache.fetch(version, "", progress, fill)
-
-    def _find(self, place: str) -> dict[str, dict[str, Any]]:
-        """What the store says about the two files, the configuration first."""
-        found: dict[str, dict[str, Any]] = {}
-        for name in (CONFIG_NAME, *WEIGHT_NAMES):
-            try:
-                info = self._call(place, lambda name=name: self._info(place, name))  # type: ignore[misc]
-            except AdapterNotFound:
-                if name == CONFIG_NAME:
-                    raise
-                continue
-            found[name] = info
-            if name != CONFIG_NAME:
-                break
-        find_single_file(found, f"{self.prefix}{place}")
-        return found
-
-    def _info(self, place: str, name: str) -> dict[str, Any]:
-        store = self._store()
-        store.invalidate_cache()
-        info: dict[str, Any] = store.info(f"{place}/{name}")
-        size = info.get("size")
-        if info.get("type") != "file" or not isinstance(size, int) or _stamp(info) is None:
-            raise AdapterLoadFailed(
-                f"{self.prefix}{place}/{name} has no size, or nothing that shows when it changed"
+    def _find(self, ref: AdapterRef) -> Listing:
+        folder = ref.name.rstrip("/")
+        listing = self._list(folder)
+        if listing is None:
+            raise AdapterNotFound(
+                f"there is no adapter in {self.prefix}{folder}",
+                field="adapter_id",
+                hint="give the folder of adapter_config.json",
             )
-        return info
+        return listing
 
-    def _download(
-        self, place: str, name: str, size: int, target: NewFile, transfer: Transfer
-    ) -> None:
+    def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
+        info = self._info(folder, name)
+        if info is None:
+            return None
+        size, stamp = info.get("size"), _stamp(info)
+        if info.get("type") != "file" or not isinstance(size, int) or stamp is None:
+            raise AdapterLoadFailed(
+                f"{self.prefix}{folder}/{name} has no size, or nothing that shows when it changed"
+            )
+        return StoredFile(name, stamp, size)
+
+    def _info(self, folder: str, name: str) -> dict[str, Any] | None:
+        """What the store says of a file; None if it does not exist."""
+
+        def ask() -> dict[str, Any]:
+            store = self._store()
+            store.invalidate_cache()
+            info: dict[str, Any] = store.info(f"{folder}/{name}")
+            return info
+
+        try:
+            return self._call(folder, ask)
+        except AdapterNotFound:
+            return None
+
+    def _download(self, folder: str, file: StoredFile, target: Target, transfer: Transfer) -> None:
         """Downloads one file, again after a transient failure of the store; those of our own disk are raised."""
-        with self._call(place, lambda: self._store().open(f"{place}/{name}", "rb")) as file:
+        path = f"{folder}/{file.name}"
+        with self._call(folder, lambda: self._store().open(path, "rb")) as opened:
             at = 0
-            while at <= size:
-                piece = self._call(place, lambda: file.read(PIECE_BYTES))
-                if not piece or at + len(piece) > size:
+            while at <= file.size:
+                piece = self._call(folder, lambda: opened.read(PIECE_BYTES))
+                if not piece or at + len(piece) > file.size:
                     break
                 target.write(piece, at)
                 at += len(piece)
                 transfer.wrote(len(piece))
-        if piece or at != size:
+        if piece or at != file.size:
             raise AdapterLoadFailed(
-                f"{self.prefix}{place}/{name} does not have the size that was listed",
+                f"{self.prefix}{path} does not have the size that was listed",
                 hint="try again later",
             )
+
+    def _checksums(self, folder: str, file: StoredFile) -> Sequence[Checksum]:
+        """The MD5 that Google Cloud Storage and some others list."""
+        listed = (self._info(folder, file.name) or {}).get("md5Hash")
+        try:
+            digest = base64.b64decode(listed or "", validate=True)
+        except (TypeError, ValueError):
+            return ()
+        return (Checksum("md5", digest),) if len(digest) == MD5_BYTES else ()
+
+    def _confirm(self, version: Version) -> None:
+        listing = self._list(version.id)
+        if listing is None or listing.revision != version.revision:
+            raise changed(f"{self.prefix}{version.id}")
 
     def _call(self, place: str, call: Callable[[], T]) -> T:
         """The result of a call of the store, repeated after failures that may be transient. Raises AdapterError."""
@@ -239,7 +222,3 @@ class SchemeSource(Source):
 
 def _stamp(info: dict[str, Any]) -> str | None:
     return next((f"{key}={info[key]}" for key in _STAMPS if info.get(key)), None)
-
-
-def _revision(files: dict[str, dict[str, Any]]) -> str:
-    return revision_of((name, str(_stamp(info)), info["size"]) for name, info in files.items())

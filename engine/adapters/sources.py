@@ -129,18 +129,6 @@ def find_weights(names: Iterable[str], where: str) -> str:
     raise _not_an_adapter(present, where)
 
 
-def find_single_file(names: Iterable[str], where: str) -> str:
-    """As `find_weights`, for sources that download two files: raises AdapterIncompatible for weights in several."""
-    name = find_weights(names, where)
-    if name.endswith(INDEX_NAME):
-        raise AdapterIncompatible(
-            f"{where} has its weights in several files, which this source does not download",
-            field=INDEX_NAME,
-            hint="save the adapter as one file (save_pretrained with a larger max_shard_size)",
-        )
-    return name
-
-
 def _not_an_adapter(present: set[str], where: str) -> AdapterIncompatible:
     """What the files are instead, and the remedy."""
     field, what, hint = CONFIG_NAME, f"has no {CONFIG_NAME}", _SAVE_WITH_PEFT
@@ -174,10 +162,16 @@ def shard_names(index: OpenFile) -> list[str]:
     try:
         return sorted(set(read_index(index).values()))
     except ValueError as error:
-        why = shown(str(error), MAX_SHOWN * 2)
-        raise AdapterIncompatible(f"{index.name} is damaged: {why}", hint=RESAVE) from None
+        raise damaged(index.name, str(error)) from None
     except OSError as error:
         raise AdapterLoadFailed(f"cannot read {index.name}: {error.strerror}") from None
+
+
+def damaged(index: str, why: str) -> AdapterIncompatible:
+    """The error for an index that cannot be used."""
+    return AdapterIncompatible(
+        f"{index} is damaged: {shown(why, MAX_SHOWN * 2)}", field=INDEX_NAME, hint=RESAVE
+    )
 
 
 def list_files(folder: Path) -> list[str]:

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
+from tests.adapters.halt import Halt, flipped
+
 
 @dataclass
 class Repo:
@@ -42,6 +44,8 @@ class FakeHub:
         self.broken = 0  # so many answers have the status `broken_status`
         self.broken_status = 503
         self.stopped = False
+        self.halt = Halt()
+        self.corrupt = 0  # so many bodies of weights have another byte
         self.tokens = {"alice", "bob", "operator"}  # valid ones
         hub = self
 
@@ -136,7 +140,10 @@ class FakeHub:
             return _send(request, 404, b"", body, headers | {"X-Error-Code": "EntryNotFound"})
         data = files[wanted]
         headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
-        return _send(request, 200, data, body, headers)
+        if body and self.corrupt and "adapter_model" in wanted:
+            self.corrupt -= 1
+            data = flipped(data)
+        _send(request, 200, data, body, headers, self.halt)
 
 
 def _send(
@@ -145,11 +152,12 @@ def _send(
     data: bytes,
     body: bool,
     headers: dict[str, str] | None = None,
+    halt: Halt | None = None,
 ) -> None:
     request.send_response(status)
     for key, value in (headers or {}).items():
         request.send_header(key, value)
     request.send_header("Content-Length", str(len(data)))
     request.end_headers()
-    if body:
+    if body and not (halt and halt.write(request, data)):
         request.wfile.write(data)

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from moto.s3 import models
 from moto.server import ThreadedMotoServer
+
+from tests.adapters.halt import Halt, flipped
 
 BUCKET = "loras"
 
@@ -31,6 +34,9 @@ class FakeS3:
             def do_GET(self) -> None:
                 fake._answer(self)
 
+            def do_HEAD(self) -> None:
+                fake._answer(self)
+
             def log_message(self, *args: object) -> None:
                 pass
 
@@ -39,6 +45,7 @@ class FakeS3:
         self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
 
     def start(self) -> None:
+        models.S3_UPLOAD_PART_MIN_SIZE = 256
         self._moto.start()
         threading.Thread(target=self._proxy.serve_forever, args=(0.01,), daemon=True).start()
         port = self._moto._server.server_port  # type: ignore[union-attr]
@@ -57,11 +64,14 @@ class FakeS3:
     def _forget(self) -> None:
         self.requests: Counter[str] = Counter()
         self.broken = 0
-        self.fault: int | str = 503  # a status, or `cut`: the body ends in its middle
+        # A status; or `cut`: the body ends in its middle; or `corrupt`: one of its bytes is another.
+        self.fault: int | str = 503
         self.code = "SlowDown"
         self.body: bytes | None = None  # of a broken answer with a status
         self.where = ""
         self.delay_s = 0.0  # between two pieces of a body
+        self.add_headers: dict[str, str] = {}  # to answers of HEAD for weights
+        self.halt = Halt()
 
     def reset(self) -> None:
         """No faults, no objects."""
@@ -76,6 +86,12 @@ class FakeS3:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             self.put(f"{key}/{name}", (folder / name).read_bytes())
 
+    def forget_checksum(self, key: str) -> None:
+        """Makes an object one that was stored without an additional checksum."""
+        for account in models.s3_backends.values():
+            stored = account["aws"].head_object(BUCKET, key)
+            stored.checksum_algorithm = stored.checksum_value = None
+
     @property
     def downloads(self) -> int:
         """Requests for a weight file."""
@@ -83,21 +99,22 @@ class FakeS3:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         with self._lock:
-            self.requests[request.path] += 1
+            self.requests[request.path] += request.command == "GET"
             is_broken = self.broken > 0 and self.where in request.path
+            is_broken &= request.command == "GET"
             self.broken -= is_broken
-        if is_broken and self.fault != "cut":
+        if is_broken and isinstance(self.fault, int):
             body = self.body
             if body is None:
                 body = f"<Error><Code>{self.code}</Code><Message>fault</Message></Error>".encode()
-            request.send_response(int(self.fault))
+            request.send_response(self.fault)
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
             request.wfile.write(body)
             return
         upstream = http.client.HTTPConnection(*self._upstream, timeout=10)
         headers = {key: value for key, value in request.headers.items() if key != "Host"}
-        upstream.request("GET", request.path, headers=headers)
+        upstream.request(request.command, request.path, headers=headers)
         answer = upstream.getresponse()
         body = answer.read()
         upstream.close()
@@ -105,9 +122,17 @@ class FakeS3:
         for key, value in answer.getheaders():
             if key.lower() not in ("connection", "content-length", "server", "date"):
                 request.send_header(key, value)
-        request.send_header("Content-Length", str(len(body)))
+        length = answer.headers.get("Content-Length") if request.command == "HEAD" else None
+        request.send_header("Content-Length", length or str(len(body)))
+        if request.command == "HEAD" and "adapter_model" in request.path:
+            for key, value in self.add_headers.items():
+                request.send_header(key, value)
         request.end_headers()
-        end = len(body) // 2 if is_broken else len(body)
+        if self.halt.write(request, body):
+            return
+        if self.fault == "corrupt" and is_broken:
+            body = flipped(body)
+        end = len(body) // 2 if is_broken and self.fault == "cut" else len(body)
         step = 1 << 10 if self.delay_s else 1 << 20
         try:
             for start in range(0, end, step):

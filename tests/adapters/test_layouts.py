@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine.adapters.exchange import Exchange
 from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
-from engine.adapters.sources import CONFIG_NAME, INDEX_NAME, LocalSource, Source, find_single_file
+from engine.adapters.sources import LocalSource, Source
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
@@ -293,12 +293,3 @@ def test_a_deleted_adapter_is_not_found(
     with pytest.raises(AdapterNotFound):
         source.resolve(AdapterRef.parse("plain"), None)
     assert not hub.requests
-
-
-def test_sources_of_two_files_refuse_shards() -> None:
-    """They would download the index alone."""
-    with pytest.raises(AdapterIncompatible, match="in several files") as caught:
-        find_single_file([CONFIG_NAME, INDEX_NAME], "s3://bucket/a")
-    assert caught.value.hint
-    whole = find_single_file([CONFIG_NAME, INDEX_NAME, "adapter_model.safetensors"], "x")
-    assert whole == "adapter_model.safetensors"

@@ -2,96 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from engine.adapters import pbase as module
-from engine.adapters.disk_cache import FOLDER, DiskCache
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.pbase import PbaseSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.s3 import S3Source
 from engine.errors import AdapterError, AdapterForbidden, AdapterLoadFailed, AdapterNotFound
+from tests.adapters.fake_pbase import FakeApi
 
 if TYPE_CHECKING:
     from tests.adapters.fake_s3 import FakeS3
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from engine.adapters.disk_cache import DiskCache
-from engine.adapters.pbase import PbaseSource
-from engine.adapters.ref import AdapterRef
-from engine.adapters.s3 import S3Source
-below = S3Source(DiskCache(Path(sys.argv[1])), endpoint=sys.argv[2], part_bytes=500)
-source = PbaseSource(below, sys.argv[3], bucket="loras")
-version = source.resolve(AdapterRef.parse("pirat/3"), "alice")
-source.fetch(version, "alice", lambda done, total: print(done, flush=True))
-"""
-
-
-class FakeApi:
-    """Answers by path: a status and a body. Only the token `alice` is valid."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, bytes]] = {}
-        self.requests: Counter[str] = Counter()
-        self.failures = 0  # answers with status 503 first
-        self.delay_s = 0.0  # between two bytes
-        self.redirect: str | None = None
-        api = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                api._answer(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def has(self, path: str, **fields: object) -> None:
-        self.answers[path] = (200, json.dumps(fields).encode())
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.requests[request.path] += 1
-        status, body = self.answers.get(request.path, (404, b"{}"))
-        if request.headers.get("Authorization") != "Bearer alice":
-            status, body = 401, b"{}"
-        if self.failures:
-            self.failures -= 1
-            status = 503
-        if self.redirect:
-            status = 302
-        try:
-            request.send_response(status)
-            if self.redirect:
-                request.send_header("Location", self.redirect)
-            request.send_header("Content-Length", str(len(body)))
-            request.end_headers()
-            for start in range(0, len(body), 1 if self.delay_s else len(body) or 1):
-                request.wfile.write(body[start : start + 1] if self.delay_s else body)
-                time.sleep(self.delay_s)
-        except OSError:
-            pass
 
 
 @pytest.fixture
@@ -197,25 +126,3 @@ def test_no_server_and_bad_names(api: FakeApi, source: PbaseSource) -> None:
     with pytest.raises(AdapterLoadFailed) as caught:
         load(source, "pirat/3")
     assert "--predibase-gateway-endpoint" in (caught.value.hint or "")
-
-
-def test_killed_during_the_download(
-    api: FakeApi, source: PbaseSource, s3: FakeS3, saved: Path, tmp_path: Path
-) -> None:
-    s3.delay_s = 0.1
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), s3.url, api.url],
-        cwd=Path(__file__).resolve().parents[2],
-        stdout=subprocess.PIPE,
-    )
-    assert program.stdout is not None
-    for _ in range(3):
-        assert program.stdout.readline().strip(), "it ended before it was killed"
-    program.kill()
-    program.wait()
-    program.stdout.close()
-    left = tmp_path / FOLDER
-    assert len(list(left.glob("*.tmp"))) == 1
-    s3.delay_s = 0.0
-    assert load(source, "pirat/3") == (saved / "a" / WEIGHTS).read_bytes()
-    assert not list(left.glob("*.tmp"))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
+import base64
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from tests.adapters.fake_s3 import FakeS3
 
 LAYOUT = tiny.llama_layout("bfloat16")
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -292,42 +290,6 @@ def test_eviction(s3: FakeS3, make: Make, saved: Path, tmp_path: Path) -> None:
     assert residue(tmp_path) == []
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from engine.adapters.disk_cache import DiskCache
-from engine.adapters.ref import AdapterRef
-from engine.adapters.s3 import S3Source
-source = S3Source(DiskCache(Path(sys.argv[1])), endpoint=sys.argv[2], part_bytes=500)
-version = source.resolve(AdapterRef.parse("loras/team/a"), None)
-source.fetch(version, None, lambda done, total: print(done, flush=True))
-"""
-
-
-@pytest.mark.parametrize("pieces", [1, 4, 9])
-def test_killed_during_the_download(
-    s3: FakeS3, make: Make, saved: Path, tmp_path: Path, pieces: int
-) -> None:
-    """After a SIGKILL in the middle, the next load is right and removes what was left."""
-    s3.delay_s = 0.1
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), s3.url],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        env={**os.environ},
-    )
-    assert program.stdout is not None
-    for _ in range(pieces):
-        assert program.stdout.readline().strip(), "it ended before it was killed"
-    program.send_signal(signal.SIGKILL)
-    program.wait()
-    program.stdout.close()
-    assert len(residue(tmp_path)) == 1
-    s3.delay_s = 0.0
-    assert load(make()) == (saved / "a" / WEIGHTS).read_bytes()
-    assert residue(tmp_path) == []
-
-
 def test_a_download_in_progress_is_no_residue(s3: FakeS3, make: Make, tmp_path: Path) -> None:
     """A second process neither removes nor waits for it."""
     s3.delay_s = 0.05
@@ -339,3 +301,67 @@ def test_a_download_in_progress_is_no_residue(s3: FakeS3, make: Make, tmp_path: 
     load(make(), "loras/team/a-b")
     thread.join()
     assert residue(tmp_path) == []
+
+
+def crc64(data: bytes, value: int = 0) -> int:
+    """CRC-64/NVME, bit by bit, with the interface of awscrt."""
+    value ^= (1 << 64) - 1
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x9A6C9329AC4BC9B5 if value & 1 else 0)
+    return value ^ ((1 << 64) - 1)
+
+
+def upload(s3: FakeS3, kind: str, data: bytes) -> str:
+    """Stores the weights of `team/a` in one manner; returns the algorithm that they can be compared by."""
+    key = {"Bucket": "loras", "Key": f"team/a/{WEIGHTS}"}
+    if kind in ("SHA256", "SHA1", "CRC32"):
+        s3.client.put_object(**key, Body=data, ChecksumAlgorithm=kind)
+        return kind.lower()
+    if kind == "parts":
+        size = 700
+        id = s3.client.create_multipart_upload(**key)["UploadId"]
+        parts = []
+        for number, start in enumerate(range(0, len(data), size), 1):
+            piece = {"PartNumber": number, "UploadId": id, "Body": data[start : start + size]}
+            parts.append(
+                {"PartNumber": number, "ETag": s3.client.upload_part(**key, **piece)["ETag"]}
+            )
+        s3.client.complete_multipart_upload(**key, UploadId=id, MultipartUpload={"Parts": parts})
+        s3.add_headers["x-amz-checksum-crc32"] = "AAAAAA==-5"  # of the parts' checksums
+        return "md5"
+    s3.client.put_object(**key, Body=data)
+    s3.forget_checksum(f"team/a/{WEIGHTS}")
+    if kind == "CRC64NVME":
+        s3.add_headers["x-amz-checksum-crc64nvme"] = base64.b64encode(
+            crc64(data).to_bytes(8, "big")
+        ).decode()
+        return "crc64nvme"
+    if kind == "KMS":
+        s3.add_headers["x-amz-server-side-encryption"] = "aws:kms"
+        return ""
+    return "md5"
+
+
+KINDS = ["SHA256", "SHA1", "CRC32", "CRC64NVME", "MD5", "parts", "KMS"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checksums_of_objects(
+    s3: FakeS3, make: Make, saved: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tmp_path: Path
+) -> None:
+    """An object that is downloaded in ranges is compared as a whole, with whatever its store lists."""
+    data = (saved / "a" / WEIGHTS).read_bytes()
+    monkeypatch.setitem(sys.modules, "awscrt.checksums", SimpleNamespace(crc64nvme=crc64))
+    algorithm = upload(s3, kind, data)
+    source = make(part_bytes=1500)
+    s3.where, s3.fault, s3.broken = "adapter_model", "corrupt", 1000
+    if algorithm:
+        with pytest.raises(AdapterLoadFailed, match=f"corrupt: its {algorithm} is not"):
+            load(source)
+        assert not residue(tmp_path)
+        s3.broken = 1
+    else:  # there is nothing to compare it with
+        s3.broken = 0
+    assert load(source) == data

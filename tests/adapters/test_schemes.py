@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,25 @@ def test_replaced_during_loading(
     with pytest.raises(AdapterLoadFailed, match="changed during loading"):
         source.fetch(version, None, lambda done, total: None)
     assert list((tmp_path / FOLDER).glob("*.tmp")) == []
+
+
+def test_a_listed_md5_is_compared(
+    store: MemoryFileSystem, source: SchemeSource, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Google Cloud Storage lists it."""
+    data, real = (saved / "a" / WEIGHTS).read_bytes(), MemoryFileSystem.info
+    listed = base64.b64encode(hashlib.md5(data).digest()).decode()
+
+    def info(self: MemoryFileSystem, path: str, **more: object) -> dict[str, object]:
+        found: dict[str, object] = real(self, path, **more)
+        return found | ({"md5Hash": listed} if path.endswith(WEIGHTS) else {})
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    assert load(source) == data
+    store.pipe_file(f"/team/b/{CONFIG}", b"{}")
+    store.pipe_file(f"/team/b/{WEIGHTS}", data[:-1] + b"x")
+    with pytest.raises(AdapterLoadFailed, match="corrupt: its md5"):
+        load(source, "team/b")
 
 
 @pytest.mark.parametrize(

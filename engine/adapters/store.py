@@ -1,0 +1,232 @@
+"""What sources of plain files share: an adapter is a folder of files that a store describes and downloads one by one.
+
+The configuration is downloaded first. Sizes and rank are checked before any weights are. Each file is compared with the
+checksums that the store lists; a file that differs is downloaded once more. Weights may be in several files, with an
+index that names them.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from engine.adapters.checksums import Checksum
+from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
+from engine.adapters.ref import AdapterRef
+from engine.adapters.remote import DOWNLOADS, Check, changed, corrupt, revision_of
+from engine.adapters.sources import (
+    CONFIG_NAME,
+    FOLDERS,
+    INDEX_NAME,
+    WEIGHT_NAMES,
+    AdapterFiles,
+    Progress,
+    Source,
+    Version,
+    damaged,
+    find_weights,
+)
+from engine.errors import AdapterIncompatible, AdapterTooLarge
+from engine.files import OpenFile
+from engine.safetensors import MAX_INDEX_BYTES, parse_index
+
+RESOLVE_S = 30.0  # limit of one `resolve`
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file as its store describes it."""
+
+    name: str
+    stamp: str  # changes with the contents
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of one adapter, all in one folder."""
+
+    folder: str
+    config: StoredFile
+    weights: StoredFile  # the only weight file, or the index of several
+    shards: tuple[StoredFile, ...] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.size for file in (self.weights, *self.shards))
+
+    @property
+    def revision(self) -> str:
+        files = (self.config, self.weights, *self.shards)
+        return revision_of((file.name, file.stamp, file.size) for file in files)
+
+
+class Target(Protocol):
+    """Where a download goes."""
+
+    def write(self, data: bytes, offset: int) -> None: ...
+
+
+class StoreSource(Source):
+    """See the module. A store implements `_find`, `_describe` and `_download`."""
+
+    def __init__(
+        self, cache: DiskCache, max_file_bytes: int | None, ttl_s: float, check: Check | None
+    ) -> None:
+        """`max_file_bytes`: limit of an adapter's weights. `check` raises for a configuration that is refused."""
+        self.ttl_s = ttl_s
+        self._cache = cache
+        self._max_file_bytes = max_file_bytes
+        self._check = check
+
+    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        listing = self._find(ref)
+        limits = (
+            (listing.config.name, listing.config.size, CONFIG_BYTES, None),
+            ("weights", listing.weight_bytes, self._max_file_bytes, "raise --host-cache-gb"),
+        )
+        for name, size, limit, hint in limits:
+            if limit is not None and size > limit:
+                raise AdapterTooLarge(
+                    f"{name} of {self._shown(listing.folder)}: {size} bytes; the limit is {limit} bytes",
+                    field="adapter_id",
+                    hint=hint,
+                )
+        return Version(
+            self.name,
+            listing.folder,
+            revision=listing.revision,
+            weights=listing.weights.name,
+            num_bytes=listing.weight_bytes,
+        )
+
+    def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
+        def fill(folder: Path, transfer: Transfer) -> None:
+            listing = self._list(version.id)
+            if listing is None or listing.revision != version.revision:
+                raise changed(self._shown(version.id))
+            transfer.reserve(listing.config.size + listing.weight_bytes)
+            self._save(listing.folder, listing.config, folder, transfer)
+            if self._check is not None:
+                with OpenFile(folder / CONFIG_NAME) as config:
+                    self._check(config)
+            for file in (listing.weights, *listing.shards):
+                self._save(listing.folder, file, folder, transfer)
+            self._confirm(version)
+
+        return self._cache.fetch(version, self._where(), progress, fill)
+
+    @abstractmethod
+    def _find(self, ref: AdapterRef) -> Listing:
+        """The files of a reference. Raises AdapterNotFound, or as `resolve`."""
+
+    @abstractmethod
+    def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
+        """One file; None if it does not exist."""
+
+    @abstractmethod
+    def _download(self, folder: str, file: StoredFile, target: Target, transfer: Transfer) -> None:
+        """Downloads exactly `file.size` bytes. Raises AdapterLoadFailed if the file has changed."""
+
+    def _look(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        """The configuration and what may be weights, by name; without a configuration the rest does not matter."""
+        found = {}
+        for name in (CONFIG_NAME, *WEIGHT_NAMES):
+            if (file := self._describe(folder, name, end_by)) is not None:
+                found[name] = file
+            if (file is None) == (
+                name == CONFIG_NAME
+            ):  # no configuration, or the preferred weights
+                break
+        return found
+
+    def _exists(self, folder: str) -> bool:
+        """Whether anything lies in a folder without a configuration, as far as the store can say."""
+        return False
+
+    def _checksums(self, folder: str, file: StoredFile) -> Sequence[Checksum]:
+        """What the store lists of a file's contents."""
+        return ()
+
+    def _confirm(self, version: Version) -> None:
+        """Raises AdapterLoadFailed if the files changed during the download, where `_download` cannot tell."""
+
+    def _where(self) -> str:
+        """What else the contents depend on, such as an endpoint."""
+        return ""
+
+    def _shown(self, folder: str) -> str:
+        return f"{self.prefix}{folder}"
+
+    def _list(self, folder: str) -> Listing | None:
+        """The files of the adapter in a folder, or in Ludwig's folder below it; None if nothing lies there.
+
+        Raises AdapterIncompatible if other files lie there.
+        """
+        end_by = time.monotonic() + RESOLVE_S
+        folder = folder.rstrip("/")
+        for below in FOLDERS:
+            at = f"{folder}/{below}".rstrip("/")
+            files = self._look(at, end_by)
+            if CONFIG_NAME in files:
+                break
+        else:
+            if not self._exists(folder):
+                return None
+        weights = files[find_weights(files, self._shown(folder))]
+        shards = self._shards(at, weights, files, end_by) if weights.name == INDEX_NAME else ()
+        return Listing(at, files[CONFIG_NAME], weights, shards)
+
+    def _shards(
+        self, folder: str, index: StoredFile, files: dict[str, StoredFile], end_by: float
+    ) -> tuple[StoredFile, ...]:
+        """The files that an index names. The index is small, so it is read before any of them is looked up."""
+        where = f"{self._shown(folder)}/{index.name}"
+        if index.size > MAX_INDEX_BYTES:
+            raise damaged(where, f"it has {index.size} bytes, the limit is {MAX_INDEX_BYTES}")
+        text = _Memory(index.size)
+        transfer = Transfer(end_by, lambda done, total: None, lambda num_bytes: None)
+        self._download(folder, index, text, transfer)
+        try:
+            names = sorted(set(parse_index(bytes(text.data)).values()))
+        except ValueError as error:
+            raise damaged(where, str(error)) from None
+        shards = []
+        for name in names:
+            file = files.get(name) or self._describe(folder, name, end_by)
+            if file is None:
+                raise AdapterIncompatible(
+                    f"{where} names {name}, which does not exist",
+                    field=index.name,
+                    hint="upload every file of the adapter",
+                )
+            shards.append(file)
+        return tuple(shards)
+
+    def _save(self, folder: str, file: StoredFile, into: Path, transfer: Transfer) -> None:
+        """Downloads a file and checks it, twice if its checksum differs the first time."""
+        path = into / file.name
+        for _ in range(DOWNLOADS):
+            with NewFile(path, file.size) as target:
+                self._download(folder, file, target, transfer)
+                checksums = self._checksums(folder, file)
+                failed = [one for one in checksums if not one.matches(target.fd, file.size)]
+            if not failed:
+                return
+            path.unlink()
+            transfer.wrote(-file.size)
+        raise corrupt(f"{self._shown(folder)}/{file.name}", failed[0].algorithm)
+
+
+class _Memory:
+    """A small file in memory."""
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+
+    def write(self, data: bytes, offset: int) -> None:
+        self.data[offset : offset + len(data)] = data

@@ -1,0 +1,196 @@
+"""What holds for every source over a network: layouts, limits before the download, checksums, a source that is down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.adapters.disk_cache import FOLDER
+from engine.adapters.hub import HubSource
+from engine.adapters.ref import AdapterRef
+from engine.adapters.registry import make_sources
+from engine.adapters.remote import check_rank
+from engine.adapters.sources import LocalSource
+from engine.config import AdapterConfig, EngineConfig, ModelConfig
+from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
+from engine.files import OpenFile
+from tests.adapters.fake_hub import FakeHub, Repo
+from tests.adapters.halt import flipped
+from tests.adapters.stores import STORES, Store, contents, store
+from tests.adapters.test_layouts import shard
+
+CONFIG, WEIGHTS, INDEX = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.safetensors.index.json",
+)
+
+
+@pytest.fixture(params=STORES)
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    with store(request.param, request.getfixturevalue, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def root(saved: Path, tmp_path: Path) -> Path:
+    """The same adapter in every layout."""
+    for name in ("plain", "sharded", "ludwig/model/model_weights", "both/model/model_weights"):
+        shutil.copytree(saved / "a", tmp_path / "root" / name)
+    shard(tmp_path / "root/sharded")
+    shard(tmp_path / "root/both/model/model_weights", 2)
+    return tmp_path / "root"
+
+
+def entries(cache: Path) -> list[Path]:
+    """What is in the disk cache, complete or not."""
+    return [path for path in (cache / FOLDER).glob("*") if path.is_dir()]
+
+
+def test_layouts(served: Store, root: Path, tmp_path: Path) -> None:
+    """Every layout gives the bytes of the local folder, and the second time nothing is downloaded."""
+    local, source = LocalSource([root]), served.source(tmp_path / "cache")
+    for layout in ("plain", "sharded", "ludwig", "both"):
+        served.put(contents(root / layout) | {"other.safetensors": b"x", "README.md": b"x"})
+        want = served.load(local, local.resolve(AdapterRef((layout,)), None))
+        assert served.load(source) == want, layout
+        before = served.downloads("adapter_model")
+        assert served.load(source) == want
+        again = 1 if layout in ("sharded", "both") and source.name != "hub" else 0
+        assert served.downloads("adapter_model") - before == again, "only the index is read again"
+    assert not served.downloads("README") and not served.downloads("other")
+
+
+def test_a_sharded_adapter_that_changes(served: Store, root: Path, tmp_path: Path) -> None:
+    """Another shard is another version."""
+    files = contents(root / "sharded")
+    served.put(files)
+    source = served.source(tmp_path / "cache")
+    version = served.resolve(source)
+    name = next(name for name in files if "-00002-" in name)
+    served.put(files | {name: files[name] + b" "})
+    assert served.resolve(source).revision != version.revision
+
+
+def listing(*names: str) -> bytes:
+    weights = {str(number): name for number, name in enumerate(names)}
+    return json.dumps({"weight_map": weights}).encode()
+
+
+BROKEN = {
+    "outside": (listing("../plain/" + WEIGHTS), "not a safetensors file of"),
+    "address": (listing("https://host/x.safetensors"), "not a safetensors file of"),
+    "many": (listing(*(f"{number}.safetensors" for number in range(33))), "the limit is 32"),
+    "missing": (listing("none.safetensors"), "none.safetensors"),
+    "nothing": (listing(), "names no file"),
+    "nonsense": (b"[1", "is damaged"),
+    "large": (b" " * ((16 << 20) + 1), "16777216"),
+}
+
+
+@pytest.mark.parametrize("served", ["s3", "https", "webhdfs"], indirect=True)
+def test_broken_indexes(served: Store, root: Path, tmp_path: Path) -> None:
+    """Refused before any weights are downloaded, and an index without bounds is not read."""
+    files, source = contents(root / "sharded"), served.source(tmp_path / "cache")
+    for case, (index, words) in BROKEN.items():
+        served.put(files | {INDEX: index})
+        before = served.downloads(INDEX)
+        with pytest.raises(AdapterIncompatible) as caught:
+            served.load(source)
+        assert words in caught.value.message and caught.value.hint, case
+        assert served.downloads(INDEX) - before == (case != "large")
+    assert not served.downloads("adapter_model-") and not entries(tmp_path / "cache")
+
+
+def config_with(files: dict[str, bytes], **fields: object) -> bytes:
+    return json.dumps(json.loads(files[CONFIG]) | fields).encode()
+
+
+def test_ranks_before_the_download(served: Store, root: Path, tmp_path: Path) -> None:
+    """The same limit that the parser has; at the limit it is served."""
+    files = contents(root / "sharded")
+    source = served.source(tmp_path / "cache", check=partial(check_rank, max_rank=64))
+    for fields, words in (({"r": 65}, "r is 65"), ({"rank_pattern": {"x": 65}}, "rank_pattern x")):
+        served.put(files | {CONFIG: config_with(files, **fields)})
+        with pytest.raises(AdapterIncompatible, match=words) as caught:
+            served.load(source)
+        assert "--max-adapter-rank 65" in (caught.value.hint or "")
+    assert served.downloads(CONFIG) and not served.downloads("adapter_model-")
+    assert not entries(tmp_path / "cache")
+    served.put(files | {CONFIG: config_with(files, r=64)})
+    assert served.load(source)
+
+
+def test_sizes_before_the_download(served: Store, root: Path, tmp_path: Path) -> None:
+    """The limit is for all files of the weights together."""
+    files = contents(root / "sharded")
+    served.put(files)
+    total = sum(len(data) for name, data in files.items() if "adapter_model" in name)
+    with pytest.raises(AdapterTooLarge, match="the limit is") as caught:
+        served.load(served.source(tmp_path / "cache", max_file_bytes=total // 2))
+    assert "--host-cache-gb" in (caught.value.hint or "")
+    assert not served.downloads("adapter_model-") and not entries(tmp_path / "cache")
+    assert served.load(served.source(tmp_path / "cache", max_file_bytes=total))
+
+
+def test_the_limits_of_a_server(tmp_path: Path) -> None:
+    """Every source over a network gets them from the settings."""
+    config = EngineConfig(
+        model=ModelConfig(huggingface_hub_cache=str(tmp_path)),
+        adapters=AdapterConfig(
+            adapter_hosts=("x",),
+            adapter_schemes=("gs",),
+            max_adapter_rank=2,
+            s3_endpoint_url="http://x",
+        ),
+    )
+    (tmp_path / CONFIG).write_text('{"r": 3}')
+    sources = make_sources(config, 5)
+    for name in ("hub", "s3", "https", "gs"):
+        source: Any = sources[name]
+        assert source._max_file_bytes == 5
+        with (
+            OpenFile(tmp_path / CONFIG) as file,
+            pytest.raises(AdapterIncompatible, match="r is 3"),
+        ):
+            source._check(file)
+
+
+@pytest.mark.parametrize("served", ["hub", "s3", "pbase"], indirect=True)
+def test_corrupt_bodies(served: Store, root: Path, tmp_path: Path) -> None:
+    """The right length and another byte: downloaded again once, then refused and not kept."""
+    files = contents(root / "plain")
+    served.put(files)
+    assert served.corrupt is not None
+    served.corrupt(1000)
+    source = served.source(tmp_path / "cache")
+    with pytest.raises(AdapterLoadFailed) as caught:
+        served.load(source)
+    assert caught.value.hint and served.downloads(WEIGHTS) == 2
+    broken = [path for path in (tmp_path / "cache").rglob("*") if "adapter_model" in path.name]
+    assert not broken and not entries(tmp_path / "cache")
+    served.corrupt(1)
+    assert served.load(source) == [files[CONFIG], files[WEIGHTS]]
+    assert served.downloads(WEIGHTS) == 4
+
+
+def test_a_file_of_the_hubs_cache_that_decayed(root: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """Found at the first use in a process, and downloaded again."""
+    files = contents(root / "plain")
+    hub.repos["org/x"] = repo = Repo()
+    repo.commit(files)
+    for number in range(2):
+        source = HubSource(None, tmp_path / "cache", endpoint=hub.url, attempts=1)
+        version = source.resolve(AdapterRef.parse("org/x"), None)
+        for _ in range(2):
+            with source.fetch(version, None, lambda done, total: None) as found:
+                assert found.weights.read() == files[WEIGHTS]
+        assert hub.count(f"GET org/x/resolve/{version.revision}/{WEIGHTS}") == number + 1
+        path = found.weights.path.resolve()
+        path.write_bytes(flipped(files[WEIGHTS]))
