@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +31,8 @@ from engine.adapters.sources import (
     damaged,
     find_weights,
 )
-from engine.errors import AdapterIncompatible, AdapterTooLarge
+from engine.adapters.text_files import TEXT_FILES, check_size
+from engine.errors import AdapterForbidden, AdapterIncompatible, AdapterTooLarge
 from engine.files import OpenFile
 from engine.safetensors import MAX_INDEX_BYTES, parse_index
 
@@ -54,6 +56,7 @@ class Listing:
     config: StoredFile
     weights: StoredFile  # the only weight file, or the index of several
     shards: tuple[StoredFile, ...] = ()
+    texts: tuple[StoredFile, ...] = ()  # those of TEXT_FILES that exist
 
     @property
     def weight_bytes(self) -> int:
@@ -61,7 +64,7 @@ class Listing:
 
     @property
     def revision(self) -> str:
-        files = (self.config, self.weights, *self.shards)
+        files = (self.config, self.weights, *self.shards, *self.texts)
         return revision_of((file.name, file.stamp, file.size) for file in files)
 
 
@@ -96,6 +99,8 @@ class StoreSource(Source):
                     field="adapter_id",
                     hint=hint,
                 )
+        for file in listing.texts:
+            check_size(file.name, file.size, self._shown(listing.folder))
         return Version(
             self.name,
             listing.folder,
@@ -109,12 +114,13 @@ class StoreSource(Source):
             listing = self._list(version.id)
             if listing is None or listing.revision != version.revision:
                 raise changed(self._shown(version.id))
-            transfer.reserve(listing.config.size + listing.weight_bytes)
+            texts = sum(file.size for file in listing.texts)
+            transfer.reserve(listing.config.size + listing.weight_bytes + texts)
             self._save(listing.folder, listing.config, folder, transfer)
             if self._check is not None:
                 with OpenFile(folder / CONFIG_NAME) as config:
                     self._check(config)
-            for file in (listing.weights, *listing.shards):
+            for file in (*listing.texts, listing.weights, *listing.shards):
                 self._save(listing.folder, file, folder, transfer)
             self._confirm(version)
 
@@ -179,7 +185,15 @@ class StoreSource(Source):
                 return None
         weights = files[find_weights(files, self._shown(folder))]
         shards = self._shards(at, weights, files, end_by) if weights.name == INDEX_NAME else ()
-        return Listing(at, files[CONFIG_NAME], weights, shards)
+        return Listing(at, files[CONFIG_NAME], weights, shards, self._texts(at, end_by))
+
+    def _texts(self, folder: str, end_by: float) -> tuple[StoredFile, ...]:
+        """Those of TEXT_FILES that exist. Some stores answer that a file which does not exist is forbidden."""
+        found = []
+        for name in TEXT_FILES:
+            with suppress(AdapterForbidden):
+                found.append(self._describe(folder, name, end_by))
+        return tuple(file for file in found if file is not None)
 
     def _shards(
         self, folder: str, index: StoredFile, files: dict[str, StoredFile], end_by: float
