@@ -56,6 +56,30 @@ class AdapterImageRef(Struct, frozen=True):
     name: str = ""  # for logs and metrics only
     source: str = ""  # where it was found, for responses
     merged: bool = False  # from several adapters
+    vocab: int = 0  # its vocabulary, if its own rows change it; 0: that of the base
+
+
+class AddedToken(Struct, frozen=True):
+    """A token that a tokenizer finds before its model sees the text; the fields are those of tokenizer.json."""
+
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+class AdapterText(Struct, frozen=True):
+    """How an adapter's text becomes tokens and back, where that differs from the base model."""
+
+    digest: bytes  # of the other fields
+    tokens: tuple[
+        AddedToken, ...
+    ] = ()  # added, or in place of the base's tokens with the same ids; by id
+    template: str | None = None  # Jinja, of a stranger; None: the base's
+    specials: dict[str, str] | None = None  # name, such as eos_token -> content; None: the base's
 
 
 class Request(Struct, frozen=True):

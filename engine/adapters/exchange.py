@@ -155,10 +155,12 @@ class Exchange:
                 name=ref.name,
                 source=what.source,
                 merged=ref.recipe is not None,
+                vocab=adapter.size.vocab,
             ),
             what.salt,
             lambda: self._room.release(image),
             fresh_s,
+            adapter.text,
         )
 
     def adopt(

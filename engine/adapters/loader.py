@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from engine.adapters.own_text import TextReader
 from engine.adapters.refusals import Refusals
 from engine.adapters.resolved import Resolved, all_of
 from engine.adapters.room import Room
@@ -35,6 +36,7 @@ from engine.lora.image import ImageSize, image_size, write_image
 from engine.lora.merge import Part, merge
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
+from engine.messages import AdapterText
 from engine.ops.layout import ShardLayout
 from engine.sandbox import Converter, is_pickle
 
@@ -63,6 +65,7 @@ class AdapterState:
     seconds: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     merged: bool = False
+    text: AdapterText | None = None  # None: the base model's
 
 
 class _Attempt:
@@ -118,6 +121,7 @@ class Loader:
         self._parsers = Workers(parse_threads(device), "adapter-parse")
         self._mergers = Workers(max(1, parse_threads(device) // 2), "adapter-merge")
         self._refused = Refusals()
+        self._texts = TextReader(config.model)
         self._closing = False
 
     @property
@@ -158,6 +162,7 @@ class Loader:
             started = time.monotonic()
             weights = await self._weights(attempt, what, files, held, pause)
             size = adapter.size = image_size(weights, self._layout)
+            notes = weights.notes + await self._text(attempt, adapter, what, files)
             opened = time.monotonic() - started
             offset = await self._room.reserve(adapter.name, size.total)
             reserved.callback(self._room.abandon, offset)
@@ -176,7 +181,7 @@ class Loader:
         adapter.targets = list(count_targets(weights, self._layout.targets))
         adapter.base_model = weights.base_model
         adapter.seconds["parse"] = time.monotonic() - started
-        for note in weights.notes:
+        for note in notes:
             logger.info("%s: %s", adapter.name, note)
         return image
 
@@ -214,6 +219,24 @@ class Loader:
         parts = [Part(*part) for part in zip(what.names, found, strict=True)]
         max_rank = self._config.adapters.max_adapter_rank
         return merge(parts, what.recipe, max_rank=max_rank, pause=pause)
+
+    async def _text(
+        self,
+        attempt: _Attempt,
+        adapter: AdapterState,
+        what: Resolved,
+        files: Sequence[AdapterFiles],
+    ) -> list[str]:
+        """Reads an adapter's own text; returns notes. A merge uses the base model's."""
+        if what.recipe is not None or not files[0].texts:
+            return []
+        assert adapter.size is not None
+        vocab = adapter.size.vocab or self._layout.targets.vocab
+        found = await attempt.run(self._parsers, self._texts.read, files[0].texts, vocab)
+        adapter.text = found.text
+        for file in files[0].texts:
+            file.close()
+        return list(found.notes)
 
     async def _matched(
         self, attempt: _Attempt, files: AdapterFiles, held: ExitStack, pause: Callable[[], None]

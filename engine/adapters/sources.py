@@ -327,7 +327,9 @@ def open_files(
     made_of = "-".join(file.fingerprint for file in (*opened, *shards, *texts))
     if shards or texts:
         made_of = hashlib.sha256(made_of.encode()).hexdigest()
-    return AdapterFiles(config.parent, *opened, revision or made_of, tuple(shards), tuple(texts))
+    return AdapterFiles(
+        config.parent, opened[0], opened[1], revision or made_of, tuple(shards), tuple(texts)
+    )
 
 
 def _open(path: Path, roots: tuple[Path, ...] | None) -> OpenFile:

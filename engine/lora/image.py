@@ -51,6 +51,7 @@ class ImageSize:
     record_bytes: int
     data_bytes: int
     stacked_rank: int  # largest stacked rank of any group
+    vocab: int = 0  # the adapter's vocabulary, if it is not the base's
 
     @property
     def data_start(self) -> int:
