@@ -96,17 +96,17 @@ def check_ids(
     `size`: of the vocabulary.
     """
     ids = {token.id for token in own}
-    highest = -1
+    highest, seen = -1, dict[str, int]()
     for id in sorted(added):
         content = added[id].content
-        given = vocabulary.get(content, max(highest + 1, size))
+        given = seen.get(content, vocabulary.get(content, max(highest + 1, size)))
         if given != id and id in ids:
             raise AdapterIncompatible(
                 f"tokenizer.json: the added token {shown(content)!r} has the id {id}; loaded, it would have {given}",
                 field="added_tokens",
                 hint=RESAVE_TOKENIZER,
             )
-        highest = max(highest, given)
+        highest, seen[content] = max(highest, given), given
 
 
 def _added(raw: msgspec.Raw) -> dict[int, AddedToken]:
