@@ -9,15 +9,17 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from engine.adapters.loaded_tokenizer import loaded_effects
 from engine.adapters.text_files import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from engine.adapters.tokenizer_file import (
     MAX_CONTENT,
     PARTS,
-    POST_PROCESSOR,
     RESAVE_TOKENIZER,
     TokenizerFile,
     check_ids,
@@ -55,11 +57,25 @@ class _Settings:
     specials: Mapping[str, str] | None = None  # None: there is no tokenizer_config.json
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Base:
+    folder: Path
     tokenizer: TokenizerFile | None  # None: the base model has no tokenizer.json
     template: str | None
     specials: Mapping[str, str]
+
+    @cached_property
+    def loaded(self) -> Mapping[str, bytes] | None:
+        """What the parts of its tokenizer do as transformers loads it, and saves it again; None: unknown."""
+        return loaded_effects(str(self.folder))
+
+    def compare(self, file: TokenizerFile) -> list[str]:
+        """The parts of an adapter's tokenizer that do something else."""
+        assert self.tokenizer is not None, "there is something to compare with"
+        other = _differing(file, self.tokenizer.effects)
+        if not set(other) & set(PARTS) or not file.vocabulary or self.loaded is None:
+            return other
+        return min(other, _differing(file, self.loaded), key=len)
 
 
 class TextReader:
@@ -102,7 +118,7 @@ class TextReader:
         tokens: tuple[AddedToken, ...] = ()
         if TOKENIZER in data:
             pad = (specials or {}).get("pad_token")
-            tokens = _tokens(data[TOKENIZER], base.tokenizer, vocab, pad, notes)
+            tokens = _tokens(data[TOKENIZER], base, vocab, pad, notes)
         elif b'"added_tokens_decoder"' in data.get(TOKENIZER_CONFIG, b""):
             notes.append("there is no tokenizer.json: the base model's tokenizer is used")
         same_ends = specials is None or all(
@@ -133,18 +149,16 @@ class TextReader:
                 if TOKENIZER in data:
                     tokenizer = replace(read_tokenizer(data[TOKENIZER], None), vocabulary={})
                 settings = _settings(data)
-                self._made = _Base(tokenizer, settings.template, settings.specials or {})
+                specials = settings.specials or {}
+                self._made = _Base(folder, tokenizer, settings.template, specials)
             return self._made
 
 
 def _tokens(
-    data: bytes,
-    base: TokenizerFile | None,
-    vocab: int,
-    pad: str | None,
-    notes: list[str],
+    data: bytes, made: _Base, vocab: int, pad: str | None, notes: list[str]
 ) -> tuple[AddedToken, ...]:
     """The own tokens of a tokenizer.json. Raises AdapterIncompatible."""
+    base = made.tokenizer
     if base is None:
         notes.append("tokenizer.json is not used: the base model has none to compare it with")
         return ()
@@ -155,9 +169,8 @@ def _tokens(
         (token for id, token in file.added.items() if base.added.get(id) != token),
         key=lambda token: token.id,
     )
-    other = [part for part in PARTS if file.effects[part] != base.effects[part]]
-    if other:
-        parts = ", ".join(other)
+    other = made.compare(file)
+    if parts := ", ".join(part for part in PARTS if part in other):
         if added := [token for token in own if token.id >= base.size]:
             raise AdapterIncompatible(
                 f"tokenizer.json adds {len(added)} tokens, but its {parts} differ from the base model's",
@@ -166,7 +179,7 @@ def _tokens(
             )
         notes.append(f"tokenizer.json is not used: its {parts} differ from the base model's")
         return ()
-    if file.effects[POST_PROCESSOR] != base.effects[POST_PROCESSOR]:
+    if other:
         notes.append("the post_processor of tokenizer.json is not used; the base model's is")
     if len(own) > MAX_TOKENS:
         raise AdapterIncompatible(
@@ -178,6 +191,10 @@ def _tokens(
     kept = {token.id: token for token in own}
     check_ids({**base.added, **kept}, own, len(file.vocabulary), file.vocabulary)
     return tuple(own)
+
+
+def _differing(file: TokenizerFile, effects: Mapping[str, bytes]) -> list[str]:
+    return [part for part, effect in effects.items() if file.effects[part] != effect]
 
 
 def _with_rows(
