@@ -74,7 +74,7 @@ def read_tokenizer(data: bytes, base: TokenizerFile | None) -> TokenizerFile:
             effects["model"] = _effect(_plain_model(model))
         else:
             effects["model"] = hashlib.sha256(file.model).digest()
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
         raise AdapterIncompatible(
             f"tokenizer.json cannot be read ({shown(str(error))})",
             field="tokenizer.json",

@@ -19,6 +19,7 @@ from tests.process.fakes import AnyBackend, tokens_of, until
 from tests.tiny import make_adapter, make_model
 
 ADAPTERS = ("one", "two")
+TEMPLATE = "{{ messages[0].content }}"  # of `two`
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     model = make_model("llama", folder / "base")
     for seed, name in enumerate(ADAPTERS):
         make_adapter(model, folder / name, seed + 1, rank=4 + 4 * seed).unload()
+    (folder / "two" / "chat_template.jinja").write_text(TEMPLATE)
     return EngineConfig(
         model=ModelConfig(model_id=str(folder / "base"), dtype="float32"),
         adapters=AdapterConfig(
@@ -70,6 +72,10 @@ async def test_processes_say_what_one_process_says(
             with pytest.raises(InvalidRequest):
                 await tokens_of(backend, Request("bad", [10_000], SamplingParams(), 5, []))
             assert all(a.state in ("ready", "failed") for a in await backend.adapters())
+            for name, template in (("one", None), ("two", TEMPLATE)):
+                lease = await backend.acquire(AdapterRef((name,)), None)
+                lease.release()
+                assert (lease.text and lease.text.template) == template
         finally:
             await backend.close()
     assert answers[0] == answers[1]
@@ -122,7 +128,8 @@ async def test_a_new_exchange_serves_the_same(
                 seconds=60,
             )
             assert await answers_of(backend, root) == before
-            assert (await backend.acquire(AdapterRef(("two",)), None)).image == held.image
+            again = await backend.acquire(AdapterRef(("two",)), None)
+            assert (again.image, again.text) == (held.image, held.text) and again.text is not None
             (await backend.acquire(AdapterRef(("one",)), None)).release()
     finally:
         await backend.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,4 +65,9 @@ def read(base: Path, folder: Path, vocab: int = VOCAB) -> Reading:
             for name in TEXT_FILES
             if (folder / name).exists()
         ]
-        return TextReader(ModelConfig(model_id=str(base))).read(files, vocab)
+        return reader(base).read(files, vocab)
+
+
+@cache
+def reader(base: Path) -> TextReader:
+    return TextReader(ModelConfig(model_id=str(base)))

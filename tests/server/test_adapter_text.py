@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from engine.errors import AdapterIncompatible, InvalidRequest
 from engine.messages import AdapterText, AddedToken
 from engine.server import adapter_texts
+from engine.server import templates as templates_module
 from engine.server.adapter_text import extended
 from engine.server.adapter_texts import AdapterTexts
 from engine.server.templates import Templates
@@ -215,7 +217,7 @@ def children() -> set[str]:
     return found
 
 
-async def test_few_processes_are_kept() -> None:
+async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """More templates than processes, in turn and at once; a cancelled conversation leaves no process behind."""
     before = children()
     templates = Templates(max_children=2)
@@ -235,6 +237,11 @@ async def test_few_processes_are_kept() -> None:
             async with asyncio.timeout(0.2):
                 await templates.render(endless, {}, messages, 100)
         assert await render(1) == "1!x"
+        for pid in children() - before:  # as on a machine that is too busy
+            os.kill(int(pid), signal.SIGSTOP)
+        monkeypatch.setattr(templates_module, "WALL_S", 0.2)
+        with pytest.raises(InvalidRequest, match="takes longer than 0.2 s"):
+            await render(1)
     finally:
         templates.close()
     while children() - before:
