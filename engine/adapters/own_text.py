@@ -173,11 +173,11 @@ def _tokens(
     if parts := ", ".join(part for part in PARTS if part in other):
         if added := [token for token in own if token.id >= base.size]:
             raise AdapterIncompatible(
-                f"tokenizer.json adds {len(added)} tokens, but its {parts} differ from the base model's",
+                f"tokenizer.json adds {len(added)} tokens, but differs from the base model's in: {parts}",
                 field=TOKENIZER,
                 hint=RESAVE_TOKENIZER,
             )
-        notes.append(f"tokenizer.json is not used: its {parts} differ from the base model's")
+        notes.append(f"tokenizer.json is not used: it differs from the base model's in: {parts}")
         return ()
     if other:
         notes.append("the post_processor of tokenizer.json is not used; the base model's is")

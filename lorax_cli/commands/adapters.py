@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
     from engine.adapters.sources import AdapterFiles
     from engine.lora.report import AdapterReport
+    from engine.messages import AdapterText
     from engine.ops.layout import ShardLayout
 
 Progress = Callable[[int, int], None]
 Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
+Inspect = Callable[["AdapterFiles"], tuple["AdapterReport", "AdapterText | None"]]
 
 
 def finder(config: EngineConfig) -> Finder:
@@ -168,7 +170,9 @@ def pull(
     end(failures)
 
 
-def report_entry(name: str, report: AdapterReport, failures: list[AdapterError]) -> dict[str, Any]:
+def report_entry(
+    name: str, report: AdapterReport, text: AdapterText | None, failures: list[AdapterError]
+) -> dict[str, Any]:
     """`failures`: those of this adapter, with the notes that --strict turned into errors."""
     return {
         "adapter": name,
@@ -182,6 +186,8 @@ def report_entry(name: str, report: AdapterReport, failures: list[AdapterError])
         "scales": report.scales,
         "bytes": report.data_bytes,
         "digest": report.digest,
+        "own_tokens": [token.content for token in text.tokens] if text else [],
+        "own_chat_template": text is not None and text.template is not None,
         "notes": report.notes,
         "errors": [error_entry(error) for error in failures],
     }
@@ -195,6 +201,9 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     matches = {True: "same name", False: "other name", None: "unknown"}
     for row in rows:
         result = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
+        own = [f"{len(row['own_tokens'])} own tokens"] if row.get("own_tokens") else []
+        own += ["its own chat template"] if row.get("own_chat_template") else []
+        result += f" with {' and '.join(own)}" if own and row["ok"] else ""
         by_layers: dict[str, list[str]] = {}
         for name in row.get("targets", {}):
             by_layers.setdefault(row["coverage"][name], []).append(name)
@@ -208,6 +217,43 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
             result,
         )
     return table
+
+
+@contextmanager
+def inspector(config: EngineConfig) -> Iterator[Inspect]:
+    """Checks the files of adapters for the base model of the configuration."""
+    from engine.adapters.own_text import Reading, TextReader
+    from engine.checkpoint import cache_folder
+    from engine.lora.folder import folder_notes
+    from engine.lora.report import inspect
+    from engine.models import adapter_layout
+    from engine.sandbox import Converter
+
+    layout: ShardLayout = adapter_layout(config.model)[0]
+    texts, base = TextReader(config.model), Path(config.model.model_id).expanduser()
+    converter = Converter(cache_folder(config.model.huggingface_hub_cache))
+
+    def look(files: AdapterFiles) -> tuple[AdapterReport, AdapterText | None]:
+        with converter.readable(files.weights) as weights:
+            report = inspect(
+                files.config,
+                weights,
+                layout,
+                shards=files.shards,
+                max_rank=config.adapters.max_adapter_rank,
+                base_model=config.model.model_id.partition("@")[0],
+            )
+        reading = Reading()
+        try:
+            if files.texts:
+                reading = texts.read(files.texts, report.vocab or layout.targets.vocab)
+        except AdapterError as error:
+            report.errors.append(error)
+        report.notes.extend((*reading.notes, *folder_notes(files.folder, base)))
+        return report, reading.text
+
+    with closing(converter):
+        yield look
 
 
 @with_config("model", "adapters")
@@ -224,22 +270,14 @@ def validate(
 
     Every problem is printed with the module, the field and the remedy. The exit code is 0 if all adapters can be
     served, else that of the first problem: for example 11 if an adapter is missing, 13 if it is incompatible. Warnings
-    name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer,
-    chat template or head in the folder that the server does not use.
+    name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer or
+    head in the folder that the server does not use. Tokens and a chat template of the adapter's own are listed.
     """
     from engine.adapters.sources import open_folder
-    from engine.checkpoint import cache_folder
-    from engine.lora.folder import folder_notes
-    from engine.lora.report import inspect
-    from engine.models import adapter_layout
-    from engine.sandbox import Converter
 
     out = Output.of(as_json, quiet)
-    layout: ShardLayout = adapter_layout(config.model)[0]
     find = finder(config)
     failures: list[AdapterError] = []
-
-    converter = Converter(cache_folder(config.model.huggingface_hub_cache))
 
     def run(name: str) -> dict[str, Any]:
         folder = Path(name).expanduser()
@@ -248,25 +286,17 @@ def validate(
         else:
             with bar(out, name) as progress:
                 files = find(name, progress)[1]
-        with files, converter.readable(files.weights) as weights:
-            report = inspect(
-                files.config,
-                weights,
-                layout,
-                shards=files.shards,
-                max_rank=config.adapters.max_adapter_rank,
-                base_model=config.model.model_id.partition("@")[0],
-            )
-        report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
+        with files:
+            report, text = look(files)
         found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
         failures.extend(found)
         for error in found:
             fail(f"{name}: {error.message}", error.hint)
         for note in [] if strict or quiet else report.notes:
             warn(f"{name}: {note}")
-        return report_entry(name, report, found)
+        return report_entry(name, report, text, found)
 
-    with closing(converter):
+    with inspector(config) as look:
         rows = each(adapter, run, failures, config.adapters.adapter_root)
     bare = "\n".join(row["adapter"] for row in rows if row["ok"]) or None
     out.result(rows, view=lambda: report_table(rows), bare=bare)
