@@ -143,7 +143,9 @@ async def test_a_reserved_token_with_another_meaning(folder: Path, tmp_path: Pat
     found = read(base, adapter).text
     assert found is not None and [token.id for token in found.tokens] == [401]
     text = Text(str(base))
+    assert text.token_text(401) == names[1]
     made, theirs = text.adapted(found, Templates()), AutoTokenizer.from_pretrained(adapter)
+    assert made.token_text(401) == "<|call|>" and text.token_text(401) == names[1]
     for sample in ("a<|call|>b<|reserved_1|>", "<|reserved_2|>", CORPUS[1]):
         tokens = await made.encode(sample)
         assert tokens == theirs.encode(sample)
@@ -232,10 +234,12 @@ async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             found = await asyncio.gather(*map(render, numbers))
             assert found == [f"{number}!x" for number in numbers]
             assert len(children() - before) <= 3, "two and a spare one"
-        endless = "{% for a in range(99999) %}{% for a in range(99999) %}{% endfor %}{% endfor %}"
+        loop = "{% for a in range(99999) %}{% for a in range(99999) %}{% endfor %}{% endfor %}"
+        at_will = f"{{% if messages[0].content == 'loop' %}}{loop}{{% endif %}}done"
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                await templates.render(endless, {}, messages, 100)
+                await templates.render(at_will, {}, [{"content": "loop"}], 100)
+        assert await templates.render(at_will, {}, messages, 100) == "done"
         assert await render(1) == "1!x"
         for pid in children() - before:  # as on a machine that is too busy
             os.kill(int(pid), signal.SIGSTOP)
