@@ -128,8 +128,9 @@ def _inherited(data: bytes) -> Iterator[int]:
 
 
 def _environment() -> dict[str, str]:
-    """No proxies, tokens or settings; one thread and one heap, so that address space is the memory of the task."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    """No proxies, tokens or settings, but the time zone; one thread and one heap, so that address space is the memory
+    of the task."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
     return kept | {
         "PATH": os.defpath,
         "LC_ALL": "C.UTF-8",

@@ -12,13 +12,14 @@ import signal
 import socket
 import subprocess
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from engine.errors import GenerationError, InvalidRequest
+from engine.errors import GenerationError, InvalidRequest, Overloaded
 from engine.sandbox import CannotRun, Limits
 from engine.sandbox.call import Call
 from engine.sandbox.parent import START_S, spawn
@@ -27,6 +28,7 @@ from engine.sandbox.tasks.render import CPU_S, LENGTH_BYTES
 TASK = "engine.sandbox.tasks.render"
 MAX_CHILDREN = 8  # that render or are kept, besides a spare one
 WALL_S = 20.0  # of one conversation, if the machine is so busy that CPU_S takes that long
+WAIT_S = 30.0  # for earlier conversations of the same template
 MEMORY_BYTES = 256 << 20
 _MAX_CPU_S = 1 << 30  # of a child's life; the task limits each conversation
 _ANSWER_BYTES = 1 << 12  # of an answer, besides its text
@@ -45,7 +47,7 @@ class _Ended(Exception):
 
 
 class _Child:
-    """A process that renders one template. `start` it, then `begin` with the template."""
+    """A process that renders one template: `begin` with it, then `render` conversations."""
 
     def __init__(self) -> None:
         """Raises CannotRun."""
@@ -108,8 +110,9 @@ class _Child:
     def kill(self) -> None:
         """Idempotent."""
         if self._writer is not None:
-            self._writer.close()
-        self._socket.close()
+            self._writer.transport.abort()
+        else:
+            self._socket.close()
         self._process.kill()
 
     def reap(self) -> int:
@@ -156,7 +159,7 @@ class Templates:
         self._known.move_to_end(template)
         known.users += 1
         try:
-            async with known.turn, self._turns:
+            async with _turn(known), self._turns:
                 answer = await self._ask(known, asked)
         finally:
             known.users -= 1
@@ -177,6 +180,7 @@ class Templates:
                         f"the process for the adapter's chat template {error.reason}",
                         hint="try again",
                     ) from None
+                self._keep_spare()
             answer = await child.render(asked)
             completed = True
             return answer
@@ -199,8 +203,12 @@ class Templates:
         for one in [one for one in self._known.values() if not one.users and one.child is None]:
             del self._known[one.text]
         child, self._spare = self._spare or _Child(), None
-        self._spare = _Child()
         return child
+
+    def _keep_spare(self) -> None:
+        if self._spare is None:
+            with suppress(CannotRun):
+                self._spare = _Child()
 
     def _end(self, known: _Template) -> None:
         """Kills the child of a template, if it has one. It is reaped in a thread: freeing its memory takes time."""
@@ -210,13 +218,30 @@ class Templates:
             asyncio.get_running_loop().run_in_executor(None, child.reap)
 
     def close(self) -> None:
-        """Ends all children."""
+        """Ends all children. No conversation is rendered any more."""
         children = [*(one.child for one in self._known.values()), self._spare]
         self._known.clear()
         self._spare = None
         for child in filter(None, children):
             child.kill()
             child.reap()
+
+
+@asynccontextmanager
+async def _turn(known: _Template) -> AsyncIterator[None]:
+    """The turn of one conversation. Raises Overloaded after WAIT_S: a template that never ends holds up requests, and
+    these count towards the server's limit."""
+    try:
+        async with asyncio.timeout(WAIT_S):
+            await known.turn.acquire()
+    except TimeoutError:
+        raise Overloaded(
+            f"the adapter's chat template has been busy for {WAIT_S:g} s", hint="try again later"
+        ) from None
+    try:
+        yield
+    finally:
+        known.turn.release()
 
 
 def _refused(what: str, hint: str = _REPORT) -> InvalidRequest:

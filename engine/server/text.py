@@ -22,7 +22,7 @@ from tokenizers.decoders import DecodeStream
 
 from engine.errors import ConfigError, InvalidRequest, ModelError
 from engine.messages import AdapterText
-from engine.server.adapter_text import extended
+from engine.server.added_tokens import extended
 from engine.server.templates import CHECK_MESSAGES, Templates
 
 LONG_TEXT = 4096  # longer texts are encoded in a thread: this many characters take about 1 ms

@@ -14,12 +14,12 @@ import pytest
 from aiohttp.test_utils import TestClient
 from transformers import AutoTokenizer
 
-from engine.errors import AdapterIncompatible, InvalidRequest
+from engine.errors import AdapterIncompatible, InvalidRequest, Overloaded
 from engine.messages import AdapterText, AddedToken
 from engine.server import adapter_texts
 from engine.server import templates as templates_module
-from engine.server.adapter_text import extended
 from engine.server.adapter_texts import AdapterTexts
+from engine.server.added_tokens import extended
 from engine.server.templates import Templates
 from engine.server.text import Text
 from tests.server.fake import CORPUS, EOS, FakeBackend, Json, events_of
@@ -240,6 +240,14 @@ async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             async with asyncio.timeout(0.2):
                 await templates.render(at_will, {}, [{"content": "loop"}], 100)
         assert await templates.render(at_will, {}, messages, 100) == "done"
+        with monkeypatch.context() as patch:
+            patch.setattr(templates_module, "WAIT_S", 0.1)
+            busy = asyncio.create_task(templates.render(at_will, {}, [{"content": "loop"}], 100))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded, match="busy for 0.1 s"):
+                await templates.render(at_will, {}, messages, 100)
+            busy.cancel()
+            await asyncio.wait({busy})
         assert await render(1) == "1!x"
         for pid in children() - before:  # as on a machine that is too busy
             os.kill(int(pid), signal.SIGSTOP)
