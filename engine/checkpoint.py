@@ -1,7 +1,8 @@
-"""Where base models come from: the embedded demo, a local folder, the hub. Imports no torch."""
+"""Where base models come from: the embedded demo, a local folder, the hub, a store. Imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from engine.config import ModelConfig
@@ -9,6 +10,7 @@ from engine.errors import ModelError
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
+MODELS = "lorax-models"  # base models of stores, in the folder of downloads
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")  # of weights, in the order of preference
 
@@ -23,19 +25,45 @@ def cache_folder(configured: str | None = None) -> Path:
 def folder_of(config: ModelConfig, weights: bool = True) -> Path:
     """The folder with config, tokenizer and (if wanted) weights of `--model-id`, downloaded if needed.
 
+    A store's files must have been downloaded before (`engine.adapters.base_model`).
     Raises ModelError that says what is missing: the folder, the repository, the permission, the network.
     """
     if config.model_id == DEMO:
         return DEMO_FOLDER / "base"
+    if is_stored(config):
+        return _stored(config, weights)
     local = Path(config.model_id).expanduser()
     if local.is_dir():
         return local
-    if local.is_absolute() or config.model_id.startswith("."):
+    if local.is_absolute() or config.model_id.startswith(".") or config.source == "local":
         raise ModelError(f"there is no folder {config.model_id}", field="model_id")
     repository, _, revision = config.model_id.partition("@")
     if revision and config.revision:
         raise ModelError("give the revision in --model-id or in --revision", field="revision")
     return _download(config, repository, revision or config.revision, weights)
+
+
+def is_stored(config: ModelConfig) -> bool:
+    """Whether the base model comes from a store, such as S3."""
+    return "://" in config.model_id or config.source not in ("hub", "local")
+
+
+def stored_link(config: ModelConfig, weights: bool) -> Path:
+    """The link to the files of a store's base model, with or without weights."""
+    name = "\n".join((config.source, config.model_id, "weights" if weights else "tokenizer"))
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder(config.huggingface_hub_cache) / MODELS / f"{digest}.model"
+
+
+def _stored(config: ModelConfig, weights: bool) -> Path:
+    for whole in (True,) if weights else (True, False):
+        if (link := stored_link(config, whole)).is_dir():
+            return link.resolve()
+    raise ModelError(
+        f"{config.model_id} has not been downloaded",
+        field="model_id",
+        hint="lorax launch and lorax generate download it",
+    )
 
 
 def _download(config: ModelConfig, repository: str, revision: str | None, weights: bool) -> Path:

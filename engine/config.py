@@ -33,9 +33,17 @@ class ModelConfig:
     model_id: Annotated[
         str,
         Option(
-            "Base model: `demo`, a local folder, or a hub id. `id@revision` also sets the revision."
+            "Base model: `demo`, a local folder, or a hub id. `id@revision` also sets the revision. "
+            "`s3://bucket/folder` is downloaded at start."
         ),
     ] = "demo"
+    source: Annotated[
+        str,
+        Option(
+            "Source of the base model: hub, local, s3, https or one of --adapter-schemes. "
+            "An id with a source's prefix, such as s3://, needs none."
+        ),
+    ] = "hub"
     revision: Annotated[str | None, Option("Revision of the base model on the hub.")] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -143,8 +151,8 @@ class AdapterConfig:
     adapter_disk_cache_gb: Annotated[
         float,
         Option(
-            "GiB of disk for adapters downloaded from sources other than the hub. The least recently used are removed. "
-            "Higher: fewer downloads. 0: no limit.",
+            "GiB of disk for adapters downloaded from sources other than the hub, and for converted .bin files. "
+            "The least recently used are removed. Higher: fewer downloads. 0: no limit.",
             least=0,
         ),
     ] = 50.0

@@ -267,3 +267,4 @@ class AdapterStatus(Struct, frozen=True):
     merged: bool = (
         False  # its `name` joins the ids of several adapters, so no `adapter_id` means it
     )
+    unconfirmed: bool = False  # its source did not answer the last time: the version known before

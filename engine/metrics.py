@@ -256,6 +256,11 @@ class _EngineCollector(_Collector):
         )
         yield "lorax_adapters_host", "Adapters ready in host memory.", len(ready)
         yield "lorax_adapter_host_bytes", "Bytes of adapters in host memory.", host_bytes
+        yield (
+            "lorax_adapters_unconfirmed",
+            "Adapters in host memory whose source did not answer when they were last requested.",
+            sum(status.unconfirmed for status in ready),
+        )
 
     def _counters(self) -> Iterator[tuple[str, str, float]]:
         stats = self.stats

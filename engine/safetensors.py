@@ -142,7 +142,7 @@ def read_index(file: OpenFile) -> dict[str, str]:
     return parse_index(file.read())
 
 
-def parse_index(text: bytes) -> dict[str, str]:
+def parse_index(text: bytes, max_shards: int = MAX_SHARDS) -> dict[str, str]:
     """As `read_index`, from the contents of an index of at most MAX_INDEX_BYTES."""
     try:
         found = _INDEX_DECODER.decode(text).weight_map
@@ -151,8 +151,8 @@ def parse_index(text: bytes) -> dict[str, str]:
     shards = set(found.values())
     if not shards:
         raise ValueError("it names no file")
-    if len(shards) > MAX_SHARDS:
-        raise ValueError(f"it names {len(shards)} files, the limit is {MAX_SHARDS}")
+    if len(shards) > max_shards:
+        raise ValueError(f"it names {len(shards)} files, the limit is {max_shards}")
     for shard in sorted(shards):
         if not _SHARD.fullmatch(shard):
             raise ValueError(f"it names {shard!r}, which is not a safetensors file of its folder")

@@ -93,9 +93,6 @@ LEGACY: tuple[LegacyFlag, ...] = (
         hint="set --adapter-source",
     ),
     _refused(
-        "--source", "base models can only come from the hub or a local folder", harmless=("", "hub")
-    ),
-    _refused(
         "--weights-cache-override",
         "weights are only cached in the hub's cache",
         hint="set --huggingface-hub-cache",

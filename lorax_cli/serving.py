@@ -37,6 +37,7 @@ Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
 @asynccontextmanager
 async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
     """Starts an engine and yields the application on it: `local` in this process, else in its own processes."""
+    from engine.adapters.base_model import fetch_base_model
     from engine.adapters.registry import default_source, make_sources
     from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
@@ -46,6 +47,7 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
 
     # Before the processes start: one download, and wrong names fail at once.
     default_source(config.adapters, make_sources(config))
+    await asyncio.to_thread(fetch_base_model, config, config.model.load_format != "dummy")
     folder = await asyncio.to_thread(folder_of, config.model, False)
     start: Start = LocalBackend.start if local else ProcessBackend.start
     if (

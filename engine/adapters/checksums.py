@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import zlib
@@ -44,13 +45,14 @@ class Checksum:
         return start == size and whole.digest() == self.digest
 
 
-def can_compute(algorithm: str) -> bool:
-    """Whether this machine has the algorithm: crc32c and crc64nvme need the package awscrt."""
+def listed(algorithm: str, text: object) -> Checksum | None:
+    """A checksum as stores list it, in base64. None for any other text, and without the algorithm's package."""
     try:
-        _new(algorithm, 0)
-    except (ImportError, AttributeError, ValueError):
-        return False
-    return True
+        digest = base64.b64decode(text, validate=True)  # type: ignore[arg-type]
+        size = len(_new(algorithm, 0).digest())
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    return Checksum(algorithm, digest) if len(digest) == size else None
 
 
 class _Crc:

@@ -3,7 +3,8 @@
 A version is downloaded into a temporary folder that is renamed when it is complete, so an entry is never half written,
 whenever the process is killed. Sizes are read from disk, and temporary folders without an owner are removed, so the
 budget stays correct after a kill. Several processes may share the folder. Removing an entry harms no reader: adapters
-are read through descriptors.
+are read through descriptors. A small file per name notes the version that it last meant, for use while its source is
+away.
 """
 
 from __future__ import annotations
@@ -22,59 +23,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from engine.adapters.sources import CONFIG_NAME, AdapterFiles, Progress, Version, open_files
+from engine.adapters.transfer import Stopped, TooSlow, Transfer
 from engine.errors import AdapterError, AdapterLoadFailed, AdapterTooLarge
-from engine.files import sync_folder
+from engine.files import OpenFile, sync_folder
 
 FOLDER = "lorax-downloads"
-CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
 _TEMPORARY = ".tmp"
+_NOTE = ".ref"
+_FILES = "*.safetensors"
 _LOCK = ".lock"
 _RESCAN_S = 30.0  # the sizes on disk are read again after this time
 _KEPT = 0.9  # part of the budget that stays when entries are removed, so that it happens rarely
 
 logger = logging.getLogger(__name__)
-
-
-class TooSlow(OSError):
-    """The download takes longer than allowed."""
-
-
-class Stopped(OSError):
-    """Another part of the same download has failed."""
-
-
-class Transfer:
-    """One download: its deadline, its room on disk and its progress. Thread-safe."""
-
-    def __init__(self, end_by: float, progress: Progress, make_room: Callable[[int], None]) -> None:
-        """`end_by`: by time.monotonic()."""
-        self.total = 0  # bytes
-        self.end_by = end_by
-        self._progress = progress
-        self._make_room = make_room
-        self._done = 0
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def reserve(self, num_bytes: int) -> None:
-        """Removes other entries until this download fits into the budget. Raises AdapterTooLarge."""
-        self._make_room(num_bytes)
-        self.total = num_bytes
-
-    def wrote(self, count: int) -> None:
-        """Counts bytes that were written. Raises TooSlow at the deadline, and Stopped."""
-        if time.monotonic() > self.end_by:
-            raise TooSlow(0, "the download took too long")
-        if self._stopped:
-            raise Stopped(0, "the download was stopped")
-        with self._lock:
-            self._done += count
-            self._progress(self._done, self.total)
-
-    def stop(self) -> None:
-        """Ends the threads of this download at their next piece."""
-        self._stopped = True
 
 
 Fill = Callable[[Path, Transfer], None]  # reserves room and writes the files into a folder
@@ -90,10 +54,18 @@ class _Entry:
 class DiskCache:
     """See the module. Thread-safe. Writes nothing before the first download."""
 
-    def __init__(self, cache: Path, max_bytes: int = 0, max_seconds: float = 600.0) -> None:
-        """Entries lie in the folder `lorax-downloads` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one
-        download."""
-        self.folder = cache / FOLDER
+    def __init__(
+        self,
+        cache: Path,
+        max_bytes: int = 0,
+        max_seconds: float = 600.0,
+        folder: str = FOLDER,
+        files: str | None = None,
+    ) -> None:
+        """Entries lie in `folder` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one download. `files`:
+        another folder of `cache`; its safetensors files count too, and are removed like entries."""
+        self.folder = cache / folder
+        self._files = cache / files if files else None
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
         self._used: int | None = None  # bytes on disk, as last read plus what was added since
@@ -111,23 +83,83 @@ class DiskCache:
         name = _name(version, where)
         with self._exclusive(name, end_by):
             if (files := self._open(name, version)) is not None:
+                self._note(version, where, name)
                 return files
-            transfer = Transfer(end_by, progress, self._make_room)
-            try:
-                self._add(name, transfer, fill)
-            except (TooSlow, Stopped) as error:
-                raise AdapterLoadFailed(
-                    f"{version.id}: {error.strerror}",
-                    hint="raise --adapter-load-timeout-s, or try again later",
-                ) from None
-            except OSError as error:
-                raise self._unwritable(error) from None
+            self._fill(name, version, end_by, progress, fill)
             files = self._open(name, version)
         if files is None:
             raise AdapterLoadFailed(
                 f"{version.id} was removed from {self.folder} during loading", hint="try again"
             )
+        self._note(version, where, name)
         return files
+
+    def keep(self, version: Version, where: str, progress: Progress, fill: Fill) -> Path:
+        """As `fetch`, for files of any names: the folder with what `fill` has written."""
+        end_by = time.monotonic() + self._max_seconds
+        name = _name(version, where)
+        with self._exclusive(name, end_by):
+            if not (self.folder / name).is_dir():
+                self._fill(name, version, end_by, progress, fill)
+        return self.folder / name
+
+    def link(self, name: str, entry: Path) -> None:
+        """Makes a link to an entry, or moves it there. Raises OSError."""
+        with self._temporary() as folder:
+            os.symlink(entry.name, folder / name)
+            os.rename(folder / name, self.folder / name)
+
+    def _fill(
+        self, name: str, version: Version, end_by: float, progress: Progress, fill: Fill
+    ) -> None:
+        transfer = Transfer(end_by, progress, self._make_room)
+        try:
+            self._add(name, transfer, fill)
+        except (TooSlow, Stopped) as error:
+            raise AdapterLoadFailed(
+                f"{version.id}: {error.strerror}",
+                hint="raise --adapter-load-timeout-s, or try again later",
+            ) from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def grew(self, num_bytes: int) -> None:
+        """Counts a new file in the folder of `files`, and removes others if needed."""
+        with self._changed:
+            if self._used is not None:
+                self._used += num_bytes
+        with contextlib.suppress(OSError):  # the file is complete, so its request is served
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(0)
+
+    def has(self, version: Version, where: str) -> bool:
+        """Whether a version is on disk."""
+        return (self.folder / _name(version, where)).is_dir()
+
+    def recall(self, source: str, where: str, asked: str, salt: bytes = b"") -> Version | None:
+        """The version on disk that a name meant when its files were last fetched; None if it is gone."""
+        note = _read_note(self.folder / _note_name(source, where, asked, salt))
+        if note is None or not (self.folder / note.entry).is_dir():
+            return None
+        return Version(
+            source,
+            note.id,
+            revision=note.revision,
+            weights=note.weights,
+            salt=salt,
+            asked=asked,
+            unconfirmed=True,
+        )
+
+    def _note(self, version: Version, where: str, entry: str) -> None:
+        """Notes what a name means, for `recall`."""
+        path = self.folder / _note_name(version.source, where, version.asked, version.salt)
+        note = _Note(entry, version.id, version.revision, version.weights)
+        if not version.asked or _read_note(path) == note:
+            return
+        with contextlib.suppress(OSError), self._temporary() as folder:
+            (folder / path.name).write_bytes(msgspec.json.encode(note))
+            os.rename(folder / path.name, path)
 
     def _open(self, name: str, version: Version) -> AdapterFiles | None:
         folder = self.folder / name
@@ -235,10 +267,20 @@ class DiskCache:
             with contextlib.suppress(OSError):  # another process removes it
                 if path.name == _LOCK or (path.suffix == _TEMPORARY and _remove_stale(path)):
                     continue
+                if path.suffix == _NOTE:
+                    note = _read_note(path)
+                    if note is None or not (self.folder / note.entry).is_dir():
+                        path.unlink()
+                    continue
                 num_bytes = sum(file.stat().st_size for file in path.iterdir())
                 used += num_bytes
                 if path.suffix != _TEMPORARY:
                     entries.append(_Entry(path, path.stat().st_mtime, num_bytes))
+        for path in self._files.glob(_FILES) if self._files else ():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                used += status.st_size
+                entries.append(_Entry(path, status.st_atime, status.st_size))
         return entries, used
 
     def _unwritable(self, error: OSError) -> AdapterLoadFailed:
@@ -253,44 +295,36 @@ class DiskCache:
         )
 
 
-class NewFile:
-    """A file that several threads may fill. A context manager; complete when it ends without an error."""
+class _Note(msgspec.Struct, frozen=True):
+    """What a name meant."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Reserves `size` bytes on disk. Raises OSError if the disk is full."""
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            if size:
-                os.posix_fallocate(self.fd, 0, size)
-        except BaseException:
-            os.close(self.fd)
-            raise
+    entry: str  # the folder
+    id: str
+    revision: str
+    weights: str
 
-    def write(self, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(self.fd, view, offset)
-            view, offset = view[count:], offset + count
 
-    def truncate(self, size: int) -> None:
-        os.ftruncate(self.fd, size)
-
-    def __enter__(self) -> NewFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        try:
-            if kind is None:
-                os.fsync(self.fd)
-        finally:
-            os.close(self.fd)
+def _read_note(path: Path) -> _Note | None:
+    try:
+        with OpenFile(path) as file:
+            return msgspec.json.decode(file.read(), type=_Note)
+    except (OSError, ValueError):
+        return None
 
 
 def _name(version: Version, where: str) -> str:
     parts = (version.source, where, version.id, version.revision, version.weights)
+    return _digest(*parts, salt=version.salt)
+
+
+def _note_name(source: str, where: str, asked: str, salt: bytes) -> str:
+    return _digest(source, where, asked, salt=salt) + _NOTE
+
+
+def _digest(*parts: str, salt: bytes) -> str:
     parts_of_bytes = [part.encode("utf-8", "surrogateescape") for part in parts]
     joined = b"".join(len(part).to_bytes(4, "big") + part for part in parts_of_bytes)
-    return hashlib.sha256(joined + version.salt).hexdigest()
+    return hashlib.sha256(joined + salt).hexdigest()
 
 
 @contextlib.contextmanager
@@ -306,7 +340,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _discard(path: Path) -> None:
-    """Removes a folder under another name first, so that it is never seen half removed."""
+    """Removes a file, or a folder: under another name first, so that it is never seen half removed."""
+    if not path.is_dir():
+        path.unlink()
+        return
     trash = path.with_name(f"{secrets.token_hex(8)}{_TEMPORARY}")
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)

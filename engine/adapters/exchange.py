@@ -19,12 +19,13 @@ from functools import partial
 from engine.adapters.lease import Lease
 from engine.adapters.loader import AdapterState, Loader
 from engine.adapters.ref import AdapterRef
-from engine.adapters.registry import Registry, default_source, make_sources
+from engine.adapters.registry import Registry, default_source, disk_cache, make_sources
 from engine.adapters.resolved import Key, Resolved, resolve
 from engine.adapters.room import Room
 from engine.adapters.sources import Source, Version
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
+from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
 from engine.errors import (
     AdapterIncompatible,
@@ -39,6 +40,7 @@ from engine.messages import AdapterImageRef, AdapterStatus
 from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
 from engine.ops.layout import ShardLayout
+from engine.sandbox import Converter
 
 ADOPTED = "adopted"  # first of a key, before name and digest
 MAX_EVICTED = 1024  # evicted adapters that are remembered
@@ -78,9 +80,9 @@ class Exchange:
         self._config = config
         self._layout = layout
         self.tier = HostTier(region.size)
-        max_file_bytes = FILE_FACTOR * region.size
+        max_file_bytes, downloads = FILE_FACTOR * region.size, disk_cache(config)
         if sources is None:
-            sources = make_sources(config, max_file_bytes)
+            sources = make_sources(config, max_file_bytes, downloads)
         self._registry = Registry(sources, default_source(config.adapters, sources))
         self._room = Room(self.tier, room_patience_s, recall)
         self._loader = Loader(
@@ -90,7 +92,11 @@ class Exchange:
             sources=sources,
             room=self._room,
             device=device,
-            max_file_bytes=max_file_bytes,
+            converter=Converter(
+                cache_folder(config.model.huggingface_hub_cache),
+                max_file_bytes,
+                kept=downloads.grew,
+            ),
         )
         self._versions = Versions(self._registry, self._resolve)
         self._adapters: OrderedDict[Key, AdapterState] = OrderedDict()
@@ -146,6 +152,7 @@ class Exchange:
             what = newest
             adapter, image = await self._lease(ref, what, token)
         assert adapter.size is not None
+        adapter.unconfirmed = any(version.unconfirmed for version in what.versions)
         return Lease(
             AdapterImageRef(
                 digest=image.digest,
@@ -238,6 +245,7 @@ class Exchange:
                 seconds=dict(adapter.seconds),
                 error=adapter.error,
                 merged=adapter.merged,
+                unconfirmed=adapter.unconfirmed,
             )
             for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases

@@ -14,11 +14,12 @@ from email.message import Message
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
-from engine.adapters.disk_cache import DiskCache, Transfer
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, is_transient, pause
 from engine.adapters.sources import CONFIG_NAME
 from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.transfer import Transfer
 from engine.adapters.web import Answer, Refused, Web, WebError
 from engine.errors import (
     AdapterForbidden,
@@ -28,6 +29,8 @@ from engine.errors import (
 )
 
 T = TypeVar("T")
+
+_ANSWERS = (200, 404, 410)  # the file is there, or it is not
 
 
 class HttpsSource(StoreSource):
@@ -73,7 +76,7 @@ class HttpsSource(StoreSource):
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         def read(answer: Answer) -> StoredFile | None:
-            if answer.status == 404:
+            if answer.status != 200:
                 return None
             return _described(folder, name, answer.headers)
 
@@ -98,12 +101,12 @@ class HttpsSource(StoreSource):
     def _get(
         self, method: str, place: str, name: str, end_by: float, use: Callable[[Answer], T]
     ) -> T:
-        """Uses the answer, again after transient failures. `use` sees the statuses 200 and 404 only."""
+        """Uses the answer, again after transient failures. `use` sees the statuses of _ANSWERS only."""
         failure = ""
         for attempt in range(1, self._attempts + 1):
             try:
                 with self._web.open(_url(place, name), end_by, {}, method) as answer:
-                    if answer.status in (200, 404):
+                    if answer.status in _ANSWERS:
                         return use(answer)
                     status = answer.status
             except WebError as error:

@@ -47,6 +47,7 @@ from engine.adapters.sources import (
     token_hash,
 )
 from engine.adapters.text_files import TEXT_FILES, check_size
+from engine.adapters.transfer import CONFIG_BYTES
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
@@ -63,7 +64,6 @@ T = TypeVar("T")
 API_TIMEOUT_S = 10.0
 TENANT_FOLDER = "lorax-tenants"
 API_SECONDS = 30.0  # limit of one whole API answer
-CONFIG_BYTES = 8 << 20  # limit of adapter_config.json
 API_BYTES = 8 << 20  # limit of one API answer; a repository of 20,000 files takes 5 MB
 _NETWORK = (hub_client.TRANSPORT_ERROR, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError)
 
@@ -274,6 +274,7 @@ class HubSource(Source):
                     weights=weights,
                     cache=cache,
                     salt=salt,
+                    unconfirmed=True,
                 )
         return None
 

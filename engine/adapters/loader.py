@@ -27,7 +27,6 @@ from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
 from engine.adapters.workers import Job, Workers
-from engine.checkpoint import cache_folder
 from engine.config import EngineConfig
 from engine.errors import AdapterLoadFailed
 from engine.files import OpenFile
@@ -66,6 +65,7 @@ class AdapterState:
     error: dict[str, Any] | None = None
     merged: bool = False
     text: AdapterText | None = None  # None: the base model's
+    unconfirmed: bool = False  # see `Version`
 
 
 class _Attempt:
@@ -105,9 +105,9 @@ class Loader:
         sources: Mapping[str, Source],
         room: Room,
         device: str,
-        max_file_bytes: int,
+        converter: Converter,
     ) -> None:
-        """`device`: the engine's. `max_file_bytes`: limit of a file to convert."""
+        """`device`: the engine's. `converter`: closed with the loader."""
         self._config = config
         self._layout = layout
         self._region = region
@@ -115,9 +115,7 @@ class Loader:
         self._room = room
         self._fetchers = {name: Workers(FETCH_THREADS, f"adapter-{name}") for name in sources}
         self._converters = Workers(CONVERT_THREADS, "adapter-convert")
-        self._converter = Converter(
-            cache_folder(config.model.huggingface_hub_cache), max_file_bytes
-        )
+        self._converter = converter
         self._parsers = Workers(parse_threads(device), "adapter-parse")
         self._mergers = Workers(max(1, parse_threads(device) // 2), "adapter-merge")
         self._refused = Refusals()

@@ -67,9 +67,13 @@ class PbaseSource(Source):
             raise AdapterForbidden(
                 "Predibase needs a token", field="api_token", hint="send an api_token"
             )
-        path = self._path(ref, effective)
-        found = self._s3.resolve(AdapterRef((path,), self._s3.name), None)
-        return replace(found, source=self.name, salt=self.tenant(token))
+        salt = self.tenant(token)
+        try:
+            path = self._path(ref, effective)
+            found = self._s3.current(AdapterRef((path,), self._s3.name))
+        except AdapterLoadFailed as error:
+            return self._s3.recall(self.name, ref, salt, error)
+        return replace(found, source=self.name, salt=salt, asked=ref.name)
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
         return self._s3.fetch(version, None, progress)

@@ -24,21 +24,30 @@ from engine.errors import (
     ConfigError,
     InvalidRequest,
 )
+from engine.sandbox.convert import FOLDER as CONVERTED
 
 Ask = Callable[[AdapterRef], Awaitable[Version]]  # resolves a reference that names its source
 
 
-def make_sources(config: EngineConfig, max_file_bytes: int | None = None) -> dict[str, Source]:
+def disk_cache(config: EngineConfig) -> DiskCache:
+    """The downloaded adapters of a server, within one budget with the converted ones."""
+    return DiskCache(
+        cache_folder(config.model.huggingface_hub_cache),
+        int(config.adapters.adapter_disk_cache_gb * GIB),
+        config.adapters.adapter_load_timeout_s,
+        files=CONVERTED,
+    )
+
+
+def make_sources(
+    config: EngineConfig, max_file_bytes: int | None = None, cache: DiskCache | None = None
+) -> dict[str, Source]:
     """The sources of a server, by name. A new source is one more line in this table.
 
-    `max_file_bytes`: larger weight files are not downloaded.
+    `max_file_bytes`: larger weight files are not downloaded. `cache`: of downloads; None makes one.
     """
     adapters = config.adapters
-    cache = DiskCache(
-        cache_folder(config.model.huggingface_hub_cache),
-        int(adapters.adapter_disk_cache_gb * GIB),
-        adapters.adapter_load_timeout_s,
-    )
+    cache = cache or disk_cache(config)
     check = partial(check_rank, max_rank=adapters.max_adapter_rank)
     s3 = S3Source(
         cache, endpoint=adapters.s3_endpoint_url, max_file_bytes=max_file_bytes, check=check

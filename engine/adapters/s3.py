@@ -7,18 +7,19 @@ ranges, each on the condition that the etag is still the same, and then compared
 
 from __future__ import annotations
 
-import base64
 import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from engine.adapters.checksums import Checksum, can_compute
-from engine.adapters.disk_cache import DiskCache, Transfer
+from engine.adapters.checksums import Checksum, listed
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
+from engine.adapters.sources import FOLDERS, WEIGHT_NAMES, Version
 from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.transfer import Transfer
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
@@ -31,13 +32,14 @@ T = TypeVar("T")
 CONNECT_S, READ_S = 5.0, 20.0  # limits of one connection attempt, and of one wait for data
 PART_BYTES = 16 << 20  # larger files are downloaded in parts of this size
 THREADS = 4  # parts of one adapter that are downloaded at the same time
-MAX_KEYS = 1000  # files of one folder whose names begin with `adapter_`
+MAX_KEYS = 1000  # files of one folder that are looked at
 PIECE_BYTES = 1 << 18
 MAX_PARTS = 256  # of an object whose parts are compared one by one
 MIN_REVISION = 8  # characters of a digest that name a revision
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")  # no ARN, which names other services
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[0-9]{1,5}))?"?')
+_REVISION = re.compile(r"[0-9a-f]{40}")  # a whole digest
 _CHECKSUMS = ("sha256", "sha1", "crc64nvme", "crc32c", "crc32")  # the strongest first
 _NO_PARTS = (400, 405, 416, 501)  # answers of stores that do not tell the sizes of parts
 _FORBIDDEN = {
@@ -103,11 +105,25 @@ class S3Source(StoreSource):
             )
         return listing
 
+    def _kept(self, ref: AdapterRef) -> Version | None:
+        if not _REVISION.fullmatch(ref.revision or ""):
+            return None
+        folders = [f"{ref.id.rstrip('/')}/{below}".rstrip("/") for below in FOLDERS]
+        versions = [
+            Version(self.name, folder, revision=ref.revision or "", weights=name)
+            for folder in folders
+            for name in WEIGHT_NAMES
+        ]
+        return next((one for one in versions if self._cache.has(one, self._where())), None)
+
     def _look(self, folder: str, end_by: float) -> dict[str, StoredFile]:
         return {file.name: file for file in self._keys(folder, "adapter_", MAX_KEYS)}
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         return next((file for file in self._keys(folder, name, 1) if file.name == name), None)
+
+    def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        return {file.name: file for file in self._keys(folder, "", MAX_KEYS) if file.name}
 
     def _exists(self, folder: str) -> bool:
         return bool(self._keys(folder, "", 1))
@@ -184,14 +200,10 @@ class S3Source(StoreSource):
         head = self._call(
             path, lambda: self._head(folder, file, IfMatch=file.stamp, ChecksumMode="ENABLED")
         )
-        listed = {name: head.get(f"Checksum{name.upper()}") for name in _CHECKSUMS}
-        found = [
-            Checksum(name, base64.b64decode(value))
-            for name, value in listed.items()
-            if value and "-" not in value and can_compute(name)  # -5: of five parts' checksums
-        ]
-        if found:
-            return found
+        # One of parts ends with -5 or the like, so it is none of the object.
+        found = [listed(name, head.get(f"Checksum{name.upper()}")) for name in _CHECKSUMS]
+        if any(found):
+            return [one for one in found if one is not None]
         etag = _ETAG.fullmatch(file.stamp)
         if etag is None or not _is_md5(head, folder):
             return ()

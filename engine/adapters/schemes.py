@@ -6,17 +6,17 @@ deadline ends their request.
 
 from __future__ import annotations
 
-import base64
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from engine.adapters.checksums import Checksum
-from engine.adapters.disk_cache import DiskCache, Transfer
+from engine.adapters.checksums import Checksum, listed
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
 from engine.adapters.sources import Version
 from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.transfer import Transfer
 from engine.errors import (
     AdapterError,
     AdapterForbidden,
@@ -28,7 +28,6 @@ from engine.errors import (
 T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
-MD5_BYTES = 16
 # Schemes with a source of their own, or that would open the server's own disk.
 _INSTEAD = {
     "file": "use --adapter-root",
@@ -120,8 +119,18 @@ class SchemeSource(StoreSource):
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         info = self._info(folder, name)
-        if info is None:
-            return None
+        return None if info is None else self._stored(folder, name, info)
+
+    def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        infos = self._call(folder, lambda: self._store().ls(folder, detail=True))
+        named = {str(info["name"]).rpartition("/")[2]: info for info in infos}
+        return {
+            name: self._stored(folder, name, info)
+            for name, info in named.items()
+            if info.get("type") == "file"
+        }
+
+    def _stored(self, folder: str, name: str, info: dict[str, Any]) -> StoredFile:
         size, stamp = info.get("size"), _stamp(info)
         if info.get("type") != "file" or not isinstance(size, int) or stamp is None:
             raise AdapterLoadFailed(
@@ -163,12 +172,9 @@ class SchemeSource(StoreSource):
 
     def _checksums(self, folder: str, file: StoredFile) -> Sequence[Checksum]:
         """The MD5 that Google Cloud Storage and some others list."""
-        listed = (self._info(folder, file.name) or {}).get("md5Hash")
-        try:
-            digest = base64.b64decode(listed or "", validate=True)
-        except (TypeError, ValueError):
-            return ()
-        return (Checksum("md5", digest),) if len(digest) == MD5_BYTES else ()
+        info = self._info(folder, file.name) or {}
+        found = listed("md5", info.get("md5Hash"))
+        return () if found is None else (found,)
 
     def _confirm(self, version: Version) -> None:
         listing = self._list(version.id)

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -64,7 +64,9 @@ class Version:
     cache: str = ""  # folder of downloads that it belongs to
     salt: bytes = b""  # the tenant's cache salt; empty for public adapters
     num_bytes: int | None = None  # size of the weights according to the source
-    texts: tuple[str, ...] = ()  # paths of its TEXT_FILES, if the source downloads them one by one
+    texts: tuple[str, ...] = field(default=(), compare=False)  # paths of TEXT_FILES, for `fetch`
+    asked: str = field(default="", compare=False)  # the name that was resolved
+    unconfirmed: bool = field(default=False, compare=False)  # its source did not answer
 
 
 @dataclass(frozen=True, slots=True)

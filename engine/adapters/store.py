@@ -7,16 +7,18 @@ index that names them.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
 from engine.adapters.checksums import Checksum
-from engine.adapters.disk_cache import CONFIG_BYTES, DiskCache, NewFile, Transfer
+from engine.adapters.disk_cache import DiskCache
 from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import DOWNLOADS, Check, changed, corrupt, revision_of
 from engine.adapters.sources import (
@@ -32,11 +34,39 @@ from engine.adapters.sources import (
     find_weights,
 )
 from engine.adapters.text_files import TEXT_FILES, check_size
-from engine.errors import AdapterForbidden, AdapterIncompatible, AdapterTooLarge
+from engine.adapters.transfer import CONFIG_BYTES, NewFile, TooSlow, Transfer
+from engine.checkpoint import TOKENIZER_FILES, WHOLE_NAMES
+from engine.errors import (
+    AdapterForbidden,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    AdapterTooLarge,
+)
 from engine.files import OpenFile
-from engine.safetensors import MAX_INDEX_BYTES, parse_index
+from engine.safetensors import MAX_INDEX_BYTES, MAX_SHARDS, parse_index
 
 RESOLVE_S = 30.0  # limit of one `resolve`
+MAX_MODEL_SHARDS = 1024
+MODEL_CONFIG = "config.json"
+MODEL_FILES = (  # of a base model, where a store cannot list a folder
+    MODEL_CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +117,15 @@ class StoreSource(Source):
         self._check = check
 
     def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        if (kept := self._kept(ref)) is not None:
+            return kept
+        try:
+            return self.current(ref)
+        except AdapterLoadFailed as error:
+            return self.recall(self.name, ref, b"", error)
+
+    def current(self, ref: AdapterRef) -> Version:
+        """As `resolve`, by the source's answer alone."""
         listing = self._find(ref)
         limits = (
             (listing.config.name, listing.config.size, CONFIG_BYTES, None),
@@ -107,7 +146,18 @@ class StoreSource(Source):
             revision=listing.revision,
             weights=listing.weights.name,
             num_bytes=listing.weight_bytes,
+            asked=ref.name,
         )
+
+    def recall(
+        self, source: str, ref: AdapterRef, salt: bytes, error: AdapterLoadFailed
+    ) -> Version:
+        """The version on disk that a reference last meant, while its source is away. Raises `error` without one."""
+        known = self._cache.recall(source, self._where(), ref.name, salt)
+        if known is None:
+            raise error
+        logger.warning("%s: using the downloaded copy: %s", ref.name, error.message)
+        return known
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
         def fill(folder: Path, transfer: Transfer) -> None:
@@ -126,6 +176,56 @@ class StoreSource(Source):
 
         return self._cache.fetch(version, self._where(), progress, fill)
 
+    def keep_model(self, folder: str, weights: bool, cache: DiskCache) -> Path:
+        """A base model's configuration, tokenizer and, if wanted, weights, downloaded once per version into `cache`.
+
+        Raises as `resolve`, with errors that speak of the model.
+        """
+        folder = folder.rstrip("/")
+        files = self._model_files(folder, weights)
+        total = sum(file.size for file in files)
+        revision = revision_of((file.name, file.stamp, file.size) for file in files)
+
+        def fill(into: Path, transfer: Transfer) -> None:
+            logger.info("downloading %s: %d MiB", self._shown(folder), total >> 20)
+            transfer.reserve(total)
+            for file in files:
+                self._save(folder, file, into, transfer)
+
+        version = Version(self.name, folder, revision, weights="")
+        return cache.keep(version, self._where(), lambda done, total: None, fill)
+
+    def _model_files(self, folder: str, weights: bool) -> list[StoredFile]:
+        listed = self._model_listing(folder, time.monotonic() + RESOLVE_S)
+
+        def matching(*patterns: str) -> list[StoredFile]:
+            found = [
+                file for name, file in listed.items() if any(fnmatch(name, p) for p in patterns)
+            ]
+            return sorted(found, key=lambda file: file.name)
+
+        where = self._shown(folder)
+        if MODEL_CONFIG not in listed:
+            raise AdapterNotFound(
+                f"there is no {MODEL_CONFIG} in {where}",
+                hint="give the folder that save_pretrained of transformers has written",
+            )
+        found = matching("*.safetensors") or matching("pytorch_model*.bin")
+        if weights and not found:
+            raise AdapterIncompatible(f"{where} has neither {' nor '.join(WHOLE_NAMES)}")
+        return [*matching(*TOKENIZER_FILES), *(found if weights else [])]
+
+    def _model_listing(self, folder: str, end_by: float) -> dict[str, StoredFile]:
+        """The files of a base model, by name."""
+        found = {}
+        for name in MODEL_FILES:
+            if (file := self._describe(folder, name, end_by)) is not None:
+                found[name] = file
+        if (index := found.get(f"{WHOLE_NAMES[0]}.index.json")) is not None:
+            shards = self._shards(folder, index, found, end_by, MAX_MODEL_SHARDS)
+            found |= {file.name: file for file in shards}
+        return found
+
     @abstractmethod
     def _find(self, ref: AdapterRef) -> Listing:
         """The files of a reference. Raises AdapterNotFound, or as `resolve`."""
@@ -139,16 +239,18 @@ class StoreSource(Source):
         """Downloads exactly `file.size` bytes. Raises AdapterLoadFailed if the file has changed."""
 
     def _look(self, folder: str, end_by: float) -> dict[str, StoredFile]:
-        """The configuration and what may be weights, by name; without a configuration the rest does not matter."""
-        found = {}
-        for name in (CONFIG_NAME, *WEIGHT_NAMES):
-            if (file := self._describe(folder, name, end_by)) is not None:
-                found[name] = file
-            if (file is None) == (
-                name == CONFIG_NAME
-            ):  # no configuration, or the preferred weights
-                break
-        return found
+        """The configuration and the preferred weights, by name; other files do not matter."""
+        config = self._describe(folder, CONFIG_NAME, end_by)
+        if config is None:
+            return {}
+        for name in WEIGHT_NAMES:
+            if (weights := self._describe(folder, name, end_by)) is not None:
+                return {config.name: config, weights.name: weights}
+        return {config.name: config}
+
+    def _kept(self, ref: AdapterRef) -> Version | None:
+        """The exact version that a reference names, if it is on disk."""
+        return None
 
     def _exists(self, folder: str) -> bool:
         """Whether anything lies in a folder without a configuration, as far as the store can say."""
@@ -196,7 +298,12 @@ class StoreSource(Source):
         return tuple(file for file in found if file is not None)
 
     def _shards(
-        self, folder: str, index: StoredFile, files: dict[str, StoredFile], end_by: float
+        self,
+        folder: str,
+        index: StoredFile,
+        files: dict[str, StoredFile],
+        end_by: float,
+        limit: int = MAX_SHARDS,
     ) -> tuple[StoredFile, ...]:
         """The files that an index names. The index is small, so it is read before any of them is looked up."""
         where = f"{self._shown(folder)}/{index.name}"
@@ -204,9 +311,11 @@ class StoreSource(Source):
             raise damaged(where, f"it has {index.size} bytes, the limit is {MAX_INDEX_BYTES}")
         text = _Memory(index.size)
         transfer = Transfer(end_by, lambda done, total: None, lambda num_bytes: None)
-        self._download(folder, index, text, transfer)
         try:
-            names = sorted(set(parse_index(bytes(text.data)).values()))
+            self._download(folder, index, text, transfer)
+            names = sorted(set(parse_index(bytes(text.data), limit).values()))
+        except TooSlow as error:
+            raise AdapterLoadFailed(f"{where}: {error.strerror}", hint="try again later") from None
         except ValueError as error:
             raise damaged(where, str(error)) from None
         shards = []
@@ -216,7 +325,7 @@ class StoreSource(Source):
                 raise AdapterIncompatible(
                     f"{where} names {name}, which does not exist",
                     field=index.name,
-                    hint="upload every file of the adapter",
+                    hint="upload every file",
                 )
             shards.append(file)
         return tuple(shards)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from engine.adapters.ref import AdapterRef
@@ -113,7 +113,7 @@ class Versions:
             async with asyncio.timeout(REFRESH_PATIENCE_S):
                 return self._with_ttl(await share(task))
         except (TimeoutError, AdapterLoadFailed):
-            return known.version, 0.0
+            return replace(known.version, unconfirmed=True), 0.0
 
     def _with_ttl(self, version: Version) -> tuple[Version, float]:
         return version, self._registry.sources[version.source].ttl_s

@@ -31,6 +31,7 @@ from engine.ops.targets import Span
 from engine.sandbox import Converter, is_pickle
 
 MAX_INDEX_BYTES = 64 << 20
+CONVERTED = "lorax-converted-models"  # apart from those of adapters, which are removed for others
 CONVERT = "convert it to safetensors with save_pretrained of transformers"
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def _tensors(folder: Path, cache: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint. A `.bin` is converted into the cache first, and read from there."""
     paths, indexed = weight_files(folder)
     roots = [folder.resolve(), cache.resolve()] if indexed else None
-    with closing(Converter(cache)) as converter:
+    with closing(Converter(cache, folder=CONVERTED)) as converter:
         for path in paths:
             with _opened(path, roots) as file:
                 if is_pickle(file):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,15 +48,25 @@ logger = logging.getLogger(__name__)
 
 
 class Converter:
-    """Converts into the folder `lorax-converted` of `cache`, or into a private folder if that is not writable.
+    """Converts into a folder of `cache`, or into a private folder if that is not writable.
 
-    Thread-safe. Refusals are remembered by the file's SHA-256; failures of the machine are not.
+    Whoever limits the folder may remove files from it, the least recently used first: their time of access is that of
+    the last use. Thread-safe. Refusals are remembered by the file's SHA-256; failures of the machine are not.
     """
 
-    def __init__(self, cache: Path, max_bytes: int | None = None) -> None:
-        """`max_bytes`: larger files are refused before they are read."""
+    def __init__(
+        self,
+        cache: Path,
+        max_bytes: int | None = None,
+        *,
+        folder: str = FOLDER,
+        kept: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
+        """`max_bytes`: larger files are refused before they are read. `kept` is called with the size of each file that
+        was added to the folder."""
         self._max_bytes = max_bytes
-        self._folder = cache / FOLDER
+        self._folder = cache / folder
+        self._kept = kept
         self._private: Path | None = None
         self._refused: dict[bytes, str] = {}  # digest -> reason
         self._busy: set[bytes] = set()
@@ -120,6 +131,7 @@ class Converter:
             except OSError:
                 continue
             if _is_complete(file):
+                _touch(file)
                 return file
             file.close()
         return None
@@ -131,12 +143,19 @@ class Converter:
         try:
             self._run(file, fd, digest, pause)
             os.fsync(fd)
-            with OpenFile(path, [folder.resolve()]) as made:
+            made = OpenFile(path, [folder.resolve()])
+            with contextlib.ExitStack() as held:
+                held.callback(made.close)
                 if not _is_complete(made):
                     raise self._refuse(file, digest, "cannot be converted")
-            os.rename(path, folder / _name(digest))
-            sync_folder(folder)
-            return OpenFile(folder / _name(digest), [folder.resolve()])
+                _touch(made)
+                os.rename(path, folder / _name(digest))
+                sync_folder(folder)
+                if folder == self._folder:
+                    self._kept(made.size)  # it may remove this file too: it stays open
+                held.pop_all()
+            made.path = folder / _name(digest)
+            return made
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -231,6 +250,12 @@ def _is_complete(file: OpenFile) -> bool:
     except (ValueError, OSError):
         return False
     return start + max((e.data_offsets[1] for e in entries.values()), default=0) == file.size
+
+
+def _touch(file: OpenFile) -> None:
+    """Notes the time of use. The time of the last change stays."""
+    with contextlib.suppress(OSError):
+        os.utime(file.fd, ns=(time.time_ns(), os.fstat(file.fd).st_mtime_ns))
 
 
 def _create(folder: Path) -> tuple[Path, int]:

@@ -219,6 +219,16 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def layout_of(config: EngineConfig) -> ShardLayout:
+    """The layout of adapters for the base model. Its weights are not needed, and not downloaded."""
+    from engine.adapters.base_model import fetch_base_model
+    from engine.models import adapter_layout
+
+    fetch_base_model(config, weights=False)
+    layout: ShardLayout = adapter_layout(config.model)[0]
+    return layout
+
+
 @contextmanager
 def inspector(config: EngineConfig) -> Iterator[Inspect]:
     """Checks the files of adapters for the base model of the configuration."""
@@ -226,10 +236,9 @@ def inspector(config: EngineConfig) -> Iterator[Inspect]:
     from engine.checkpoint import cache_folder
     from engine.lora.folder import folder_notes
     from engine.lora.report import inspect
-    from engine.models import adapter_layout
     from engine.sandbox import Converter
 
-    layout: ShardLayout = adapter_layout(config.model)[0]
+    layout = layout_of(config)
     texts, base = TextReader(config.model), Path(config.model.model_id).expanduser()
     converter = Converter(cache_folder(config.model.huggingface_hub_cache))
 

@@ -24,6 +24,8 @@ class FakeHdfs:
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else small answers wait 40 ms
+
             def do_GET(self) -> None:
                 fake._answer(self)
 

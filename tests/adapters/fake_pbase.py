@@ -22,6 +22,8 @@ class FakeApi:
         api = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else small answers wait 40 ms
+
             def do_GET(self) -> None:
                 api._answer(self)
 

@@ -29,6 +29,7 @@ class FakeS3:
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else small answers wait 40 ms
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:

@@ -50,6 +50,8 @@ class WebServer:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else small answers wait 40 ms
+
             def do_GET(self) -> None:
                 server._answer(self)
 

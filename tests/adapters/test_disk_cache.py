@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from engine.adapters.disk_cache import FOLDER, DiskCache, NewFile, Transfer
+from engine.adapters.disk_cache import FOLDER, DiskCache
 from engine.adapters.sources import Version
+from engine.adapters.transfer import NewFile, Transfer
 from engine.errors import AdapterLoadFailed, AdapterTooLarge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -122,3 +124,34 @@ def test_what_others_left(tmp_path: Path) -> None:
     (entry / CONFIG).unlink()
     load(DiskCache(tmp_path), "a", fill)
     assert fill.calls == 2 and entries(tmp_path) == [entry]
+
+
+def test_converted_files_share_the_budget(tmp_path: Path) -> None:
+    """The least recently used goes, whether it was downloaded or converted. Other files are not touched."""
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    cache = DiskCache(tmp_path, 4 * SIZE, files="converted")
+
+    def convert(name: str, used: float) -> Path:
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(b"x" * SIZE)
+        os.utime(path, (used, 0))
+        cache.grew(SIZE)
+        return path
+
+    (folder / "other").write_bytes(b"x" * SIZE)
+    fill, now = Filler(), time.time()
+    load(cache, "a", fill)
+    old, new = convert("old", now - 10), convert("new", now + 10)
+    load(cache, "b", fill)
+    assert old.exists() and len(entries(tmp_path)) == 2
+    load(cache, "c", fill)
+    assert not old.exists() and new.exists()
+    convert("newer", now + 20)
+    convert("newest", now + 30)
+    convert("last", now + 40)
+    assert len(list(folder.glob("*.safetensors"))) == 4, "the downloads went first"
+    assert not entries(tmp_path) and (folder / "other").exists()
+    convert("large", now - 1).write_bytes(b"x" * 9 * SIZE)
+    cache.grew(8 * SIZE)
+    assert not (folder / "large.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.sources import AdapterFiles, LocalSource, Progress, Version, open_folder
 from engine.adapters.tiers import HostRegion
-from engine.config import AdapterConfig, EngineConfig, ModelConfig
+from engine.config import GIB, AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import AdapterForbidden, AdapterIncompatible, AdapterLoadFailed
 from engine.sandbox import convert, parent
 from tests.adapters.fake_hub import FakeHub
@@ -227,6 +228,39 @@ async def test_a_bin_is_converted_once(
         await exchange.close()
     assert len(set(digests)) == 1 and len(calls) == 1
     assert len(list((tmp_path / "cache" / "lorax-converted").iterdir())) == 1
+
+
+async def test_converted_files_count_in_the_budget_of_the_disk(
+    root: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three fit, and the least recently used goes."""
+    tensors = (saved / "a" / WEIGHTS).read_bytes()
+
+    def run(task: str, files: dict[str, int], *given: Any) -> dict[str, Any]:
+        """The child, without its limits."""
+        os.pwrite(files["target"], tensors, 0)
+        return {}
+
+    monkeypatch.setattr(convert, "run", run)
+    digests = {}
+    for name in "abc":
+        shutil.copytree(saved / name, root / name)
+        as_bin(root / name)
+        digests[name] = hashlib.sha256((root / name / "adapter_model.bin").read_bytes()).hexdigest()
+    budget = 2.5 * len(tensors)
+    model = ModelConfig(model_id="org/base", huggingface_hub_cache=str(tmp_path / "cache"))
+    adapters = AdapterConfig(
+        adapter_root=(str(root),), adapter_source="local", adapter_disk_cache_gb=budget / GIB
+    )
+    for names, kept in (("ab", "ab"), ("a", "ab"), ("c", "ac"), ("b", "cb")):
+        region = HostRegion.create(1 << 20)
+        exchange = Exchange(EngineConfig(model, adapters), LAYOUT, region)
+        for name in names:
+            (await exchange.acquire(ref(name))).release()
+        await exchange.close()
+        region.close()
+        found = {path.stem for path in (tmp_path / "cache" / "lorax-converted").iterdir()}
+        assert found == {digests[name] for name in kept}
 
 
 async def test_a_hostile_bin_holds_up_nobody(make: Callable[..., Exchange], root: Path) -> None:

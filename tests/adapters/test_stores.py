@@ -5,26 +5,42 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engine.adapters.disk_cache import FOLDER
+from engine.adapters.disk_cache import FOLDER, DiskCache
+from engine.adapters.exchange import Exchange
 from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
 from engine.adapters.registry import make_sources
 from engine.adapters.remote import check_rank
+from engine.adapters.s3 import S3Source
 from engine.adapters.sources import LocalSource
 from engine.adapters.text_files import TEMPLATE, TEXT_FILES
+from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
-from engine.errors import AdapterIncompatible, AdapterLoadFailed, AdapterTooLarge
+from engine.errors import (
+    AdapterForbidden,
+    AdapterIncompatible,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    AdapterTooLarge,
+)
 from engine.files import OpenFile
+from engine.messages import EngineStats
+from engine.metrics import Metrics
 from tests.adapters.fake_hub import FakeHub, Repo
 from tests.adapters.halt import flipped
-from tests.adapters.stores import STORES, Store, contents, store
+from tests.adapters.stores import FAST, STORES, Store, contents, store
 from tests.adapters.test_layouts import shard
+from tests.lora import tiny
+
+if TYPE_CHECKING:
+    from tests.adapters.fake_s3 import FakeS3
 
 CONFIG, WEIGHTS, INDEX = (
     "adapter_config.json",
@@ -44,6 +60,7 @@ def root(saved: Path, tmp_path: Path) -> Path:
     """The same adapter in every layout."""
     for name in ("plain", "sharded", "ludwig/model/model_weights", "both/model/model_weights"):
         shutil.copytree(saved / "a", tmp_path / "root" / name)
+    shutil.copytree(saved / "b", tmp_path / "root" / "other")
     shard(tmp_path / "root/sharded")
     shard(tmp_path / "root/both/model/model_weights", 2)
     return tmp_path / "root"
@@ -125,6 +142,17 @@ def test_broken_indexes(served: Store, root: Path, tmp_path: Path) -> None:
         assert words in caught.value.message and caught.value.hint, case
         assert served.downloads(INDEX) - before == (case != "large")
     assert not served.downloads("adapter_model-") and not entries(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("served", ["s3", "https", "webhdfs"], indirect=True)
+def test_an_index_that_comes_too_slowly(
+    served: Store, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.put(contents(root / "sharded"))
+    monkeypatch.setattr("engine.adapters.store.RESOLVE_S", -1.0)
+    with pytest.raises(AdapterLoadFailed, match="too slow|too long") as caught:
+        served.resolve(served.source(tmp_path / "cache"))
+    assert caught.value.hint
 
 
 def config_with(files: dict[str, bytes], **fields: object) -> bytes:
@@ -213,3 +241,72 @@ def test_a_file_of_the_hubs_cache_that_decayed(root: Path, hub: FakeHub, tmp_pat
         assert hub.count(f"GET org/x/resolve/{version.revision}/{WEIGHTS}") == number + 1
         path = found.weights.path.resolve()
         path.write_bytes(flipped(files[WEIGHTS]))
+
+
+def test_a_source_that_is_down(
+    served: Store, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last version serves on, and the log says so. An answer is never overridden."""
+    old, new = contents(root / "plain"), contents(root / "other")
+    served.put(old)
+    served.load(served.source(tmp_path / "cache"))
+    served.put(new)
+    served.load(served.source(tmp_path / "cache"))
+    served.fail(503)
+    source = served.source(tmp_path / "cache")
+    version = served.resolve(source)
+    assert version.unconfirmed and "using the downloaded copy" in caplog.text
+    assert served.load(source, version) == [new[CONFIG], new[WEIGHTS]]
+    with pytest.raises(AdapterLoadFailed):
+        served.resolve(served.source(tmp_path / "empty"))
+    served.fail(403)
+    with pytest.raises(AdapterForbidden):
+        served.resolve(source)
+    served.fail(0)
+    assert not served.resolve(source).unconfirmed
+    served.put({})
+    with pytest.raises((AdapterNotFound, AdapterIncompatible)):
+        served.resolve(source)
+
+
+async def test_the_status_of_a_source_that_is_down(s3: FakeS3, tmp_path: Path) -> None:
+    """Requests are served, and the adapter's status says that its version is not confirmed."""
+    model = ModelConfig(model_id="org/base", huggingface_hub_cache=str(tmp_path))
+    source = S3Source(DiskCache(tmp_path), endpoint=s3.url, ttl_s=0.0, **FAST)
+    region = HostRegion.create(1 << 20)
+    exchange = Exchange(
+        EngineConfig(model, AdapterConfig(adapter_source="s3")),
+        tiny.llama_layout("bfloat16"),
+        region,
+        sources={"s3": source},
+    )
+    digests = set()
+    for is_down in (False, True, False):
+        s3.broken, s3.fault = 1000 * is_down, 503
+        with await exchange.acquire(AdapterRef.parse("s3://loras/team/a")) as lease:
+            digests.add(lease.image.digest)
+        (status,) = await exchange.adapters()
+        assert status.unconfirmed == is_down
+        text = Metrics().render(EngineStats(), [status], 16).decode()
+        assert f"lorax_adapters_unconfirmed {float(is_down)}" in text
+    assert len(digests) == 1
+    await exchange.close()
+    region.close()
+
+
+def test_a_whole_digest_needs_no_answer(s3: FakeS3, root: Path, tmp_path: Path) -> None:
+    """Of S3: what was downloaded is served by its digest, also after it was replaced."""
+    old = contents(root / "sharded")
+    for name, data in old.items():
+        s3.put(f"x/model/model_weights/{name}", data)
+    source = S3Source(DiskCache(tmp_path / "cache"), endpoint=s3.url, **FAST)
+    version = source.resolve(AdapterRef(("loras/x",)), None)
+    source.fetch(version, None, lambda done, total: None).close()
+    s3.put(f"x/model/model_weights/{CONFIG}", b"{}")
+    s3.requests.clear()
+    exact = source.resolve(AdapterRef(("loras/x",), "s3", version.revision), None)
+    with source.fetch(exact, None, lambda done, total: None) as files:
+        assert files.config.read() == old[CONFIG] and len(files.shards) == 3
+    assert exact == replace(version, id=exact.id, num_bytes=None) and not s3.requests
+    with pytest.raises(AdapterNotFound, match="has no revision"):
+        source.resolve(AdapterRef(("loras/x",), "s3", "0" * 40), None)

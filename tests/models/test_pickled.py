@@ -65,7 +65,7 @@ def scored(folder: Path, cache: Path) -> tuple[Any, Any]:
 def test_the_same_answers_as_of_safetensors(shards: int, base: Path, tmp_path: Path) -> None:
     folder = pickled(base, tmp_path / "model", shards)
     assert scored(folder, tmp_path / "cache") == scored(base, tmp_path / "cache")
-    assert len(list((tmp_path / "cache" / "lorax-converted").iterdir())) == shards
+    assert len(list((tmp_path / "cache" / "lorax-converted-models").iterdir())) == shards
 
 
 def test_safetensors_come_first(base: Path, tmp_path: Path) -> None:
