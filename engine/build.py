@@ -118,7 +118,8 @@ def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
     dtype = models.dtype_of(config.model, spec.config, platform.device)
     attention = choose_attention(config, spec, dtype, platform.device)
     with fitting("the weights", WEIGHTS_REMEDY):
-        decoder = Decoder(spec, dtype, platform.device, method)
+        room = config.adapters.max_added_tokens
+        decoder = Decoder(spec, dtype, platform.device, method, max_added_tokens=room)
         if config.model.load_format == "dummy":
             weights.init_random(decoder)
         else:

@@ -118,6 +118,14 @@ class AdapterConfig:
             least=1,
         ),
     ] = 1024
+    max_added_tokens: Annotated[
+        int,
+        Option(
+            "Tokens that an adapter may add to the base model's vocabulary, with rows of its own in embedding and "
+            "head. Higher: more memory for logits.",
+            least=0,
+        ),
+    ] = 256
     adapter_cycle_time_s: Annotated[
         float,
         Option(

@@ -115,7 +115,7 @@ class Engine:
                 field="kind",
                 hint=f"this model serves: {', '.join(kinds)}",
             )
-        vocab = self.spec.vocab
+        vocab = (request.adapter and request.adapter.vocab) or self.spec.vocab
         if any(not 0 <= token < vocab for token in request.tokens):
             raise InvalidRequest(
                 f"a prompt token is outside the vocabulary of {vocab}", field="tokens"

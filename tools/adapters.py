@@ -13,6 +13,7 @@ from engine.adapters.sources import open_folder
 from engine.adapters.tiers import HostRegion
 from engine.lora.formats import load_peft
 from engine.lora.image import image_size, write_image
+from engine.lora.own import Tables, without_base_rows
 from engine.messages import AdapterImageRef, aligned
 from engine.ops.layout import ShardLayout
 
@@ -51,12 +52,24 @@ def write_adapter(
 
 
 def stage(
-    folder: Path, layout: ShardLayout, region: HostRegion, offset: int
+    folder: Path,
+    layout: ShardLayout,
+    region: HostRegion,
+    offset: int,
+    tables: Tables | None = None,
 ) -> tuple[AdapterImageRef, int]:
-    """Writes the image of a folder's adapter at `offset` of the region, as the exchange would; and where it ends."""
+    """Writes the image of a folder's adapter at `offset` of the region, as the exchange would; and where it ends.
+
+    `tables`: the base's, to leave out own rows that equal them.
+    """
     with open_folder(folder) as files:
         weights = load_peft(files.config, files.weights, layout.targets)
+        if tables is not None:
+            weights = without_base_rows(weights, layout, tables)
         size = image_size(weights, layout)
         digest = write_image(weights, layout, region.view[offset : offset + size.total])
     end = offset + aligned(size.total)
-    return AdapterImageRef(digest, offset, size.data_bytes, size.stacked_rank, folder.name), end
+    image = AdapterImageRef(
+        digest, offset, size.data_bytes, size.stacked_rank, folder.name, vocab=size.vocab
+    )
+    return image, end

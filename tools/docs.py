@@ -198,9 +198,15 @@ def adapter_formats() -> str:
         "`base_model.model.` may be missing. `module.` (DDP), `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` "
         "and an adapter's name (`lora_A.default.weight`) are removed. If two tensors then have the same name, or the "
         "file has several adapters, it is refused.",
-        "A copy of the base model's embedding or head (`embed_tokens.base_layer.weight`) is refused, because it may "
-        "have been trained. PEFT saves one if LoRA targets the embedding or the head; save such an adapter with "
-        "`save_embedding_layers=False`.",
+        "## Embedding, head and added tokens",
+        "A whole embedding or head in the file (`modules_to_save`, or a copy that PEFT saves if LoRA targets it or the "
+        "vocabulary was resized) belongs to the adapter, and so do the rows of `trainable_token_indices`. Rows that "
+        "equal the base model's are left out, so that a copy takes no memory on the device. A row costs as much memory "
+        "as in the base model. With a tied head, one copy or one list of tokens replaces both, but a module in "
+        "`modules_to_save` replaces only itself, as in PEFT.",
+        "If the vocabulary was resized, the adapter's tokens behind the base's exist for its own requests only. Save "
+        "such an adapter with `save_embedding_layers=True`. `--max-added-tokens` (256) limits them.",
+        "A module with its own rows cannot have DoRA magnitudes or a trained bias as well.",
         "## Fields of adapter_config.json",
         "A refused field that is null, false or empty changes nothing and is accepted. A field that is not in this "
         "table is accepted if it is null, false or empty. If a word in its name says that it describes the training "

@@ -179,7 +179,8 @@ class Exchange:
         """
 
         def lease(ref: AdapterImageRef) -> Lease:
-            size = ImageSize(self._layout.record_bytes, ref.data_bytes, ref.stacked_rank)
+            record_bytes = self._layout.record_bytes
+            size = ImageSize(record_bytes, ref.data_bytes, ref.stacked_rank, ref.vocab)
             image = self.tier.adopt(ref.digest, ref.offset, size.total)
             state = AdapterState(ref.name, ref.source, "ready", ref.digest, size, merged=ref.merged)
             self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)

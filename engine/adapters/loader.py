@@ -27,12 +27,14 @@ from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
 from engine.adapters.workers import Job, Workers
+from engine.checkpoint import folder_of
 from engine.config import EngineConfig
 from engine.errors import AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora.formats import load_peft
 from engine.lora.image import ImageSize, image_size, write_image
 from engine.lora.merge import Part, merge
+from engine.lora.own import CheckpointTables, without_base_rows
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
 from engine.messages import AdapterText
@@ -245,7 +247,8 @@ class Loader:
             convert = self._converter.convert
             readable = await attempt.run(self._converters, convert, readable, pause)
             held.callback(readable.close)
-        weights = await attempt.run(self._parsers, self._open, files.config, readable, files.shards)
+        opened = files.config, readable, files.shards, pause
+        weights = await attempt.run(self._parsers, self._open, *opened)
         held.callback(weights.close)
         files.config.close()  # an adapter that waits for memory keeps few files open
         return weights
@@ -260,17 +263,35 @@ class Loader:
         await asyncio.gather(self._parsers.close(), self._mergers.close(), self._converters.close())
         self._converter.close()
 
-    def _open(self, config: OpenFile, weights: OpenFile, shards: Sequence[OpenFile]) -> LoraWeights:
+    def _open(
+        self,
+        config: OpenFile,
+        weights: OpenFile,
+        shards: Sequence[OpenFile],
+        pause: Callable[[], None],
+    ) -> LoraWeights:
         """The tensors of an adapter, matched with the layout. Files that were refused before are refused at once."""
+        given = self._config.adapters
         with self._refused.remembered(config, weights, shards):
-            return load_peft(
+            found = load_peft(
                 config,
                 weights,
                 self._layout.targets,
                 shards=shards,
-                max_rank=self._config.adapters.max_adapter_rank,
+                max_rank=given.max_adapter_rank,
+                max_added_tokens=given.max_added_tokens,
                 base_model=self._config.model.model_id.partition("@")[0],
             )
+        if found.own and (tables := self._tables()) is not None:
+            return without_base_rows(found, self._layout, tables, pause)
+        return found
+
+    def _tables(self) -> CheckpointTables | None:
+        """Embedding and head of the base model; None if its weights are not in files."""
+        model = self._config.model
+        if model.load_format == "dummy":
+            return None
+        return CheckpointTables(folder_of(model, weights=False), self._layout.targets)
 
     def _raise_if_closing(self) -> None:
         if self._closing:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers.batch import LoraBatch
-from engine.ops.layout import PAIRS, RESCALES, GroupPart
+from engine.ops.layout import PAIRS, REPLACES, RESCALES, GroupPart
 
 ops = torch.ops.lorax
 
@@ -115,13 +116,19 @@ class Plain:
 class Linear:
     """y = x W.T + b, plus the update of each token's adapter."""
 
-    def __init__(self, method: LinearMethod, group: GroupPart, address: tuple[int, int]) -> None:
-        """`address` is (layer, group number): where the group's records are."""
+    def __init__(
+        self, method: LinearMethod, group: GroupPart, address: tuple[int, int], room: int = 0
+    ) -> None:
+        """`address` is (layer, group number): where the group's records are.
+
+        `room`: outputs behind the base's that own rows may add. They are there, -inf where no row is, in steps with
+        an adapter that has own rows.
+        """
         self.group = group
         self.layer, self.number = address
         self.splits = [target.out_features for target in group.targets]
         self.method = method
-        self.bias = group.whole.bias
+        self.bias, self.room = group.whole.bias, room
         method.allocate(sum(self.splits), group.in_features, self.bias)
 
     def __call__(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
@@ -129,12 +136,17 @@ class Linear:
         if lora is None or not (does := lora.touched[self.layer][self.number]):
             return y
         where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
+        whole = y
+        if does & REPLACES:
+            whole = F.pad(y, (0, self.room), value=float("-inf"))
+            ops.lora_own_logits_(whole, x, *where)
+            y = whole[:, : y.shape[1]]
         if does & PAIRS:
-            t = ops.lora_shrink(x, *where, lora.stacked_rank, overlap=True)
+            t = ops.lora_shrink(x, *where, lora.stacked_rank, overlap=not does & REPLACES)
             ops.lora_expand_(y, t, *where, self.splits)
         if does & RESCALES:
             ops.lora_rescale_(y, *where)
-        return y
+        return whole
 
     @property
     def base_bias(self) -> Tensor | None:
@@ -157,10 +169,14 @@ class Embedding:
         self.table = torch.empty(group.in_features, self.splits[0], dtype=dtype, device=device)
 
     def __call__(self, ids: Tensor, lora: LoraBatch | None) -> Tensor:
-        y = self.table[ids]
         if lora is None or not (does := lora.touched[self.layer][self.number]):
-            return y
+            return self.table[ids]
         where = (lora.arena, lora.records, lora.slots, lora.segment_starts, self.layer, self.number)
+        if does & REPLACES:
+            y = self.table[ids.clamp(max=self.table.shape[0] - 1)]
+            ops.lora_own_rows_(y, ids, *where)
+        else:
+            y = self.table[ids]
         if does & PAIRS:
             t = ops.lora_gather(ids, *where, lora.stacked_rank, self.table.dtype)
             ops.lora_expand_(y, t, *where, self.splits)

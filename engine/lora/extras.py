@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import AdapterIncompatible
-from engine.lora.weights import Extras, Matrix
+from engine.lora.weights import Extras, Matrix, read_all
 from engine.ops.layout import (
     EXTRAS,
     FLAG_OWN_BIAS,
@@ -71,9 +71,7 @@ def write_extras(
 
 def _values(vector: Matrix, target: TargetPart, module: str) -> Tensor:
     """The shard's part of a vector [1, N], float32. Raises AdapterIncompatible if a value is not finite."""
-    out = torch.empty(vector.shape, dtype=vector.dtype)
-    vector.read(0, 1, out.view(torch.uint8).numpy().reshape(-1).data)
-    values = out[0].float()
+    values = read_all(vector)[0].float()
     if not values.isfinite().all():
         raise AdapterIncompatible(
             f"{module} has values that are not finite",

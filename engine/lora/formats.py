@@ -9,67 +9,22 @@ model's own embedding scale (Gemma), which the model applies to the sum, as PEFT
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.errors import RESAVE, AdapterIncompatible
+from engine.errors import AdapterIncompatible
 from engine.files import OpenFile
 from engine.lora.keys import plain_keys
-from engine.lora.leftovers import FULL_MODEL, describe
-from engine.lora.peft_config import PeftConfig, check_config, read_config
-from engine.lora.peft_extras import Site, check_complete, take_extras
-from engine.lora.tensors import DTYPES, SafetensorsFile, TensorInfo
-from engine.lora.weights import Extras, LoraWeights, Pair, TargetIndex
-from engine.names import shown, shown_shape
+from engine.lora.matcher import Limits, Matcher, Problems
+from engine.lora.peft_config import check_config, read_config
+from engine.lora.tensors import SafetensorsFile
+from engine.lora.weights import LoraWeights
+from engine.names import shown
 from engine.ops.layout import MAX_RANK
 from engine.ops.targets import ModelTargets
 
+MAX_ADDED_TOKENS = 256
 MAX_SUMMARY = 500  # characters of all problems as one error, if the first is not longer
-MAX_PROBLEMS = 64  # kinds of problems that are listed
-
-_HALF = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<half>[AB])\.weight|lora_embedding_(?P<table>[AB]))"
-)
-_TRAINING_ONLY = re.compile(r"\.lora_(velora|monteclora)_")  # PEFT does not read them at inference
-_GATHER = "gather sharded weights (ZeRO-3, FSDP) before saving"
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
-
-
-def _kind(name: str) -> str:
-    """A name without layer numbers, so that a problem is the same kind in every layer."""
-    return _NUMBER.sub("", shown(name))
-
-
-@dataclass(slots=True)
-class _Problems:
-    """Problems by kind: one message per kind, up to MAX_PROBLEMS kinds."""
-
-    first: dict[str, AdapterIncompatible] = field(default_factory=dict)
-    more: Counter[str] = field(default_factory=Counter)  # further cases per kind
-    unlisted: int = 0
-
-    def add(self, kind: str, text: str, where: str | None, hint: str | None) -> None:
-        if kind in self.first:
-            self.more[kind] += 1
-        elif len(self.first) < MAX_PROBLEMS:
-            where = shown(where) if where else None
-            self.first[kind] = AdapterIncompatible(text, field=where, hint=hint)
-        else:
-            self.unlisted += 1
-
-    def errors(self) -> list[AdapterIncompatible]:
-        """One error per kind, with the number of further cases, and one for the kinds that are not listed."""
-        found = []
-        for kind, first in self.first.items():
-            count = self.more[kind]
-            text = f"{first.message}, and {count} more like it" if count else first.message
-            found.append(AdapterIncompatible(text, field=first.field, hint=first.hint))
-        if self.unlisted:
-            found.append(AdapterIncompatible(f"{self.unlisted} more problems are not listed"))
-        return found
 
 
 def load_peft(
@@ -79,6 +34,7 @@ def load_peft(
     *,
     shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
+    max_added_tokens: int = MAX_ADDED_TOKENS,
     base_model: str | None = None,
 ) -> LoraWeights:
     """The LoRA in a PEFT folder's `config` and `weights`, a safetensors file (see `engine.sandbox.Converter`).
@@ -91,7 +47,13 @@ def load_peft(
     reasons, or AdapterLoadFailed.
     """
     found, problems = check_peft(
-        config, weights, targets, shards=shards, max_rank=max_rank, base_model=base_model
+        config,
+        weights,
+        targets,
+        shards=shards,
+        max_rank=max_rank,
+        max_added_tokens=max_added_tokens,
+        base_model=base_model,
     )
     if found is None:
         raise summary(problems)
@@ -118,19 +80,22 @@ def check_peft(
     *,
     shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
+    max_added_tokens: int = MAX_ADDED_TOKENS,
     base_model: str | None = None,
 ) -> tuple[LoraWeights | None, list[AdapterIncompatible]]:
     """Like `load_peft`, but returns the problems instead of raising. The weights are None if there is a problem."""
-    parsed, refused = check_config(read_config(config))
-    problems = _Problems()
+    fields = read_config(config)
+    parsed, refused = check_config(fields)
+    problems = Problems()
     for number, error in enumerate(refused):
         problems.add(f"config {number}", error.message, error.field, error.hint)
     if parsed is None:
         return None, problems.errors()
     file = SafetensorsFile(weights, shards)
     file.rename(plain_keys(file.infos, problems.add))
-    matcher = _Matcher(file, parsed, targets, max_rank, problems)
-    pairs, extras = matcher.match()
+    limits = Limits(max_rank, max_added_tokens)
+    matcher = Matcher(file, fields, parsed, targets, limits, problems)
+    pairs, extras, own = matcher.match()
     errors = problems.errors()
     if errors:
         return None, errors
@@ -139,7 +104,7 @@ def check_peft(
         notes.append(
             f"trained on {shown(parsed.base_model)}, served with {base_model}; the shapes match"
         )
-    return LoraWeights(pairs, extras, parsed.base_model, notes, file.verify, file.close), []
+    return LoraWeights(pairs, extras, own, parsed.base_model, notes, file.verify, file.close), []
 
 
 def same_base(named: str, served: str) -> bool:
@@ -148,154 +113,3 @@ def same_base(named: str, served: str) -> bool:
         return True
     paths = [name for name in (named, served) if name.count("/") != 1 or name[0] in "./~"]
     return bool(paths) and Path(named).name.lower() == Path(served).name.lower() != ""
-
-
-@dataclass(slots=True)
-class _Matcher:
-    """Matches the tensors of one file with the targets of the model."""
-
-    file: SafetensorsFile
-    config: PeftConfig
-    targets: ModelTargets
-    max_rank: int
-    problems: _Problems
-    notes: list[str] = field(default_factory=list)
-
-    def match(self) -> tuple[dict[TargetIndex, Pair], dict[TargetIndex, Extras]]:
-        """The valid pairs and extras; every other tensor becomes a problem."""
-        halves: dict[str, dict[str, str]] = {}  # module -> half -> tensor's name
-        others = []
-        for key in self.file.infos:
-            if match := _HALF.fullmatch(key):
-                half = match["half"] or "embedding " + match["table"]
-                halves.setdefault(match["module"], {})[half] = key
-            elif not _TRAINING_ONLY.search(key):
-                others.append(key)
-        sites = self._sites()
-        extras, others = take_extras(others, self.file, self.config, sites, self.problems.add)
-        self._leftover(others, sites)
-        linears = sorted({path.rsplit(".", 1)[-1] for path in sites})
-        pairs = {}
-        for module, names in halves.items():
-            site = sites.get(module)
-            if site is None:
-                self._no_such_module(module, linears)
-            elif (pair := self._pair(module, names, site)) is not None:
-                pairs[site.place] = pair
-        if not halves:
-            whole = any(key.removesuffix(".weight") in sites for key in others)
-            remedy = FULL_MODEL if whole else RESAVE
-            self.problems.add("empty", "the weight file has no LoRA tensors", None, remedy)
-        modules = {index: pair.module for index, pair in pairs.items()}
-        places = {site.place for site in sites.values() if not site.group.embedding}
-        check_complete(extras, modules, places, self.config, self.problems.add)
-        return pairs, extras
-
-    def _sites(self) -> dict[str, Site]:
-        """Every target module of every layer, by its path."""
-        return {
-            target.module.format(layer=layer, expert=expert): Site(
-                TargetIndex(layer, number, position, expert), group, target
-            )
-            for layer, number, group in self.targets.each_group()
-            for position, target in enumerate(group.targets)
-            for expert in range(group.experts or 1)
-        }
-
-    def _pair(self, module: str, names: dict[str, str], site: Site) -> Pair | None:
-        """The pair of one module, if dtype, shapes and rank are valid."""
-        kind, halves = site.target.name, ("A", "B")
-        if site.group.embedding:
-            halves = ("embedding A", "embedding B")
-        missing = [half for half in halves if half not in names]
-        if missing or len(names) > 2:
-            text = f"{module} has {' and '.join(sorted(names))} but not {' and '.join(missing)}"
-            if not missing:
-                text = f"{module} has LoRA tensors both of a linear and of an embedding"
-            elif len(names) == len(missing) == 2:
-                served, other = ("an embedding", "a linear")[:: 1 if site.group.embedding else -1]
-                text = (
-                    f"{module} is {served} in the served model, but has the LoRA tensors of {other}"
-                )
-            self.problems.add(f"half {kind}", text, module, "save the complete adapter again")
-            return None
-        a, b = (self.file.infos[names[half]] for half in halves)
-        if not self._shapes_fit(module, a, b, site):
-            return None
-        rank, configured = a.shape[0], self.config.rank(module)
-        if rank != configured:
-            self.problems.add(
-                f"rank {kind}",
-                f"{module} has rank {rank}, but adapter_config.json says {configured}",
-                "rank_pattern",
-                "set r or rank_pattern to this rank; the scale depends on it",
-            )
-            return None
-        if rank > min(self.max_rank, MAX_RANK):
-            self.problems.add(
-                "max rank",
-                f"{module} has rank {rank}; the limit is {self.max_rank}",
-                "r",
-                f"start the server with --max-adapter-rank {rank}",
-            )
-            return None
-        matrices = [self.file.matrix(names[half]) for half in halves]
-        return Pair(matrices[0], matrices[1], self.config.scale(module), module)
-
-    def _shapes_fit(self, module: str, a: TensorInfo, b: TensorInfo, site: Site) -> bool:
-        kind = site.target.name
-        for info in (a, b):
-            if info.dtype not in DTYPES:
-                hint = f"save the adapter in one of {', '.join(DTYPES)}"
-                self.problems.add(
-                    f"dtype {info.dtype}",
-                    f"{module} has the dtype {shown(info.dtype)}, which is not supported",
-                    module,
-                    hint,
-                )
-                return False
-        for half, info in (("A", a), ("B", b)):
-            if 0 in info.shape:
-                text = f"lora_{half} of {module} was saved empty, with the shape {shown_shape(info.shape)}"
-                self.problems.add(f"empty {kind}", text, module, _GATHER)
-                return False
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            shapes = f"{shown_shape(a.shape)} and {shown_shape(b.shape)}"
-            text = f"{module} has shapes {shapes}, which are not those of a LoRA pair"
-            self.problems.add(f"shape {kind}", text, module, _GATHER)
-            return False
-        have = (a.shape[1], b.shape[0])
-        want = (site.group.in_features, site.target.out_features)
-        if have == want:
-            return True
-        hint = "use an adapter of this base model, or serve the adapter's base model"
-        base = f" ({shown(self.config.base_model)})" if self.config.base_model else ""
-        self.problems.add(
-            f"base {kind}",
-            f"trained on another base model{base}: {module} maps {have[0]} to {have[1]} in the adapter,"
-            f" but {want[0]} to {want[1]} in the served model",
-            module,
-            hint,
-        )
-        return False
-
-    def _no_such_module(self, module: str, linears: Sequence[str]) -> None:
-        """`linears`: the names of all LoRA targets, without their path."""
-        kind = _kind(module)
-        if "expert" in module:
-            why = "is an expert of a mixture-of-experts model, which cannot be adapted"
-            hint = "train on the attention's linear layers only"
-        elif module.rsplit(".", 1)[-1] in linears:
-            why = "is not in the served model"
-            hint = "use an adapter of this base model, or serve the adapter's base model"
-        else:
-            why = "is not a LoRA target of this model"
-            hint = f"train on {', '.join(linears)} only"
-        self.problems.add(f"module {kind}", f"{shown(module)} {why}", module, hint)
-
-    def _leftover(self, keys: list[str], sites: dict[str, Site]) -> None:
-        """Tensors that do not belong to a pair."""
-        targets = {path.rpartition(".")[2] for path in sites}
-        for key in keys:
-            found = describe(key, _kind(key), sites, targets)
-            self.problems.add(found.kind, found.text, found.field, found.remedy)

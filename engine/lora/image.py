@@ -3,7 +3,8 @@
     records   int32 [layers + 1, groups, 8], offsets relative to the data
     zeros     to the next multiple of IMAGE_ALIGN bytes
     data      group by group, layer by layer, the ends last: A of all targets, then each target's B, transposed, then
-              the extras; for a group of experts: the expert records, then the same for each adapted expert
+              the extras, then the own rows; for a group of experts: the expert records, then the same for each
+              adapted expert
 
 An image belongs to one shard: it holds the parts of the matrices that the shard's linears need.
 
@@ -15,19 +16,32 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.errors import AdapterIncompatible, AdapterTooLarge
+from engine.errors import AdapterTooLarge
 from engine.lora.extras import extras_bytes, flags_of, write_extras
-from engine.lora.weights import Extras, LoraWeights, Matrix, Pair, TargetIndex, sliced
+from engine.lora.own import own_bytes, vocab_of, write_own
+from engine.lora.weights import (
+    Extras,
+    LoraWeights,
+    Matrix,
+    OwnRows,
+    Pair,
+    Resized,
+    TargetIndex,
+    sliced,
+)
+from engine.lora.writer import CHUNK_BYTES, Writer
 from engine.ops.layout import (
     ALIGN,
     EXTRAS,
     FLAG_EXPERTS,
+    FLAG_OWN_ROWS,
     RECORD_BYTES,
     GroupPart,
     ShardLayout,
@@ -35,11 +49,9 @@ from engine.ops.layout import (
     padded,
     row_stride,
 )
-from engine.ops.matrices import ELEMENTS, Piece, write_matrices
-from engine.ops.targets import MAX_TARGETS
+from engine.ops.targets import MAX_TARGETS, Span
 
 DIGEST_BYTES = 16
-CHUNK_BYTES = 1 << 20  # largest piece that is read, converted or hashed at once
 _RECORD = struct.Struct("=IIIHHHHfff")  # a, b, extra, three ranks, flags, three scales
 assert _RECORD.size == RECORD_BYTES
 
@@ -69,9 +81,11 @@ class _Section:
     group: GroupPart
     pairs: tuple[Pair | None, ...]  # by target
     extras: tuple[Extras | None, ...]
+    own: OwnRows | None
     a: int
     b: int
-    rows: int  # of the extras
+    extra: int
+    rows: int  # own ones
     end: int
 
     @property
@@ -81,7 +95,12 @@ class _Section:
     def record(self) -> bytes:
         scales = [pair.scale if pair else 0.0 for pair in self.pairs]
         flags = flags_of(self.group, self.extras)
-        return _record(self.a, self.b, self.ranks, flags, scales, self.rows)
+        if self.own is not None:
+            flags |= FLAG_OWN_ROWS
+        record = _record(self.a, self.b, self.ranks, flags, scales, self.extra)
+        if self.own is None:
+            return record
+        return record[:-4] + (self.rows // ALIGN).to_bytes(4, sys.byteorder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +127,10 @@ class _GroupData:
 
 
 def _record(
-    a: int, b: int, ranks: list[int], flags: int, scales: list[float], rows: int = 0
+    a: int, b: int, ranks: list[int], flags: int, scales: list[float], extra: int = 0
 ) -> bytes:
     filled = [*ranks, 0, 0, 0][:MAX_TARGETS], [*scales, 0.0, 0.0, 0.0][:MAX_TARGETS]
-    extra = rows // ALIGN if flags & EXTRAS else 0
+    extra = extra // ALIGN if flags & EXTRAS else 0
     return _RECORD.pack(a // ALIGN, b // ALIGN, extra, *filled[0], flags, *filled[1])
 
 
@@ -128,7 +147,8 @@ def _groups(weights: LoraWeights, layout: ShardLayout) -> Iterator[_GroupData]:
             [TargetIndex(layer, number, index, expert) for index in range(len(group.targets))]
             for expert in range(experts or 1)
         ]
-        if not any(at in weights.pairs or at in weights.extras for one in by_expert for at in one):
+        parts = (weights.pairs, weights.extras, weights.own)
+        if not any(at in part for part in parts for one in by_expert for at in one):
             continue
         table = start if experts else None
         start += experts * RECORD_BYTES
@@ -136,7 +156,8 @@ def _groups(weights: LoraWeights, layout: ShardLayout) -> Iterator[_GroupData]:
         for places in by_expert:
             pairs = tuple(weights.pairs.get(at) for at in places)
             extras = tuple(weights.extras.get(at) for at in places)
-            section = _section(group, pairs, extras, start, _dtype(layout).itemsize)
+            own = weights.own.get(places[0])
+            section = _section(group, pairs, extras, own, start, _dtype(layout).itemsize)
             sections.append(section)
             start = section.end if section else start
         yield _GroupData(layer, number, table, tuple(sections), start)
@@ -146,22 +167,30 @@ def _section(
     group: GroupPart,
     pairs: tuple[Pair | None, ...],
     extras: tuple[Extras | None, ...],
+    own: OwnRows | None,
     start: int,
     itemsize: int,
 ) -> _Section | None:
-    if not any(pairs) and not any(extras):
+    if not any(pairs) and not any(extras) and own is None:
         return None
     ranks = _ranks(pairs)
     rows, length = sum(ranks), group.in_features
     if group.whole.embedding:
-        rows, length = length, rows
+        rows, length = _table_rows(group, own), rows
     b = start + rows * padded(length * itemsize)
     at = b + sum(
         rank * padded(target.out_features * itemsize)
         for rank, target in zip(ranks, group.targets, strict=True)
     )
-    end = at + extras_bytes(group, flags_of(group, extras))
-    return _Section(group, pairs, extras, a=start, b=b, rows=at, end=end)
+    rows_at = at + extras_bytes(group, flags_of(group, extras))
+    end = rows_at + (own_bytes(own, itemsize) if own else 0)
+    return _Section(group, pairs, extras, own, a=start, b=b, extra=at, rows=rows_at, end=end)
+
+
+def _table_rows(group: GroupPart, own: OwnRows | None) -> int:
+    """Rows of the A of an embedding: one for each token that the adapter may be asked for."""
+    added = max(own.vocab - group.whole.in_features, 0) if own else 0
+    return group.in_features + added
 
 
 def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
@@ -176,7 +205,9 @@ def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
         raise AdapterTooLarge(
             f"the adapter takes {data_bytes} bytes; the limit is {ALIGN << 32} bytes (64 GiB)"
         )
-    return ImageSize(layout.record_bytes, data_bytes, stacked_rank)
+    return ImageSize(
+        layout.record_bytes, data_bytes, stacked_rank, vocab_of(weights.own, layout.targets)
+    )
 
 
 def write_image(
@@ -196,33 +227,47 @@ def write_image(
         raise ValueError(f"the image has {size.total} bytes, not {len(out)}")
     write_records(weights, layout, out[: size.data_start])
     data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
-    writer = _Writer(data, _dtype(layout), pause)
+    writer = Writer(data, _dtype(layout), pause)
     for group in _groups(weights, layout):
         if group.table is not None:
             records, at = group.expert_records(), size.data_start + group.table
             out[at : at + len(records)] = records
         for section in filter(None, group.sections):
             _write_section(writer, section)
-            write_extras(data, section.rows, section.group, section.extras)
+            write_extras(data, section.extra, section.group, section.extras)
+            if section.own is not None:
+                write_own(writer, data, section.rows, section.own)
     writer.flush()
     weights.verify()
     return _digest(out, size, pause)
 
 
-def _write_section(writer: _Writer, section: _Section) -> None:
+def _write_section(writer: Writer, section: _Section) -> None:
     group, offset = section.group, section.a
     for pair in filter(None, section.pairs):
-        a = sliced(pair.a, columns=group.inputs)
         if group.whole.embedding:
+            a = _table(pair, group, section.own)
             writer.transposed(a, offset, pair.module)
         else:
+            a = sliced(pair.a, columns=group.inputs)
             offset = writer.straight(a, offset, pair.module)
     offset = section.b
     for target, adapted in zip(group.targets, section.pairs, strict=True):
         if adapted is not None:
-            b = sliced(adapted.b, rows=target.outputs)
+            b = adapted.b
+            if section.own is not None and not group.whole.embedding:
+                b = Resized(b, (target.whole.out_features, adapted.rank))
+            b = sliced(b, rows=target.outputs)
             offset = writer.transposed(b, offset, adapted.module)
-    assert offset == section.rows
+    assert offset == section.extra
+
+
+def _table(pair: Pair, group: GroupPart, own: OwnRows | None) -> Matrix:
+    """The A of an embedding, [r, tokens]."""
+    if own is None or own.vocab == group.whole.in_features:
+        return sliced(pair.a, columns=group.inputs)
+    end = group.inputs.start + _table_rows(group, own)
+    return sliced(Resized(pair.a, (pair.rank, end)), columns=Span(group.inputs.start, end))
 
 
 def write_records(weights: LoraWeights, layout: ShardLayout, out: memoryview) -> None:
@@ -237,91 +282,6 @@ def _dtype(layout: ShardLayout) -> torch.dtype:
     dtype = getattr(torch, layout.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-class _Writer:
-    """Writes matrices into the data of an image, in batches."""
-
-    def __init__(self, data: Tensor, dtype: torch.dtype, pause: Callable[[], None]) -> None:
-        """`data` [bytes] uint8."""
-        self._data, self._dtype, self._pause = data, dtype, pause
-        self._read = bytearray(CHUNK_BYTES)
-        self._used = 0  # bytes of `_read`
-        self._pieces: list[Piece] = []
-        self._modules: list[str] = []  # module of each piece, for messages
-
-    def straight(self, matrix: Matrix, offset: int, module: str) -> int:
-        """Writes the rows of a matrix. Returns the offset after them."""
-        rows, columns = matrix.shape
-        return self._write(matrix, offset, (rows, columns), module, transposed=False)
-
-    def transposed(self, matrix: Matrix, offset: int, module: str) -> int:
-        """Writes the columns of a matrix as rows. Returns the offset after them."""
-        rows, columns = matrix.shape
-        return self._write(matrix, offset, (columns, rows), module, transposed=True)
-
-    def _write(
-        self,
-        matrix: Matrix,
-        offset: int,
-        shape: tuple[int, int],
-        module: str,
-        transposed: bool,
-    ) -> int:
-        """`shape`: number of rows in the image and their length. Rows are padded with zeros."""
-        size, stride = self._dtype.itemsize, row_stride(shape[1], self._dtype.itemsize)
-        end = offset + shape[0] * stride * size
-        if stride > shape[1]:
-            values = self._data[offset:end].view(self._dtype).view(shape[0], stride)
-            values[:, shape[1] :].zero_()
-        rows, columns = matrix.shape
-        element = ELEMENTS.index(matrix.dtype)
-        num_bytes = columns * matrix.dtype.itemsize  # per row in the file
-        done = 0
-        while done < rows:
-            count = min((len(self._read) - self._used) // num_bytes, rows - done)
-            if not count:
-                self._reserve(num_bytes)
-                continue
-            stop = self._used + count * num_bytes
-            matrix.read(done, done + count, memoryview(self._read)[self._used : stop])
-            target = offset + done * size * (1 if transposed else stride)
-            piece = Piece(
-                self._used,
-                count,
-                columns,
-                element=element,
-                target=target,
-                stride=stride,
-                transposed=transposed,
-            )
-            self._pieces.append(piece)
-            self._modules.append(module)
-            self._used = padded(stop)
-            done += count
-        return end
-
-    def _reserve(self, num_bytes: int) -> None:
-        """Writes the batch, so that `num_bytes` more can be read."""
-        self.flush()
-        if num_bytes > len(self._read):
-            self._read = bytearray(num_bytes)
-
-    def flush(self) -> None:
-        """Writes the batch."""
-        if not self._pieces:
-            return
-        source = torch.frombuffer(self._read, dtype=torch.uint8)
-        bad = write_matrices(source, self._data, self._pieces, self._dtype)
-        if bad is not None:
-            module, dtype = self._modules[bad], str(self._dtype).removeprefix("torch.")
-            raise AdapterIncompatible(
-                f"{module} has values that are not finite in {dtype}",
-                field=module,
-                hint="check whether the training diverged, or serve with a wider --dtype",
-            )
-        self._pieces, self._modules, self._used = [], [], 0
-        self._pause()
 
 
 def _digest(out: memoryview, size: ImageSize, pause: Callable[[], None]) -> bytes:

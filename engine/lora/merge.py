@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.errors import AdapterIncompatible
 from engine.lora.recipe import ANY_RANKS, ELECTING, FIELD, RANDOM, Recipe, naming
-from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix
+from engine.lora.weights import LoraWeights, Pair, TargetIndex, TensorMatrix, read_all
 from engine.ops.layout import MAX_RANK
 from engine.ops.targets import MAX_TARGETS
 
@@ -70,10 +70,10 @@ def merge(
     """
     shares: dict[TargetIndex, list[_Share]] = {}
     for number, ((name, weights), weight) in enumerate(zip(parts, recipe.weights, strict=True)):
-        if weights.extras:
+        if weights.extras or weights.own:
             raise _refused(
                 "ids",
-                f"{name} has DoRA magnitudes or biases, which cannot be merged",
+                f"{name} has more than LoRA pairs (DoRA, biases or rows of its own), which cannot be merged",
                 "request it alone, or merge ordinary LoRA adapters",
             )
         for index, pair in weights.pairs.items():
@@ -99,7 +99,8 @@ def merge(
 
     notes = [f"{name}: {note}" for name, weights in parts for note in weights.notes]
     bases = {weights.base_model for _, weights in parts}
-    return LoraWeights(pairs, {}, bases.pop() if len(bases) == 1 else None, notes, verify, close)
+    base = bases.pop() if len(bases) == 1 else None
+    return LoraWeights(pairs, base_model=base, notes=notes, verify=verify, close=close)
 
 
 def _rank(shares: Sequence[_Share], recipe: Recipe, largest: int, max_rank: int) -> int:
@@ -215,10 +216,8 @@ def dare_mask(shape: Sequence[int], density: float, key: tuple[object, ...]) -> 
 def _values(share: _Share, half: int) -> Tensor:
     """A or B of a part, float32. Raises AdapterIncompatible if a value is not finite."""
     matrix = share.pair.a if half == 0 else share.pair.b
-    out = torch.empty(matrix.shape, dtype=matrix.dtype)
     with naming(share.name):
-        matrix.read(0, matrix.shape[0], out.view(torch.uint8).numpy().reshape(-1).data)
-    values = out.float()
+        values = read_all(matrix).float()
     if not values.isfinite().all():
         raise AdapterIncompatible(
             f"{share.pair.module} of {share.name} has values that are not finite",

@@ -58,6 +58,8 @@ FIELDS = {
     "init_lora_weights": _served("true, false, gaussian, eva, orthogonal and mica; see below for the others"),
     "use_dora": _served("DoRA: outputs are scaled by magnitude / norm of the adapted weight"),
     "lora_bias": _served("the bias of lora_B is added, times the scale"),
+    "modules_to_save": _served("embedding and head: the adapter's own matrices; other modules are refused"),
+    "trainable_token_indices": _served("the adapter's own rows of embedding or head, of both if they are tied"),
     "base_model_name_or_path": _served("another name than the served model's is a note"),
     "task_type": _ignored("the kind of the model"),
     "auto_mapping": _ignored("the class of the base model"),
@@ -82,14 +84,8 @@ FIELDS = {
     "merge_weights": _ignored("written by peft before 0.3"),
     "enable_lora": _ignored("written by peft before 0.3"),
     "bias": _refused("is none of none, all and lora_only, which are served", RETRAIN, *SERVED_BIASES),
-    "modules_to_save": _refused(
-        "replaces whole modules of the base model", "target them with LoRA (target_modules) instead"
-    ),
     "megatron_config": _refused(
         "configures Megatron's parallel layers", "convert the adapter to PEFT's format"
-    ),
-    "trainable_token_indices": _refused(
-        "replaces rows of the embedding", "target embed_tokens with LoRA instead"
     ),
     "alora_invocation_tokens": _refused(
         "takes effect only after an invocation (aLoRA)", "train an ordinary LoRA"

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import AdapterError
 from engine.files import OpenFile
-from engine.lora.formats import check_peft, same_base
+from engine.lora.formats import MAX_ADDED_TOKENS, check_peft, same_base
 from engine.lora.image import image_size, write_image
 from engine.lora.modules import module_notes
 from engine.lora.peft_config import read_config
@@ -49,6 +49,7 @@ def inspect(
     *,
     shards: Sequence[OpenFile] = (),
     max_rank: int = MAX_RANK,
+    max_added_tokens: int = MAX_ADDED_TOKENS,
     base_model: str | None = None,
     values: bool = True,
 ) -> AdapterReport:
@@ -68,6 +69,7 @@ def inspect(
             layout.targets,
             shards=shards,
             max_rank=max_rank,
+            max_added_tokens=max_added_tokens,
             base_model=base_model,
         )
         errors.extend(problems)
@@ -128,8 +130,9 @@ def _layers(weights: LoraWeights, targets: ModelTargets) -> dict[str, tuple[list
             places = (
                 TargetIndex(layer, number, index, expert) for expert in range(group.experts or 1)
             )
-            changed = (place in weights.pairs or place in weights.extras for place in places)
-            adapted = [layer] if any(changed) else []
+            parts = (weights.pairs, weights.extras, weights.own)
+            changed = any(place in part for place in places for part in parts)
+            adapted = [layer] if changed else []
             found[target.name] = (layers + adapted, total + 1)
     return found
 

@@ -91,7 +91,7 @@ class Slice:
             self.matrix.read(start, start + count, out)
             return
         whole = torch.empty(count, width, dtype=self.dtype)
-        self.matrix.read(start, start + count, whole.view(torch.uint8).numpy().reshape(-1).data)
+        self.matrix.read(start, start + count, _bytes(whole))
         part = whole[:, self.columns.start : self.columns.stop]
         torch.frombuffer(out, dtype=self.dtype).view(part.shape).copy_(part)
 
@@ -103,6 +103,94 @@ def sliced(
     whole = (Span(0, matrix.shape[0]),), Span(0, matrix.shape[1])
     cut = rows or whole[0], columns or whole[1]
     return matrix if cut == whole else Slice(matrix, *cut)
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Some rows of a matrix, in any order."""
+
+    matrix: Matrix
+    rows: Tensor  # [n] int64
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        wanted = self.rows[start:stop]
+        breaks = (wanted.diff() != 1).nonzero().flatten() + 1
+        at = 0
+        for run in wanted.tensor_split(breaks):
+            first, count = int(run[0]), len(run)
+            self.matrix.read(first, first + count, out[at * row_bytes : (at + count) * row_bytes])
+            at += count
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The rows of two matrices, one below the other."""
+
+    top: Matrix
+    bottom: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.top.shape[0] + self.bottom.shape[0], self.top.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.top.dtype, self.bottom.dtype)
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        found = torch.frombuffer(out, dtype=self.dtype).view(stop - start, self.shape[1])
+        first = self.top.shape[0]
+        for matrix, begin in ((self.top, 0), (self.bottom, first)):
+            low, high = max(start, begin), min(stop, begin + matrix.shape[0])
+            if low < high:
+                part = torch.empty(high - low, matrix.shape[1], dtype=matrix.dtype)
+                matrix.read(low - begin, high - begin, _bytes(part))
+                found[low - start : high - start].copy_(part)
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """A matrix cut to, or filled with zeros up to, another shape."""
+
+    matrix: Matrix
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        rows, columns = self.matrix.shape
+        count = max(min(stop, rows) - start, 0)
+        whole = torch.zeros(stop - start, max(columns, self.shape[1]), dtype=self.dtype)
+        if count:
+            part = torch.empty(count, columns, dtype=self.dtype)
+            self.matrix.read(start, start + count, _bytes(part))
+            whole[:count, :columns] = part
+        cut = whole[:, : self.shape[1]]
+        torch.frombuffer(out, dtype=self.dtype).view(cut.shape).copy_(cut)
+
+
+def read_all(matrix: Matrix) -> Tensor:
+    """The whole matrix in memory."""
+    out = torch.empty(matrix.shape, dtype=matrix.dtype)
+    if out.numel():
+        matrix.read(0, matrix.shape[0], _bytes(out))
+    return out
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    view: memoryview = tensor.view(torch.uint8).numpy().reshape(-1).data
+    return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +218,23 @@ class Extras:
     bias: Matrix | None = None  # replaces that of the base
 
 
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """Rows of embedding or head that replace the base's, or add tokens behind its vocabulary."""
+
+    module: str  # its path, for messages
+    ids: Tensor  # [n] int32 tokens, rising
+    rows: Matrix  # [n, hidden]
+    vocab: int  # the adapter's vocabulary
+
+
 @dataclass(slots=True)
 class LoraWeights(Closable):
     """An adapter that fits its base model. A context manager; closing it closes the weight file."""
 
     pairs: Mapping[TargetIndex, Pair]
     extras: Mapping[TargetIndex, Extras] = field(default_factory=dict)
+    own: Mapping[TargetIndex, OwnRows] = field(default_factory=dict)
     base_model: str | None = None  # the adapter's name for it
     notes: list[str] = field(default_factory=list)  # hints for the user, not errors
     verify: Callable[[], None] = lambda: None  # raises AdapterLoadFailed if the files changed

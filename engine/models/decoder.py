@@ -71,7 +71,9 @@ class Decoder:
         device: torch.device,
         method: Callable[[torch.dtype, torch.device], LinearMethod] = Plain,
         shard: Shard | None = None,
+        max_added_tokens: int = 0,
     ) -> None:
+        """`max_added_tokens`: tokens behind the vocabulary that adapters may have rows for."""
         self.spec, self.dtype, self.device, self.method = spec, dtype, device, method
         self.layout: ShardLayout = layout_of(spec, str(dtype).removeprefix("torch."), shard)
         last = spec.num_layers
@@ -96,7 +98,7 @@ class Decoder:
         self.final_norm = self.norm()
         self.vocabulary = Plain(dtype, device, self.embedding.table if spec.tied else None)
         self.heads: dict[str, Head] = {}  # by name of the request kind
-        self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD))
+        self.head = Linear(self.vocabulary, self.layout.ends[HEAD], (last, HEAD), max_added_tokens)
         self.linears[last, HEAD] = self.head
 
     @property
@@ -135,9 +137,15 @@ class Decoder:
         return self.final_norm(x, residual)
 
     def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[O, hidden] -> [O, vocab], in the model's dtype, or in float32 with a softcap."""
+        """[O, hidden] -> [O, vocab], in the model's dtype, or in float32 with a softcap.
+
+        With an adapter that has own rows, there are `max_added_tokens` more columns, -inf where it has no token.
+        """
         scales = self.spec.scales
         logits = self.head(hidden, batch.lora_outputs)
         if scales.softcap:
-            logits = scales.softcap * torch.tanh(logits.float() / scales.softcap)
+            capped = scales.softcap * torch.tanh(logits.float() / scales.softcap)
+            if logits.shape[1] > self.spec.vocab:  # tokens that only some adapters have
+                capped = torch.where(logits == float("-inf"), logits.float(), capped)
+            logits = capped
         return logits

@@ -142,7 +142,7 @@ def targets_of(spec: ModelSpec) -> ModelTargets:
         Group("embedding", spec.vocab, (table,), embedding=True, cut="inputs"),
         Group("head", spec.hidden, (head,)),
     )
-    return ModelTargets(spec.num_layers, groups, ends)
+    return ModelTargets(spec.num_layers, groups, ends, spec.tied)
 
 
 def _target(

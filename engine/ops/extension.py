@@ -25,6 +25,7 @@ DEVICES = ("cpu", "cuda")  # that an extension exists for
 # (op, device) whose reference calls fast torch code: cuBLAS, or vectorised work on small tensors.
 BY_TORCH = {("linear", "cuda")}
 BY_TORCH |= {(op, "cpu") for op in ("write_runs_", "prepare_step_", "pick_greedy_", "top_p_floor")}
+BY_TORCH |= {(op, "cpu") for op in ("lora_own_rows_", "lora_own_logits_")}
 
 CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; the minor one is the next
 

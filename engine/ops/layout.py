@@ -29,6 +29,13 @@ FLAG_SHIFT. An image has the rows of the adapter's file:
     shift   what is added to a target, or with FLAG_OWN_BIAS what replaces the base's bias
 
 `engine.runner.extras` makes the rows final in the arena, where the base weights are.
+
+Embedding and head may have own rows (FLAG_OWN_ROWS), which replace the base's or add tokens to its vocabulary. They lie
+at WORD_OWN, which is free since both have one target:
+
+    header   int32 [4]: number of rows n; the adapter's vocabulary, whose end is -inf in the logits; 0; 0
+    ids      int32 [n], rising, padded to ALIGN bytes
+    rows     [n, hidden]
 """
 
 from __future__ import annotations
@@ -51,11 +58,13 @@ WORD_EXTRA = 2  # offset of the extras, if the flags say that there are any
 WORD_RANKS = 3  # rank 0 | rank 1 << 16
 WORD_RANK2 = 4  # rank 2 | flags << 16
 WORD_SCALE = 5  # float32 bits of the three targets' scales
+WORD_OWN = 7  # offset of the own rows of embedding or head
 
 FLAG_EXPERTS = 1  # A and B are those of the second level
 FLAG_SHIFT = 2  # the extras have a shift row
 FLAG_SCALED = 4  # target 0 has a DoRA magnitude; target t: FLAG_SCALED << t
 FLAG_OWN_BIAS = 32  # the same for a bias that replaces the base's
+FLAG_OWN_ROWS = 256  # embedding or head: own rows
 SCALED = FLAG_SCALED * 7  # any target
 EXTRAS = FLAG_SHIFT | SCALED  # there are extras
 FLAGS_SHIFT = 16  # bits from the start of WORD_RANK2 to the flags
@@ -63,6 +72,7 @@ FLAGS_SHIFT = 16  # bits from the start of WORD_RANK2 to the flags
 # What an adapter does to a group, combined.
 PAIRS = 1  # adds x A.T B.T
 RESCALES = 2  # has extras
+REPLACES = 4  # has own rows
 
 
 def padded(num_bytes: int) -> int:
@@ -73,6 +83,16 @@ def padded(num_bytes: int) -> int:
 def row_stride(length: int, element_size: int) -> int:
     """Elements from one row of A or B to the next."""
     return padded(length * element_size) // element_size
+
+
+def own_ids_start(offset: int) -> int:
+    """Bytes from the start of the data to the ids of own rows at byte `offset`."""
+    return offset + ALIGN
+
+
+def own_rows_start(offset: int, count: int) -> int:
+    """The same to the rows, of which there are `count`."""
+    return own_ids_start(offset) + padded(4 * count)
 
 
 def data_start(record_bytes: int) -> int:

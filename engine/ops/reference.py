@@ -15,15 +15,19 @@ from torch import Tensor
 from engine.ops.layout import (
     ALIGN,
     EXTRAS,
+    FLAG_OWN_ROWS,
     FLAG_SHIFT,
     FLAGS_SHIFT,
     SCALED,
     WORD_A,
     WORD_B,
     WORD_EXTRA,
+    WORD_OWN,
     WORD_RANK2,
     WORD_RANKS,
     WORD_SCALE,
+    own_ids_start,
+    own_rows_start,
     padded,
     row_stride,
 )
@@ -320,13 +324,71 @@ def lora_rescale_(
     group: int,
 ) -> None:
     """`y[i] = scale * y[i] + shift` with the extras of token i's adapter, in float32, rounded once."""
+    for first, last, words in _flagged(records, slots, segment_starts, layer, group, EXTRAS):
+        flags = words[WORD_RANK2] >> FLAGS_SHIFT
+        scale, shift = extras(arena, words[WORD_EXTRA], flags, y.shape[1])
+        part = y[first:last]
+        scaled = part.float() if scale is None else part.float() * scale
+        part.copy_(scaled if shift is None else scaled + shift)
+
+
+def _flagged(
+    records: Tensor, slots: Tensor, segment_starts: Tensor, layer: int, group: int, flags: int
+) -> Iterator[tuple[int, int, list[int]]]:
+    """(first token, last token + 1, words) of each segment whose slot has one of the flags."""
     bounds = segment_starts.tolist()
     for s, slot in enumerate(slots.tolist()):
         words = records[slot, layer, group].view(torch.uint32).tolist()
-        flags = words[WORD_RANK2] >> FLAGS_SHIFT
-        if not flags & EXTRAS:
+        if words[WORD_RANK2] >> FLAGS_SHIFT & flags and bounds[s] < bounds[s + 1]:
+            yield bounds[s], bounds[s + 1], words
+
+
+def own_rows(
+    arena: Tensor, offset: int, hidden: int, dtype: torch.dtype
+) -> tuple[int, Tensor, Tensor]:
+    """(vocabulary, ids [n] int32, rows [n, hidden]) of the own rows at `offset` (in units of ALIGN)."""
+    at = offset * ALIGN
+    count, vocab = arena[at : at + 8].view(torch.int32).tolist()
+    ids_at, rows_at = own_ids_start(at), own_rows_start(at, count)
+    ids = arena[ids_at : ids_at + 4 * count].view(torch.int32)
+    return vocab, ids, matrix(arena, rows_at // ALIGN, count, hidden, dtype)
+
+
+def lora_own_rows_(
+    y: Tensor,  # [T, hidden]
+    ids: Tensor,  # [T] int64
+    arena: Tensor,
+    records: Tensor,
+    slots: Tensor,
+    segment_starts: Tensor,
+    layer: int,
+    group: int,
+) -> None:
+    """`y[i] = rows[j]` where `own ids[j] == ids[i]`, with the own rows of token i's adapter."""
+    for first, last, words in _flagged(records, slots, segment_starts, layer, group, FLAG_OWN_ROWS):
+        _, own, rows = own_rows(arena, words[WORD_OWN], y.shape[1], y.dtype)
+        if not len(own):
             continue
-        scale, shift = extras(arena, words[WORD_EXTRA], flags, y.shape[1])
-        part = y[bounds[s] : bounds[s + 1]]
-        scaled = part.float() if scale is None else part.float() * scale
-        part.copy_(scaled if shift is None else scaled + shift)
+        wanted = ids[first:last].to(torch.int32)
+        at = torch.searchsorted(own, wanted).clamp_(max=len(own) - 1)
+        found = own[at] == wanted
+        part = y[first:last]
+        part.copy_(torch.where(found[:, None], rows[at], part))
+
+
+def lora_own_logits_(
+    y: Tensor,  # [T, vocab and room for more]
+    x: Tensor,  # [T, hidden]
+    arena: Tensor,
+    records: Tensor,
+    slots: Tensor,
+    segment_starts: Tensor,
+    layer: int,
+    group: int,
+) -> None:
+    """`y[i, own ids] = x[i] @ rows.T` with the own rows of token i's adapter; -inf behind its vocabulary."""
+    for first, last, words in _flagged(records, slots, segment_starts, layer, group, FLAG_OWN_ROWS):
+        vocab, own, rows = own_rows(arena, words[WORD_OWN], x.shape[1], x.dtype)
+        part = y[first:last]
+        part[:, own.long()] = F.linear(x[first:last], rows).to(y.dtype)
+        part[:, vocab:] = float("-inf")

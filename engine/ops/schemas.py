@@ -67,6 +67,16 @@ SCHEMAS = {
     "lora_rescale_": (
         "(Tensor(a!) y, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer, int group) -> ()"
     ),
+    # y[i] = the own row of token id ids[i], where its adapter has one.
+    "lora_own_rows_": (
+        "(Tensor(a!) y, Tensor ids, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer,"
+        " int group) -> ()"
+    ),
+    # y[i, id] = x[i] @ row for every own row of token i's adapter, and -inf behind the adapter's vocabulary.
+    "lora_own_logits_": (
+        "(Tensor(a!) y, Tensor x, Tensor arena, Tensor records, Tensor slots, Tensor segment_starts, int layer,"
+        " int group) -> ()"
+    ),
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

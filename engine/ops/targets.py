@@ -80,6 +80,11 @@ class Group:
     def __post_init__(self) -> None:
         assert 0 < len(self.targets) <= MAX_TARGETS, f"{self.name} has {len(self.targets)} targets"
 
+    @property
+    def vocab(self) -> int:
+        """Of embedding or head: the tokens that it has rows for."""
+        return self.in_features if self.embedding else self.targets[0].out_features
+
 
 @dataclass(frozen=True, slots=True)
 class ModelTargets:
@@ -88,6 +93,7 @@ class ModelTargets:
     num_layers: int
     groups: tuple[Group, ...]  # of each decoder layer; the index is the group number
     ends: tuple[Group, ...]  # embedding and head: groups of the layer numbered `num_layers`
+    tied: bool = False  # the base's head is its embedding
 
     def each_group(self) -> Iterator[tuple[int, int, Group]]:
         """(layer, group number, group) of every group of every layer, the ends last."""

@@ -17,17 +17,17 @@ from torch import Tensor
 from engine.layers.batch import Batch, KVView, LoraBatch
 from engine.messages import Chunk
 from engine.ops.attention import AttentionBackend, Prepare, StepLengths
-from engine.ops.layout import RESCALES
+from engine.ops.layout import PAIRS
 from engine.runner.inputs import Description, Inputs
 from engine.runner.rows import RowTable
 from engine.runner.shapes import Shape, decode_words
 
 ops = torch.ops.lorax
 
-Touched = list[list[int]]  # [layers + 1][groups]: PAIRS and RESCALES, combined
+Touched = list[list[int]]  # [layers + 1][groups]: PAIRS, RESCALES and REPLACES, combined
 
 # Where a step runs the ops of pairs: nowhere, in the linears of the layers, or in embedding and head too.
-# EVERYTHING runs the ops of extras as well.
+# EVERYTHING runs the ops of extras and own rows as well.
 NO_LORA, IN_LAYERS, EVERYWHERE, EVERYTHING = range(4)
 
 
@@ -49,7 +49,7 @@ class Adapters:
 
     def placed(self, slot: int, stacked_rank: int, touched: Touched) -> None:
         self.stacked_ranks[slot], self.touched[slot] = stacked_rank, touched
-        if any(does & RESCALES for layer in touched for does in layer):
+        if any(does & ~PAIRS for layer in touched for does in layer):
             self.kinds[slot] = EVERYTHING
         else:
             self.kinds[slot] = EVERYWHERE if any(touched[-1]) else IN_LAYERS

@@ -1,8 +1,13 @@
 """Makes the extras of a placed image final: they depend on the base weights, which only the runner has.
 
-DoRA (Liu et al. 2024, arXiv 2402.09353) scales each output by `magnitude / |W + s B A|`, the norm over the inputs. A
-quantised base counts with its dequantised weights, in float32. The base's bias is not scaled, so with the scale m and
-the base's bias c, y = x W.T + c + s x A.T B.T becomes `m y + (c - m c)`; a trained bias replaces the first c.
+DoRA (Liu et al. 2024, arXiv 2402.09353) scales each output by `magnitude / |W + s B A|`, the norm over the inputs. For
+each row of W and B,
+
+    |W + s B A|^2 = |W|^2 + 2 s (W A.T) . B + s^2 (B A A.T) . B
+
+so that W is read once, without a copy; |W| is kept. Sums are in float32. A quantised base counts with its dequantised
+weights. The base's bias is not scaled, so with the scale m and the base's bias c, y = x W.T + c + s x A.T B.T becomes
+`m y + (c - m c)`; a trained bias replaces the first c.
 """
 
 from __future__ import annotations
@@ -30,8 +35,9 @@ from engine.ops.layout import (
 )
 from engine.ops.reference import extras, matrix
 from engine.ops.targets import MAX_TARGETS
+from engine.runner.transfer import Mark, read_back
 
-PIECE_WEIGHTS = 4 << 20  # base weights that are read at once; they take four times as many bytes
+PIECE_WEIGHTS = 16 << 20  # base weights that are read at once, dequantised or widened if need be
 KEPT_BYTES = 256 << 20  # of final extras that are kept in host memory
 
 
@@ -50,6 +56,7 @@ class _Group(NamedTuple):
     """The record of one group, decoded."""
 
     base: Base
+    place: tuple[int, int]  # layer, group number
     words: list[int]
     ranks: list[int]
     scales: list[float]
@@ -73,8 +80,16 @@ class Finisher:
         """`arena` [bytes] uint8. `bases` by (layer, group number); `embeddings` lists those that are embeddings."""
         self._arena, self._bases, self._dtype = arena, bases, dtype
         self._embeddings = frozenset(embeddings)
-        self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
-        self._kept_bytes = 0
+        # |W|^2 of each row, by place and first row of the piece
+        self._squares: dict[tuple[int, int, int], Tensor] = {}
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # [bytes] float32: all rows
+        self._staging = torch.empty(
+            0
+        )  # float32, pinned for a GPU: the newest rows on their way to `_kept`
+        self._staged: tuple[bytes, int, Mark] | None = (
+            None  # digest, values, reached when they have arrived
+        )
+        self._readback = read_back(arena.device)
 
     @torch.inference_mode()
     def finish(self, records: Tensor, digest: bytes) -> Iterator[int]:
@@ -82,18 +97,30 @@ class Finisher:
 
         Yields the number of base weights that were read after every piece of work.
         """
+        self._keep()
         groups = list(self._groups(records))
-        rows = [row for group in groups for row in self._rows(group) if row is not None]
+        sizes = [2 * sum(group.base.splits) for group in groups]
         kept = self._kept.get(digest)
         if kept is not None:
             self._kept.move_to_end(digest)
-            for row, final in zip(rows, kept, strict=True):
-                row.copy_(final, non_blocking=True)
+            for group, part in zip(groups, kept.split(sizes), strict=True):
+                self._copy(group, part, back=True)
             yield 0
             return
-        for group in groups:
+        total = sum(sizes)
+        if len(self._staging) < total:
+            self._staging = torch.empty(total, pin_memory=self._arena.is_cuda)
+        for group, part in zip(groups, self._staging[:total].split(sizes), strict=True):
             yield from self._finish(group)
-        self._keep(digest, rows)
+            self._copy(group, part)
+        self._staged = digest, total, self._readback.mark()
+
+    def _copy(self, group: _Group, kept: Tensor, back: bool = False) -> None:
+        """Copies the rows of a group to `kept` [2 N] on the host, or from there."""
+        for row, part in zip(self._rows(group), kept.chunk(2), strict=True):
+            if row is not None:
+                target, source = (row, part) if back else (part, row)
+                target.copy_(source, non_blocking=True)
 
     def _groups(self, records: Tensor) -> Iterator[_Group]:
         flags = records[..., WORD_RANK2] & (EXTRAS << FLAGS_SHIFT)
@@ -101,6 +128,7 @@ class Finisher:
             record = records[layer, number].contiguous()
             yield _Group(
                 self._bases[layer, number],
+                (layer, number),
                 record.view(torch.uint32).tolist(),
                 record[WORD_RANKS : WORD_RANK2 + 1].view(torch.uint16).tolist()[:MAX_TARGETS],
                 record[WORD_SCALE : WORD_SCALE + MAX_TARGETS].view(torch.float32).tolist(),
@@ -131,15 +159,15 @@ class Finisher:
             rank, end = group.ranks[target], column + n
             if group.flags & FLAG_SCALED << target:
                 a, b = self._pair(group, row, rank, n, b_offset)
+                s, gram = group.scales[target], a.float() @ a.float().T
                 step = max(1, PIECE_WEIGHTS // a.shape[1])
                 for first in range(0, n, step):
                     part = slice(column + first, min(column + first + step, end))
-                    # a copy in any dtype: the sum is written into it
-                    weight = group.base.weight_rows(part).to(torch.float32, copy=True)
-                    of_part = b[:, first : first + step].float()
-                    weight.addmm_(of_part.T, a, alpha=group.scales[target])
-                    norm = torch.linalg.vector_norm(weight, dim=1)
-                    scale[part] /= norm.clamp_(min=torch.finfo(torch.float32).tiny)
+                    weight = group.base.weight_rows(part)
+                    of_part = b[:, first : first + step].T.float()
+                    cross = _product(weight, a) + (s / 2) * (of_part @ gram)
+                    square = self._square(group, part, weight) + 2 * s * (cross * of_part).sum(1)
+                    scale[part] /= square.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
                     yield weight.numel()
             b_offset += rank * padded(n * self._dtype.itemsize) // ALIGN
             row, column = row + rank, end
@@ -147,21 +175,36 @@ class Finisher:
     def _pair(
         self, group: _Group, row: int, rank: int, n: int, b_offset: int
     ) -> tuple[Tensor, Tensor]:
-        """A [r, K] float32 and B [r, n] of a target; `row`: its first rank in A."""
+        """A [r, K] and B [r, n] of a target; `row`: its first rank in A."""
         b = matrix(self._arena, b_offset, rank, n, self._dtype)
         k = group.base.weight_rows(slice(0, 1)).shape[1]
         if group.embedding:
-            return matrix(self._arena, group.words[WORD_A], k, rank, self._dtype).T.float(), b
+            return matrix(self._arena, group.words[WORD_A], k, rank, self._dtype).T, b
         a = matrix(self._arena, group.words[WORD_A], sum(group.ranks), k, self._dtype)
-        return a[row : row + rank].float(), b
+        return a[row : row + rank], b
 
-    def _keep(self, digest: bytes, rows: Sequence[Tensor]) -> None:
-        pin = self._arena.is_cuda
-        kept = [torch.empty(row.shape, dtype=row.dtype, pin_memory=pin) for row in rows]
-        for final, row in zip(kept, rows, strict=True):
-            final.copy_(row, non_blocking=True)
-        self._kept[digest] = kept
-        self._kept_bytes += sum(row.nbytes for row in kept)
-        while self._kept_bytes > KEPT_BYTES:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= sum(row.nbytes for row in oldest)
+    def _square(self, group: _Group, part: slice, weight: Tensor) -> Tensor:
+        """|W|^2 of rows of the base, [n] float32."""
+        key = (*group.place, part.start)
+        found = self._squares.get(key)
+        if found is None or len(found) != len(weight):
+            found = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+            self._squares[key] = found
+        return found
+
+    def _keep(self) -> None:
+        """Keeps the staged rows, and drops the oldest ones beyond KEPT_BYTES."""
+        if self._staged is None:
+            return
+        (digest, total, mark), self._staged = self._staged, None
+        mark.synchronize()
+        self._kept[digest] = self._staging[:total].clone()
+        while sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+
+
+def _product(weight: Tensor, a: Tensor) -> Tensor:
+    """weight[n, K] @ a[r, K].T as float32, summed in float32."""
+    if weight.is_cuda and weight.dtype != torch.float32:
+        return torch.mm(weight, a.T, out_dtype=torch.float32)
+    return weight.float() @ a.float().T

@@ -17,7 +17,7 @@ from itertools import chain, product, repeat
 import torch
 from torch import Tensor
 
-from engine.ops.layout import PAIRS, RESCALES
+from engine.ops.layout import PAIRS, REPLACES, RESCALES
 from engine.runner.batch import (
     EVERYTHING,
     EVERYWHERE,
@@ -44,6 +44,7 @@ class Captured:
     shape: Shape
     rows: Tensor  # as in `Step`
     lengths: Tensor
+    vocab: int  # columns of the logits
 
 
 class StepGraphs:
@@ -65,12 +66,12 @@ class StepGraphs:
             for kind, inside, ends in (
                 (IN_LAYERS, PAIRS, 0),
                 (EVERYWHERE, PAIRS, PAIRS),
-                (EVERYTHING, PAIRS | RESCALES, PAIRS | RESCALES),
+                (EVERYTHING, PAIRS | RESCALES, PAIRS | RESCALES | REPLACES),
             ):
                 touched = [[inside] * groups] * (layers - 1) + [[ends] * groups]
                 self.reaches[kind] = Reach(stacked_rank, touched)
         self.captured: dict[tuple[Shape, int], Captured] = {}
-        self.logits: Tensor | None = None  # [largest O, vocab], of the graph that ran last
+        self.logits: Tensor | None = None  # [largest O, largest vocab], of the graph that ran last
         self._found: tuple[Description, Captured | None] | None = None
 
     @property
@@ -89,8 +90,8 @@ class StepGraphs:
             for kind in self.reaches:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=side):
-                    step = self._run(shape, kind)
-                self.captured[shape, kind] = Captured(graph, shape, step.rows, step.lengths)
+                    step, vocab = self._run(shape, kind)
+                self.captured[shape, kind] = Captured(graph, shape, step.rows, step.lengths, vocab)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         mib = (free - torch.cuda.mem_get_info()[0]) >> 20
@@ -99,7 +100,7 @@ class StepGraphs:
     def _warm_up(self, side: torch.cuda.Stream, shapes: list[Shape]) -> None:
         """Runs steps of padding on the stream of the captures, so that libraries allocate their buffers before."""
         outputs = max(shape.outputs or shape.tokens for shape in self.shapes)
-        for shape, kind in product(shapes, self.reaches):
+        for shape, kind in product(shapes, reversed(self.reaches)):  # the widest logits first
             self.builder.write(NOTHING, shape)
             self.builder.rows.words.send()
             self._plan(shape, NOTHING)
@@ -128,12 +129,13 @@ class StepGraphs:
         context_lens = (num_computed[row] + 1 for row in description.decode)
         self.attention[shape].plan(chain(repeat(1, padding), context_lens))
 
-    def _run(self, shape: Shape, kind: int) -> Step:
-        """One step on the current stream."""
+    def _run(self, shape: Shape, kind: int) -> tuple[Step, int]:
+        """One step on the current stream. Returns it, and the columns of its logits."""
         step, logits = self._logits(shape, kind)
         assert self.logits is not None
-        self.logits[: logits.shape[0]].copy_(logits)
-        return step
+        outputs, vocab = logits.shape
+        self.logits[:outputs, :vocab].copy_(logits)
+        return step, vocab
 
     def find(self, description: Description) -> Captured | None:
         """The graph that the step is padded to; None if it fits no graph."""
@@ -163,4 +165,5 @@ class StepGraphs:
         shape, count = captured.shape, len(description.sampled)
         first = 0 if shape.chunks else shape.decodes - count  # after the padding
         part = slice(first, first + count)
-        return captured.rows[part], captured.lengths[part], self.logits[part]
+        logits = self.logits[part, : captured.vocab]
+        return captured.rows[part], captured.lengths[part], logits

@@ -202,7 +202,8 @@ def _working(
 ) -> int:
     """Bytes that a step takes on a GPU while it runs, an upper estimate; `limits`: rows and tokens of a step."""
     itemsize, (rows, tokens) = footprint.itemsize, limits
-    logits = rows * spec.vocab * 4 * 6  # in 16 and 32 bits, and sorted copies for sampling
+    vocab = spec.vocab + config.adapters.max_added_tokens
+    logits = rows * vocab * 4 * 6  # in 16 and 32 bits, and sorted copies for sampling
     logits += scored_tokens(spec, itemsize, tokens) * scored_bytes(spec, itemsize)
     working = _activations(spec, footprint, tokens, COMMON_RANK) + logits + LIBRARIES
     if config.memory.eager or config.memory.slow_reference:
@@ -211,7 +212,7 @@ def _working(
     shapes = mixed_shapes(rows, tokens)
     captured = _activations(spec, footprint, shapes[-1].tokens, config.adapters.max_adapter_rank)
     outputs = max(rows, *(shape.outputs for shape in shapes))
-    return working + captured + 2 * outputs * spec.vocab * 4
+    return working + captured + 2 * outputs * vocab * 4
 
 
 def scored_bytes(spec: ModelSpec, itemsize: int) -> int:

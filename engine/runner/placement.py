@@ -19,12 +19,15 @@ from engine.messages import Placement
 from engine.ops.layout import (
     ALIGN,
     EXTRAS,
+    FLAG_OWN_ROWS,
     FLAGS_SHIFT,
     PAIRS,
     RECORD_WORDS,
+    REPLACES,
     RESCALES,
     WORD_A,
     WORD_EXTRA,
+    WORD_OWN,
     WORD_RANK2,
     WORD_RANKS,
     data_start,
@@ -86,7 +89,7 @@ class Placer:
         self._copies.append(_Copy(placement))
 
     def touched(self, placement: Placement) -> list[list[int]]:
-        """[layers + 1][groups]: what the adapter does to the group, PAIRS and RESCALES combined."""
+        """[layers + 1][groups]: what the adapter does to the group; see `effects`."""
         return effects(self._image_records(placement)).tolist()
 
     def advance(self, budget: Budget) -> list[int]:
@@ -154,9 +157,9 @@ class Placer:
 class CudaPlacer(Placer):
     """Placements from pinned host memory into a GPU, on a separate stream that overlaps with the steps."""
 
-    # 256 MiB take about 5 ms over PCIe; a copy hardly slows the step. 32 Mi weights are a linear of 4096 x 8192.
-    busy = Budget(256 << 20, 32 << 20)
-    idle = Budget(1 << 30, 256 << 20)
+    # 256 MiB take about 5 ms over PCIe; a copy hardly slows the step. 64 Mi weights take about 0.3 ms.
+    busy = Budget(256 << 20, 64 << 20)
+    idle = Budget(1 << 30, 1 << 30)
 
     def __init__(
         self,
@@ -211,17 +214,23 @@ def pin(region: Region, device: torch.device) -> Pinning:
 
 
 def effects(records: Tensor) -> Tensor:
-    """[layers + 1, groups]: what the records do, PAIRS and RESCALES combined."""
+    """[layers + 1, groups]: what the records do, PAIRS, RESCALES and REPLACES combined."""
     rank2 = records[..., WORD_RANK2]
-    pairs = (records[..., WORD_RANKS] != 0) | ((rank2 & 0xFFFF) != 0)
-    return pairs * PAIRS + ((rank2 & (EXTRAS << FLAGS_SHIFT)) != 0) * RESCALES
+    found = ((records[..., WORD_RANKS] != 0) | ((rank2 & 0xFFFF) != 0)) * PAIRS
+    for flags, effect in ((EXTRAS, RESCALES), (FLAG_OWN_ROWS, REPLACES)):
+        found = found + ((rank2 & (flags << FLAGS_SHIFT)) != 0) * effect
+    return found
 
 
 def relocated(records: Tensor, offset: int) -> Tensor:
     """An image's records [layers + 1, groups, 8] for data that lies `offset` bytes into the arena."""
-    words = records.clone()
-    # int64, since offsets are uint32 in int32 words
-    moved = words[..., WORD_A : WORD_EXTRA + 1].long() & 0xFFFFFFFF
-    moved += offset // ALIGN
-    words[..., WORD_A : WORD_EXTRA + 1] = moved.to(torch.int32) * (effects(words) != 0)[..., None]
+    words, does = records.clone(), effects(records)
+    shift = offset // ALIGN
+    for first, last, moves in (
+        (WORD_A, WORD_EXTRA + 1, does != 0),
+        (WORD_OWN, WORD_OWN + 1, (does & REPLACES) != 0),
+    ):
+        # int64, since offsets are uint32 in int32 words
+        moved = (words[..., first:last].long() & 0xFFFFFFFF) + shift * moves[..., None]
+        words[..., first:last] = moved.to(torch.int32)
     return words

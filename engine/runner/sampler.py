@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import engine.ops  # noqa: F401 - declares torch.ops.lorax
@@ -63,6 +64,9 @@ def allowed(logits: Tensor, bitmask: Tensor | None) -> Tensor:
     shifts = torch.arange(32, device=logits.device, dtype=torch.int32)
     bits = (bitmask[:, :, None] >> shifts) & 1
     keep = bits.flatten(1)[:, : logits.shape[1]].bool()
+    keep = F.pad(
+        keep, (0, logits.shape[1] - keep.shape[1])
+    )  # tokens behind the grammar's vocabulary
     return logits.masked_fill(~keep, float("-inf"))
 
 

@@ -193,6 +193,14 @@ def report_entry(
     }
 
 
+def show_problems(name: str, errors: list[AdapterError], notes: list[str]) -> None:
+    """Errors and warnings of one adapter on stderr."""
+    for error in errors:
+        fail(f"{name}: {error.message}", error.hint)
+    for note in notes:
+        warn(f"{name}: {note}")
+
+
 def report_table(rows: list[dict[str, Any]]) -> Table:
     from rich.markup import escape
     from rich.table import Table
@@ -238,7 +246,7 @@ def inspector(config: EngineConfig) -> Iterator[Inspect]:
     from engine.lora.report import inspect
     from engine.sandbox import Converter
 
-    layout = layout_of(config)
+    layout, given = layout_of(config), config.adapters
     texts, base = TextReader(config.model), Path(config.model.model_id).expanduser()
     converter = Converter(cache_folder(config.model.huggingface_hub_cache))
 
@@ -249,7 +257,8 @@ def inspector(config: EngineConfig) -> Iterator[Inspect]:
                 weights,
                 layout,
                 shards=files.shards,
-                max_rank=config.adapters.max_adapter_rank,
+                max_rank=given.max_adapter_rank,
+                max_added_tokens=given.max_added_tokens,
                 base_model=config.model.model_id.partition("@")[0],
             )
         reading = Reading()
@@ -299,10 +308,7 @@ def validate(
             report, text = look(files)
         found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
         failures.extend(found)
-        for error in found:
-            fail(f"{name}: {error.message}", error.hint)
-        for note in [] if strict or quiet else report.notes:
-            warn(f"{name}: {note}")
+        show_problems(name, found, [] if strict or quiet else report.notes)
         return report_entry(name, report, text, found)
 
     with inspector(config) as look:

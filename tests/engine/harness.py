@@ -13,6 +13,7 @@ import torch
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
+from engine.lora.own import Tables
 from engine.messages import (
     AdapterImageRef,
     FinishReason,
@@ -90,9 +91,9 @@ class Harness:
         self.engine = Engine(config, self.region, clock, run_ahead)
         self.free = 0
 
-    def stage(self, folder: Path) -> AdapterImageRef:
+    def stage(self, folder: Path, tables: Tables | None = None) -> AdapterImageRef:
         """Writes the adapter's image into the region, as the exchange would."""
-        image, self.free = stage(folder, self.engine.layout, self.region, self.free)
+        image, self.free = stage(folder, self.engine.layout, self.region, self.free, tables)
         return image
 
     def run(self, requests: list[Request], check: bool = True) -> dict[str, Outcome]:

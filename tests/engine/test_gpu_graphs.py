@@ -64,7 +64,9 @@ def sides(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
     model = make_model("llama", tmp_path / "base")
     for i in range(ADAPTERS):
         targets = list(TARGETS)[i % len(TARGETS)]
-        make_adapter(model, tmp_path / f"{i}", seed=i, rank=1 + 5 * i, targets=targets).unload()
+        options = ({}, {"use_dora": True}, {"trainable_token_indices": [5, 9]}, {})[i % 4]
+        rank = 1 + 5 * i
+        make_adapter(model, tmp_path / f"{i}", i, rank, targets, **options).unload()
     made = []
     for eager in (False, True):
         config = config_of(

@@ -72,13 +72,13 @@ def scores(outcome: Outcome) -> torch.Tensor:
 def test_a_step_that_does_not_fit_is_computed_in_parts(harness: Harness) -> None:
     expected = harness.run(requests())
     budget = harness.engine.scheduler._budget
-    assert budget.tokens == budget.most, "there was memory for the undisturbed run"
+    assert budget.tokens == budget.max_tokens, "there was memory for the undisturbed run"
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     held = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((held + SPARE) / total)
     found = harness.run(requests())
-    assert budget.tokens < budget.most, "nothing ran out of memory"
+    assert budget.tokens < budget.max_tokens, "nothing ran out of memory"
     for id, outcome in expected.items():
         assert found[id].error is None, found[id].error
         assert found[id].tokens == outcome.tokens, id

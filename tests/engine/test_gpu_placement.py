@@ -14,7 +14,7 @@ import torch
 from engine.config import ModelConfig
 from engine.lora.image import data_start
 from engine.messages import AdapterImageRef, Placement, Request
-from engine.runner.placement import CudaPlacer, relocated
+from engine.runner.placement import Budget, CudaPlacer, relocated
 from tests.engine.harness import Harness, Outcome, config_of, request
 from tools.adapters import write_adapter
 
@@ -57,8 +57,8 @@ class Watch:
         self.begun[placement.slot] = placement
         self._start(placement)
 
-    def advance(self, max_bytes: int) -> list[int]:
-        resident = self._advance(max_bytes)
+    def advance(self, budget: Budget) -> list[int]:
+        resident = self._advance(budget)
         for slot in resident:
             self.placed[slot] = self.begun.pop(slot)
         self.under_way += bool(self.begun)
@@ -130,6 +130,7 @@ def test_copies_beside_replays(scene: Scene) -> None:
     requests = scene.decodes()
     expected = scene.harness.run(requests)
     watch = Watch(engine.runner.placer)
+    engine.runner.placer.busy = Budget(scene.cold[0].data_bytes // 4, 1)  # a copy takes steps
     outcomes = {one.id: Outcome() for one in requests}
     for one in requests:
         engine.submit(one)

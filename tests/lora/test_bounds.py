@@ -21,7 +21,8 @@ from peft.utils.other import get_pattern_key
 from engine.errors import AdapterIncompatible, AdapterLoadFailed
 from engine.files import OpenFile
 from engine.lora import patterns, peft_config
-from engine.lora.formats import MAX_PROBLEMS, check_peft, summary
+from engine.lora.formats import check_peft, summary
+from engine.lora.matcher import MAX_PROBLEMS
 from engine.lora.patterns import MAX_INSTRUCTIONS, MAX_LENGTH, MAX_PATTERNS, compile_pattern
 from engine.lora.peft_config import MAX_FIELDS, check_config
 from engine.names import MAX_SHOWN, shown, shown_shape, shown_value

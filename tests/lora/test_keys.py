@@ -112,7 +112,7 @@ KINDS: dict[str, tuple[str, tuple[int, ...], str, str]] = {
     "mlx": ("model.layers.0.self_attn.q_proj.lora_a", (24, 4), "mlx-lm", "mlx_lm.fuse"),
     "whole weight": (f"{LAYER}.weight", (24, 24), "whole matrix of the model", "--model-id"),
     "base of a linear": (f"{LAYER}.base_layer.weight", (24, 24), "copy of the base", "not trained"),
-    "base of the head": (f"{PREFIX}lm_head.base_layer.weight", (50, 24), "copy of the base", "layers=False"),
+    "base of the head": (f"{PREFIX}lm_head.base_layer.weight", (50, 25), "has the shape [50, 25]", "base model"),
     "table of a linear": (f"{PREFIX}model.layers.0.mlp.up_proj.lora_embedding_A", (4, 24), "is a linear", "complete"),
     "table of the head": (f"{PREFIX}lm_head.lora_embedding_B", (24, 4), "is a linear", "complete"),
     "dora": (f"{LAYER}.lora_magnitude_vector.default.weight", (24,), "DoRA", "train"),

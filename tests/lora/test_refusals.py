@@ -205,12 +205,18 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "dora": (put(Q.format(0, "magnitude_vector"), 24), "use_dora", "DoRA"),
     "bias of B": (put(Q.format(0, "B").replace("weight", "bias"), 24), "lora_bias", "bias"),
     "bias": (put("base_model.model.model.layers.0.self_attn.q_proj.bias", 24), "bias", "bias"),
-    "head": (put("base_model.model.lm_head.weight", 50, 24), "modules_to_save", "whole matrix"),
+    "head": (put("base_model.model.lm_head.weight", 50, 23), "modules_to_save", "not [50, 24]"),
+    "large head": (put("base_model.model.lm_head.weight", 307, 24), "max_added_tokens", "the limit is 256"),
+    "added alone": (put("base_model.model.lm_head.weight", 52, 24), "modules_to_save", "embed_tokens has 50 tokens"),
+    "head of bytes": (put("base_model.model.lm_head.weight", 50, 24, dtype=torch.uint8), "lm_head", "dtype U8"),
+    "head twice": (
+        lambda t: put("lm_head.weight", 50, 24)(t) or put("lm_head.base_layer.weight", 50, 24)(t), "lm_head", "twice",
+    ),
     "saved": (put("base_model.model.score.modules_to_save.weight", 2, 24), "modules_to_save", "classification"),
     "tokens": (
         put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 24),
         "trainable_token_indices",
-        "rows of the embedding",
+        "not a list of different tokens",
     ),
     "anything": (put("something", 3), "something", "not a LoRA tensor"),
     "embedding half": (put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 50), "embed", "B"),
@@ -228,8 +234,6 @@ def test_tensors_that_do_not_fit(case: str, plain: Path, tmp_path: Path) -> None
 
 
 REAL: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "saved module": ({"modules_to_save": ["lm_head"]}, {"modules_to_save"}),
-    "tokens": ({"trainable_token_indices": [3]}, {"trainable_token_indices"}),
     "pissa": ({"init_lora_weights": "pissa"}, {"init_lora_weights"}),
     "olora": ({"init_lora_weights": "olora"}, {"init_lora_weights"}),
     "invocation": ({"alora_invocation_tokens": [1]}, {"alora_invocation_tokens"}),
@@ -238,16 +242,43 @@ REAL: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.mark.parametrize("case", REAL)
 def test_what_peft_really_saves(case: str, tmp_path: Path) -> None:
-    """By configuration and by tensors, and never for another reason."""
+    """Never for another reason."""
     fields, names = REAL[case]
     given = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | fields
     folder = tiny.save(tiny.adapt(tiny.llama(), **given), tmp_path)
     assert {error.field for error in tiny.inspect(folder, tiny.llama_layout()).errors} == names
-    neutral = {"modules_to_save": None, "trainable_token_indices": None}
-    with_tensors = {"modules_to_save", "trainable_token_indices"}
-    report = tiny.inspect(changed(folder, tmp_path / "b", neutral), tiny.llama_layout())
-    if names <= with_tensors:
-        assert {error.field for error in report.errors} == names, "the tensors tell too"
+
+
+INDICES = [
+    [1, 1],
+    [-1, 2],
+    [1, 50],
+    ["1", 2],
+    [True, 2],
+    {"lm_head": [1, 2]},
+    {"embed_tokens": 1},
+    [1],
+    7,
+]
+
+
+@pytest.mark.parametrize("value", INDICES)
+def test_trained_tokens_agree_with_the_configuration(value: Any, tmp_path: Path) -> None:
+    fields = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}
+    folder = tiny.save(tiny.adapt(tiny.llama(), **fields), tmp_path / "a")
+    with tiny.load(folder, tiny.llama_layout()) as weights:
+        assert [own.ids.tolist() for own in weights.own.values()] == [[1, 2]]
+    error = refused(changed(folder, tmp_path / "b", {"trainable_token_indices": value}))
+    assert error.field == "trainable_token_indices" and error.hint
+
+
+def test_dora_and_own_rows_of_one_module(tmp_path: Path) -> None:
+    """The norm would be that of the own rows."""
+    fields = {"r": 2, "target_modules": ["q_proj", "lm_head"], "use_dora": True}
+    folder = tiny.save(
+        tiny.adapt(tiny.llama(), **fields), tmp_path / "a", save_embedding_layers=True
+    )
+    assert "rows of its own and DoRA" in refused(folder).message
 
 
 EXTRAS: dict[str, tuple[dict[str, Any], str]] = {
@@ -365,16 +396,6 @@ def test_another_name_of_the_base_is_a_note(plain: Path, tmp_path: Path) -> None
     assert report.ok and report.base_matches is False and "org/other" in report.notes[0]
     assert report.targets == {"q_proj": 3, "up_proj": 3} and report.ranks == [4]
     assert report.digest and report.data_bytes > 0
-
-
-def test_a_copy_of_the_base_matrix_is_refused(tmp_path: Path) -> None:
-    """PEFT serves the copy, which may differ from the served model's matrix; it saves one unless told otherwise."""
-    adapted = tiny.adapt(tiny.llama(), r=2, target_modules=["embed_tokens", "lm_head"])
-    folder = tiny.save(adapted, tmp_path / "a", save_embedding_layers="auto")
-    report = tiny.inspect(folder, tiny.llama_layout())
-    assert {error.field for error in report.errors} == {"model.embed_tokens", "lm_head"}
-    assert all("save_embedding_layers=False" in (error.hint or "") for error in report.errors)
-    assert tiny.inspect(tiny.save(adapted, tmp_path / "b"), tiny.llama_layout()).ok
 
 
 def header(entries: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import torch
 
 from engine.messages import NOTHING, SCORES, TOKEN, Admit, Chunk, SamplingParams
 from engine.ops.attention.builtin import Builtin
-from engine.runner.batch import Adapters, BatchBuilder, Reach
+from engine.runner.batch import EVERYTHING, Adapters, BatchBuilder, Reach
 from engine.runner.graphs import EVERYWHERE, IN_LAYERS, NO_LORA
 from engine.runner.inputs import Description, runs
 from engine.runner.rows import RowTable
@@ -48,7 +48,7 @@ def test_padded_is_plain(
     graphs = twins.capture()
     twins.run(40, seed=step_tokens + ahead, longest=min(150, 4 * step_tokens), ahead=ahead)
     replayed = graphs.replayed
-    assert {kind for _, kind in replayed} == {NO_LORA, IN_LAYERS, EVERYWHERE}
+    assert {kind for _, kind in replayed} == {NO_LORA, IN_LAYERS, EVERYWHERE, EVERYTHING}
     assert any(shape.chunks for shape, _ in replayed)
     assert any(not shape.chunks for shape, _ in replayed)
     assert len({shape for shape, _ in replayed}) > 3

@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import AdapterConfig
 from engine.messages import AdapterImageRef, Request, SamplingParams, StepPlan, StepResult
 from engine.ops.attention import builtin
+from engine.runner.batch import EVERYTHING
 from engine.runner.graphs import Captured, StepGraphs
 from engine.runner.shapes import Shape
 from tests.engine.harness import Harness, config_of
@@ -48,7 +50,9 @@ def make_scene(folder: Path) -> Scene:
     for i, rank in enumerate(RANKS):
         adapters.append(folder / f"adapter{i}")
         targets = list(TARGETS)[i % len(TARGETS)]
-        make_adapter(model, adapters[-1], seed=i, rank=rank, targets=targets).unload()
+        # every third runs the ops of extras or of own rows
+        options = ({}, {}, {"use_dora": True}, {}, {}, {"trainable_token_indices": [5, 9]})[i % 6]
+        make_adapter(model, adapters[-1], seed=i, rank=rank, targets=targets, **options).unload()
     return Scene(folder / "base", adapters)
 
 
@@ -58,7 +62,8 @@ class PaddedSteps(StepGraphs):
     def capture(self) -> None:
         self.replayed: list[tuple[Shape, int]] = []
         outputs = max(shape.outputs or shape.tokens for shape in self.shapes)
-        self.logits = torch.zeros(outputs, VOCAB)
+        room = self.builder.adapters.arena.numel() and AdapterConfig().max_added_tokens
+        self.logits = torch.zeros(outputs, VOCAB + room)
         for shape in self.shapes:
             inputs = self.builder.inputs(shape)
             rows = inputs.sampled_rows if shape.chunks else inputs.rows
@@ -67,12 +72,15 @@ class PaddedSteps(StepGraphs):
                 graph: Any = SimpleNamespace(
                     replay=lambda key=(shape, kind), to=lengths: self._again(key, to)
                 )
-                self.captured[shape, kind] = Captured(graph, shape, rows, lengths)
+                vocab = VOCAB + (room if kind == EVERYTHING else 0)
+                self.captured[shape, kind] = Captured(graph, shape, rows, lengths, vocab)
 
     def _again(self, key: tuple[Shape, int], lengths: Tensor) -> None:
         self.replayed.append(key)
         self.logits.fill_(float("nan"))  # type: ignore[union-attr]
-        lengths.copy_(self._run(*key).lengths)
+        step, vocab = self._run(*key)
+        assert vocab == self.captured[key].vocab
+        lengths.copy_(step.lengths)
 
 
 def let_attention_pad(monkeypatch: pytest.MonkeyPatch) -> None:

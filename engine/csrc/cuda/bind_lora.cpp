@@ -1,4 +1,4 @@
-// lorax::lora_shrink, lorax::lora_gather, lorax::lora_expand_ and lorax::lora_rescale_ on the GPU.
+// The ops lorax::lora_... on the GPU.
 //
 // Only shapes are checked: what slots, segment_starts and records hold is read by the kernels.
 #include "../common/bind_lora.h"
@@ -111,6 +111,44 @@ void bind_lora_rescale(Tensor y, Tensor arena, Tensor records, Tensor slots, Ten
   check_launch(op);
 }
 
+void bind_lora_own_rows(Tensor y, Tensor ids, Tensor arena, Tensor records, Tensor slots,
+                        Tensor segment_starts, int64_t layer, int64_t group) {
+  const char* op = "lora_own_rows_";
+  check_layout(op, "y", y, 2);
+  check_contiguous(op, "ids", ids, 1, ScalarType::Long, "int64 [T]");
+  LORAX_CHECK(ids.size(0) == y.size(0), op, ": ids ", shape_of(ids), " does not fit y ",
+              shape_of(y));
+  OwnRowsArgs args{};
+  args.dtype = dtype_of(op, "y", y);
+  args.segments = segments_of(op, arena, records, slots, segment_starts, layer, group, y.size(0));
+  args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  args.y = y.mutable_data_ptr();
+  args.y_stride = y.stride(0);
+  args.hidden = y.size(1);
+  lora_own_rows(args, current_stream(y));
+  check_launch(op);
+}
+
+void bind_lora_own_logits(Tensor y, Tensor x, Tensor arena, Tensor records, Tensor slots,
+                          Tensor segment_starts, int64_t layer, int64_t group) {
+  const char* op = "lora_own_logits_";
+  check_layout(op, "y", y, 2);
+  check_layout(op, "x", x, 2);
+  LORAX_CHECK(x.size(0) == y.size(0) && x.scalar_type() == y.scalar_type(), op, ": x ",
+              shape_of(x), " does not fit y ", shape_of(y));
+  OwnLogitsArgs args{};
+  args.dtype = dtype_of(op, "y", y);
+  args.segments = segments_of(op, arena, records, slots, segment_starts, layer, group, y.size(0));
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.hidden = x.size(1);
+  args.y = y.mutable_data_ptr();
+  args.y_stride = y.stride(0);
+  args.columns = y.size(1);
+  lora_own_logits(args, current_stream(y));
+  check_launch(op);
+}
+
 }  // namespace
 }  // namespace lorax::cuda
 
@@ -119,4 +157,6 @@ STABLE_TORCH_LIBRARY_IMPL(lorax, CUDA, m) {
   m.impl("lora_gather", TORCH_BOX(&lorax::cuda::bind_lora_gather));
   m.impl("lora_expand_", TORCH_BOX(&lorax::cuda::bind_lora_expand));
   m.impl("lora_rescale_", TORCH_BOX(&lorax::cuda::bind_lora_rescale));
+  m.impl("lora_own_rows_", TORCH_BOX(&lorax::cuda::bind_lora_own_rows));
+  m.impl("lora_own_logits_", TORCH_BOX(&lorax::cuda::bind_lora_own_logits));
 }

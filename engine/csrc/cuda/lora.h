@@ -1,5 +1,5 @@
-// Adapters of a batch on the GPU: t = x @ A.T, rows of A by id, y += scale * t @ B, and
-// y = scale * y + shift.
+// Adapters of a batch on the GPU: t = x @ A.T, rows of A by id, y += scale * t @ B,
+// y = scale * y + shift, and own rows of embedding and head.
 //
 // The kernels read slots, starts and records on the device; the host never does. Every grid depends
 // on shapes alone, so a launch can be captured in a CUDA graph.
@@ -66,6 +66,28 @@ struct RescaleArgs {
   int64_t columns;
 };
 
+// Own rows by id, for an embedding.
+struct OwnRowsArgs {
+  DType dtype;  // of y and the rows
+  LoraSegments segments;
+  const int64_t* ids;  // [T]
+  void* y;             // [T, hidden]
+  int64_t y_stride;
+  int64_t hidden;
+};
+
+// Logits of own rows, for a head.
+struct OwnLogitsArgs {
+  DType dtype;  // of x, y and the rows
+  LoraSegments segments;
+  const void* x;  // [T, hidden]
+  int64_t x_stride;
+  int64_t hidden;
+  void* y;  // [T, columns]
+  int64_t y_stride;
+  int64_t columns;
+};
+
 // P: how many partial sums a shrink over k leaves.
 inline int64_t shrink_parts(int64_t k) { return k > 0 ? (k + kLoraChunk - 1) / kLoraChunk : 1; }
 
@@ -73,5 +95,7 @@ void lora_shrink(const ShrinkArgs& args, cudaStream_t stream);
 void lora_gather(const GatherArgs& args, cudaStream_t stream);
 void lora_expand(const ExpandArgs& args, cudaStream_t stream);
 void lora_rescale(const RescaleArgs& args, cudaStream_t stream);
+void lora_own_rows(const OwnRowsArgs& args, cudaStream_t stream);
+void lora_own_logits(const OwnLogitsArgs& args, cudaStream_t stream);
 
 }  // namespace lorax::cuda

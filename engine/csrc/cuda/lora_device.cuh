@@ -40,6 +40,19 @@ __device__ __forceinline__ bool find_segment(const LoraSegments& segments, int s
   return (segment.ranks[0] | segment.ranks[1] | segment.ranks[2]) != 0;
 }
 
+// The record of token i's adapter; null for the base model and for padding.
+__device__ __forceinline__ const int32_t* record_of_token(const LoraSegments& segments, int64_t i) {
+  int low = 0, high = int(segments.count);  // starts[low] <= i < starts[high]
+  if (i < segments.starts[low] || i >= segments.starts[high]) return nullptr;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (segments.starts[middle] <= i ? low : high) = middle;
+  }
+  const int slot = segments.slots[low];
+  if (slot <= 0 || slot >= segments.num_slots) return nullptr;
+  return segments.records + slot * segments.record_stride;
+}
+
 // The work of a launch, counted on the device: items of segment 0, then of segment 1, and so on. A
 // grid then has as many CTAs as the GPU runs at a time, whatever the segments hold. blockIdx.y is a
 // page of kPage segments; first[i] is the first item of the page's segment i.
