@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from aiohttp.test_utils import TestClient
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.process import LocalBackend
@@ -19,20 +18,33 @@ from engine.server.text import Text
 from tests import tiny
 from tests.server.conftest import OwnServer
 from tests.server.fake import Json, write_tokenizer
-from tests.server.own import widened
+from tests.server.own import VOCAB, widened
 
 MESSAGES = [{"role": "user", "content": "hello <tool> w"}]
 NEW_TOKENS = 24
 
 
+def resized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with rows for the tokens that the adapter adds."""
+    model.resize_token_embeddings(VOCAB, mean_resizing=False)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            added = module.weight[400:]
+            added.copy_(torch.randn(added.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's advice on resized embeddings
 async def test_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedding has more rows than the base's tokenizer has tokens, as that of Qwen."""
-    monkeypatch.setitem(tiny.SMALL, "vocab_size", 410)
+    """`own` widens the vocabulary, with rows of its own in embedding and head."""
+    monkeypatch.setitem(tiny.SMALL, "vocab_size", 400)
     base = tmp_path / "base"
     model = tiny.make_model("llama", base)
     write_tokenizer(base)
-    for seed, name in enumerate(("own", "plain"), 1):
-        tiny.make_adapter(model, tmp_path / name, seed).unload()
+    tiny.make_adapter(model, tmp_path / "plain", 1).unload()
+    wide = tiny.make_adapter(resized(model), tmp_path / "own", 2)
+    wide.save_pretrained(str(tmp_path / "own"), save_embedding_layers=True)
     widened(base, tmp_path / "own")
     config = EngineConfig(
         model=ModelConfig(model_id=str(base), dtype="float32"),
@@ -61,6 +73,7 @@ async def test_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in zip(("own", "plain", "base"), answers, strict=True):
         expected, prompt_tokens = theirs(base, None if name == "base" else tmp_path / name)
         assert answer["choices"][0]["message"]["content"] == expected, name
+        assert ("<t" in expected) == (name == "own"), "it says tokens of its own"
         assert answer["usage"]["prompt_tokens"] == prompt_tokens
 
 
@@ -70,9 +83,7 @@ def theirs(base: Path, adapter: Path | None) -> tuple[str, int]:
     tokenizer = AutoTokenizer.from_pretrained(adapter if has_own else base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft calls deprecated functions
-            model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(resized(model) if has_own else model, adapter)
     prompt = tokenizer.apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
