@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -283,7 +282,6 @@ async def test_one_making_is_shared(
     assert len(calls) == 3
     assert await texts.of(found) is not first, "only one is kept"
     texts.close()
-    gc.collect()
 
 
 async def test_a_base_without_template(folder: Path, tmp_path: Path, own: Path) -> None:
