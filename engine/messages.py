@@ -75,9 +75,7 @@ class AdapterText(Struct, frozen=True):
     """How an adapter's text becomes tokens and back, where that differs from the base model."""
 
     digest: bytes  # of the other fields
-    tokens: tuple[
-        AddedToken, ...
-    ] = ()  # added, or in place of the base's tokens with the same ids; by id
+    tokens: tuple[AddedToken, ...] = ()  # by id; they replace the base's tokens with the same ids
     template: str | None = None  # Jinja, of a stranger; None: the base's
     specials: dict[str, str] | None = None  # name, such as eos_token -> content; None: the base's
 
@@ -161,7 +159,7 @@ class StepPlan(Struct, frozen=True):
 class TokenOutput(Struct, frozen=True):
     """One sampled token. Log-probabilities are of the model's own distribution, before penalties and filters."""
 
-    token: int
+    token: int  # -1: the logits were not finite
     logprob: float | None = None
     alternatives: list[tuple[int, float]] | None = None
 

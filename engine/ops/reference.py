@@ -189,10 +189,14 @@ def pick_greedy_(
     lengths: Tensor,  # [n] int32 or int64
     tokens: Tensor,  # [rows, positions] int32
 ) -> Tensor:
-    """[n] int64: the column of each row's largest logit, the first among equals. Also in tokens[rows, lengths]."""
-    chosen = logits.argmax(-1)
-    tokens[rows.long(), lengths.long()] = chosen.to(torch.int32)
-    return chosen
+    """[n] int64: the column of each row's largest logit, the first among equals. Also in tokens[rows, lengths].
+
+    A row whose largest logit is infinite or not a number has no token: -1, and 0 in `tokens`.
+    """
+    largest, chosen = logits.max(-1)
+    broken = largest.isnan() | (largest == float("inf"))
+    tokens[rows.long(), lengths.long()] = torch.where(broken, 0, chosen).to(torch.int32)
+    return torch.where(broken, -1, chosen)
 
 
 NUCLEUS = 1024  # tokens in which a top-p set is searched, the likeliest ones, before all are sorted

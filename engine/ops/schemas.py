@@ -43,7 +43,8 @@ SCHEMAS = {
         " int num_tokens, int block_size, int max_blocks)"
         " -> (Tensor ids, Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor context_lens)"
     ),
-    # The column of the largest logit of every row, also written to tokens[rows, lengths].
+    # The column of the largest logit of every row, also written to tokens[rows, lengths]. If that logit is not finite:
+    # -1, and 0 in `tokens`.
     "pick_greedy_": "(Tensor logits, Tensor rows, Tensor lengths, Tensor(a!) tokens) -> Tensor",
     # floor[n, 1]: the smallest probability in the smallest set of mass top_p[n] or more.
     "top_p_floor": "(Tensor probs, Tensor top_p) -> Tensor",

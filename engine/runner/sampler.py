@@ -198,6 +198,7 @@ class SamplePlan:
     ) -> Sampled:
         """The new tokens [n], also written to their rows, with the log-probabilities that requests want.
 
+        A row whose logits are not finite has no token: -1, and 0 in its row.
         `longest`: no row has more known tokens. The log-probabilities are those before penalties and filters.
         """
         report = None
@@ -210,11 +211,12 @@ class SamplePlan:
             probs = distribution(logits[self.drawn].float(), self.filters)
             positions = lengths[self.drawn].long()
             drawn = draw(probs, philox_uniform(self.filters.seeds, positions))
-            table.store(rows[self.drawn].long(), positions, drawn)
-            chosen = chosen.index_copy(0, self.drawn, drawn)
+            broken = chosen[self.drawn] < 0
+            table.store(rows[self.drawn].long(), positions, drawn.masked_fill(broken, 0))
+            chosen = chosen.index_copy(0, self.drawn, drawn.masked_fill_(broken, -1))
         if report is None:
             return Sampled(self, chosen)
-        logprobs = report.gather(1, chosen[self.reported][:, None])[:, 0]
+        logprobs = report.gather(1, chosen[self.reported].clamp(min=0)[:, None])[:, 0]
         if not self.num_alternatives:
             return Sampled(self, chosen, logprobs)
         top = report.topk(min(self.num_alternatives, report.shape[1]))

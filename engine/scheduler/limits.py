@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.errors import AdapterTooLarge, ConfigError, InvalidRequest
+from engine.errors import (
+    AdapterIncompatible,
+    AdapterTooLarge,
+    ConfigError,
+    GenerationError,
+    InvalidRequest,
+    LoraxError,
+)
 from engine.kinds import KINDS
 from engine.messages import AdapterImageRef, Request
 
@@ -90,4 +97,17 @@ def adapter_too_large(image: AdapterImageRef, arena_bytes: int) -> AdapterTooLar
         f"{arena_bytes} bytes has no room for it next to the preloaded adapters",
         field="adapter_id",
         hint="raise --adapter-memory-fraction or --max-active-adapters, or preload fewer adapters",
+    )
+
+
+def not_finite(adapter: AdapterImageRef | None) -> LoraxError:
+    """The error of a request whose logits are infinite or not numbers."""
+    if adapter is None:
+        return GenerationError(
+            "the model's output is not finite", hint="serve it with --dtype bfloat16 or float32"
+        )
+    return AdapterIncompatible(
+        f"the output with {adapter.name} is not finite",
+        field="adapter_id",
+        hint="check whether its training diverged, and that lora_alpha is right",
     )

@@ -5,8 +5,7 @@ under a budget of tokens: first the rows that decode (one position each), then c
 come, first served.
 
 `plan` may be called once more before the result of the previous step is committed (run-ahead of depth 1). Sequences
-end, and blocks of output get keys, at commit only: both need token ids. Results in flight for a sequence that has
-left its row are dropped.
+end, and blocks of output get keys, at commit only: both need token ids. A sequence that left its row gets no results.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from engine.scheduler.admission import Admission
 from engine.scheduler.blocks import BlockPool, root_key
 from engine.scheduler.budget import StepBudget
 from engine.scheduler.fairness import Rotation, Slots
-from engine.scheduler.limits import SchedulerLimits, adapter_too_large
+from engine.scheduler.limits import SchedulerLimits, adapter_too_large, not_finite
 from engine.scheduler.outbox import Outbox
 from engine.scheduler.plan_builder import Flight, PlanBuilder
 from engine.scheduler.rows import Rows
@@ -298,12 +297,11 @@ class Scheduler:
         self._budget.fitted()
         self._step_tokens += len(flight.decode)
         outputs = iter(result.outputs)
-        size = self.blocks.block_size
         for sequence, epoch in flight.decode:
             output = next(outputs)
             if sequence.epoch == epoch:
                 sequence.committed += 1
-                if not sequence.committed % size:
+                if not sequence.committed % self.blocks.block_size:
                     self._tables.register(sequence)
                 self._take_token(sequence, output)
         for index, (sequence, epoch, chunk) in enumerate(flight.chunks):
@@ -334,6 +332,9 @@ class Scheduler:
 
     def _take_token(self, sequence: Sequence, output: TokenOutput) -> None:
         sequence.inflight -= 1
+        if output.token < 0:
+            self._end(sequence, error=not_finite(sequence.adapter))
+            return
         sequence.tokens.append(output.token)
         if output.token in sequence.request.eos_token_ids:
             self._end(sequence, output, finish="eos")

@@ -1,4 +1,4 @@
-"""`lorax adapters`: download adapters, and check them before they are served."""
+"""`lorax adapters`: download adapters, check them before they are served, and merge them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from engine.errors import (
     AdapterNotFound,
     LoraxError,
 )
+from lorax_cli.adapter_files import AdapterNames, bar, finder, layout_of, opened
+from lorax_cli.commands.adapters_merge import merge
 from lorax_cli.options import with_config
 from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail, warn
 
@@ -27,44 +29,8 @@ if TYPE_CHECKING:
     from engine.adapters.sources import AdapterFiles
     from engine.lora.report import AdapterReport
     from engine.messages import AdapterText
-    from engine.ops.layout import ShardLayout
 
-Progress = Callable[[int, int], None]
-Finder = Callable[[str, Progress], tuple[str, "AdapterFiles"]]  # name -> (source, open files)
 Inspect = Callable[["AdapterFiles"], tuple["AdapterReport", "AdapterText | None"]]
-
-
-def finder(config: EngineConfig) -> Finder:
-    """Finds adapters by name, as a server with this configuration does. Downloads missing files."""
-    import asyncio
-
-    from engine.adapters.ref import AdapterRef
-    from engine.adapters.registry import Registry, default_source, make_sources
-    from engine.adapters.sources import Version
-
-    sources = make_sources(config)
-    registry = Registry(sources, default_source(config.adapters, sources))
-
-    async def ask(ref: AdapterRef) -> Version:
-        assert ref.source is not None, "the registry resolves with one source at a time"
-        return sources[ref.source].resolve(ref, None)
-
-    def find(name: str, progress: Progress) -> tuple[str, AdapterFiles]:
-        version = asyncio.run(registry.resolve(AdapterRef.parse(name), ask))
-        return version.source, sources[version.source].fetch(version, None, progress)
-
-    return find
-
-
-@contextmanager
-def bar(out: Output, name: str) -> Iterator[Progress]:
-    """A progress bar for one adapter."""
-    with out.progress() as progress:
-        if progress is None:
-            yield lambda done, total: None
-            return
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
 def similar(name: str, roots: Iterable[str]) -> list[str]:
@@ -127,12 +93,6 @@ def pulled_table(rows: list[dict[str, Any]]) -> Table:
             cells = (row["adapter"], row["source"], row["revision"][:12], size, row["folder"])
             table.add_row(*map(escape, cells))
     return table
-
-
-AdapterNames = Annotated[
-    list[str],
-    typer.Argument(help="Adapter: a folder, or a name as in `adapter_id`.", show_default=False),
-]
 
 
 @with_config("model", "adapters")
@@ -227,16 +187,6 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def layout_of(config: EngineConfig) -> ShardLayout:
-    """The layout of adapters for the base model. Its weights are not needed, and not downloaded."""
-    from engine.adapters.base_model import fetch_base_model
-    from engine.models import adapter_layout
-
-    fetch_base_model(config, weights=False)
-    layout: ShardLayout = adapter_layout(config.model)[0]
-    return layout
-
-
 @contextmanager
 def inspector(config: EngineConfig) -> Iterator[Inspect]:
     """Checks the files of adapters for the base model of the configuration."""
@@ -291,20 +241,12 @@ def validate(
     name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer or
     head in the folder that the server does not use. Tokens and a chat template of the adapter's own are listed.
     """
-    from engine.adapters.sources import open_folder
-
     out = Output.of(as_json, quiet)
     find = finder(config)
     failures: list[AdapterError] = []
 
     def run(name: str) -> dict[str, Any]:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            files = open_folder(folder)
-        else:
-            with bar(out, name) as progress:
-                files = find(name, progress)[1]
-        with files:
+        with opened(name, find, out) as files:
             report, text = look(files)
         found = [*report.errors, *(AdapterIncompatible(note) for note in report.notes if strict)]
         failures.extend(found)
@@ -319,7 +261,7 @@ def validate(
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Download and check adapters.", no_args_is_help=True)
+    group = typer.Typer(help="Download, check and merge adapters.", no_args_is_help=True)
     group.command(
         epilog=examples(
             "lorax adapters pull user/adapter",
@@ -332,4 +274,10 @@ def register(app: typer.Typer) -> None:
             "lorax adapters validate user/adapter --model-id Qwen/Qwen2.5-0.5B-Instruct --json",
         )
     )(validate)
+    group.command(
+        epilog=examples(
+            "lorax adapters merge ./sql ./chat --model-id ./model -o ./both",
+            "lorax adapters merge a b --weight 0.7 --weight 0.3 --merge-strategy ties --density 0.5 -o ./ab",
+        )
+    )(merge)
     app.add_typer(group, name="adapters")

@@ -204,3 +204,14 @@ def test_settings(tmp_path: Path) -> None:
     for bad in ("https://x", "x/y", "", "a@b", "x:port", ":1"):
         with pytest.raises(ConfigError, match="--adapter-hosts"):
             HttpsSource(DiskCache(tmp_path), [bad])
+
+
+def test_a_server_that_is_gone(server: WebServer, make: Make, saved: Path) -> None:
+    """Connections are refused: what was downloaded serves on, and nothing else."""
+    place = f"{server.host}/my team/a"
+    load(make(), place)
+    server.stop()
+    assert make().resolve(AdapterRef((place,)), None).unconfirmed
+    assert load(make(), place) == (saved / "a" / WEIGHTS).read_bytes()
+    with pytest.raises(AdapterLoadFailed):
+        load(make(), f"{server.host}/other")

@@ -49,6 +49,19 @@ def _ends(name: str) -> bool:
 ENDS = ["embed_tokens", "lm_head"]
 TOKENS = [150, 3, 41]
 ROWS = {
+    "every linear": Row("llama", dict(r=5, lora_alpha=7, target_modules="all-linear")),
+    "embedding and head": Row("llama", dict(r=4, lora_alpha=6, target_modules=["q_proj", *ENDS])),
+    "rslora": Row("mistral", dict(r=9, lora_alpha=3, use_rslora=True, target_modules=["down_proj", "up_proj"])),
+    "patterns": Row(
+        "llama",
+        dict(
+            r=4, target_modules=LINEARS, rank_pattern={r".*\.1\..*": 2, "up_proj": 6}, alpha_pattern={"q_proj": 5},
+        ),
+    ),
+    "some layers": Row("llama", dict(r=3, target_modules=["v_proj"], layers_to_transform=[0, 2])),
+    "conv1d": Row("gpt2", dict(r=4, fan_in_fan_out=True, target_modules=["c_attn", "c_fc", "wte"])),
+    "fused by the base": Row("gpt2", dict(r=3, use_rslora=True, fan_in_fan_out=True, target_modules=["c_attn"])),
+    "tied and scaled embedding": Row("gemma2", dict(r=4, target_modules=["embed_tokens", "o_proj"])),
     "dora": Row("llama", dict(r=4, lora_alpha=6, use_dora=True, target_modules=LINEARS)),
     "dora of one linear of a group": Row("llama", dict(r=3, use_dora=True, target_modules=["k_proj", "up_proj"])),
     "dora of embedding and head": Row(

@@ -119,6 +119,19 @@ def test_of_equal_logits_the_first_is_picked() -> None:
     assert int((tokens == -1).sum()) == tokens.numel() - 50
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_has_no_token(value: float) -> None:
+    logits = torch.randn(4, 9)
+    logits[2, 5] = value
+    logits[3, 5] = -float("inf")
+    tokens = torch.full((4, 2), -1, dtype=torch.int32)
+    rows = torch.arange(4)
+    chosen = reference.pick_greedy_(logits, rows, torch.ones(4, dtype=torch.int64), tokens)
+    others = [0, 1, 3]
+    assert chosen[2] == -1 and torch.equal(chosen[others], logits[others].argmax(-1))
+    assert tokens[:, 1].tolist() == chosen.clamp(min=0).tolist()
+
+
 @pytest.mark.parametrize("vocab", [5, 1500])
 def test_the_floor_ends_the_smallest_set(vocab: int) -> None:
     probs = (torch.randn(20, vocab) * random.choice([0.1, 2.0])).softmax(-1)

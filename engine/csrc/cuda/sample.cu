@@ -72,8 +72,10 @@ __global__ void __launch_bounds__(kThreads) pick_kernel(const PickGreedyArgs arg
   }
   best = largest(best);
   if (threadIdx.x != 0) return;
-  const uint32_t column = ~uint32_t(best);
-  args.chosen[row] = column;
+  // A row whose largest logit is infinite or not a number has no token.
+  const bool broken = uint32_t(best >> 32) >= ordered_bits(INFINITY);
+  const uint32_t column = broken ? 0 : ~uint32_t(best);
+  args.chosen[row] = broken ? -1 : int64_t(column);
   args.tokens[index_at(args.rows, args.rows_int64, row) * args.tokens_stride +
               index_at(args.lengths, args.lengths_int64, row)] = int32_t(column);
 }
