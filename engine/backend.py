@@ -10,7 +10,15 @@ from typing import Protocol
 
 from engine.adapters.ref import AdapterRef
 from engine.errors import LoraxError
-from engine.messages import AdapterImageRef, AdapterStatus, EngineInfo, EngineStats, Request, Update
+from engine.messages import (
+    AdapterImageRef,
+    AdapterStatus,
+    AdapterText,
+    EngineInfo,
+    EngineStats,
+    Request,
+    Update,
+)
 
 
 class Lease(Protocol):
@@ -22,6 +30,11 @@ class Lease(Protocol):
     @property
     def cache_salt(self) -> bytes:
         """Separates the prefix caches of tenants. Empty for public adapters."""
+        ...
+
+    @property
+    def text(self) -> AdapterText | None:
+        """Its tokens and chat template, where they differ from the base model's. None: they do not."""
         ...
 
     def release(self) -> None:

@@ -59,6 +59,27 @@ class AdapterImageRef(Struct, frozen=True):
     vocab: int = 0  # its vocabulary, if its own rows change it; 0: that of the base
 
 
+class AddedToken(Struct, frozen=True):
+    """A token that a tokenizer finds before its model sees the text; the fields are those of tokenizer.json."""
+
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+class AdapterText(Struct, frozen=True):
+    """How an adapter's text becomes tokens and back, where that differs from the base model."""
+
+    digest: bytes  # of the other fields
+    tokens: tuple[AddedToken, ...] = ()  # by id; they replace the base's tokens with the same ids
+    template: str | None = None  # Jinja, of a stranger; None: the base's
+    specials: dict[str, str] | None = None  # name, such as eos_token -> content; None: the base's
+
+
 class Request(Struct, frozen=True):
     """A prompt to continue with at most `max_new_tokens` tokens, or to process as another `kind` says."""
 

@@ -18,10 +18,15 @@ from typing import Any
 import typer
 
 import engine.errors
+from engine.adapters.own_text import MAX_TEMPLATE_BYTES, MAX_TOKENS
 from engine.adapters.sources import INDEX_NAME, LUDWIG
+from engine.adapters.text_files import TEMPLATE, TEXT_FILES, TOKENIZER, TOKENIZER_CONFIG
+from engine.adapters.tokenizer_file import MAX_CONTENT
 from engine.errors import error_classes
 from engine.lora.peft_fields import CONVERTED_INITS, FIELDS
 from engine.safetensors import MAX_SHARDS
+from engine.sandbox.tasks.render import CPU_S
+from engine.server.templates import MEMORY_BYTES
 from engine.settings import Setting, settings
 from lorax_cli.options import concern_titles
 
@@ -188,6 +193,7 @@ def adapter_formats() -> str:
         "A file that ends early is being written, or its copy was broken off. The error is `adapter_load_failed` "
         "(424), and the next request reads the file again. A Git LFS pointer, an mlx-lm adapter and a whole model are "
         "refused as what they are.",
+        *_own_text(),
         "## Names of tensors",
         "`base_model.model.` may be missing. `module.` (DDP), `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` "
         "and an adapter's name (`lora_A.default.weight`) are removed. If two tensors then have the same name, or the "
@@ -214,6 +220,37 @@ def adapter_formats() -> str:
         "refused: merge the adapter into the base model it was trained on.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _own_text() -> list[str]:
+    """The section of docs/adapter-formats.md about tokens and chat templates."""
+    uses = {
+        TOKENIZER: "tokens that it adds to the base model's tokenizer, or whose content or flags it changes, such as "
+        "reserved ones",
+        TOKENIZER_CONFIG: "`chat_template`, and special tokens such as `eos_token`",
+        TEMPLATE: "the chat template; it comes before that of `tokenizer_config.json`",
+    }
+    rows = [(f"`{name}`", uses[name], f"{limit >> 20} MiB") for name, limit in TEXT_FILES.items()]
+    return [
+        "## Tokenizer and chat template",
+        "An adapter may bring these files. What differs from the base model's is used for its requests alone: prompts, "
+        "conversations, stop tokens and the text of answers. Merged adapters use the base model's.",
+        _table(("File", "Used for", "Limit"), rows),
+        f"- An adapter may add or change {MAX_TOKENS} tokens of up to {MAX_CONTENT} characters. Each needs a row in "
+        "the embedding: one of the base model, or one of its own. A padding token without a row gives a note. The ids "
+        "must be those that `tokenizers` gives to the tokens when it loads the file; else the adapter is refused.\n"
+        "- Vocabulary, merges, normalizer, pre-tokenizer and decoder must do the same as the base model's: as its file "
+        "says, or as transformers loads it. Otherwise the base model's tokenizer is used, with a note. If the adapter "
+        "then adds tokens beyond the base model's ids, it is refused.\n"
+        "- The post-processor (which adds BOS) is the base model's.\n"
+        "- The adapter's `eos_token` ends a sequence, as do those of the base model.\n"
+        f"- A chat template has up to {MAX_TEMPLATE_BYTES >> 10} KiB. It is a program of a stranger, so it runs in a "
+        f"confined process of its own: {CPU_S} s of processor time and {MEMORY_BYTES >> 20} MiB for a conversation. "
+        "One that fails is an error of its request (422), with the field `messages`. Of several templates, the one "
+        "named `default` is used.\n"
+        "- Without `tokenizer.json`, the base model's tokenizer is used, with a note.",
+        "`lorax adapters validate` lists an adapter's own tokens and template.",
+    ]
 
 
 def completion(shell: str) -> str:

@@ -168,6 +168,7 @@ class Exchange:
             what.salt,
             lambda: self._room.release(image),
             fresh_s,
+            adapter.text,
         )
 
     def adopt(

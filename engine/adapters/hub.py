@@ -51,6 +51,7 @@ from engine.adapters.sources import (
     shard_names,
     token_hash,
 )
+from engine.adapters.text_files import TEXT_FILES, check_size
 from engine.adapters.transfer import CONFIG_BYTES
 from engine.errors import (
     AGAIN,
@@ -139,13 +140,21 @@ class HubSource(Source):
         private = bool(info.private or info.gated)
         siblings = info.siblings or []
         weights = find_weights((file.rfilename for file in siblings), f"{ref.name} on the hub")
-        size = _num_bytes(weights, {file.rfilename: file.size or 0 for file in siblings})
+        sizes = {file.rfilename: file.size or 0 for file in siblings}
+        size = _num_bytes(weights, sizes)
         if self._max_file_bytes is not None and size > self._max_file_bytes:
             raise AdapterTooLarge(
                 f"{weights} of {ref.name} has {size} bytes; the limit is {self._max_file_bytes} bytes",
                 field="adapter_id",
                 hint=RAISE_LIMIT,
             )
+        texts = tuple(
+            path
+            for name in TEXT_FILES
+            if (path := str(PurePosixPath(weights).with_name(name))) in sizes
+        )
+        for name in texts:
+            check_size(PurePosixPath(name).name, sizes[name], f"{ref.name} on the hub")
         cache = tenant_cache if private and token else self._cache
         self._remember(ref, info.sha or "", cache)
         salt = self.tenant(token) if private else b""
@@ -157,6 +166,7 @@ class HubSource(Source):
             cache=cache,
             salt=salt,
             num_bytes=size or None,
+            texts=texts,
         )
 
     def fetch(self, version: Version, token: str | None, progress: Progress) -> AdapterFiles:
@@ -188,6 +198,8 @@ class HubSource(Source):
             if self._check is not None:
                 with OpenFile(config, roots) as opened:
                     self._check(opened)
+            for name in version.texts:
+                download(name, TEXT_FILES[PurePosixPath(name).name])
             if not version.weights.endswith(INDEX_NAME):
                 weights = download(version.weights, left)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.files import Closable
-from engine.messages import AdapterImageRef
+from engine.messages import AdapterImageRef, AdapterText
 
 
 class Lease(Closable):
@@ -17,8 +17,10 @@ class Lease(Closable):
         cache_salt: bytes,
         release: Callable[[], None],
         fresh_s: float = 0.0,
+        text: AdapterText | None = None,
     ) -> None:
         self.image = image
+        self.text = text  # None: the base model's
         self.fresh_s = fresh_s  # seconds until version and permission must be checked again
         self.cache_salt = cache_salt  # empty for public adapters
         self._release: Callable[[], None] | None = release

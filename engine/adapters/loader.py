@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from engine.adapters.leftovers import remove_leftovers
+from engine.adapters.own_text import TextReader
 from engine.adapters.refusals import Refusals
 from engine.adapters.resolved import Resolved, all_of
 from engine.adapters.room import Room
@@ -38,6 +39,7 @@ from engine.lora.merge import Part, merge
 from engine.lora.own import CheckpointTables, without_base_rows
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
+from engine.messages import AdapterText
 from engine.ops.layout import ShardLayout
 from engine.sandbox import Converter, is_pickle
 
@@ -66,6 +68,7 @@ class AdapterState:
     seconds: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     merged: bool = False
+    text: AdapterText | None = None  # None: the base model's
     unconfirmed: bool = False  # see `Version`
 
 
@@ -139,6 +142,7 @@ class Loader:
         self._mergers = Workers(merge_threads, "adapter-merge")
         self._merge_turns = asyncio.Semaphore(merge_threads)
         self._refused = Refusals()
+        self._texts = TextReader(config.model)
         self._closing = False
 
     @property
@@ -179,6 +183,7 @@ class Loader:
             started = time.monotonic()
             weights = await self._weights(attempt, what, files, held, pause)
             size = adapter.size = image_size(weights, self._layout)
+            notes = weights.notes + await self._text(attempt, adapter, what, files)
             opened = time.monotonic() - started
             # Merges take seconds: those that wait for a thread hold no memory meanwhile.
             async with attempt.turn(self._merge_turns) if what.recipe else nullcontext():
@@ -198,7 +203,7 @@ class Loader:
         adapter.targets = list(count_targets(weights, self._layout.targets))
         adapter.base_model = weights.base_model
         adapter.seconds["parse"] = time.monotonic() - started
-        for note in weights.notes:
+        for note in notes:
             logger.info("%s: %s", adapter.name, note)
         return image
 
@@ -236,6 +241,24 @@ class Loader:
         parts = [Part(*part) for part in zip(what.names, found, strict=True)]
         max_rank = self._config.adapters.max_adapter_rank
         return merge(parts, what.recipe, max_rank=max_rank, pause=pause)
+
+    async def _text(
+        self,
+        attempt: _Attempt,
+        adapter: AdapterState,
+        what: Resolved,
+        files: Sequence[AdapterFiles],
+    ) -> list[str]:
+        """Reads an adapter's own text; returns notes. A merge uses the base model's."""
+        if what.recipe is not None or not files[0].texts:
+            return []
+        assert adapter.size is not None
+        vocab = adapter.size.vocab or self._layout.targets.vocab
+        found = await attempt.run(self._parsers, self._texts.read, files[0].texts, vocab)
+        adapter.text = found.text
+        for file in files[0].texts:
+            file.close()
+        return list(found.notes)
 
     async def _matched(
         self, attempt: _Attempt, files: AdapterFiles, held: ExitStack, pause: Callable[[], None]

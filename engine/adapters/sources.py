@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from engine.adapters.ref import AdapterRef
+from engine.adapters.text_files import TEXT_FILES, check_size
 from engine.errors import (
     RENAME,
     RESAVE,
@@ -74,6 +75,7 @@ class Version:
     cache: str = ""  # folder of downloads that it belongs to
     salt: bytes = b""  # the tenant's cache salt; empty for public adapters
     num_bytes: int | None = None  # size of the weights according to the source
+    texts: tuple[str, ...] = field(default=(), compare=False)  # paths of TEXT_FILES, for `fetch`
     asked: str = field(default="", compare=False)  # the name that was resolved
     unconfirmed: bool = field(default=False, compare=False)  # its source did not answer
 
@@ -87,14 +89,19 @@ class AdapterFiles(Closable):
     weights: OpenFile  # the only weight file, or the index of several
     revision: str  # commit, or a fingerprint of the files
     shards: tuple[OpenFile, ...] = ()  # the files that the index names
+    texts: tuple[OpenFile, ...] = ()  # those of TEXT_FILES that exist
 
     @property
     def num_bytes(self) -> int:
-        return sum(file.size for file in (self.config, self.weights, *self.shards))
+        return sum(file.size for file in self._all)
 
     def close(self) -> None:
-        for file in (self.config, self.weights, *self.shards):
+        for file in self._all:
             file.close()
+
+    @property
+    def _all(self) -> tuple[OpenFile, ...]:
+        return (self.config, self.weights, *self.shards, *self.texts)
 
 
 class Source(Protocol):
@@ -315,22 +322,27 @@ def open_files(
     roots: Iterable[Path] | None = None,
     revision: str | None = None,
 ) -> AdapterFiles:
-    """Opens an adapter's files: configuration, weights, and the shards if `weights` is an index.
+    """Opens an adapter's files: configuration, weights, the shards if `weights` is an index, and those of TEXT_FILES.
 
     Their real paths must lie in `roots` (None: anywhere). `revision`: None uses the files' fingerprints. Raises
-    AdapterForbidden (`field`: the file's name), AdapterIncompatible or AdapterLoadFailed.
+    AdapterForbidden (`field`: the file's name), AdapterIncompatible, AdapterTooLarge or AdapterLoadFailed.
     """
     roots = None if roots is None else tuple(roots)
     with ExitStack() as stack:
         opened = [stack.enter_context(_open(path, roots)) for path in (config, weights)]
-        if weights.name == INDEX_NAME:
-            for name in shard_names(opened[1]):
-                opened.append(stack.enter_context(_open(weights.with_name(name), roots)))
+        names = shard_names(opened[1]) if weights.name == INDEX_NAME else []
+        shards = [stack.enter_context(_open(weights.with_name(name), roots)) for name in names]
+        paths = filter(Path.exists, map(config.with_name, TEXT_FILES))
+        texts = [stack.enter_context(_open(path, roots)) for path in paths]
+        for file in texts:
+            check_size(file.name, file.size)
         stack.pop_all()
-    made_of = "-".join(file.fingerprint for file in opened)
-    if len(opened) > 2:
+    made_of = "-".join(file.fingerprint for file in (*opened, *shards, *texts))
+    if shards or texts:
         made_of = hashlib.sha256(made_of.encode()).hexdigest()
-    return AdapterFiles(config.parent, opened[0], opened[1], revision or made_of, tuple(opened[2:]))
+    return AdapterFiles(
+        config.parent, opened[0], opened[1], revision or made_of, tuple(shards), tuple(texts)
+    )
 
 
 def _open(path: Path, roots: tuple[Path, ...] | None) -> OpenFile:

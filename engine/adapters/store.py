@@ -11,6 +11,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,11 +33,13 @@ from engine.adapters.sources import (
     damaged,
     find_weights,
 )
+from engine.adapters.text_files import TEXT_FILES, check_size
 from engine.adapters.transfer import CONFIG_BYTES, NewFile, TooSlow, Transfer
 from engine.checkpoint import TOKENIZER_FILES, WHOLE_NAMES
 from engine.errors import (
     RAISE_LIMIT,
     RESAVE,
+    AdapterForbidden,
     AdapterIncompatible,
     AdapterLoadFailed,
     AdapterNotFound,
@@ -85,6 +88,7 @@ class Listing:
     config: StoredFile
     weights: StoredFile  # the only weight file, or the index of several
     shards: tuple[StoredFile, ...] = ()
+    texts: tuple[StoredFile, ...] = ()  # those of TEXT_FILES that exist
 
     @property
     def weight_bytes(self) -> int:
@@ -92,7 +96,7 @@ class Listing:
 
     @property
     def revision(self) -> str:
-        files = (self.config, self.weights, *self.shards)
+        files = (self.config, self.weights, *self.shards, *self.texts)
         return revision_of((file.name, file.stamp, file.size) for file in files)
 
 
@@ -136,6 +140,8 @@ class StoreSource(Source):
                     field="adapter_id",
                     hint=hint,
                 )
+        for file in listing.texts:
+            check_size(file.name, file.size, self._shown(listing.folder))
         return Version(
             self.name,
             listing.folder,
@@ -160,12 +166,13 @@ class StoreSource(Source):
             listing = self._list(version.id)
             if listing is None or listing.revision != version.revision:
                 raise changed(self._shown(version.id))
-            transfer.reserve(listing.config.size + listing.weight_bytes)
+            texts = sum(file.size for file in listing.texts)
+            transfer.reserve(listing.config.size + listing.weight_bytes + texts)
             self._save(listing.folder, listing.config, folder, transfer)
             if self._check is not None:
                 with OpenFile(folder / CONFIG_NAME) as config:
                     self._check(config)
-            for file in (listing.weights, *listing.shards):
+            for file in (*listing.texts, listing.weights, *listing.shards):
                 self._save(listing.folder, file, folder, transfer)
             self._confirm(version)
 
@@ -285,7 +292,15 @@ class StoreSource(Source):
                 return None
         weights = files[find_weights(files, self._shown(folder))]
         shards = self._shards(at, weights, files, end_by) if weights.name == INDEX_NAME else ()
-        return Listing(at, files[CONFIG_NAME], weights, shards)
+        return Listing(at, files[CONFIG_NAME], weights, shards, self._texts(at, end_by))
+
+    def _texts(self, folder: str, end_by: float) -> tuple[StoredFile, ...]:
+        """Those of TEXT_FILES that exist. Some stores answer that a file which does not exist is forbidden."""
+        found = []
+        for name in TEXT_FILES:
+            with suppress(AdapterForbidden):
+                found.append(self._describe(folder, name, end_by))
+        return tuple(file for file in found if file is not None)
 
     def _shards(
         self,

@@ -1,4 +1,7 @@
-"""What else lies in an adapter's folder: files that PEFT or a client may use, and that the server does not."""
+"""What else lies in an adapter's folder: files that PEFT or a client may use, and that the server does not.
+
+`engine.adapters.text_files` names the files of tokenizer and chat template that it uses.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from pathlib import Path
 from engine.files import OpenFile
 from engine.names import shown
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_TEMPLATE_OF = "tokenizer_config.json"
+_USED = "tokenizer.json"  # it has all that the other files say
+_TOKENIZERS = ("tokenizer.model", "vocab.json", "added_tokens.json")
+_TEMPLATE = "chat_template.json"  # of a processor, not of a tokenizer
 _HEADS = ("score", "classifier", "value_head", "v_head", "reward_head", "medusa_lm_heads")
 _ENDINGS = (".safetensors", ".bin", ".pt")
 _MAX_BYTES = 64 << 20  # larger files are not compared
@@ -28,21 +31,13 @@ def folder_notes(folder: Path, base: Path) -> list[str]:
     except OSError:
         return []
     notes = []
-    if found := [name for name in _TOKENIZERS if name in names and not _same(name, folder, base)]:
+    others = [name for name in _TOKENIZERS if name in names and not _same(name, folder, base)]
+    if others and _USED not in names:
         notes.append(
-            f"the folder's tokenizer is not used ({', '.join(found)}); the base model's is"
+            f"the folder's tokenizer is not used ({', '.join(others)}): it has no {_USED}; the base model's is"
         )
-    templates = [name for name in _TEMPLATES if name in names and not _same(name, folder, base)]
-    if (
-        _TEMPLATE_OF in names
-        and not _same(_TEMPLATE_OF, folder, base)
-        and b'"chat_template"' in _read(folder / _TEMPLATE_OF)
-    ):
-        templates.append(_TEMPLATE_OF)
-    if templates:
-        notes.append(
-            f"the folder's chat template is not used ({', '.join(templates)}); the base model's is"
-        )
+    if _TEMPLATE in names and not _same(_TEMPLATE, folder, base):
+        notes.append(f"{_TEMPLATE} is not used; a chat template is in chat_template.jinja")
     if heads := [name for name in names if name.startswith(_HEADS) and name.endswith(_ENDINGS)]:
         notes.append(f"the folder has a head that is not used ({shown(', '.join(heads))})")
     return notes

@@ -35,6 +35,7 @@ class AdapterReport:
     data_bytes: int = 0  # in the arena
     image_bytes: int = 0  # in host memory
     digest: str | None = None  # None: the values were not read
+    vocab: int = 0  # its vocabulary, if its own rows change it; 0: that of the base
 
     @property
     def ok(self) -> bool:
@@ -98,6 +99,7 @@ def inspect(
         data_bytes=size.data_bytes,
         image_bytes=size.total,
         digest=digest,
+        vocab=size.vocab,
     )
 
 

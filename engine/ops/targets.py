@@ -104,6 +104,11 @@ class ModelTargets:
             yield self.num_layers, number, group
 
     @property
+    def vocab(self) -> int:
+        """Rows of the embedding; 0 if it is not a target."""
+        return max((group.in_features for group in self.ends if group.embedding), default=0)
+
+    @property
     def names(self) -> list[str]:
         """The names of all targets, sorted."""
         groups = (*self.groups, *self.ends)

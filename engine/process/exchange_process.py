@@ -215,4 +215,4 @@ class Service:
             return Unloaded(call.call, await self._exchange.unload(call.name))
         lease = await self._exchange.acquire(call.ref, call.token)
         self._leases[call.call] = lease
-        return Acquired(call.call, lease.image, lease.cache_salt, lease.fresh_s)
+        return Acquired(call.call, lease.image, lease.cache_salt, lease.fresh_s, lease.text)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.adapters.ref import AdapterRef
-from engine.messages import AdapterImageRef
+from engine.messages import AdapterImageRef, AdapterText
 from engine.process.pipe_messages import Acquired
 
 MAX_IDLE = 1024  # grants that no request uses
@@ -31,6 +31,7 @@ class Grant:
     call: int
     image: AdapterImageRef
     cache_salt: bytes
+    text: AdapterText | None
     fresh_until: float  # time.monotonic(); version and permission are valid until then
     users: int = 0
     retired: bool = False  # no longer granted; ends with its last user
@@ -60,6 +61,10 @@ class GrantLease:
     @property
     def cache_salt(self) -> bytes:
         return self._grant.cache_salt
+
+    @property
+    def text(self) -> AdapterText | None:
+        return self._grant.text
 
     def release(self) -> None:
         """Idempotent."""
@@ -94,13 +99,15 @@ class Grants:
         """Makes a grant with one user from an answer. The same image is not held twice."""
         fresh_until = time.monotonic() + acquired.fresh_s
         old = self._current.get(key)
-        if old is not None and (old.image, old.cache_salt) == (acquired.image, acquired.cache_salt):
+        if old is not None and _contents(old) == _contents(acquired):
             old.fresh_until = max(old.fresh_until, fresh_until)
             self._give_back(acquired.call)
             return self.lease(old)
         if old is not None:
             self._retire(old)
-        grant = Grant(key, acquired.call, acquired.image, acquired.cache_salt, fresh_until)
+        grant = Grant(
+            key, acquired.call, acquired.image, acquired.cache_salt, acquired.text, fresh_until
+        )
         self._current[key] = grant
         lease = GrantLease(self, grant)
         idle = [one for one in self._current.values() if not one.users]
@@ -158,3 +165,8 @@ class Grants:
             self._retired.add(grant)
         else:
             self._give_back(grant.call)
+
+
+def _contents(one: Grant | Acquired) -> tuple[AdapterImageRef, bytes, bytes]:
+    """Image, salt and digest of the text."""
+    return one.image, one.cache_salt, one.text.digest if one.text else b""

@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.messages import (
     AdapterImageRef,
     AdapterStatus,
+    AdapterText,
     EngineInfo,
     EngineStats,
     Request,
@@ -117,6 +118,7 @@ class Acquired(Struct, frozen=True, tag=True):
     image: AdapterImageRef
     cache_salt: bytes
     fresh_s: float = 0.0  # seconds until version and permission must be checked again
+    text: AdapterText | None = None  # None: the base model's
 
 
 class Recall(Struct, frozen=True, tag=True):

@@ -89,22 +89,26 @@ def run(
 
 
 def _start(call: bytes, fds: Any) -> _Child:
+    return _Child(spawn(call, fds, subprocess.PIPE))
+
+
+def spawn(call: bytes, fds: Any, output: int) -> subprocess.Popen[bytes]:
+    """A process that runs a call, which is encoded. `output`: as in Popen, of stdout and stderr. Raises CannotRun."""
     try:
         with _inherited(call) as call_fd:
             path = [entry or os.getcwd() for entry in sys.path]
             boot = [sys.executable, "-I", "-c", _BOOT, str(call_fd), str(os.getpid()), *path]
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 boot,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
                 pass_fds=(call_fd, *fds),
                 env=_environment(),
                 start_new_session=True,
             )
     except OSError as error:
         raise CannotRun(f"cannot start a process: {error.strerror}") from None
-    return _Child(process)
 
 
 @contextlib.contextmanager
@@ -124,8 +128,9 @@ def _inherited(data: bytes) -> Iterator[int]:
 
 
 def _environment() -> dict[str, str]:
-    """No proxies, tokens or settings; one thread and one heap, so that address space is the memory of the task."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    """No proxies, tokens or settings, but the time zone; one thread and one heap, so that address space is the memory
+    of the task."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
     return kept | {
         "PATH": os.defpath,
         "LC_ALL": "C.UTF-8",

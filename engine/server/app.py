@@ -182,10 +182,11 @@ async def _bound_stall(
 
 
 async def _let_go(app: web.Application) -> None:
-    """Waits at most LET_GO_S until the engine has dropped all sequences."""
+    """Waits at most LET_GO_S until the engine has dropped all sequences, then ends the processes of chat templates."""
     with suppress(TimeoutError):
         async with asyncio.timeout(LET_GO_S):
             await app[FRONT].generator.idle.wait()
+    app[FRONT].generator.texts.close()
 
 
 def runner_of(app: web.Application, **options: Any) -> Runner:

@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
+from engine.server.adapter_texts import AdapterTexts
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
@@ -80,10 +81,12 @@ class Generation:
         parameters: Parameters,
         prompts: list[list[int]],
         lease: Lease | None,
+        text: Text,
         timings: Timings,
         owner: Generator,
     ) -> None:
         self.id = id
+        self.text = text
         self.parameters = parameters
         self.prompts = prompts  # tokens of every prompt
         self.timings = timings
@@ -241,14 +244,13 @@ class Generator:
     metrics: Metrics
     aliases: Aliases = field(default_factory=Aliases)
     limits: Limits = field(init=False)
-    max_characters: int = field(init=False)  # of a prompt
+    texts: AdapterTexts = field(init=False)
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
     num_open: int = 0  # sequences that the engine has not dropped
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
-        longest = NORMALISED * self.text.longest_token
-        self.max_characters = self.limits.max_input_length * longest
+        self.texts = AdapterTexts(self.text)
         self.idle.set()
 
     def submit(self, request: Request, reader: Reader) -> None:
@@ -265,7 +267,7 @@ class Generator:
     async def open(
         self, prompts: Sequence[Prompt], parameters: Parameters, id: str | None = None
     ) -> AsyncIterator[Generation]:
-        """Checks, tokenizes, acquires the adapter and starts. Leaving the block closes the generation.
+        """Checks, acquires the adapter, tokenizes and starts. Leaving the block closes the generation.
 
         Raises InvalidRequest, AdapterError and EngineDead.
         """
@@ -278,29 +280,43 @@ class Generator:
                 f"the limit is {self.limits.max_sequences} (--max-concurrent-requests)",
                 "split it into several requests",
             )
-        tokens = [await self._tokenize(prompt, parameters) for prompt in prompts]
-        timings.validated = time.monotonic()
+        started = time.monotonic()
         lease: Lease | None = None
         if parameters.adapter is not None:
             adapter = self.aliases.resolve(parameters.adapter)
             lease = await self.backend.acquire(adapter, parameters.api_token)
-        self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
-        generation = Generation(
-            id=id or uuid.uuid4().hex,
-            parameters=parameters,
-            prompts=tokens,
-            lease=lease,
-            timings=timings,
-            owner=self,
-        )
+        generation: Generation | None = None
         try:
+            text = self.text
+            if lease is not None and lease.text is not None:
+                text = await self.texts.of(lease.text)
+            waited = time.monotonic() - started
+            vocab_size = lease.image.vocab if lease is not None else 0
+            tokens = [
+                await self._tokenize(prompt, parameters, text, vocab_size) for prompt in prompts
+            ]
+            # As if the adapter had been acquired afterwards: its load is part of the time in the queue.
+            timings.validated = time.monotonic() - waited
+            self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
+            generation = Generation(
+                id=id or uuid.uuid4().hex,
+                parameters=parameters,
+                prompts=tokens,
+                lease=lease,
+                text=text,
+                timings=timings,
+                owner=self,
+            )
             generation.start(self._choices(generation, lease))
             yield generation
         finally:
-            await generation.close()
+            if generation is not None:
+                await generation.close()
+            elif lease is not None:
+                lease.release()
 
     def _choices(self, generation: Generation, lease: Lease | None) -> list[Choice]:
-        parameters = generation.parameters
+        parameters, text = generation.parameters, generation.text
         made: list[Choice] = []
         for tokens in generation.prompts:
             room = self.limits.max_total_tokens - len(tokens)
@@ -310,7 +326,7 @@ class Generator:
                     tokens=tokens,
                     sampling=parameters.sampling(seed, self.limits),
                     max_new_tokens=parameters.max_new_tokens or room,
-                    eos_token_ids=[] if parameters.ignore_eos else self.text.eos_token_ids,
+                    eos_token_ids=[] if parameters.ignore_eos else text.eos_token_ids,
                     adapter=lease.image if lease else None,
                     cache_salt=lease.cache_salt if lease else b"",
                     arrival=generation.timings.received,
@@ -320,36 +336,39 @@ class Generator:
                         index=len(made),
                         request=request,
                         seed=None if parameters.greedy else seed,
-                        text=self.text,
-                        stream=self.text.stream(tokens),
+                        text=text,
+                        stream=text.stream(tokens),
                         stops=StopMatcher(parameters.stop, keep=parameters.keep_stop),
                     )
                 )
         return made
 
-    def _check_length(self, characters: int, parameters: Parameters) -> None:
+    def _check_length(self, characters: int, most: int, parameters: Parameters) -> None:
         """Raises InvalidRequest for a text that is certainly too long, before tokenizing, which would take long."""
-        if characters > self.max_characters:
+        if characters > most:
             raise invalid(
                 parameters.name("inputs"),
                 f"has {characters} characters, the limit is {self.limits.max_input_length} tokens",
                 "shorten it",
             )
 
-    async def _tokenize(self, prompt: Prompt, parameters: Parameters) -> list[int]:
-        """The tokens of one prompt; raises InvalidRequest if they do not fit."""
+    async def _tokenize(
+        self, prompt: Prompt, parameters: Parameters, text: Text, vocab_size: int
+    ) -> list[int]:
+        """The tokens of one prompt; raises InvalidRequest if they do not fit. `vocab_size` 0: the base model's."""
+        most = self.limits.max_input_length * NORMALISED * text.longest_token
         if isinstance(prompt, str):
             if parameters.truncate:  # a token at this cut is cut off again below
-                prompt = prompt[-self.max_characters :]
-            self._check_length(len(prompt), parameters)
-            tokens = await self.text.encode(prompt, special=parameters.special)
+                prompt = prompt[-most:]
+            self._check_length(len(prompt), most, parameters)
+            tokens = await text.encode(prompt, special=parameters.special)
         elif prompt and isinstance(prompt[0], dict):
-            self._check_length(characters(prompt), parameters)
-            tokens = await self.text.encode_chat(prompt)
+            self._check_length(characters(prompt), most, parameters)
+            tokens = await text.encode_chat(prompt, most)
         else:
             tokens = cast(list[int], prompt)
         await asyncio.sleep(0)  # other requests run between two prompts of this one
         if parameters.truncate:
             tokens = tokens[-parameters.truncate :]
-        check_prompt(tokens, parameters, self.limits)
+        check_prompt(tokens, parameters, self.limits, vocab_size)
         return tokens

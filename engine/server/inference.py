@@ -101,7 +101,7 @@ async def _respond(
     """Generates and answers. The error is of a stream that failed after its status was sent."""
     front = request.app[FRONT]
     async with front.generator.open(asked.prompts, asked.parameters, asked.id) as generation:
-        formatter = asked.formatter(generation, front.text)
+        formatter = asked.formatter(generation, generation.text)
         headers = {**_headers(front, generation), **asked.headers}
         if asked.stream:
             return await _stream(request, generation, formatter, headers)

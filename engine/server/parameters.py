@@ -181,9 +181,15 @@ def _check_most(parameters: Parameters, what: str, most: int, flag: str) -> None
         )
 
 
-def check_prompt(tokens: Sequence[int], parameters: Parameters, limits: Limits) -> None:
-    """Raises InvalidRequest if a prompt and its output do not fit."""
-    name, count = parameters.name("inputs"), len(tokens)
+def check_prompt(
+    tokens: Sequence[int], parameters: Parameters, limits: Limits, vocab_size: int = 0
+) -> None:
+    """Raises InvalidRequest if a prompt and its output do not fit. `vocab_size`: the adapter's; 0: the base model's."""
+    name, count, vocab_size = (
+        parameters.name("inputs"),
+        len(tokens),
+        vocab_size or limits.vocab_size,
+    )
     if not tokens:
         raise invalid(name, "is empty", "send at least one token")
     if count > limits.max_input_length:
@@ -193,8 +199,8 @@ def check_prompt(tokens: Sequence[int], parameters: Parameters, limits: Limits) 
             f"has {count} tokens, the limit is {limits.max_input_length}",
             f"shorten it{remedy}",
         )
-    if not 0 <= min(tokens) <= max(tokens) < limits.vocab_size:
-        raise invalid(name, f"has a token outside of 0 to {limits.vocab_size - 1}")
+    if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise invalid(name, f"has a token outside of 0 to {vocab_size - 1}")
     room = limits.max_total_tokens - count
     wanted = parameters.max_new_tokens or 1
     if wanted > room:

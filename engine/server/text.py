@@ -7,10 +7,12 @@ and decoding call the Rust tokenizer directly. The text of an answer never conta
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from engine.errors import ConfigError, InvalidRequest, ModelError
+from engine.messages import AdapterText
+from engine.server.added_tokens import extended
+from engine.server.templates import CHECK_MESSAGES, Templates
 
 LONG_TEXT = 4096  # longer texts are encoded in a thread: this many characters take about 1 ms
 TURN_TEXT = 16  # characters that the role and the template add to a message, for LONG_TEXT
@@ -27,6 +32,9 @@ NUM_CONTEXT = 6  # last tokens of the prompt, which decide whether the answer be
 MAX_PENDING = 8  # tokens without a whole character; after more, the bytes are treated as invalid
 MAX_STRADDLING = 64  # tokens after which a split character is given up, too
 REPLACEMENT = "\ufffd"
+MAX_RENDERED = 1 << 20  # characters that an adapter's chat template may make
+
+Render = Callable[[list[dict[str, Any]], int], Awaitable[str]]
 
 T = TypeVar("T")
 
@@ -142,11 +150,38 @@ class Text:
         self._tokenizer.no_truncation()
         if chat_template:
             self._loaded.chat_template = read_chat_template(Path(chat_template))
+        # Characters of the longest token in the vocabulary, as the tokenizer writes it.
+        self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, entry in added.items() if entry.special)
         self.eos_token_ids = self._find_eos(source, where)
+        self._specials: Mapping[str, str] = {}  # of an adapter, for the chat template
+        self._render: Render | None = None  # renders an adapter's chat template
         self._token_texts: dict[int, str] = {}
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
+
+    def adapted(self, own: AdapterText, templates: Templates) -> Text:
+        """This text with an adapter's tokens and chat template, which `templates` renders.
+
+        The vocabulary is shared, so a copy is small. Raises AdapterIncompatible.
+        """
+        made = copy.copy(self)
+        if own.tokens:
+            made._tokenizer = extended(self._tokenizer, own.tokens)
+            made._token_texts = {}
+            made.longest_token = max(
+                self.longest_token, *(len(token.content) for token in own.tokens)
+            )
+            added = made._tokenizer.get_added_tokens_decoder()
+            made.special_ids = frozenset(id for id, entry in added.items() if entry.special)
+        specials = self._loaded.special_tokens_map if own.specials is None else own.specials
+        eos = made._tokenizer.token_to_id(specials.get("eos_token", ""))
+        if eos is not None:
+            made.eos_token_ids = sorted({*self.eos_token_ids, eos})
+        made._specials = own.specials or {}
+        if own.template is not None:
+            made._render = partial(templates.render, own.template, specials)
+        return made
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -157,18 +192,26 @@ class Text:
         """The tokens of `text`, with the special tokens that the tokenizer adds (BOS) if `special`."""
         if len(text) < LONG_TEXT:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        return await self._in_thread(lambda: self._encode_batch(text, special))
+        return await self.in_thread(lambda: self._encode_batch(text, special))
 
     def _encode_batch(self, text: str, special: bool) -> list[int]:
         # encode_batch releases the GIL, encode does not: measured 50 ms against 2 s
         (found,) = self._tokenizer.encode_batch([text], add_special_tokens=special)
         return list(found.ids)
 
-    async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation; raises InvalidRequest if the chat template refuses it."""
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], max_characters: int = MAX_RENDERED
+    ) -> list[int]:
+        """The tokens of a conversation; raises InvalidRequest if the chat template refuses it.
+
+        `max_characters`: of what an adapter's template may make of it.
+        """
+        if self._render is not None:
+            prompt = await self._render(messages, max_characters)
+            return await self.encode(prompt, special=False)
         if characters(messages) + TURN_TEXT * len(messages) < LONG_TEXT:
             return await self.encode(self.render_chat(messages), special=False)
-        prompt = await self._in_thread(lambda: self.render_chat(messages))
+        prompt = await self.in_thread(lambda: self.render_chat(messages))
         return await self.encode(prompt, special=False)
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
@@ -184,14 +227,14 @@ class Text:
         try:
             return str(
                 self._loaded.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
+                    messages, tokenize=False, add_generation_prompt=True, **self._specials
                 )
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}",
                 field="messages",
-                hint="check the roles and their order, and that every message has text",
+                hint=CHECK_MESSAGES,
             ) from None
 
     async def tokenize(self, text: str, *, special: bool = True) -> list[Span]:
@@ -205,9 +248,10 @@ class Text:
                 for id, token, (start, stop) in entries
             ]
 
-        return spans() if len(text) < LONG_TEXT else await self._in_thread(spans)
+        return spans() if len(text) < LONG_TEXT else await self.in_thread(spans)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """The result of work that takes long, in one of the threads for texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     # -- to text
@@ -255,11 +299,6 @@ class Text:
         return text.encode()
 
     # -- facts from the model's files
-
-    @property
-    def longest_token(self) -> int:
-        """Characters of the longest token in the vocabulary, as the tokenizer writes it."""
-        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     @property
     def vocab_size(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,11 @@ from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail, warn
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from engine.adapters.sources import AdapterFiles
     from engine.lora.report import AdapterReport
+    from engine.messages import AdapterText
+
+Inspect = Callable[["AdapterFiles"], tuple["AdapterReport", "AdapterText | None"]]
 
 
 def _strict(note: str) -> AdapterIncompatible:
@@ -130,7 +134,9 @@ def pull(
     end(failures)
 
 
-def report_entry(name: str, report: AdapterReport, failures: list[AdapterError]) -> dict[str, Any]:
+def report_entry(
+    name: str, report: AdapterReport, text: AdapterText | None, failures: list[AdapterError]
+) -> dict[str, Any]:
     """`failures`: those of this adapter, with the notes that --strict turned into errors."""
     return {
         "adapter": name,
@@ -144,6 +150,8 @@ def report_entry(name: str, report: AdapterReport, failures: list[AdapterError])
         "scales": report.scales,
         "bytes": report.data_bytes,
         "digest": report.digest,
+        "own_tokens": [token.content for token in text.tokens] if text else [],
+        "own_chat_template": text is not None and text.template is not None,
         "notes": report.notes,
         "errors": [error_entry(error) for error in failures],
     }
@@ -165,6 +173,9 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     matches = {True: "same name", False: "other name", None: "unknown"}
     for row in rows:
         result = "[green]can be served[/green]" if row["ok"] else "[red]refused[/red]"
+        own = [f"{len(row['own_tokens'])} own tokens"] if row.get("own_tokens") else []
+        own += ["its own chat template"] if row.get("own_chat_template") else []
+        result += f" with {' and '.join(own)}" if own and row["ok"] else ""
         by_layers: dict[str, list[str]] = {}
         for name in row.get("targets", {}):
             by_layers.setdefault(row["coverage"][name], []).append(name)
@@ -178,6 +189,43 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
             result,
         )
     return table
+
+
+@contextmanager
+def inspector(config: EngineConfig) -> Iterator[Inspect]:
+    """Checks the files of adapters for the base model of the configuration."""
+    from engine.adapters.own_text import Reading, TextReader
+    from engine.checkpoint import cache_folder
+    from engine.lora.folder import folder_notes
+    from engine.lora.report import inspect
+    from engine.sandbox import Converter
+
+    layout, given = layout_of(config), config.adapters
+    texts, base = TextReader(config.model), Path(config.model.model_id).expanduser()
+    converter = Converter(cache_folder(config.model.huggingface_hub_cache))
+
+    def look(files: AdapterFiles) -> tuple[AdapterReport, AdapterText | None]:
+        with converter.readable(files.weights) as weights:
+            report = inspect(
+                files.config,
+                weights,
+                layout,
+                shards=files.shards,
+                max_rank=given.max_adapter_rank,
+                max_added_tokens=given.max_added_tokens,
+                base_model=config.model.model_id.partition("@")[0],
+            )
+        reading = Reading()
+        try:
+            if files.texts:
+                reading = texts.read(files.texts, report.vocab or layout.targets.vocab)
+        except AdapterError as error:
+            report.errors.append(error)
+        report.notes.extend((*reading.notes, *folder_notes(files.folder, base)))
+        return report, reading.text
+
+    with closing(converter):
+        yield look
 
 
 @with_config("model", "adapters")
@@ -194,41 +242,22 @@ def validate(
 
     Every problem is printed with the module, the field and the remedy. The exit code is 0 if all adapters can be
     served, else that of the first problem: for example 11 if an adapter is missing, 13 if it is incompatible. Warnings
-    name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer,
-    chat template or head in the folder that the server does not use.
+    name what may be a mistake: another base model, other target_modules than the file has tensors for, a tokenizer or
+    head in the folder that the server does not use. Tokens and a chat template of the adapter's own are listed.
     """
-    from engine.checkpoint import cache_folder
-    from engine.lora.folder import folder_notes
-    from engine.lora.report import inspect
-    from engine.sandbox import Converter
-
     out = Output.of(as_json, quiet)
-    layout = layout_of(config)
     find = finder(config)
     failures: list[AdapterError] = []
 
-    converter = Converter(cache_folder(config.model.huggingface_hub_cache))
-
     def run(name: str) -> dict[str, Any]:
-        files = opened(name, find, out)
-        with files, converter.readable(files.weights) as weights:
-            given = config.adapters
-            report = inspect(
-                files.config,
-                weights,
-                layout,
-                shards=files.shards,
-                max_rank=given.max_adapter_rank,
-                max_added_tokens=given.max_added_tokens,
-                base_model=config.model.model_id.partition("@")[0],
-            )
-        report.notes.extend(folder_notes(files.folder, Path(config.model.model_id).expanduser()))
+        with opened(name, find, out) as files:
+            report, text = look(files)
         found = [*report.errors, *(_strict(note) for note in report.notes if strict)]
         failures.extend(found)
         show_problems(name, found, [] if strict or quiet else report.notes)
-        return report_entry(name, report, found)
+        return report_entry(name, report, text, found)
 
-    with closing(converter):
+    with inspector(config) as look:
         rows = each(adapter, run, failures, config.adapters.adapter_root)
     bare = "\n".join(row["adapter"] for row in rows if row["ok"]) or None
     out.result(rows, view=lambda: report_table(rows), bare=bare)

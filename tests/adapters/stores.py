@@ -47,10 +47,11 @@ class Store:
         return source.resolve(AdapterRef((self.id,), source.name, revision or None), None)
 
     def load(self, source: Source, version: Version | None = None) -> list[bytes]:
-        """Configuration, weights and shards."""
+        """Configuration, weights, shards, tokenizer and chat template."""
         version = version or self.resolve(source)
         with source.fetch(version, None, lambda done, total: None) as files:
-            return [file.read() for file in (files.config, files.weights, *files.shards)]
+            every = (files.config, files.weights, *files.shards, *files.texts)
+            return [file.read() for file in every]
 
     def downloads(self, name: str) -> int:
         """Requests for the contents of files whose name contains this."""

@@ -20,6 +20,7 @@ from engine.adapters.registry import make_sources
 from engine.adapters.remote import check_rank
 from engine.adapters.s3 import S3Source
 from engine.adapters.sources import LocalSource
+from engine.adapters.text_files import TEMPLATE, TEXT_FILES
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
@@ -82,6 +83,24 @@ def test_layouts(served: Store, root: Path, tmp_path: Path) -> None:
         again = 1 if layout in ("sharded", "both") and source.name != "hub" else 0
         assert served.downloads("adapter_model") - before == again, "only the index is read again"
     assert not served.downloads("README") and not served.downloads("other")
+
+
+def test_tokenizer_and_chat_template(served: Store, root: Path, tmp_path: Path) -> None:
+    """They come with the weights, from Ludwig's folder too; another template is another version."""
+    texts = {name: f"contents of {name}".encode() for name in TEXT_FILES}
+    source = served.source(tmp_path / "cache")
+    for layout in ("", "model/model_weights/"):
+        files = {layout + name: data for name, data in contents(root / "plain").items()}
+        files |= {layout + name: data for name, data in texts.items()}
+        served.put(files)
+        version = served.resolve(source)
+        assert served.load(source, version)[2:] == list(texts.values())
+        served.put(files | {layout + TEMPLATE: b"another"})
+        assert served.resolve(source).revision != version.revision
+        assert served.load(source)[2:] == [*list(texts.values())[:2], b"another"]
+    served.put(files | {layout + TEMPLATE: bytes(TEXT_FILES[TEMPLATE] + 1)})
+    with pytest.raises(AdapterTooLarge, match=rf"{TEMPLATE} of .*; the limit is \d+ bytes"):
+        served.resolve(source)
 
 
 def test_a_sharded_adapter_that_changes(served: Store, root: Path, tmp_path: Path) -> None:

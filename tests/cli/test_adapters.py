@@ -179,20 +179,43 @@ def test_validate_strict() -> None:
     assert one["ok"] and validate("adapters/one", "--strict").exit_code == 0
 
 
-def test_validate_lists_what_else_lies_in_the_folder() -> None:
+def test_validate_lists_what_else_lies_in_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are equal to the base model's give no note."""
+    monkeypatch.setattr("engine.adapters.own_text.loaded_effects", lambda folder: None)
     path = edited("full")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path("base") / name, path / name)
     (path / "README.md").write_text("x")
     assert not json.loads(validate("adapters/full", "--json").stdout)[0]["notes"]
-    (path / "tokenizer.json").write_text("{}")
-    (path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    (path / "chat_template.jinja").write_text("x")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    write = (path / "tokenizer.json").write_text
+    write(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    (path / "chat_template.json").write_text("{}")
     (path / "value_head.safetensors").write_bytes(b"")
     notes = json.loads(validate("adapters/full", "--json").stdout)[0]["notes"]
-    assert len(notes) == 3 and "tokenizer is not used (tokenizer.json)" in notes[0]
-    assert "(chat_template.jinja, tokenizer_config.json)" in notes[1] and "value_head" in notes[2]
+    assert len(notes) == 3 and "differs from the base model's in: normalizer" in notes[0]
+    assert "chat_template.json" in notes[1] and "value_head" in notes[2]
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.model").write_text("x")
+    notes = json.loads(validate("adapters/full", "--json").stdout)[0]["notes"]
+    assert "(tokenizer.model): it has no tokenizer.json" in notes[0]
+
+
+def test_validate_lists_own_tokens_and_template() -> None:
+    path = edited("own")
+    tokenizer = json.loads((Path("base") / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][2]["lstrip"] = True
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (path / "chat_template.jinja").write_text("x")
+    (row,) = json.loads(validate("adapters/own", "--json", "--strict").stdout)
+    assert row["ok"] and row["own_tokens"] == ["<|im_start|>"] and row["own_chat_template"]
+    table = " ".join(validate("adapters/own").stdout.replace("│", " ").split())
+    assert "1 own tokens" in table and "own chat template" in table
+    tokenizer["added_tokens"].append({"id": 400, "content": "<tool>"})
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused = validate("adapters/own", "--json")
+    (error,) = json.loads(refused.stdout)[0]["errors"]
+    assert refused.exit_code == 13 and "the embedding has 400 rows" in error["message"]
 
 
 @pytest.mark.parametrize("name", ["adapters/oen", "adapters/tow"])

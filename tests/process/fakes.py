@@ -22,6 +22,7 @@ from engine.errors import AdapterNotFound, InvalidRequest, LoraxError, ModelErro
 from engine.messages import (
     AdapterImageRef,
     AdapterStatus,
+    AdapterText,
     EngineStats,
     Request,
     SamplingParams,
@@ -245,6 +246,7 @@ class NameLease:
 
     held: bool = True
     fresh_s: float = 0.0
+    text: AdapterText | None = None
 
     def release(self) -> None:
         self.exchange.leases[self.image.name] -= self.held

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from engine.adapters.ref import AdapterRef
-from engine.messages import AdapterImageRef
+from engine.messages import AdapterImageRef, AdapterText
 from engine.process import grants as module
 from engine.process.grants import GrantLease, Grants, Key
 from engine.process.pipe_messages import Acquired
@@ -38,6 +39,18 @@ def test_one_grant_serves_many_and_is_kept() -> None:
         lease.release()
         lease.release()
     assert grants.users() == {b"a0": (1, 0)} and grants.held().keys() == {1}
+
+
+def test_another_text_of_the_same_image_is_another_version() -> None:
+    returned: list[int] = []
+    grants = Grants(returned.append)
+    texts = [AdapterText(b"1", template="one"), AdapterText(b"2", template="two"), None]
+    for call, text in enumerate(texts):
+        lease = grants.add(key("a"), replace(acquired(call, "a"), text=text))
+        assert lease.text is text
+        grants.add(key("a"), replace(acquired(10 + call, "a"), text=text)).release()
+        lease.release()
+    assert returned == [10, 0, 11, 1, 12], "the same is not held twice"
 
 
 def test_a_new_version_takes_the_place_of_the_old_one() -> None:

@@ -23,6 +23,8 @@ from tests.tiny import make_adapter, make_model
 PRELOADED = ("one", "two")
 ADAPTERS = (*PRELOADED, "three")
 
+TEMPLATE = "{{ messages[0].content }}"  # of `three`
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -32,6 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     model = make_model("llama", folder / "base")
     for seed, name in enumerate(ADAPTERS):
         make_adapter(model, folder / name, seed + 1, rank=4 + 4 * seed).unload()
+    (folder / "three" / "chat_template.jinja").write_text(TEMPLATE)
     return EngineConfig(
         model=ModelConfig(model_id=str(folder / "base"), dtype="float32"),
         adapters=AdapterConfig(
@@ -96,6 +99,10 @@ async def test_processes_say_what_one_process_says(
         with pytest.raises(InvalidRequest):
             await tokens_of(backend, Request("bad", [10_000], SamplingParams(), 5, []))
         assert all(a.state in ("ready", "failed") for a in await backend.adapters())
+        for name, template in (("two", None), ("three", TEMPLATE)):
+            lease = await backend.acquire(AdapterRef((name,)), None)
+            lease.release()
+            assert (lease.text and lease.text.template) == template
     assert answers[0] == answers[1]
     assert len({tuple(answer) for answer in answers[0]}) == 1 + len(ADAPTERS)
 
@@ -119,7 +126,8 @@ async def test_a_new_exchange_serves_the_same(
             seconds=60,
         )
         assert await answers_of(backend, root) == before
-        assert (await backend.acquire(AdapterRef(("three",)), None)).image == held.image
+        again = await backend.acquire(AdapterRef(("three",)), None)
+        assert (again.image, again.text) == (held.image, held.text) and again.text is not None
         (await backend.acquire(AdapterRef(("one",)), None)).release()
 
 

@@ -20,6 +20,7 @@ from engine.errors import AdapterNotFound, EngineDead, InvalidRequest, LoraxErro
 from engine.messages import (
     AdapterImageRef,
     AdapterStatus,
+    AdapterText,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -107,6 +108,7 @@ class FakeLease:
     image: AdapterImageRef
     backend: FakeBackend
     cache_salt: bytes = b""
+    text: AdapterText | None = None
     num_released: int = 0
     too_early: bool = False  # the engine was still using it
 
@@ -131,6 +133,8 @@ class FakeBackend:
     fail_after: int | None = None  # updates, after which the request fails
     failure: LoraxError = field(default_factory=lambda: EngineDead("the engine died"))
     adapter_errors: dict[str, LoraxError] = field(default_factory=dict)
+    adapter_texts: dict[str, AdapterText] = field(default_factory=dict)
+    adapter_vocab: int = 0  # of adapters with a text
     acquire_delay: float = 0.0
     info: EngineInfo = INFO
     stats: EngineStats = EngineStats()
@@ -266,8 +270,9 @@ class FakeBackend:
             name=ref.name,
             source=ref.source or self.found_in,
             merged=ref.recipe is not None,
+            vocab=self.adapter_vocab if ref.id in self.adapter_texts else 0,
         )
-        lease = FakeLease(image, self, b"salt")
+        lease = FakeLease(image, self, b"salt", self.adapter_texts.get(ref.id))
         self.leases.append(lease)
         return lease
 
