@@ -182,9 +182,14 @@ def adapter_formats() -> str:
                     "PEFT, sharded",
                     f"`{INDEX_NAME}` and up to {MAX_SHARDS} safetensors files in the same folder",
                 ),
-                ("Ludwig", f"the same files in `{LUDWIG}` below the folder or the repository"),
+                (
+                    "Ludwig",
+                    f"the same files in `{'` or `'.join(LUDWIG)}` below the folder or the repository",
+                ),
             ],
         ),
+        "Ludwig writes each of several named adapters to a folder of its name below `model_weights/`. From an "
+        "`--adapter-root`, request that folder.",
         "A file that ends early is being written, or its copy was broken off. The error is `adapter_load_failed` "
         "(424), and the next request reads the file again. A Git LFS pointer, an mlx-lm adapter and a whole model are "
         "refused as what they are.",
