@@ -37,8 +37,9 @@ WEIGHT_NAMES = (
     INDEX_NAME,
     "adapter_model.bin",
 )  # the preferred one first
-LUDWIG = "model/model_weights/"  # where Ludwig puts the files
-FOLDERS = ("", LUDWIG)
+# Where Ludwig puts the files: below the folder of a training run, and below that of LudwigModel.save.
+LUDWIG = ("model/model_weights/", "model_weights/")
+FOLDERS = ("", *LUDWIG)
 
 Progress = Callable[[int, int], None]  # bytes done, total bytes (0: unknown)
 
@@ -161,7 +162,7 @@ def _not_an_adapter(present: set[str], where: str) -> AdapterIncompatible:
             WEIGHT_NAMES[0],
             f"has neither {', '.join(WEIGHT_NAMES[:-1])} nor {WEIGHT_NAMES[-1]}",
         )
-    elif not present.isdisjoint(_FULL_MODEL):
+    elif not present.isdisjoint(folder + name for folder in FOLDERS for name in _FULL_MODEL):
         what, hint = (
             "is a whole model, not an adapter",
             "serve it as the base model, with --model-id",
@@ -195,11 +196,12 @@ def damaged(index: str, why: str) -> AdapterIncompatible:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Names of the files in a folder, those of Ludwig's layout included. Raises OSError."""
+    """Names of the files in a folder, those of Ludwig's layouts included. Raises OSError."""
     names = os.listdir(folder)
     if CONFIG_NAME not in names:
-        with suppress(OSError):
-            names += [LUDWIG + name for name in os.listdir(folder / LUDWIG)]
+        for below in LUDWIG:
+            with suppress(OSError):
+                names += [below + name for name in os.listdir(folder / below)]
     return names
 
 

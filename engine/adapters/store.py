@@ -276,7 +276,7 @@ class StoreSource(Source):
         return f"{self.prefix}{folder}"
 
     def _list(self, folder: str) -> Listing | None:
-        """The files of the adapter in a folder, or in Ludwig's folder below it; None if nothing lies there.
+        """The files of the adapter in a folder, or in one of Ludwig's below it; None if nothing lies there.
 
         Raises AdapterIncompatible if other files lie there.
         """

@@ -99,6 +99,8 @@ class Web:
     @contextlib.contextmanager
     def _connected(self, parts: SplitResult, end_by: float) -> Iterator[http.client.HTTPConnection]:
         """A connection that is broken at `end_by`."""
+        if time.monotonic() >= end_by:
+            raise WebError(f"{parts.hostname} answers too slowly")
         host, is_secure = parts.hostname or "", parts.scheme == "https"
         if parts.username or parts.password or not host:
             raise Refused("the address has a password or no host")

@@ -34,6 +34,7 @@ CONFIG, WEIGHTS, INDEX = (
     "adapter_model.safetensors",
     "adapter_model.safetensors.index.json",
 )
+LUDWIG = "ludwig/model/model_weights"
 LAYOUT = tiny.llama_layout("bfloat16")
 
 
@@ -53,9 +54,9 @@ def shard(folder: Path, number: int = 3) -> Path:
 
 @pytest.fixture
 def root(saved: Path, tmp_path: Path) -> Path:
-    """`plain`, `sharded`, and `ludwig` in two layouts."""
+    """`plain`, `sharded`, Ludwig's `ludwig` and `saved` (by LudwigModel.save), and `both`: Ludwig's, sharded."""
     root = tmp_path / "root"
-    for name in ("plain", "sharded", "ludwig/model/model_weights", "both/model/model_weights"):
+    for name in ("plain", "sharded", LUDWIG, "saved/model_weights", "both/model/model_weights"):
         shutil.copytree(saved / "a", root / name)
     shard(root / "sharded")
     shard(root / "both/model/model_weights", 2)
@@ -70,7 +71,7 @@ def digest(source: Source, name: str, token: str | None = None) -> str | None:
     return found.digest
 
 
-@pytest.mark.parametrize("name", ["sharded", "ludwig", "both"])
+@pytest.mark.parametrize("name", ["sharded", "ludwig", "saved", "both"])
 def test_a_local_layout_is_the_same_adapter(name: str, root: Path) -> None:
     source = LocalSource([root])
     assert digest(source, name) == digest(source, "plain")
@@ -86,7 +87,7 @@ def upload(hub: FakeHub, folder: Path, name: str) -> str:
     return repo.commit(files | {"README.md": b"x", "other.safetensors": b"x"})
 
 
-@pytest.mark.parametrize("name", ["sharded", "ludwig", "both"])
+@pytest.mark.parametrize("name", ["sharded", "ludwig", "saved", "both"])
 def test_a_hub_layout_is_the_same_adapter(
     name: str, root: Path, hub: FakeHub, tmp_path: Path
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_pointer_of_git_lfs(name: str, root: Path) -> None:
 OTHERS = {
     "mlx": ([CONFIG, "adapters.safetensors"], "mlx-lm", "mlx_lm.fuse"),
     "whole": (["config.json", "model.safetensors", "tokenizer.json"], "whole model", "--model-id"),
+    "whole, by Ludwig": (["model/model_weights/model.safetensors"], "whole model", "--model-id"),
     "whole shards": (["config.json", "model.safetensors.index.json"], "whole model", "--model-id"),
     "nothing": (["README.md"], "has no adapter_config.json", "save_pretrained"),
     "no weights": ([CONFIG], "has neither", "save_pretrained"),
@@ -256,8 +258,8 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_what_the_files_are_instead(case: str, tmp_path: Path) -> None:
     names, words, remedy = OTHERS[case]
-    (tmp_path / "x").mkdir()
     for name in names:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "x" / name).write_text("{}")
     with pytest.raises(AdapterIncompatible) as caught:
         LocalSource([tmp_path]).resolve(AdapterRef.parse("x"), None)

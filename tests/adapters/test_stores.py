@@ -58,7 +58,8 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture
 def root(saved: Path, tmp_path: Path) -> Path:
     """The same adapter in every layout."""
-    for name in ("plain", "sharded", "ludwig/model/model_weights", "both/model/model_weights"):
+    ludwig = ("ludwig/model/model_weights", "both/model/model_weights", "saved/model_weights")
+    for name in ("plain", "sharded", *ludwig):
         shutil.copytree(saved / "a", tmp_path / "root" / name)
     shutil.copytree(saved / "b", tmp_path / "root" / "other")
     shard(tmp_path / "root/sharded")
@@ -74,7 +75,7 @@ def entries(cache: Path) -> list[Path]:
 def test_layouts(served: Store, root: Path, tmp_path: Path) -> None:
     """Every layout gives the bytes of the local folder, and the second time nothing is downloaded."""
     local, source = LocalSource([root]), served.source(tmp_path / "cache")
-    for layout in ("plain", "sharded", "ludwig", "both"):
+    for layout in ("plain", "sharded", "ludwig", "saved", "both"):
         served.put(contents(root / layout) | {"other.safetensors": b"x", "README.md": b"x"})
         want = served.load(local, local.resolve(AdapterRef((layout,)), None))
         assert served.load(source) == want, layout

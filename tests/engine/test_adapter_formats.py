@@ -1,4 +1,4 @@
-"""Every adapter format that PEFT writes: the engine's log-probabilities are those of PEFT's model."""
+"""Every adapter format that PEFT and Ludwig write: the engine's log-probabilities are those of PEFT's model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine.adapters.sources import open_folder
+from engine.adapters.ref import AdapterRef
+from engine.adapters.sources import LocalSource, open_folder
+from engine.checkpoint import DEMO_FOLDER
 from engine.lora.formats import load_peft
 from engine.lora.own import CheckpointTables, without_base_rows
 from tests.engine.harness import Harness, Outcome, config_of, request
@@ -23,6 +25,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PROMPT = [3, 99, 41, 41, 7, 150, 2, 88, 60, 5, 33, 121]
 NEW = 8
 TOLERANCE = 1e-4
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         one.harness.close()
 
 
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Scene]:
+    folder = DEMO_FOLDER / "base"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    harness = Harness(config_of(folder, arena_mib=4))
+    yield Scene(folder, model, harness)
+    harness.close()
+
+
 def resized(model: PreTrainedModel, vocab: int) -> PreTrainedModel:
     """A copy of the model with another vocabulary; new rows are as large as the others."""
     found = copy.deepcopy(model)
@@ -196,6 +208,27 @@ def test_parity(name: str, scenes: Callable[[str], Scene], tmp_path: Path) -> No
         weights = load_peft(files.config, files.weights, layout.targets)
         kept = without_base_rows(weights, layout, tables)
     assert sum(len(own.ids) for own in kept.own.values()) == row.own
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["ludwig", "ludwig/model"])
+def test_ludwig(name: str, demo: Scene) -> None:
+    """Files that Ludwig wrote, by the id of a training run and by that of what LudwigModel.save writes."""
+    source = LocalSource([DATA])
+    version = source.resolve(AdapterRef.parse(name), None)
+    with source.fetch(version, None, lambda done, total: None) as files:
+        image = demo.harness.stage(files.folder)
+    run = demo.harness.run(
+        [
+            request("base", PROMPT, None, NEW, prompt_logprobs=True),
+            request("adapter", PROMPT, image, NEW, prompt_logprobs=True),
+        ]
+    )
+    assert_like(run["base"], demo.model, PROMPT)
+    folder = DATA / "ludwig/model/model_weights"
+    adapted = PeftModel.from_pretrained(copy.deepcopy(demo.model), str(folder)).eval()
+    assert_like(run["adapter"], adapted, PROMPT)
+    assert run["adapter"].tokens != run["base"].tokens
 
 
 def assert_like(outcome: Outcome, model: torch.nn.Module, prompt: list[int]) -> None:

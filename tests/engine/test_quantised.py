@@ -61,7 +61,7 @@ class Scene:
                     module = target.whole.module.format(layer=place.linear.layer)
                     last = row + target.out_features
                     if name == f"{module}.weight":
-                        rows = place.linear.method.dequantised()[row:last].float().cpu()  # type: ignore[attr-defined]
+                        rows = place.linear.method.weight_rows(slice(None))[row:last].float().cpu()  # type: ignore[attr-defined]
                         state[name].copy_(rows.T if decoder.spec.names.transposed else rows)
                     row = last
         self.model.save_pretrained(folder, state_dict=state)

@@ -78,7 +78,7 @@ def assert_product(method: Method, y: Tensor, x: Tensor, bias: Tensor, loose: fl
     """y is x @ dequantised.T + bias, up to rounding; `loose`: of each product of the sum, more than that."""
     assert y.dtype == x.dtype and y.is_contiguous()
     x, y, bias = x.double(), y.double(), bias.to(y.device).double()
-    weight = method.dequantised().double()
+    weight = method.weight_rows(slice(None)).double()
     expected = x @ weight.T + bias
     eps = torch.finfo(method.dtype).eps
     products = x.abs() @ weight.abs().T
@@ -123,7 +123,7 @@ def test_8_bits_hold_what_float16_does_not() -> None:
     method, _, added = make("bitsandbytes", torch.bfloat16, CPU, (48, 64))
     x = (torch.randn(3, 64) * 1000.0).to(torch.bfloat16)
     x[1, 5] = 90000.0
-    y, expected = method.matmul(x), x.double() @ method.dequantised().double().T + added
+    y, expected = method.matmul(x), x.double() @ method.weight_rows(slice(None)).double().T + added
     assert ((y - expected).norm(dim=1) <= 0.02 * expected.norm(dim=1)).all()
 
 
@@ -143,7 +143,7 @@ def assert_near(method: Method, weight: Tensor) -> None:
     block = columns if isinstance(method, Int8) else 64
     # Half of the widest gap between neighbours, of the block's largest magnitude.
     gap = {Int8: 0.5 / 127, FourBit: 0.17}[type(method)]
-    found = method.dequantised().cpu().float()
+    found = method.weight_rows(slice(None)).cpu().float()
     rounding = torch.finfo(method.dtype).eps + 2**-11
     for first in range(0, columns, block):
         part = slice(first, first + block)
@@ -173,7 +173,7 @@ def assert_parts_make_the_whole(scheme: str, device: torch.device, shape: tuple[
             # As a checkpoint that keeps it transposed hands it over.
             parts.load("weight", first, weight[first:last].T.contiguous().T)
             parts.load("bias", first, bias[first:last])
-        assert torch.equal(parts.dequantised(), whole.dequantised())
+        assert torch.equal(parts.weight_rows(slice(None)), whole.weight_rows(slice(None)))
         x = inputs(5, shape[1], dtype).to(device)
         assert torch.equal(parts.matmul(x), whole.matmul(x))
 
