@@ -49,6 +49,8 @@ FETCH_THREADS = 32  # per source, so a slow source delays no other; they wait fo
 CONVERT_THREADS = 16  # they wait for child processes; few of these run at a time
 PARSE_THREADS = 2  # with an engine on the CPU, which needs the cores
 MAX_PARSE_THREADS = 8  # with an engine on a GPU, which leaves most cores idle
+LARGE_BYTES = 32 << 20  # images that are written at a lower priority, with an engine on the CPU
+LARGE_NICENESS = 6  # added to that of the process
 RESOLVE_S = 45.0  # limit of one `resolve`, retries included
 
 logger = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class Loader:
         self._region = region
         self._sources = sources
         self._room = room
+        self._on_cpu = device == "cpu"
         self._fetchers = {name: Workers(FETCH_THREADS, f"adapter-{name}") for name in sources}
         self._converters = Workers(CONVERT_THREADS, "adapter-convert")
         self._converter = converter
@@ -192,6 +195,8 @@ class Loader:
                 started = time.monotonic() - opened
                 view = self._region.view[offset : offset + size.total]
                 write = partial(write_image, weights, self._layout, out=view, pause=pause)
+                if self._on_cpu and (what.recipe or size.total > LARGE_BYTES):
+                    write = partial(_slowly, write)
                 digest = await attempt.run(self._mergers if what.recipe else self._parsers, write)
             # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
             await self._fetch(attempt, what, token, held)
@@ -325,6 +330,12 @@ def parse_threads(device: str) -> int:
     if device == "cpu":
         return PARSE_THREADS
     return max(PARSE_THREADS, min(MAX_PARSE_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+def _slowly(call: Callable[[], T]) -> T:
+    """Calls in a thread of its own, whose priority it lowers: it would take the engine's cores for seconds."""
+    os.nice(LARGE_NICENESS)  # of this thread, on Linux
+    return call()
 
 
 def _no_progress(done: int, total: int) -> None:

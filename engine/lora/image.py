@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,8 +195,12 @@ def _table_rows(group: GroupPart, own: OwnRows | None) -> int:
 
 def image_size(weights: LoraWeights, layout: ShardLayout) -> ImageSize:
     """The size of the image. Raises AdapterTooLarge above 64 GiB, the limit of a record's offsets."""
+    return _size_of(list(_groups(weights, layout)), weights, layout)
+
+
+def _size_of(groups: Sequence[_GroupData], weights: LoraWeights, layout: ShardLayout) -> ImageSize:
     data_bytes = stacked_rank = 0
-    for group in _groups(weights, layout):
+    for group in groups:
         data_bytes = group.end
         stacked_rank = max(
             stacked_rank, *(sum(section.ranks) for section in group.sections if section)
@@ -223,13 +227,14 @@ def write_image(
     layout's dtype. Raises AdapterIncompatible for values that are not finite in that dtype, and AdapterLoadFailed if
     the files cannot be read.
     """
-    size = image_size(weights, layout)
+    groups = list(_groups(weights, layout))
+    size = _size_of(groups, weights, layout)
     if len(out) != size.total:
         raise ValueError(f"the image has {size.total} bytes, not {len(out)}")
-    write_records(weights, layout, out[: size.data_start])
+    _write_records(groups, layout, out[: size.data_start])
     data = torch.frombuffer(out, dtype=torch.uint8)[size.data_start :]
     writer = Writer(data, _dtype(layout), pause)
-    for group in _groups(weights, layout):
+    for group in groups:
         if group.table is not None:
             records, at = group.expert_records(), size.data_start + group.table
             out[at : at + len(records)] = records
@@ -273,8 +278,12 @@ def _table(pair: Pair, group: GroupPart, own: OwnRows | None) -> Matrix:
 
 def write_records(weights: LoraWeights, layout: ShardLayout, out: memoryview) -> None:
     """Writes the slot's records and their padding into `out` (writable, `image_size().data_start` bytes)."""
+    _write_records(list(_groups(weights, layout)), layout, out)
+
+
+def _write_records(groups: Sequence[_GroupData], layout: ShardLayout, out: memoryview) -> None:
     torch.frombuffer(out, dtype=torch.uint8).zero_()
-    for group in _groups(weights, layout):
+    for group in groups:
         at = (group.layer * layout.num_groups + group.number) * RECORD_BYTES
         out[at : at + RECORD_BYTES] = group.record()
 

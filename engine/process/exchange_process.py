@@ -96,11 +96,11 @@ def return_free_memory() -> None:
 def lower_priority() -> None:
     """Lowers the priority of this thread and of those that it starts: the engine computes on all cores.
 
-    Measured on two cores that the engine keeps busy (docs/notebook/cold-adapters.md): at niceness 10, parsing 313 MB
-    takes 11 s and the 99th percentile of the gap between tokens grows by a factor of 1.36; here 23 s and 1.01. At
-    normal priority the factor is 9; with SCHED_IDLE or niceness 19, parsing may starve.
+    A niceness of 9 leaves it about a tenth of two cores that the engine keeps busy: enough for a flood of small
+    adapters. Large images are written at a lower priority still (`engine.adapters.loader`). Measured in
+    docs/notebook/cold-adapters.md.
     """
-    os.nice(15)
+    os.nice(9)
     if sys.platform == "linux":
         with suppress(PermissionError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
