@@ -37,7 +37,7 @@ from engine.ops.reference import extras, matrix
 from engine.ops.targets import MAX_TARGETS
 from engine.runner.transfer import Mark, read_back
 
-PIECE_WEIGHTS = {"cpu": 4 << 20, "cuda": 64 << 20}  # that are read at once, dequantised if need be
+PIECE_WEIGHTS = {"cpu": 4 << 20, "cuda": 16 << 20}  # that are read at once, dequantised if need be
 KEPT_BYTES = 256 << 20  # of final extras that are kept in host memory
 
 
