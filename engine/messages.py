@@ -91,6 +91,8 @@ class Request(Struct, frozen=True):
     adapter: AdapterImageRef | None = None  # None: the base model
     cache_salt: bytes = b""  # separates the prefix cache of private adapters by tenant
     arrival: float = 0.0  # time.monotonic() when the front accepted it
+    group: str = ""  # the client's request that it belongs to; "": it is alone
+    behind: int = 0  # tokens of the sequences before it in its group, outputs included
     kind: str = "generate"  # a name of `engine.kinds.KINDS`
 
 

@@ -1,8 +1,7 @@
 """Plans the steps and commits their results. Pure Python: it sees lists and numbers, never the device.
 
-There are no phases. Every sequence has tokens and a number of computed positions. Each step computes more positions
-under a budget of tokens: first the rows that decode (one position each), then chunks of the other sequences, first
-come, first served.
+There are no phases. Each step computes more positions of the sequences, under a budget of tokens: first the rows that
+decode (one position each), then chunks of the others, in the order of their turns.
 
 `plan` may be called once more before the result of the previous step is committed (run-ahead of depth 1). Sequences
 end, and blocks of output get keys, at commit only: both need token ids. A sequence that left its row gets no results.
@@ -35,6 +34,7 @@ from engine.scheduler.outbox import Outbox
 from engine.scheduler.plan_builder import Flight, PlanBuilder
 from engine.scheduler.rows import Rows
 from engine.scheduler.sequence import Sequence
+from engine.scheduler.served import Served
 from engine.scheduler.tables import BlockTables
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -60,6 +60,7 @@ class Scheduler:
         self._rows = Rows(limits.max_rows)
         self._tables = BlockTables(blocks)
         self._rotation = Rotation(slots, limits.adapter_cycle_time)
+        self._served = Served()
         self._admission = Admission(self._rows, self._tables, slots, self._rotation)
         self._outbox = Outbox(slots)
         self._flights: deque[Flight] = deque()
@@ -71,7 +72,6 @@ class Scheduler:
         self._place_seconds: deque[float] = deque(maxlen=REPORTED_PLACEMENTS)
         self._num_placed = 0
         self._submitted = 0
-        self._step_tokens = 0
 
     # -- requests
 
@@ -91,6 +91,7 @@ class Scheduler:
             request=request,
             number=self._submitted,
             limit=self.limits.last_length(request, kv_positions),
+            turn=self._served.opened(request),
             root=root_key(image.digest if image else None, request.cache_salt),
             tokens=list(request.tokens),
             prompt_logprobs=[] if request.sampling.prompt_logprobs else None,
@@ -108,9 +109,8 @@ class Scheduler:
     def fail(self, ids: Iterable[str] | None, error: LoraxError) -> None:
         """End the given requests with an error.
 
-        None: the steps in flight are lost and will not be committed. Only the requests in them end. The next plan
-        repeats their releases and placements, so the runner may get these twice. The device must have stopped working
-        on the lost steps.
+        None: the steps in flight are lost, and the device no longer works on them. Only the requests in them end. The
+        next plan repeats their releases and placements, so the runner may get these twice.
         """
         if ids is not None:
             for id in ids:
@@ -286,6 +286,7 @@ class Scheduler:
             self._admission.remove(sequence)
         self.blocks.free(sequence.blocks)
         del self._sequences[sequence.request.id]
+        self._served.closed(sequence.request)
         self._outbox.put_last(sequence, output, finish, error)
 
     # -- results
@@ -295,7 +296,7 @@ class Scheduler:
         flight = self._flights.popleft()
         assert flight.plan.step == result.step, "results come in the order of the plans"
         self._budget.fitted()
-        self._step_tokens += len(flight.decode)
+        self._served.add(flight.num_tokens)
         outputs = iter(result.outputs)
         for sequence, epoch in flight.decode:
             output = next(outputs)
@@ -305,7 +306,6 @@ class Scheduler:
                     self._tables.register(sequence)
                 self._take_token(sequence, output)
         for index, (sequence, epoch, chunk) in enumerate(flight.chunks):
-            self._step_tokens += chunk.count
             sampled = next(outputs) if chunk.sample else None
             if sequence.epoch != epoch:
                 continue
@@ -359,7 +359,7 @@ class Scheduler:
             total_blocks=self.blocks.usable,
             cached_blocks=self.blocks.num_keys,
             steps=self._step,
-            step_tokens=self._step_tokens,
+            step_tokens=self._served.tokens,
             preemptions=self._tables.num_drops,
             prefix_hits=self._admission.prefix_hits,
             prefix_lookups=self._admission.prefix_lookups,

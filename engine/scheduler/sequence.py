@@ -25,6 +25,7 @@ class Sequence:
     request: Request
     number: int  # order of submission
     limit: int  # tokens of prompt and output at which it ends
+    turn: float  # in virtual time; see `engine.scheduler.served`
     root: bytes  # start of its chain of block keys
     tokens: list[int]  # prompt and committed output
     keys: list[bytes] = field(default_factory=list)  # of the first full blocks of `tokens`
@@ -77,9 +78,9 @@ class Sequence:
         return (self.request.arrival, self.number)
 
     @property
-    def queue_order(self) -> tuple[bool, float, int]:
-        """Sort key of the queue: preempted sequences first, then by arrival."""
-        return (not self.preempted, self.request.arrival, self.number)
+    def queue_order(self) -> tuple[bool, float, float, int]:
+        """Sort key of the queue: preempted sequences first, then by turn, then by arrival."""
+        return (not self.preempted, self.turn, self.request.arrival, self.number)
 
     def usage(self) -> Usage:
         return Usage(

@@ -318,19 +318,23 @@ class Generator:
     def _choices(self, generation: Generation, lease: Lease | None) -> list[Choice]:
         parameters, text = generation.parameters, generation.text
         made: list[Choice] = []
+        behind = 0
         for tokens in generation.prompts:
-            room = self.limits.max_total_tokens - len(tokens)
+            new = parameters.max_new_tokens or self.limits.max_total_tokens - len(tokens)
             for seed in parameters.seeds():
                 request = Request(
                     id=f"{generation.id}-{len(made)}",
                     tokens=tokens,
                     sampling=parameters.sampling(seed, self.limits),
-                    max_new_tokens=parameters.max_new_tokens or room,
+                    max_new_tokens=new,
                     eos_token_ids=[] if parameters.ignore_eos else text.eos_token_ids,
                     adapter=lease.image if lease else None,
                     cache_salt=lease.cache_salt if lease else b"",
                     arrival=generation.timings.received,
+                    group=generation.id,
+                    behind=behind,
                 )
+                behind += len(tokens) + new
                 made.append(
                     Choice(
                         index=len(made),

@@ -47,10 +47,14 @@ def request(
     eos: bool = True,
     prompt_logprobs: bool = False,
     salt: bytes = b"",
+    group: str = "",
+    behind: int = 0,
 ) -> Request:
     sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
     stops = [EOS] if eos else []
-    return Request(id, tokens, sampling, max_new_tokens, stops, adapter, salt, arrival)
+    return Request(
+        id, tokens, sampling, max_new_tokens, stops, adapter, salt, arrival, group, behind
+    )
 
 
 def _extend(state: bytes, token: int) -> bytes:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from engine.messages import Request
 from tests.scheduler.fake import House, expected, expected_logprobs, image, random_prompt, request
 
 DEPTHS = pytest.mark.parametrize("depth", [0, 1])
@@ -202,3 +203,41 @@ def test_endless_traffic_for_one_adapter_does_not_starve_another() -> None:
         house.step()
     assert "b" in house.last
     house.drain()
+
+
+def flood(name: str, arrival: float, count: int) -> list[Request]:
+    """The sequences of one client's request."""
+    made, behind = [], 0
+    for number in range(count):
+        id = f"{name}{number}"
+        one = request(id, [1] * 8, 8, arrival=arrival, eos=False, group=name, behind=behind)
+        made.append(one)
+        behind += 16
+    return made
+
+
+@DEPTHS
+def test_a_request_of_many_prompts_lets_later_ones_between(depth: int) -> None:
+    """It queues as it would be served. Somebody who comes later waits for the rows in use only, and nobody starves."""
+    house = House(rows=4, step_seconds=0.1, depth=depth)
+    for one in [*flood("a", 0.0, 100), *flood("b", 0.0, 100)]:
+        house.add(one)
+    for _ in range(40):
+        house.step()
+    done = len(house.order)
+    single = request("single", [1] * 8, 8, arrival=house.clock(), eos=False)
+    house.add(single)
+    house.drain(50_000)
+    assert set(house.order) == {f"{name}{n}" for name in "ab" for n in range(100)} | {"single"}
+    assert house.order.index("single") - done < 12, (
+        "at most the rows in use, and as many that were due"
+    )
+    assert house.order.index("a99") > 150 and house.order.index("b99") > 150, "the two take turns"
+
+
+def test_a_request_of_many_prompts_alone_is_served_in_order() -> None:
+    house = House(rows=4, step_seconds=0.1)
+    for one in flood("a", 0.0, 30):
+        house.add(one)
+    house.drain()
+    assert house.order == [f"a{n}" for n in range(30)]
