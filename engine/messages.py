@@ -57,6 +57,7 @@ class AdapterImageRef(Struct, frozen=True):
     source: str = ""  # where it was found, for responses
     merged: bool = False  # from several adapters
     vocab: int = 0  # its vocabulary, if its own rows change it; 0: that of the base
+    tenant: bytes = b""  # digest of the token whose holder may see its name; empty: everybody
 
 
 class AddedToken(Struct, frozen=True):
@@ -264,6 +265,7 @@ class AdapterStatus(Struct, frozen=True):
     leases: int  # open requests that use it
     seconds: dict[str, float]  # stage -> seconds of the last load: fetch, parse
     error: dict[str, Any] | None = None
+    tenant: bytes = b""  # digest of the token whose holder may see it; empty: everybody
     merged: bool = (
         False  # its `name` joins the ids of several adapters, so no `adapter_id` means it
     )

@@ -164,6 +164,7 @@ class Exchange:
                 source=what.source,
                 merged=ref.recipe is not None,
                 vocab=adapter.size.vocab,
+                tenant=adapter.tenant,
             ),
             what.salt,
             lambda: self._room.release(image),
@@ -184,6 +185,7 @@ class Exchange:
             size = ImageSize(record_bytes, ref.data_bytes, ref.stacked_rank, ref.vocab)
             image = self.tier.adopt(ref.digest, ref.offset, size.total)
             state = AdapterState(ref.name, ref.source, "ready", ref.digest, size, merged=ref.merged)
+            state.tenant = ref.tenant
             self._adapters.setdefault((ADOPTED, ref.name, ref.digest.hex()), state)
             return Lease(ref, b"", lambda: self._room.release(image))
 
@@ -212,6 +214,7 @@ class Exchange:
         if load is None:
             self._refuse_again(key)
             adapter = AdapterState(ref.name, what.source, merged=ref.recipe is not None)
+            adapter.tenant = self._tenant(what)
             self._remember(key, adapter)
             task = asyncio.create_task(self._load(key, adapter, what, token))
             load = self._loads[key] = _SharedLoad(task)
@@ -224,6 +227,12 @@ class Exchange:
         finally:
             load.waiters -= 1
             self._release_load(load)
+
+    def _tenant(self, what: Resolved) -> bytes:
+        """Digest of the token whose holder may see the adapter; empty if the server's own token may read it."""
+        sources = self._registry.sources
+        own = [one.salt for one in what.versions if one.salt != sources[one.source].tenant(None)]
+        return what.salt if any(own) else b""
 
     async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
         assert ref.source is not None, "the registry has chosen"
@@ -248,6 +257,7 @@ class Exchange:
                 error=adapter.error,
                 merged=adapter.merged,
                 unconfirmed=adapter.unconfirmed,
+                tenant=adapter.tenant,
             )
             for adapter in (*self._failed.values(), *self._adapters.values())
             if adapter.state != "ready" or adapter.digest in leases

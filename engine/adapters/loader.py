@@ -70,6 +70,7 @@ class AdapterState:
     seconds: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     merged: bool = False
+    tenant: bytes = b""  # digest of the token whose holder may see it; empty: everybody
     text: AdapterText | None = None  # None: the base model's
     unconfirmed: bool = False  # see `Version`
 

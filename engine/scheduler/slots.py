@@ -92,9 +92,12 @@ class SlotTable:
         return [Placement(e.slot, e.start, e.image) for e in entries if not e.resident]
 
     def residents(self) -> list[tuple[str, bytes, int]]:
-        """(name, digest, bytes in the arena) of every resident adapter."""
-        entries = [entry for entry in self._entries.values() if entry.resident]
-        return [(e.image.name, e.image.digest, e.image.data_bytes) for e in entries]
+        """(name, digest, bytes in the arena) of every resident adapter. A tenant's own are named `private`."""
+        images = [entry.image for entry in self._entries.values() if entry.resident]
+        return [
+            ("private" if image.tenant else image.name, image.digest, image.data_bytes)
+            for image in images
+        ]
 
     def num_users(self, slot: int) -> int:
         """Running sequences that use the slot."""

@@ -42,6 +42,13 @@ NORMALISED = 4  # a tokenizer normalises at most this many characters to one
 Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
 
 
+def _label(parameters: Parameters, lease: Lease | None) -> str:
+    """What metrics call the adapter: they are open to everybody."""
+    if lease is None or parameters.adapter is None:
+        return "base"
+    return "private" if lease.image.tenant else parameters.adapter.name
+
+
 @dataclass(slots=True)
 class Timings:
     """Times by time.monotonic()."""
@@ -297,7 +304,7 @@ class Generator:
             ]
             # As if the adapter had been acquired afterwards: its load is part of the time in the queue.
             timings.validated = time.monotonic() - waited
-            self.metrics.adapter(parameters.adapter.name if parameters.adapter else "base")
+            self.metrics.adapter(_label(parameters, lease))
             generation = Generation(
                 id=id or uuid.uuid4().hex,
                 parameters=parameters,

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from engine.adapters.exchange import MAX_FAILED, Exchange
 from engine.adapters.hub import HubSource
 from engine.adapters.lease import Lease
 from engine.adapters.ref import AdapterRef
-from engine.adapters.sources import AdapterFiles, DemoSource, LocalSource, Progress, Source, Version
+from engine.adapters.sources import (
+    AdapterFiles,
+    DemoSource,
+    LocalSource,
+    Progress,
+    Source,
+    Version,
+    token_hash,
+)
 from engine.adapters.tiers import HostRegion
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
 from engine.errors import (
@@ -685,3 +694,24 @@ async def test_images_of_an_exchange_before_this_one_stay(make: Make, saved: Pat
 
 def replace_offset(image: AdapterImageRef, offset: int) -> AdapterImageRef:
     return msgspec.structs.replace(image, offset=offset)
+
+
+class TenantSource(LocalSource):
+    """A source whose adapters are private; the server's own token opens `b`."""
+
+    def tenant(self, token: str | None) -> bytes:
+        return token_hash(token or "server")
+
+    def resolve(self, ref: AdapterRef, token: str | None) -> Version:
+        found = super().resolve(ref, token)
+        return replace(found, salt=self.tenant(token if found.id.endswith("a") else None))
+
+
+async def test_a_tenants_adapter_is_marked(make: Make, saved: Path) -> None:
+    """Whoever has no token may see what the server's own token opens, and no more."""
+    exchange = make(sources={"local": TenantSource([saved])})
+    for name, token, tenant in (("a", "alice", token_hash("alice")), ("b", "alice", b"")):
+        with await exchange.acquire(ref(name), token) as lease:
+            assert lease.image.tenant == tenant and lease.cache_salt
+    statuses = {status.name: status.tenant for status in await exchange.adapters()}
+    assert statuses == {"a": token_hash("alice"), "b": b""}

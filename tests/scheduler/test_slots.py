@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from engine.messages import Placement
@@ -24,6 +25,13 @@ def put(table: SlotTable, name: str, size: int = 256, now: float = 0.0) -> int:
 
 def names(table: SlotTable) -> list[str]:
     return sorted(name for name, _, _ in table.residents())
+
+
+def test_a_tenants_adapter_has_no_name() -> None:
+    table = SlotTable(4, 1024)
+    settle(table, table.place(msgspec.structs.replace(image("a"), tenant=b"t"), 0.0))
+    put(table, "b")
+    assert names(table) == ["b", "private"]
 
 
 def test_places_first_fit_and_aligned() -> None:

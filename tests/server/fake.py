@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from engine.adapters.ref import AdapterRef
+from engine.adapters.sources import token_hash
 from engine.backend import Reader
 from engine.errors import AdapterNotFound, EngineDead, InvalidRequest, LoraxError
 from engine.messages import (
@@ -132,6 +133,7 @@ class FakeBackend:
     bare_finish: bool = False  # the last update has no tokens
     fail_after: int | None = None  # updates, after which the request fails
     failure: LoraxError = field(default_factory=lambda: EngineDead("the engine died"))
+    private: set[str] = field(default_factory=set)  # ids that one tenant's token opens
     adapter_errors: dict[str, LoraxError] = field(default_factory=dict)
     adapter_texts: dict[str, AdapterText] = field(default_factory=dict)
     adapter_vocab: int = 0  # of adapters with a text
@@ -271,6 +273,7 @@ class FakeBackend:
             source=ref.source or self.found_in,
             merged=ref.recipe is not None,
             vocab=self.adapter_vocab if ref.id in self.adapter_texts else 0,
+            tenant=token_hash(token) if ref.id in self.private and token else b"",
         )
         lease = FakeLease(image, self, b"salt", self.adapter_texts.get(ref.id))
         self.leases.append(lease)
@@ -291,6 +294,7 @@ class FakeBackend:
                 leases=0,
                 seconds={"fetch": 0.5, "parse": 0.1},
                 merged=image.merged,
+                tenant=image.tenant,
             )
             for image in images.values()
         ]

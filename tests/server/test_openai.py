@@ -326,3 +326,24 @@ async def test_the_key_is_the_tenants_token(client: TestClient, backend: FakeBac
         async with AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key=key) as openai:
             await chat(openai, model="a")
         assert backend.acquired.pop()[1] == expected
+
+
+async def test_a_tenants_adapter_is_named_to_nobody_else(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    """Neither in the list of models nor in the metrics, which are open to everybody."""
+    backend.private.add("secret/name")
+    alice = {"Authorization": "Bearer alice"}
+    for model in ("secret/name", "open/name"):
+        body = {"model": model, "prompt": "x", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json=body, headers=alice)).status == 200
+    for headers, named in (({}, False), ({"Authorization": "Bearer bob"}, False), (alice, True)):
+        listed = (await (await client.get("/v1/models", headers=headers)).json())["data"]
+        names = {model["id"] for model in listed}
+        assert "open/name" in names and ("secret/name" in names) == named
+        one = await client.get("/v1/models/secret/name", headers=headers)
+        assert one.status == (200 if named else 404)
+    metrics = await (await client.get("/metrics")).text()
+    assert "secret" not in metrics and 'adapter="private"' in metrics.replace(
+        "adapter_id", "adapter"
+    )

@@ -6,15 +6,22 @@ from typing import Any
 
 from aiohttp import web
 
+from engine.adapters.sources import token_hash
 from engine.errors import AdapterNotFound
-from engine.server.front import FRONT, Front
+from engine.server.formats import Context
+from engine.server.front import FRONT
 from engine.server.parameters import BASE_NAMES
 from engine.server.responses import json_response
 
 
-async def _models(front: Front) -> list[dict[str, Any]]:
+async def _models(request: web.Request) -> list[dict[str, Any]]:
+    """What the client may see: adapters that only another client's token opens are left out."""
+    front = request.app[FRONT]
     base = front.backend.info.model_id
-    adapters = await front.backend.adapters()
+    authorization = request.headers.get("Authorization", "")
+    token = Context(authorization, base, front.config).token(None)
+    seen = {b"", token_hash(token) if token else b""}
+    adapters = [one for one in await front.backend.adapters() if one.tenant in seen]
     names = dict.fromkeys(alias.name for alias in front.aliases)
     names |= dict.fromkeys(
         status.name for status in adapters if status.state != "failed" and not status.merged
@@ -26,12 +33,12 @@ async def _models(front: Front) -> list[dict[str, Any]]:
 
 async def list_models(request: web.Request) -> web.StreamResponse:
     """GET /v1/models: the base model, the aliases, then every adapter that the exchange lists, without merges."""
-    return json_response({"object": "list", "data": await _models(request.app[FRONT])})
+    return json_response({"object": "list", "data": await _models(request)})
 
 
 async def get_model(request: web.Request) -> web.StreamResponse:
     """GET /v1/models/{id}."""
-    models = await _models(request.app[FRONT])
+    models = await _models(request)
     wanted = request.match_info["id"]
     if wanted in BASE_NAMES:
         return json_response(models[0])
