@@ -1,7 +1,7 @@
 """Plots of a report, as self-contained HTML or as PNG.
 
-The report of an engine becomes bars (each step next to its limit) and a roofline. Those of a server and of a simulation become curves
-(the share of times below each value).
+The report of an engine becomes bars (each step next to its limit) and a roofline. Those of a server and of a simulation
+become curves (the share of times below each value).
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_loads_wait_for_workers_and_for_leases() -> None:
 
 
 def test_shares() -> None:
-    """An adapter that gets half of what it wants, twice, and one that gets everything."""
+    """One adapter gets everything at once, one a part in the first window, nothing in the second, then the rest."""
     shares = Shares()
     slow, quick = OpenRequest(0, 0.0, 40), OpenRequest(1, 0.0, 10)
     quick.received = 10
@@ -177,7 +177,7 @@ def test_shares() -> None:
     shares.count(slow)
     found = shares.fairness(3.0)
     assert found is not None
-    share = (10 + 30) / (40 + 30)
+    share = (10 + 30) / (40 + 30 + 30)
     assert (found.lowest, found.p50) == pytest.approx((share, (1 + share) / 2))
     assert found.jain == pytest.approx((1 + share) ** 2 / (2 * (1 + share**2)))
 

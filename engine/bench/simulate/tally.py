@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import fsum
 from typing import Literal
@@ -48,11 +48,11 @@ class Shares:
         self._received[request.adapter] += request.received - request.counted
         request.counted = request.received
 
-    def end_windows(self, open_requests: Iterable[OpenRequest], now: float) -> None:
+    def end_windows(self, open_requests: Collection[OpenRequest], now: float) -> None:
         """Ends every window up to `now`."""
-        for request in open_requests:
-            self.count(request)
         while self.window_end <= now:
+            for request in open_requests:
+                self.count(request)
             self.window_end += WINDOW_S
 
     def fairness(self, longest_wait: float) -> Fairness | None:

@@ -1,0 +1,101 @@
+"""Simulates a server over ranges of its settings; prints tables and draws docs/notebook/simulation.png.
+
+python -m tools.sweep_simulation [requests]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.bench.png import figure_class
+from engine.bench.simulate.report import SimulationReport
+from engine.bench.simulate.run import simulate
+from engine.bench_options import Server, Simulation, Traffic
+
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "notebook" / "simulation.png"
+REQUESTS = 20_000
+ROOMY, TIGHT = Server(host_cache_gb=64.0), Server(host_cache_gb=64.0, arena_gb=2.0)
+CHURN = Traffic(rate=40.0, zipf=0.6)  # more adapters in use than a tight arena holds
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One setting over some values; the rest stays."""
+
+    setting: str
+    values: Sequence[float]
+    server: Server
+    traffic: Traffic = Traffic()
+
+
+SWEEPS = (
+    Sweep("host_cache_gb", (2, 4, 8, 16, 32, 64, 128), Server()),
+    Sweep("arena_gb", (1, 2, 4, 8, 12.5, 25, 50), ROOMY),
+    Sweep("adapter_cycle_time_s", (0, 0.1, 0.25, 0.5, 1, 2, 4, 8), TIGHT, CHURN),
+    Sweep("max_active_adapters", (16, 32, 64, 128, 256, 1024), ROOMY, Traffic(adapter_mb=(21.0,))),
+)
+
+
+def main(requests: int = REQUESTS) -> None:
+    reports = []
+    for sweep in SWEEPS:
+        print(f"\n| {sweep.setting} | device | host | source | TTFT p50 | p99 | max | gap p99 | tokens/s | ")
+        found = []
+        for value in sweep.values:
+            traffic = replace(sweep.traffic, requests=requests)
+            changed: dict[str, Any] = {sweep.setting: value}
+            report = simulate(Simulation(traffic, replace(sweep.server, **changed)))
+            print(f"| {value:g} | {' | '.join(cells(report))} |", flush=True)
+            found.append(report)
+        reports.append(found)
+    draw(reports)
+
+
+def cells(report: SimulationReport) -> list[str]:
+    """The figures of one row."""
+    found, fair = report.acquisitions, report.fairness
+    assert report.ttft is not None and report.itl is not None and fair is not None
+    shares = [f"{found.share(one):.1%}" for one in (found.device, found.host, found.source)]
+    times = (report.ttft.p50, report.ttft.p99, report.ttft.max, report.itl.p99)
+    return [
+        *shares,
+        *(f"{one:.1f}" for one in times),
+        f"{report.tokens_per_s:.0f}",
+        f"{report.placements}",
+        f"{report.refused}",
+        f"{fair.lowest:.2f}",
+        f"{fair.jain:.3f}",
+    ]
+
+
+def draw(reports: list[list[SimulationReport]]) -> None:
+    """Times to the first token above, shares of the tiers below, a column per setting."""
+    canvas = figure_class()(figsize=(4 * len(SWEEPS), 6.5), layout="constrained")
+    axes = canvas.subplots(2, len(SWEEPS), squeeze=False, sharex="col")
+    for column, (sweep, found) in enumerate(zip(SWEEPS, reports, strict=True)):
+        times, shares = axes[0, column], axes[1, column]
+        at = range(len(sweep.values))
+        for name in ("p50", "p99", "max"):
+            times.plot(at, [getattr(one.ttft, name) for one in found], marker="o", label=name)
+        times.set_yscale("log")
+        for tier in ("device", "host", "source"):
+            counts = [one.acquisitions for one in found]
+            values = [100 * one.share(getattr(one, tier)) for one in counts]
+            shares.plot(at, values, marker="o", label=tier)
+        shares.set_xticks(at, [f"{value:g}" for value in sweep.values], fontsize=8)
+        shares.set_xlabel(sweep.setting)
+        for one in (times, shares):
+            one.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("first token, ms")
+    axes[1, 0].set_ylabel("requests by tier of their adapter, %")
+    axes[0, 0].legend(fontsize=8)
+    axes[1, 0].legend(fontsize=8)
+    canvas.savefig(PLOT, dpi=110)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
