@@ -146,11 +146,11 @@ def simulation_table(report: SimulationReport) -> RenderableType:
         f"adapters at arrival: {shares}; loaded although on the device: {found.reloaded}",
         f"{report.loads} loads, {report.host_evictions} evictions from host memory; "
         f"{report.placements} placements, {report.device_evictions} evictions from the device",
-        f"{report.steps} steps of {report.step_rows:.1f} tokens, {report.preemptions} preemptions",
+        f"{report.steps} steps of {report.step_tokens:.1f} tokens, {report.preemptions} preemptions",
     ]
     if fair := report.fairness:
         lines.append(
-            f"received of wanted tokens per {fair.window_s:g} s, of {fair.adapters} adapters: lowest {fair.lowest:.2f}, "
+            f"received of wanted tokens per {fair.window_s:g} s, {fair.adapters} adapters: lowest {fair.lowest:.2f}, "
             f"p10 {fair.p10:.2f}, p50 {fair.p50:.2f}; Jain's index {fair.jain:.3f}; "
             f"longest wait {fair.longest_wait_s:.2f} s"
         )

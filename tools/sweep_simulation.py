@@ -14,12 +14,28 @@ from typing import Any
 from engine.bench.png import figure_class
 from engine.bench.simulate.report import SimulationReport
 from engine.bench.simulate.run import simulate
-from engine.bench_options import Server, Simulation, Traffic
+from engine.bench_options import Server, Simulation, Span, Traffic
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "notebook" / "simulation.png"
 REQUESTS = 20_000
 ROOMY, TIGHT = Server(host_cache_gb=64.0), Server(host_cache_gb=64.0, arena_gb=2.0)
-CHURN = Traffic(rate=40.0, zipf=0.6)  # more adapters in use than a tight arena holds
+LONG = Traffic(rate=8.0, zipf=0.6, output_tokens=Span(512, 512))  # a tight arena is all in use
+
+
+COLUMNS = (
+    "device",
+    "host",
+    "source",
+    "first token p50, ms",
+    "p99",
+    "max",
+    "gap p99, ms",
+    "tokens/s",
+    "placements",
+    "refused",
+    "lowest share",
+    "Jain",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +46,13 @@ class Sweep:
     values: Sequence[float]
     server: Server
     traffic: Traffic = Traffic()
+    share: float = 1.0  # of the requests
 
 
 SWEEPS = (
     Sweep("host_cache_gb", (2, 4, 8, 16, 32, 64, 128), Server()),
     Sweep("arena_gb", (1, 2, 4, 8, 12.5, 25, 50), ROOMY),
-    Sweep("adapter_cycle_time_s", (0, 0.1, 0.25, 0.5, 1, 2, 4, 8), TIGHT, CHURN),
+    Sweep("adapter_cycle_time_s", (0, 0.1, 0.25, 0.5, 1, 2, 4, 8), TIGHT, LONG, 1 / 8),
     Sweep("max_active_adapters", (16, 32, 64, 128, 256, 1024), ROOMY, Traffic(adapter_mb=(21.0,))),
 )
 
@@ -43,10 +60,12 @@ SWEEPS = (
 def main(requests: int = REQUESTS) -> None:
     reports = []
     for sweep in SWEEPS:
-        print(f"\n| {sweep.setting} | device | host | source | TTFT p50 | p99 | max | gap p99 | tokens/s | ")
+        print(
+            f"\n| {sweep.setting} | device | host | source | TTFT p50 | p99 | max | gap p99 | tokens/s | "
+        )
         found = []
         for value in sweep.values:
-            traffic = replace(sweep.traffic, requests=requests)
+            traffic = replace(sweep.traffic, requests=int(requests * sweep.share))
             changed: dict[str, Any] = {sweep.setting: value}
             report = simulate(Simulation(traffic, replace(sweep.server, **changed)))
             print(f"| {value:g} | {' | '.join(cells(report))} |", flush=True)

@@ -83,7 +83,8 @@ class Server:
         float, BenchOption("GiB of host memory to cache adapters.", rate, "4")
     ] = 4.0
     max_active_adapters: Annotated[
-        int, BenchOption("Maximum adapters on the device.", count, f"{_ADAPTERS.max_active_adapters}")
+        int,
+        BenchOption("Maximum adapters on the device.", count, f"{_ADAPTERS.max_active_adapters}"),
     ] = _ADAPTERS.max_active_adapters
     adapter_cycle_time_s: Annotated[
         float,
@@ -105,7 +106,12 @@ class Server:
     ] = 800_000
     block_size: Annotated[int, BenchOption("Tokens per KV cache block.", count, "16")] = 16
     max_concurrent_requests: Annotated[
-        int, BenchOption("Maximum open requests. Further ones are refused.", count, f"{_SERVER.max_concurrent_requests}")
+        int,
+        BenchOption(
+            "Maximum open requests. Further ones are refused.",
+            count,
+            f"{_SERVER.max_concurrent_requests}",
+        ),
     ] = _SERVER.max_concurrent_requests
 
     @property

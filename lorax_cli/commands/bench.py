@@ -14,6 +14,7 @@ from lorax_cli.commands.bench_simulate import simulate
 from lorax_cli.options import UrlOption, with_bench_options, with_config
 from lorax_cli.output import Output, QuietFlag, examples, warn
 
+
 def check_given(given: Given, url: str | None) -> None:
     """Raises ConfigError for an option of the other way to measure."""
     allowed = {name for name, _ in bench_options(Workload if url is None else Load)}

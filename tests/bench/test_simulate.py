@@ -19,7 +19,7 @@ from engine.errors import ConfigError
 
 IMAGE = 84_000_000  # bytes of an adapter
 BUSY = Traffic(
-    requests=3000,
+    requests=2000,
     rate=80.0,
     adapters=300,
     input_tokens=Span(1, 200),
@@ -51,7 +51,7 @@ def tight(**changes: object) -> Server:
         host_cache_gb=room_for(40),
         adapter_cycle_time_s=0.2,
         max_batch_size=48,
-        max_batch_total_tokens=9000,
+        max_batch_total_tokens=4000,
     )
     return replace(server, **changes)  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def test_every_request_ends_and_every_sum_agrees(busy: SimulationReport) -> None
     ]
     assert counts == [len(sent), found.device, found.host, found.source]
     assert busy.itl is not None and busy.itl.count == busy.output_tokens - len(sent)
-    assert found.reloaded <= busy.loads <= found.source
+    assert busy.loads <= found.source and 0 < found.reloaded < found.source
     assert busy.fairness is not None
     assert busy.fairness.adapters == len({one.adapter for one in sent})
     assert 0 < busy.fairness.lowest <= busy.fairness.p10 <= busy.fairness.p50 <= 1
@@ -84,8 +84,7 @@ def test_every_request_ends_and_every_sum_agrees(busy: SimulationReport) -> None
 def test_the_options_decide_the_report(busy: SimulationReport) -> None:
     assert simulate(busy.options) == busy
     assert simulation_report_from(json.loads(json.dumps(busy.to_json()))) == busy
-    other = simulate(replace(busy.options, traffic=replace(BUSY, seed=1)))
-    assert other.output_tokens != busy.output_tokens
+    assert list(arrivals(BUSY)) != list(arrivals(replace(BUSY, seed=1)))
 
 
 def test_refused_requests_are_counted() -> None:
@@ -137,12 +136,14 @@ def test_times_are_those_of_the_pace() -> None:
     decode = pace.step_ms + pace.lora_ms + (pace.row_us + pace.adapter_us) / 1e3
     assert report.itl is not None
     assert report.itl.curve == pytest.approx([decode] * len(report.itl.curve))
-    assert report.step_rows == 1 and report.steps == report.output_tokens
+    assert report.step_tokens == 1 and report.steps == report.output_tokens
 
 
 def test_loads_that_take_no_time_make_cold_requests_hot() -> None:
     pace = Pace(load_s=0.0, load_gb_s=inf, place_gb_s=inf)
-    report = simulate(Simulation(ALONE, Server(arena_gb=room_for(5), host_cache_gb=room_for(9)), pace))
+    report = simulate(
+        Simulation(ALONE, Server(arena_gb=room_for(5), host_cache_gb=room_for(9)), pace)
+    )
     hot, cold = report.ttft_device, report.ttft_source
     assert hot is not None and cold is not None and cold.count > 100
     assert cold.curve == pytest.approx(hot.curve)

@@ -24,6 +24,7 @@ class SimulatedDevice:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
+        self.num_steps = 0  # that compute tokens
         self._free_at = 0.0  # when the last launched step ends
         self._slots: dict[int, int] = {}  # row -> slot
         self._decode_rows = 0
@@ -44,6 +45,7 @@ class SimulatedDevice:
                 sampled += chunk.sample
         busy = self._decode_rows > 0 or num_tokens > 0
         seconds = self._seconds(num_tokens, len(slots) - (0 in slots)) if busy else 0.0
+        self.num_steps += busy
         self._start_copies(now)
         resident = []
         while self._copies and self._copies[0][0] <= now:

@@ -67,7 +67,7 @@ class SimulationReport:
     device_evictions: int
     preemptions: int
     steps: int
-    step_rows: float  # tokens per step, mean
+    step_tokens: float  # generated tokens per step, mean
     ttft: Times | None  # from arrival to the first token
     ttft_device: Times | None  # by tier, as in `acquisitions`
     ttft_host: Times | None

@@ -145,8 +145,6 @@ class _Run:
         if self.now >= self.tally.shares.window_end:
             self.tally.shares.end_windows(self._open.values(), self.now)
         updates = self.scheduler.commit(result)
-        self.tally.steps += bool(result.outputs)
-        self.tally.rows += len(result.outputs)
         for update in updates:
             self._learn(update)
 
@@ -185,8 +183,8 @@ class _Run:
             placements=stats.placements,
             device_evictions=stats.evictions,
             preemptions=stats.preemptions,
-            steps=tally.steps,
-            step_rows=tally.rows / tally.steps,
+            steps=self.device.num_steps,
+            step_tokens=tally.output_tokens / self.device.num_steps,
             ttft=ttft["all"],
             ttft_device=ttft["device"],
             ttft_host=ttft["host"],

@@ -85,8 +85,6 @@ class Tally:
     tiers: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))  # requests
     first: dict[Tier, list[float]] = field(default_factory=lambda: {tier: [] for tier in TIERS})
     gaps: Counter[float] = field(default_factory=Counter)  # seconds between tokens -> how often
-    steps: int = 0
-    rows: int = 0  # that got a token, over all steps
     shares: Shares = field(default_factory=Shares)
 
     def token(self, request: OpenRequest, now: float) -> None:
