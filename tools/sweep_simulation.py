@@ -60,9 +60,8 @@ SWEEPS = (
 def main(requests: int = REQUESTS) -> None:
     reports = []
     for sweep in SWEEPS:
-        print(
-            f"\n| {sweep.setting} | device | host | source | TTFT p50 | p99 | max | gap p99 | tokens/s | "
-        )
+        print(f"\n| {' | '.join((sweep.setting, *COLUMNS))} |")
+        print(f"|{'---|' * (len(COLUMNS) + 1)}")
         found = []
         for value in sweep.values:
             traffic = replace(sweep.traffic, requests=int(requests * sweep.share))
