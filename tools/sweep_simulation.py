@@ -51,7 +51,7 @@ class Sweep:
 
 SWEEPS = (
     Sweep("host_cache_gb", (2, 4, 8, 16, 32, 64, 128), Server()),
-    Sweep("arena_gb", (1, 2, 4, 8, 12.5, 25, 50), ROOMY),
+    Sweep("arena_gb", (2, 4, 8, 12.5, 25, 50), ROOMY),
     Sweep("adapter_cycle_time_s", (0, 0.1, 0.25, 0.5, 1, 2, 4, 8), TIGHT, LONG, 1 / 8),
     Sweep("max_active_adapters", (16, 32, 64, 128, 256, 1024), ROOMY, Traffic(adapter_mb=(21.0,))),
 )

@@ -139,6 +139,21 @@ def test_times_are_those_of_the_pace() -> None:
     assert report.step_tokens == 1 and report.steps == report.output_tokens
 
 
+def test_a_request_waits_for_the_step_that_runs_and_the_one_launched_ahead() -> None:
+    pace = Pace(load_s=0.0, load_gb_s=inf, place_gb_s=inf)
+    lengths = Span(100, 100), Span(400, 400)
+    traffic = Traffic(2, 2.0, 1, input_tokens=lengths[0], output_tokens=lengths[1])
+    first, second = (one.at for one in arrivals(traffic))
+    report = simulate(Simulation(traffic, Server(), pace))
+    decode = pace.step_ms + pace.lora_ms + (pace.row_us + pace.adapter_us) / 1e3
+    prompt = pace.step_ms + pace.lora_ms + (100 * pace.token_us + pace.adapter_us) / 1e3
+    after = 1e3 * (second - first) - prompt  # milliseconds of decoding before the second arrives
+    assert 0 < after < 300 * decode
+    both = prompt + pace.row_us / 1e3
+    assert report.ttft is not None
+    assert report.ttft.max == pytest.approx((int(after / decode) + 2) * decode + both - after)
+
+
 def test_loads_that_take_no_time_make_cold_requests_hot() -> None:
     pace = Pace(load_s=0.0, load_gb_s=inf, place_gb_s=inf)
     report = simulate(

@@ -6,9 +6,8 @@ from collections import deque
 from typing import NamedTuple
 
 from engine.bench_options import Pace
-from engine.messages import Placement, StepPlan, StepResult, TokenOutput
+from engine.messages import StepPlan, StepResult, TokenOutput
 
-PLACE_BYTES = 256 << 20  # a step starts copies until it has started this many bytes
 TOKEN = TokenOutput(1)
 
 
@@ -29,13 +28,12 @@ class SimulatedDevice:
         self._slots: dict[int, int] = {}  # row -> slot
         self._decode_rows = 0
         self._decode_slots: set[int] = set()
-        self._placements: deque[Placement] = deque()  # not started
         self._copies: deque[tuple[float, int]] = deque()  # (end, slot)
         self._copied_at = 0.0  # when the last started copy ends
 
     def launch(self, plan: StepPlan, now: float) -> Launched:
         """Starts a step. Its result reports the copies that have ended by now."""
-        self._apply(plan)
+        self._apply(plan, now)
         num_tokens = sampled = 0
         slots = self._decode_slots
         if plan.chunks:
@@ -46,7 +44,6 @@ class SimulatedDevice:
         busy = self._decode_rows > 0 or num_tokens > 0
         seconds = self._seconds(num_tokens, len(slots) - (0 in slots)) if busy else 0.0
         self.num_steps += busy
-        self._start_copies(now)
         resident = []
         while self._copies and self._copies[0][0] <= now:
             resident.append(self._copies.popleft()[1])
@@ -56,8 +53,11 @@ class SimulatedDevice:
         outputs = [TOKEN] * (self._decode_rows + sampled)
         return Launched(self._free_at, StepResult(plan.step, outputs, {}, resident))
 
-    def _apply(self, plan: StepPlan) -> None:
-        self._placements.extend(plan.placements)
+    def _apply(self, plan: StepPlan, now: float) -> None:
+        for placement in plan.placements:
+            seconds = placement.image.data_bytes / (self._pace.place_gb_s * 1e9)
+            self._copied_at = max(now, self._copied_at) + seconds
+            self._copies.append((self._copied_at, placement.slot))
         for admit in plan.admit:
             self._slots[admit.row] = admit.slot
         if plan.decode is not None:
@@ -74,13 +74,3 @@ class SimulatedDevice:
             + pace.adapter_us * adapters
         )
         return milliseconds / 1e3 + microseconds / 1e6
-
-    def _start_copies(self, now: float) -> None:
-        num_bytes = 0
-        while self._placements and num_bytes < PLACE_BYTES:
-            placement = self._placements.popleft()
-            size = placement.image.data_bytes
-            num_bytes += size
-            seconds = size / (self._pace.place_gb_s * 1e9)
-            self._copied_at = max(now, self._copied_at) + seconds
-            self._copies.append((self._copied_at, placement.slot))
