@@ -131,6 +131,7 @@ def simulation_table(report: SimulationReport) -> RenderableType:
         ("  in host memory", report.ttft_host),
         ("  to be loaded", report.ttft_source),
         ("between tokens", report.itl),
+        ("last token", report.latency),
     )
     shares = ", ".join(
         f"{found.share(count):.1%} {where}"
@@ -168,7 +169,12 @@ def simulation_lines(report: SimulationReport) -> str:
     }
     if report.fairness is not None:
         figures["Jain's index"] = report.fairness.jain
-    return _lines(figures, ("first token", report.ttft), ("between tokens", report.itl))
+    return _lines(
+        figures,
+        ("first token", report.ttft),
+        ("between tokens", report.itl),
+        ("last token", report.latency),
+    )
 
 
 def _add_times(table: Table, *rows: tuple[str, Times | None]) -> None:

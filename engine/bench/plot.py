@@ -108,6 +108,7 @@ def _of_simulation(report: SimulationReport) -> Drawing:
             source=report.ttft_source,
         ),
         _curves("Time between tokens", requests=report.itl),
+        _curves("Time to the last token", requests=report.latency),
     ]
     facts = [
         ("requests", f"{report.completed} of {report.sent}, {traffic.rate:g}/s"),

@@ -136,6 +136,9 @@ def test_times_are_those_of_the_pace() -> None:
     decode = pace.step_ms + pace.lora_ms + (pace.row_us + pace.adapter_us) / 1e3
     assert report.itl is not None
     assert report.itl.curve == pytest.approx([decode] * len(report.itl.curve))
+    assert report.latency is not None
+    ended = [first + 7 * decode for first in report.ttft.curve] if report.ttft else []
+    assert report.latency.curve == pytest.approx(ended)
     assert report.step_tokens == 1 and report.steps == report.output_tokens
 
 

@@ -73,6 +73,7 @@ class SimulationReport:
     ttft_host: Times | None
     ttft_source: Times | None
     itl: Times | None  # between tokens of one request
+    latency: Times | None  # from arrival to the last token
     fairness: Fairness | None
 
     def to_json(self) -> dict[str, Any]:

@@ -171,12 +171,12 @@ class _Run:
             options=self.options,
             seconds=seconds,
             sent=self._sent,
-            completed=tally.completed,
+            completed=len(tally.latencies),
             refused=tally.refused,
             input_tokens=tally.input_tokens,
             output_tokens=tally.output_tokens,
             tokens_per_s=tally.output_tokens / seconds,
-            requests_per_s=tally.completed / seconds,
+            requests_per_s=len(tally.latencies) / seconds,
             acquisitions=Acquisitions(**tally.tiers, reloaded=tally.reloaded),
             loads=self.exchange.num_loads,
             host_evictions=self.exchange.num_evictions,
@@ -190,6 +190,7 @@ class _Run:
             ttft_host=ttft["host"],
             ttft_source=ttft["source"],
             itl=Times.of_counts(tally.gaps),
+            latency=Times.of(tally.latencies),
             fairness=tally.shares.fairness(tally.longest_wait),
         )
 

@@ -76,7 +76,6 @@ class Shares:
 class Tally:
     """Sums over the requests and steps so far."""
 
-    completed: int = 0
     refused: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -84,6 +83,7 @@ class Tally:
     longest_wait: float = 0.0  # seconds from arrival to admission
     tiers: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))  # requests
     first: dict[Tier, list[float]] = field(default_factory=lambda: {tier: [] for tier in TIERS})
+    latencies: list[float] = field(default_factory=list)  # seconds from arrival to the last token
     gaps: Counter[float] = field(default_factory=Counter)  # seconds between tokens -> how often
     shares: Shares = field(default_factory=Shares)
 
@@ -98,7 +98,7 @@ class Tally:
 
     def ended(self, request: OpenRequest) -> None:
         """The request received its last token."""
-        self.completed += 1
+        self.latencies.append(request.last - request.arrival)
         self.output_tokens += request.received
         self.shares.count(request)
 
