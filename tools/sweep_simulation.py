@@ -91,14 +91,16 @@ def cells(report: SimulationReport) -> list[str]:
 
 
 def draw(reports: list[list[SimulationReport]]) -> None:
-    """Times to the first token above, shares of the tiers below, a column per setting."""
+    """Times to the first and last token above, shares of the tiers below, a column per setting."""
     canvas = figure_class()(figsize=(4 * len(SWEEPS), 6.5), layout="constrained")
     axes = canvas.subplots(2, len(SWEEPS), squeeze=False, sharex="col")
     for column, (sweep, found) in enumerate(zip(SWEEPS, reports, strict=True)):
         times, shares = axes[0, column], axes[1, column]
         at = range(len(sweep.values))
-        for name in ("p50", "p99", "max"):
-            times.plot(at, [getattr(one.ttft, name) for one in found], marker="o", label=name)
+        for field, name in (("ttft", "p50"), ("ttft", "p99"), ("latency", "p50")):
+            label = f"{'first' if field == 'ttft' else 'last'} token, {name}"
+            values = [getattr(getattr(one, field), name) for one in found]
+            times.plot(at, values, marker="o", label=label)
         times.set_yscale("log")
         for tier in ("device", "host", "source"):
             counts = [one.acquisitions for one in found]
@@ -108,7 +110,7 @@ def draw(reports: list[list[SimulationReport]]) -> None:
         shares.set_xlabel(sweep.setting)
         for one in (times, shares):
             one.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("first token, ms")
+    axes[0, 0].set_ylabel("milliseconds")
     axes[1, 0].set_ylabel("requests by tier of their adapter, %")
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].legend(fontsize=8)
