@@ -14,11 +14,14 @@ from typing import Any
 from engine.bench.png import figure_class
 from engine.bench.simulate.report import SimulationReport
 from engine.bench.simulate.run import simulate
-from engine.bench_options import Server, Simulation, Span, Traffic
+from engine.bench_options import SimulatedServer, Simulation, Span, Traffic
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "notebook" / "simulation.png"
 REQUESTS = 10_000
-ROOMY, TIGHT = Server(host_cache_gb=64.0), Server(host_cache_gb=64.0, arena_gb=2.0)
+ROOMY, TIGHT = (
+    SimulatedServer(host_cache_gb=64.0),
+    SimulatedServer(host_cache_gb=64.0, arena_gb=2.0),
+)
 LONG = Traffic(rate=10.0, zipf=0.6, output_tokens=Span(512, 512))  # a tight arena is all in use
 
 
@@ -44,13 +47,13 @@ class Sweep:
 
     setting: str
     values: Sequence[float]
-    server: Server
+    server: SimulatedServer
     traffic: Traffic = Traffic()
     share: float = 1.0  # of the requests
 
 
 SWEEPS = (
-    Sweep("host_cache_gb", (2, 4, 8, 16, 32, 64, 128), Server()),
+    Sweep("host_cache_gb", (2, 4, 8, 16, 32, 64, 128), SimulatedServer()),
     Sweep("arena_gb", (2, 4, 8, 12.5, 25, 50), ROOMY),
     Sweep("adapter_cycle_time_s", (0.5, 1, 2, 4), TIGHT, LONG, 1 / 5),
     Sweep("max_active_adapters", (16, 32, 64, 128, 256, 1024), ROOMY, Traffic(adapter_mb=(21.0,))),

@@ -4,7 +4,7 @@ They are apart from `engine.bench` so that `lorax --help` does not import the be
 """
 
 from engine.bench_options.options import BenchOption, Span, bench_options, fill, names
-from engine.bench_options.simulation import Pace, Server, Simulation, Traffic
+from engine.bench_options.simulation import Pace, SimulatedServer, Simulation, Traffic
 from engine.bench_options.workloads import (
     CASES,
     POPULARITIES,
@@ -22,7 +22,7 @@ __all__ = [
     "Load",
     "Pace",
     "Popularity",
-    "Server",
+    "SimulatedServer",
     "Simulation",
     "Span",
     "Traffic",

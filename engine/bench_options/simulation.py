@@ -68,7 +68,7 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class SimulatedServer:
     """The server. Fields with the name of a setting have its meaning."""
 
     arena_gb: Annotated[
@@ -158,13 +158,13 @@ class Simulation:
     """All options of a simulation."""
 
     traffic: Traffic = field(default_factory=Traffic)
-    server: Server = field(default_factory=Server)
+    server: SimulatedServer = field(default_factory=SimulatedServer)
     pace: Pace = field(default_factory=Pace)
 
     @classmethod
     def of(cls, given: Mapping[str, str | list[str]]) -> Simulation:
         """The options with the texts of `given`. Raises ConfigError that names the flag."""
-        return cls(fill(Traffic, given), fill(Server, given), fill(Pace, given))
+        return cls(fill(Traffic, given), fill(SimulatedServer, given), fill(Pace, given))
 
     def check(self) -> None:
         """Raises ConfigError for options under which a request could never be served."""

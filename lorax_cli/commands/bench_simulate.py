@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
-from engine.bench_options import Pace, Server, Simulation, Traffic
+from engine.bench_options import Pace, SimulatedServer, Simulation, Traffic
 from lorax_cli.bench_files import Given, JsonFile, PlotFile, output_of, write
 from lorax_cli.options import with_bench_options
 from lorax_cli.output import QuietFlag
 
 
-@with_bench_options(("Requests", Traffic), ("Server", Server), ("Times", Pace))
+@with_bench_options(("Requests", Traffic), ("Server", SimulatedServer), ("Times", Pace))
 def simulate(
     given: Given, json_file: JsonFile = None, plot: PlotFile = None, quiet: QuietFlag = False
 ) -> None:

@@ -13,7 +13,7 @@ from engine.bench.simulate.arrivals import arrivals
 from engine.bench.simulate.report import SimulationReport, simulation_report_from
 from engine.bench.simulate.run import simulate
 from engine.bench.simulate.tally import OpenRequest, Shares
-from engine.bench_options import Pace, Server, Simulation, Span, Traffic
+from engine.bench_options import Pace, SimulatedServer, Simulation, Span, Traffic
 from engine.config import GIB
 from engine.errors import ConfigError
 
@@ -44,9 +44,9 @@ def room_for(images: int) -> float:
     return (images * IMAGE + IMAGE / 2) / GIB
 
 
-def tight(**changes: object) -> Server:
+def tight(**changes: object) -> SimulatedServer:
     """A server that lacks room for everything."""
-    server = Server(
+    server = SimulatedServer(
         arena_gb=room_for(20),
         host_cache_gb=room_for(40),
         adapter_cycle_time_s=0.2,
@@ -110,8 +110,8 @@ def test_each_tier_is_an_lru_and_more_room_never_hits_less() -> None:
     last = -1
     for capacity in (1, 2, 5, 20, 60):
         small, large = room_for(capacity), room_for(100)
-        arena = simulate(Simulation(ALONE, Server(arena_gb=small, host_cache_gb=large)))
-        host = simulate(Simulation(ALONE, Server(arena_gb=large, host_cache_gb=small)))
+        arena = simulate(Simulation(ALONE, SimulatedServer(arena_gb=small, host_cache_gb=large)))
+        host = simulate(Simulation(ALONE, SimulatedServer(arena_gb=large, host_cache_gb=small)))
         hits = lru_hits(capacity)
         assert arena.acquisitions.device == host.acquisitions.device == hits > last
         assert arena.acquisitions.host == lru_hits(100) - hits and arena.acquisitions.reloaded == 0
@@ -123,7 +123,9 @@ def test_each_tier_is_an_lru_and_more_room_never_hits_less() -> None:
 
 def test_times_are_those_of_the_pace() -> None:
     pace = Pace()
-    report = simulate(Simulation(ALONE, Server(arena_gb=room_for(5), host_cache_gb=room_for(20))))
+    report = simulate(
+        Simulation(ALONE, SimulatedServer(arena_gb=room_for(5), host_cache_gb=room_for(20)))
+    )
     prompt = pace.step_ms + pace.lora_ms + (100 * pace.token_us + pace.adapter_us) / 1e3
     place = IMAGE / (pace.place_gb_s * 1e6)
     load = 1e3 * pace.load_s + IMAGE / (pace.load_gb_s * 1e6)
@@ -147,7 +149,7 @@ def test_a_request_waits_for_the_step_that_runs_and_the_one_launched_ahead() -> 
     lengths = Span(100, 100), Span(400, 400)
     traffic = Traffic(2, 2.0, 1, input_tokens=lengths[0], output_tokens=lengths[1])
     first, second = (one.at for one in arrivals(traffic))
-    report = simulate(Simulation(traffic, Server(), pace))
+    report = simulate(Simulation(traffic, SimulatedServer(), pace))
     decode = pace.step_ms + pace.lora_ms + (pace.row_us + pace.adapter_us) / 1e3
     prompt = pace.step_ms + pace.lora_ms + (100 * pace.token_us + pace.adapter_us) / 1e3
     after = 1e3 * (second - first) - prompt  # milliseconds of decoding before the second arrives
@@ -160,7 +162,7 @@ def test_a_request_waits_for_the_step_that_runs_and_the_one_launched_ahead() -> 
 def test_loads_that_take_no_time_make_cold_requests_hot() -> None:
     pace = Pace(load_s=0.0, load_gb_s=inf, place_gb_s=inf)
     report = simulate(
-        Simulation(ALONE, Server(arena_gb=room_for(5), host_cache_gb=room_for(9)), pace)
+        Simulation(ALONE, SimulatedServer(arena_gb=room_for(5), host_cache_gb=room_for(9)), pace)
     )
     hot, cold = report.ttft_device, report.ttft_source
     assert hot is not None and cold is not None and cold.count > 100
@@ -173,9 +175,9 @@ def test_loads_wait_for_workers_and_for_leases() -> None:
         requests=30, rate=1e-6, flood_every=1.0, flood_size=30, output_tokens=Span(1, 1)
     )
     pace = Pace(load_s=1.0, load_gb_s=inf, place_gb_s=inf)
-    parallel = simulate(Simulation(flood, Server(), replace(pace, loads=30)))
-    single = simulate(Simulation(flood, Server(), replace(pace, loads=1)))
-    narrow = simulate(Simulation(flood, Server(host_cache_gb=room_for(1)), pace))
+    parallel = simulate(Simulation(flood, SimulatedServer(), replace(pace, loads=30)))
+    single = simulate(Simulation(flood, SimulatedServer(), replace(pace, loads=1)))
+    narrow = simulate(Simulation(flood, SimulatedServer(host_cache_gb=room_for(1)), pace))
     step = pace.step_ms + pace.lora_ms + (128 * pace.token_us + pace.adapter_us) / 1e3
     for report, longest in ((parallel, 1e3), (single, 30e3), (narrow, 30e3 + 29 * step)):
         assert report.ttft is not None and report.acquisitions.source == 30
@@ -222,9 +224,15 @@ def test_arrivals() -> None:
 @pytest.mark.parametrize(
     ("simulation", "words"),
     [
-        (Simulation(server=Server(arena_gb=0.01)), "84.0 MB does not fit into 10.7 MB"),
-        (Simulation(server=Server(host_cache_gb=0.01)), "84.0 MB does not fit into 10.7 MB"),
-        (Simulation(server=Server(max_batch_total_tokens=191)), "192 tokens does not fit into 11"),
+        (Simulation(server=SimulatedServer(arena_gb=0.01)), "84.0 MB does not fit into 10.7 MB"),
+        (
+            Simulation(server=SimulatedServer(host_cache_gb=0.01)),
+            "84.0 MB does not fit into 10.7 MB",
+        ),
+        (
+            Simulation(server=SimulatedServer(max_batch_total_tokens=191)),
+            "192 tokens does not fit into 11",
+        ),
     ],
 )
 def test_options_that_cannot_be_served(simulation: Simulation, words: str) -> None:

@@ -11,14 +11,22 @@ from typer.testing import CliRunner
 
 from engine.bench.simulate.report import simulation_report_from
 from engine.bench.simulate.run import simulate
-from engine.bench_options import Pace, Server, Simulation, Span, Traffic, bench_options, fill
+from engine.bench_options import (
+    Pace,
+    SimulatedServer,
+    Simulation,
+    Span,
+    Traffic,
+    bench_options,
+    fill,
+)
 from lorax_cli.app import app
 
 SMALL = "--requests 60 --rate 200 --adapters 20 --input-tokens 8-40 --output-tokens 5 --seed 3"
 TRAFFIC = Traffic(60, 200.0, 20, input_tokens=Span(8, 40), output_tokens=Span(5, 5), seed=3)
 
 
-@pytest.mark.parametrize("cls", [Traffic, Server, Pace])
+@pytest.mark.parametrize("cls", [Traffic, SimulatedServer, Pace])
 def test_the_defaults_of_the_help_are_the_defaults(cls: type) -> None:
     given = {name: option.default for name, option in bench_options(cls)}
     assert fill(cls, given) == cls()
@@ -27,7 +35,7 @@ def test_the_defaults_of_the_help_are_the_defaults(cls: type) -> None:
 def test_every_form_of_the_report(tmp_path: Path) -> None:
     file, plot = tmp_path / "a.json", tmp_path / "a.html"
     words = ["bench", "simulate", *SMALL.split(), "--arena-gb", "0.5"]
-    report = simulate(Simulation(TRAFFIC, Server(arena_gb=0.5)))
+    report = simulate(Simulation(TRAFFIC, SimulatedServer(arena_gb=0.5)))
     printed = CliRunner().invoke(app, [*words, "--json", "-"])
     assert printed.exit_code == 0, printed.output
     assert simulation_report_from(json.loads(printed.stdout)) == report

@@ -10,36 +10,33 @@ from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
-from typing import Generic, TypeVar
 
 from engine.adapters.tiers import HostImage, HostTier
 from engine.bench_options import Pace
 from engine.messages import AdapterImageRef
 
-T = TypeVar("T")
-
 
 @dataclass(slots=True, eq=False)
-class _Load(Generic[T]):
+class _Load:
     image: AdapterImageRef
-    waiting: list[T] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
     offset: int = 0  # in the tier, once it has started
 
 
-class SimulatedExchange(Generic[T]):
-    """Leases of images, for requests of type T."""
+class SimulatedExchange:
+    """Leases of images, for the ids of requests."""
 
     def __init__(self, host_bytes: int, pace: Pace) -> None:
         self.tier = HostTier(host_bytes)
         self.num_loads = 0
         self.num_evictions = 0
         self._pace = pace
-        self._loads: dict[bytes, _Load[T]] = {}
-        self._queue: deque[_Load[T]] = deque()
-        self._running: list[tuple[float, int, _Load[T]]] = []  # heap of (end, number, load)
+        self._loads: dict[bytes, _Load] = {}
+        self._queue: deque[_Load] = deque()
+        self._running: list[tuple[float, int, _Load]] = []  # heap of (end, number, load)
 
-    def acquire(self, image: AdapterImageRef, request: T, now: float) -> HostImage | None:
-        """The image's lease; None: `take_loaded` gives it to the request later."""
+    def acquire(self, image: AdapterImageRef, id: str, now: float) -> HostImage | None:
+        """The image's lease; None: `take_loaded` gives it to the request `id` later."""
         leased = self.tier.lease(image.digest)
         if leased is not None:
             return leased
@@ -48,7 +45,7 @@ class SimulatedExchange(Generic[T]):
             load = self._loads[image.digest] = _Load(image)
             self._queue.append(load)
             self._start(now)
-        load.waiting.append(request)
+        load.waiting.append(id)
         return None
 
     def release(self, leased: HostImage, now: float) -> None:
@@ -61,17 +58,17 @@ class SimulatedExchange(Generic[T]):
         """When the next load ends, in seconds."""
         return self._running[0][0] if self._running else inf
 
-    def take_loaded(self, now: float) -> list[tuple[T, HostImage]]:
-        """The requests whose images have been loaded by `now`, with their leases."""
-        found: list[tuple[T, HostImage]] = []
+    def take_loaded(self, now: float) -> list[tuple[str, HostImage]]:
+        """The ids of the requests whose images have been loaded by `now`, with their leases."""
+        found: list[tuple[str, HostImage]] = []
         while self._running and self._running[0][0] <= now:
             end, _, load = heappop(self._running)
             del self._loads[load.image.digest]
             self.tier.commit(load.offset, load.image.digest)
-            for request in load.waiting:
+            for id in load.waiting:
                 leased = self.tier.lease(load.image.digest)
                 assert leased is not None, "it was committed just now"
-                found.append((request, leased))
+                found.append((id, leased))
             self._start(end)
         return found
 

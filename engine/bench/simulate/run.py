@@ -46,7 +46,7 @@ class _Run:
         self.now = 0.0
         self.tally = Tally()
         self.device = SimulatedDevice(options.pace)
-        self.exchange: SimulatedExchange[str] = SimulatedExchange(server.host_bytes, options.pace)
+        self.exchange = SimulatedExchange(server.host_bytes, options.pace)
         self.scheduler = _scheduler(options, lambda: self.now)
         self.slots = self.scheduler.slots
         self._arrivals = arrivals(options.traffic)
