@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.bench.engine_report import EngineReport
     from engine.bench.load.load_report import LoadReport
     from engine.bench.quantiles import Times
+    from engine.bench.simulate.report import SimulationReport
 
 
 def engine_table(report: EngineReport) -> RenderableType:
@@ -88,10 +89,7 @@ def load_table(report: LoadReport) -> RenderableType:
             ("  a cold adapter loads", background.inside),
         ]
     rows.append(("lag of this client", report.client_lag))
-    for name, times in rows:
-        if times is not None:
-            values = (times.mean, times.p50, times.p90, times.p99, times.max)
-            table.add_row(name, str(times.count), *(f"{value:.2f}" for value in values))
+    _add_times(table, *rows)
     lines = [
         f"{report.completed} of {report.sent} requests in {report.seconds:.1f} s: "
         f"{report.requests_per_s:.2f} requests/s, {report.tokens_per_s:.1f} tokens/s"
@@ -110,12 +108,84 @@ def load_table(report: LoadReport) -> RenderableType:
 
 def load_lines(report: LoadReport) -> str:
     """One line per figure: name, tab, number."""
-    figures = {"requests/s": report.requests_per_s, "tokens/s": report.tokens_per_s}
-    for name, times in (
+    return _lines(
+        {"requests/s": report.requests_per_s, "tokens/s": report.tokens_per_s},
         ("first token", report.ttft),
         ("between tokens", report.itl),
         ("last token", report.latency),
-    ):
+    )
+
+
+def simulation_table(report: SimulationReport) -> RenderableType:
+    """The times of a simulation, then hits, moves and shares."""
+    table = _table("milliseconds", "count", "mean", "p50", "p90", "p99", "max")
+    found, server = report.acquisitions, report.options.server
+    table.title = (
+        f"{report.options.traffic.adapters} adapters, arena {server.arena_gb:g} GiB, "
+        f"host cache {server.host_cache_gb:g} GiB"
+    )
+    _add_times(
+        table,
+        ("first token", report.ttft),
+        ("  adapter on the device", report.ttft_device),
+        ("  in host memory", report.ttft_host),
+        ("  to be loaded", report.ttft_source),
+        ("between tokens", report.itl),
+        ("last token", report.latency),
+    )
+    shares = ", ".join(
+        f"{found.share(count):.1%} {where}"
+        for count, where in (
+            (found.device, "on the device"),
+            (found.host, "in host memory"),
+            (found.source, "to be loaded"),
+        )
+    )
+    lines = [
+        f"{report.completed} of {report.sent} requests in {report.seconds:.1f} s, {report.refused} refused: "
+        f"{report.requests_per_s:.2f} requests/s, {report.tokens_per_s:.1f} tokens/s",
+        f"adapters at arrival: {shares}; loaded although on the device: {found.reloaded}",
+        f"{report.loads} loads, {report.host_evictions} evictions from host memory; "
+        f"{report.placements} placements, {report.device_evictions} evictions from the device",
+        f"{report.steps} steps of {report.step_tokens:.1f} tokens, {report.preemptions} preemptions",
+    ]
+    if fair := report.fairness:
+        lines.append(
+            f"received of wanted tokens per {fair.window_s:g} s, {fair.adapters} adapters: lowest {fair.lowest:.2f}, "
+            f"p10 {fair.p10:.2f}, p50 {fair.p50:.2f}; Jain's index {fair.jain:.3f}; "
+            f"longest wait {fair.longest_wait_s:.2f} s"
+        )
+    return Group(table, *lines)
+
+
+def simulation_lines(report: SimulationReport) -> str:
+    """One line per figure: name, tab, number."""
+    found = report.acquisitions
+    figures = {
+        "requests/s": report.requests_per_s,
+        "tokens/s": report.tokens_per_s,
+        "hits on the device": found.share(found.device),
+        "hits in host memory": found.share(found.host),
+    }
+    if report.fairness is not None:
+        figures["Jain's index"] = report.fairness.jain
+    return _lines(
+        figures,
+        ("first token", report.ttft),
+        ("between tokens", report.itl),
+        ("last token", report.latency),
+    )
+
+
+def _add_times(table: Table, *rows: tuple[str, Times | None]) -> None:
+    for name, times in rows:
+        if times is not None:
+            values = (times.mean, times.p50, times.p90, times.p99, times.max)
+            table.add_row(name, str(times.count), *(f"{value:.2f}" for value in values))
+
+
+def _lines(figures: dict[str, float], *rows: tuple[str, Times | None]) -> str:
+    for name, times in rows:
         if times is not None:
             figures |= {f"{name}, p50, ms": times.p50, f"{name}, p99, ms": times.p99}
     return "\n".join(f"{name}\t{value:.3f}" for name, value in figures.items())

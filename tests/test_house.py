@@ -51,6 +51,7 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 TORCH_FREE = (
     "lorax_cli.app",
     "engine.backend",
+    "engine.bench.simulate",
     "engine.bench_options",
     "engine.checkpoint",
     "engine.config",

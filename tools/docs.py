@@ -91,11 +91,10 @@ def configuration() -> str:
 
 
 def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(full name, command) of every command that is not a group, depth first."""
-    inner = getattr(command, "commands", None)
-    if inner is None:
+    """(full name, command) of every command, depth first; a group only if it is a command by itself."""
+    inner = getattr(command, "commands", {})
+    if not inner or command.invoke_without_command:
         yield path, command
-        return
     for name, child in inner.items():
         yield from commands(child, f"{path} {name}")
 

@@ -1,5 +1,7 @@
-"""Benchmarks: of engines in this process (`offline`), and of a running server over HTTP (`load`).
+"""Benchmarks: of engines in this process (`offline`), of a running server over HTTP (`load`), and of the scheduler on a
+device that is only arithmetic (`simulate`).
 
-The options of both are in `engine.bench_options`. The result of either is one report that goes to JSON and back
-(`engine_report`, `load.load_report`), and `plot` draws both. `load`, the reports and `plot` import no torch.
+Their options are in `engine.bench_options`. The result of each is one report that goes to JSON and back
+(`engine_report`, `load.load_report`, `simulate.report`), and `plot` draws them. `load`, `simulate`, the reports and
+`plot` import no torch.
 """

@@ -1,7 +1,7 @@
 """Plots of a report, as self-contained HTML or as PNG.
 
-The report of an engine becomes bars (each step next to its limit) and a roofline. The report of a server becomes curves
-(the share of times below each value).
+The report of an engine becomes bars (each step next to its limit) and a roofline. Those of a server and of a simulation
+become curves (the share of times below each value).
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from engine.bench.load.load_report import LoadReport
 from engine.bench.machine import Machine
 from engine.bench.png import figure_class, write_png
 from engine.bench.quantiles import Times
+from engine.bench.simulate.report import SimulationReport
 from engine.errors import ConfigError
 
+Report = EngineReport | LoadReport | SimulationReport
 
-def drawing_of(report: EngineReport | LoadReport) -> Drawing:
+
+def drawing_of(report: Report) -> Drawing:
     """The figures and conditions of a report."""
-    return _of_engine(report) if isinstance(report, EngineReport) else _of_server(report)
+    if isinstance(report, EngineReport):
+        return _of_engine(report)
+    return _of_server(report) if isinstance(report, LoadReport) else _of_simulation(report)
 
 
 def _of_engine(report: EngineReport) -> Drawing:
@@ -92,6 +97,33 @@ def _of_server(report: LoadReport) -> Drawing:
     return Drawing(f"Load on {report.model}", shown, (*facts, *_machine(report.machine)))
 
 
+def _of_simulation(report: SimulationReport) -> Drawing:
+    traffic, server, found = report.options.traffic, report.options.server, report.acquisitions
+    figures = [
+        _curves(
+            "Time to first token, by the tier of the adapter at the arrival",
+            all=report.ttft,
+            device=report.ttft_device,
+            host=report.ttft_host,
+            source=report.ttft_source,
+        ),
+        _curves("Time between tokens", requests=report.itl),
+        _curves("Time to the last token", requests=report.latency),
+    ]
+    facts = [
+        ("requests", f"{report.completed} of {report.sent}, {traffic.rate:g}/s"),
+        ("adapters", f"{traffic.adapters}, Zipf {traffic.zipf:g}"),
+        ("arena, host tier", f"{server.arena_gb:g} GiB, {server.host_cache_gb:g} GiB"),
+        ("--adapter-cycle-time-s", f"{server.adapter_cycle_time_s:g}"),
+        ("hits on the device", f"{found.share(found.device):.1%}"),
+        ("hits in host memory", f"{found.share(found.host):.1%}"),
+        ("tokens", f"{report.tokens_per_s:.1f} per second"),
+        ("lorax", report.version),
+    ]
+    shown = tuple(one for one in figures if one.curves)
+    return Drawing(f"Simulation of {traffic.adapters} adapters", shown, tuple(facts))
+
+
 def _curves(title: str, **times: Times | None) -> Curves:
     return Curves(title, {name: one.curve for name, one in times.items() if one})
 
@@ -113,7 +145,7 @@ def check_plot(path: Path) -> None:
         figure_class()
 
 
-def draw(report: EngineReport | LoadReport, path: Path) -> None:
+def draw(report: Report, path: Path) -> None:
     """Writes the plot as the file type says. Raises ConfigError."""
     check_plot(path)
     drawing = drawing_of(report)

@@ -15,6 +15,7 @@ the tokens and the adapter, and private adapters share nothing across tenants.
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -54,7 +55,8 @@ class BlockPool:
         self.prefix_caching = prefix_caching
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, 0, -1))  # a stack: low numbers first
-        self._cached: dict[int, None] = {}  # unreferenced blocks with a key, least recent first
+        # Unreferenced blocks with a key, least recent first. The first key of a dict is slow to find after deletions.
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
 
@@ -84,8 +86,7 @@ class BlockPool:
             if self._free:
                 block = self._free.pop()
             else:
-                block = next(iter(self._cached))
-                del self._cached[block]
+                block, _ = self._cached.popitem(last=False)
                 del self._block_of[self._key_of.pop(block)]
             self._references[block] = 1
             taken.append(block)

@@ -266,10 +266,10 @@ class SlotTable:
         moving = set(movable)
         fixed = [(e.start, e.end) for e in self._entries.values() if e not in moving]
         fixed += self._promised_to_others(image)
+        intervals = [(entry.start, entry.end) for entry in movable]
 
         def without(count: int) -> int | None:
-            staying = [(entry.start, entry.end) for entry in movable[count:]]
-            return self._gap(image.data_bytes, sorted(fixed + staying))
+            return self._gap(image.data_bytes, sorted(fixed + intervals[count:]))
 
         count = _first(without, len(movable))
         if count is None:
@@ -320,9 +320,13 @@ def _first(probe: Callable[[int], int | None], most: int) -> int | None:
     """The smallest count in 0 .. most for which `probe` finds something, if a larger count never finds less."""
     if probe(0) is not None:
         return 0
-    if probe(most) is None:
-        return None
-    low, high = 0, most  # fails at low, succeeds at high
+    low, high = 0, 1  # fails at low; few are usual, so the step doubles until it succeeds at high
+    while high < most and probe(high) is None:
+        low, high = high, 2 * high
+    if high >= most:
+        high = most
+        if high == low or probe(high) is None:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
         if probe(middle) is None:

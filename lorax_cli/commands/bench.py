@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,10 +9,10 @@ import typer
 from engine.bench_options import Load, Workload, bench_options, fill
 from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError, LoraxError
+from lorax_cli.bench_files import Given, JsonFile, PlotFile, output_of, write
+from lorax_cli.commands.bench_simulate import simulate
 from lorax_cli.options import UrlOption, with_bench_options, with_config
 from lorax_cli.output import Output, QuietFlag, examples, warn
-
-Given = dict[str, str | list[str]]
 
 
 def check_given(given: Given, url: str | None) -> None:
@@ -26,24 +24,20 @@ def check_given(given: Given, url: str | None) -> None:
             raise ConfigError(f"{flag_of(name)} {problem}", field=name)
 
 
-def check_files(json_file: Path | None, plot: Path | None) -> None:
-    """Raises ConfigError for a file that cannot be written, before the measurement starts."""
-    if plot is not None:
-        from engine.bench.plot import check_plot
-
-        check_plot(plot)
-    for field, file in (("json", json_file), ("plot", plot)):
-        if file is None:
-            continue
-        folder = file.absolute().parent
-        if not folder.is_dir():
-            raise ConfigError(f"--{field} {file}: folder {folder} does not exist", field=field)
-        if file.is_dir():
-            raise ConfigError(f"--{field} {file}: is a folder", field=field)
+def check_none_given(context: typer.Context) -> None:
+    """Raises ConfigError for an option before the name of a command, where it has no effect."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"{parameter.opts[0]} has no effect before {context.invoked_subcommand}",
+                field=parameter.name,
+                hint=f"lorax bench {context.invoked_subcommand} --help lists its options",
+            )
 
 
 def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any, Any]:
-    """(report, table, bare lines) of engines in this process."""
+    """(report, its table, its bare lines) of engines in this process."""
     workload = fill(Workload, given)
     workload.check()
     from engine.bench.offline import measure
@@ -58,7 +52,7 @@ def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any, 
 
 
 def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tuple[Any, Any, Any]:
-    """(report, table, bare lines) of a running server."""
+    """(report, its table, its bare lines) of a running server."""
     import asyncio
 
     from engine.bench.load.load_report import report_of
@@ -81,18 +75,15 @@ def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tupl
 @with_config("model", "adapters", "scheduler", "memory")
 @with_bench_options(("In this process", Workload), ("With --url", Load))
 def bench(
+    context: typer.Context,
     config: EngineConfig,
     given: Given,
     url: Annotated[
         str | None,
         UrlOption(help="Measure the server at this address: LoRAX or any with OpenAI's API."),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers to this file; - for stdout.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write a plot to this file: .html or .png.")
-    ] = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
     quiet: QuietFlag = False,
 ) -> None:
     """Measure engines in this process without HTTP, or a running server with --url.
@@ -107,33 +98,35 @@ def bench(
 
     Long-running streams (--background) measure how other requests affect running streams.
     """
+    if context.invoked_subcommand is not None:
+        check_none_given(context)
+        return
     check_given(given, url)
-    to_stdout = json_file is not None and str(json_file) == "-"
-    file = None if to_stdout else json_file
-    check_files(file, plot)
-    out = Output.of(to_stdout, quiet)
+    out = output_of(json_file, plot, quiet)
     report, table, lines = (
         offline(config, given, out) if url is None else over_http(config, given, url, out)
     )
-    value: dict[str, Any] = report.to_json()
-    out.result(value, view=lambda: table(report), bare=lines(report))
-    if file is not None:
-        file.write_text(json.dumps(value, indent=2) + "\n")
-    if plot is not None:
-        from engine.bench.plot import draw
-
-        draw(report, plot)
+    write(report, out, table, lines, json_file, plot)
     if url is not None and not report.completed:
         raise LoraxError(f"none of the {report.sent} requests completed")
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
+    group = typer.Typer()
+    group.callback(
+        invoke_without_command=True,
         epilog=examples(
             "lorax bench --batch 16 --adapters 16 --ranks 8,16,64",
             "lorax bench --popularity distinct,zipf --json - --plot bench.html",
             "lorax bench --shape mistral-7b --batch 64 --input-tokens 128 --output-tokens 256 --adapters 64",
             "lorax bench --url http://localhost:3000 --rate 20 --adapters pirate,math",
             "lorax bench --url http://localhost:3000 --concurrency 64 --requests 256 --json load.json",
-        )
+        ),
     )(bench)
+    group.command(
+        epilog=examples(
+            "lorax bench simulate --adapters 5000 --rate 60 --host-cache-gb 32",
+            "lorax bench simulate --requests 20000 --flood-every 30 --flood-size 200 --plot flood.html",
+        )
+    )(simulate)
+    app.add_typer(group, name="bench")

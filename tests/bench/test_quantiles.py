@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -30,3 +31,14 @@ def test_of_nothing() -> None:
     assert Times.of([]) is None
     with pytest.raises(ValueError, match="no values"):
         quantile([], 0.5)
+
+
+def test_counted_values_are_the_repeated_ones() -> None:
+    chooser = random.Random(0)
+    counts = {chooser.expovariate(3.0): chooser.randrange(1, 9) for _ in range(50)}
+    counted = Times.of_counts(counts)
+    repeated = Times.of(value for value, count in counts.items() for _ in range(count))
+    assert counted is not None and repeated is not None
+    assert counted.mean == pytest.approx(repeated.mean)
+    assert dataclasses.replace(counted, mean=repeated.mean) == repeated
+    assert Times.of_counts({}) is None

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engine.messages import Placement
-from engine.scheduler.slots import SlotTable
+from engine.scheduler.slots import SlotTable, _first
 from tests.scheduler.fake import image
 
 
@@ -234,3 +234,11 @@ def test_random_use(seed: int) -> None:
     for one in images:
         if table.fits(one) and table.slot_of(one.digest) is None:
             settle(table, table.place(one, 0.0))
+
+
+@pytest.mark.parametrize("most", range(18))
+def test_the_fewest_that_must_leave(most: int) -> None:
+    """The search gives what trying one count after the other gives."""
+    for least in range(most + 2):
+        found = _first(lambda count, least=least: count if count >= least else None, most)
+        assert found == next((count for count in range(most + 1) if count >= least), None)
