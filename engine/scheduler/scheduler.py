@@ -60,7 +60,7 @@ class Scheduler:
         self._rows = Rows(limits.max_rows)
         self._tables = BlockTables(blocks)
         self._rotation = Rotation(slots, limits.adapter_cycle_time)
-        self._served = Served()
+        self._served = Served(clock)
         self._admission = Admission(self._rows, self._tables, slots, self._rotation)
         self._outbox = Outbox(slots)
         self._flights: deque[Flight] = deque()

@@ -241,3 +241,14 @@ def test_a_request_of_many_prompts_alone_is_served_in_order() -> None:
         house.add(one)
     house.drain()
     assert house.order == [f"a{n}" for n in range(30)]
+
+
+def test_who_waited_for_an_adapter_has_the_turn_of_the_arrival() -> None:
+    """A request is queued when its adapter has loaded; those who came meanwhile do not go before it."""
+    house = House(rows=1, step_seconds=0.1)
+    for number in range(12):
+        house.add(request(f"r{number}", [1] * 8, 8, arrival=house.clock(), eos=False))
+        house.step()
+    house.add(request("cold", [1] * 8, 8, arrival=0.25, eos=False))
+    house.drain()
+    assert house.order.index("cold") < house.order.index("r4")
