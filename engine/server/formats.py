@@ -29,9 +29,10 @@ NO_TOKENS = ("", "EMPTY", "NONE")  # OpenAI clients send these where they need a
 class Context:
     """What a parser may use besides the body."""
 
-    authorization: str  # the header; empty if there is none
+    authorization: str  # the header; empty if there is none, or if it has a key of the server
     model_id: str  # the base model
     config: EngineConfig
+    adapter_token: str = ""  # the header x-adapter-token
 
     def adapter(
         self,
@@ -55,17 +56,27 @@ class Context:
         return merged.ref(source)
 
     def token(self, in_body: str | None) -> str | None:
-        """The client's API token: from the body, else from the header. Raises InvalidRequest for other characters
-        than printable ASCII."""
-        scheme, _, token = self.authorization.partition(" ")
-        given = in_body or (token.strip() if scheme.lower() == "bearer" else "")
+        """The client's token for private adapters: from the body, else from a header. Raises InvalidRequest for other
+        characters than printable ASCII."""
+        places = {
+            "api_token": in_body,
+            "x-adapter-token": self.adapter_token.strip(),
+            "Authorization": bearer(self.authorization),
+        }
+        field, given = next(((at, token) for at, token in places.items() if token), ("", ""))
         if not (given.isascii() and given.isprintable()):
             raise InvalidRequest(
                 "the API token has characters other than printable ASCII",
-                field="api_token" if in_body else "Authorization",
+                field=field,
                 hint="send the token exactly as you received it, or leave it out",
             )
         return None if given.upper() in NO_TOKENS else given
+
+
+def bearer(authorization: str) -> str:
+    """The token of a header `Authorization: Bearer`; empty for every other header."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,10 @@ def generate(
         str | None,
         typer.Option(help="Token for private adapters, sent to the server of --url."),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="API key of the server of --url, if it has keys."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate.")] = 64,
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature. Higher: more random. Unset: greedy.")
@@ -106,7 +110,7 @@ def generate(
     async def ask() -> None:
         opened: AbstractAsyncContextManager[Client]
         if url:
-            opened = Client(url, api_token)
+            opened = Client(url, api_token, api_key=api_key)
         else:
             from lorax_cli.serving import local_client
 
