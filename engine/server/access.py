@@ -49,6 +49,7 @@ def context_of(request: web.Request) -> Context:
         model_id=front.backend.info.model_id,
         config=front.config,
         adapter_token=request.headers.get(ADAPTER_TOKEN, ""),
+        keys=front.keys,
     )
 
 

@@ -18,6 +18,7 @@ from engine.errors import InvalidRequest, LoraxError
 from engine.lora.recipe import FIELD
 from engine.server.events import Event, FinishedChoice
 from engine.server.generation import Generation, Prompt
+from engine.server.keys import Keys
 from engine.server.merged import MergedAdapters
 from engine.server.parameters import Parameters, invalid, resolve_adapter
 from engine.server.text import Text
@@ -33,6 +34,7 @@ class Context:
     model_id: str  # the base model
     config: EngineConfig
     adapter_token: str = ""  # the header x-adapter-token
+    keys: Keys | None = None  # the server's; None: not known here
 
     def adapter(
         self,
@@ -57,7 +59,7 @@ class Context:
 
     def token(self, in_body: str | None) -> str | None:
         """The client's token for private adapters: from the body, else from a header. Raises InvalidRequest for other
-        characters than printable ASCII."""
+        characters than printable ASCII, and for a key of the server, which no source may see."""
         places = {
             "api_token": in_body,
             "x-adapter-token": self.adapter_token.strip(),
@@ -69,6 +71,12 @@ class Context:
                 "the API token has characters other than printable ASCII",
                 field=field,
                 hint="send the token exactly as you received it, or leave it out",
+            )
+        if self.keys is not None and self.keys.tenant_of(given) is not None:
+            raise InvalidRequest(
+                "the token for private adapters is an API key of this server",
+                field=field,
+                hint="send the token of the adapter's source, or leave it out",
             )
         return None if given.upper() in NO_TOKENS else given
 

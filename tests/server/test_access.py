@@ -142,6 +142,23 @@ async def test_the_key_is_not_a_token(start: Start, backend: FakeBackend) -> Non
         backend.acquired.clear()
 
 
+async def test_a_key_in_the_place_of_a_token(start: Start, backend: FakeBackend) -> None:
+    """Is refused before a source could see it, also another's key."""
+    client = await start({"api_key": (KEY, OTHER)})
+    for given, headers, field in (
+        ({"api_token": OTHER}, BEARER, "api_token"),
+        ({}, BEARER | {"x-adapter-token": f" {KEY} "}, "x-adapter-token"),
+    ):
+        body = BODY | given | {"parameters": BODY["parameters"] | given}
+        answers = [await client.post(path, json=body, headers=headers) for path in GENERATES]
+        answers.append(await client.put("/adapters/aliases/prod", json=body, headers=headers))
+        for answer in answers:
+            text = await answer.text()
+            assert (answer.status, f'"{field}"' in text) == (422, True), text
+            assert KEY not in text and OTHER not in text
+    assert not backend.acquired
+
+
 async def test_tokens_without_keys(client: TestClient, backend: FakeBackend) -> None:
     """The bearer's, as in LoRAX; the header for tokens goes before it."""
     bad = {"x-adapter-token": "caf\xe9"}
