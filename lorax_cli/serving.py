@@ -160,8 +160,10 @@ async def local_client(config: EngineConfig) -> AsyncIterator[Client]:
 
     from engine.server.app import runner_of
 
-    open_to_us = {"api_key": (), "api_keys_file": None, "prefix_cache_per_tenant": False}
-    config = dataclasses.replace(config, server=dataclasses.replace(config.server, **open_to_us))
+    server = dataclasses.replace(
+        config.server, api_key=(), api_keys_file=None, prefix_cache_per_tenant=False
+    )
+    config = dataclasses.replace(config, server=server)
     async with opened(config, local=True) as app:
         runner = runner_of(app)
         await runner.setup()

@@ -56,6 +56,17 @@ def parameters_of(config: EngineConfig, given: dict[str, Any]) -> dict[str, Any]
     return parameters
 
 
+def client_of(
+    config: EngineConfig, url: str | None, api_token: str | None, api_key: str | None
+) -> AbstractAsyncContextManager[Client]:
+    """A client of the server at `url`, or of an engine in this process."""
+    if url:
+        return Client(url, api_token, api_key=api_key)
+    from lorax_cli.serving import local_client
+
+    return local_client(config)
+
+
 @with_config("model", "adapters", "scheduler", "memory")
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
@@ -108,14 +119,7 @@ def generate(
         warn(f"{', '.join(unused)}: ignored, because --url uses the server's settings")
 
     async def ask() -> None:
-        opened: AbstractAsyncContextManager[Client]
-        if url:
-            opened = Client(url, api_token, api_key=api_key)
-        else:
-            from lorax_cli.serving import local_client
-
-            opened = local_client(config)
-        async with opened as client:
+        async with client_of(config, url, api_token, api_key) as client:
             await stream_answer(client, prompt, parameters, out)
 
     import asyncio

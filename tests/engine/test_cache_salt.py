@@ -22,9 +22,7 @@ async def test_cached_tokens(tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
     keys.write_text("[{name: a, key: a1}, {name: a, key: a2}, {name: b, key: b1}]")
     config = EngineConfig(
-        model=ModelConfig(
-            model_id=str(tmp_path / "model"), dtype="float32", load_format="dummy"
-        ),
+        model=ModelConfig(model_id=str(tmp_path / "model"), dtype="float32", load_format="dummy"),
         scheduler=SchedulerConfig(max_total_tokens=200),
         memory=MemoryConfig(cpu_memory_gb=0.05, num_threads=1),
         server=ServerConfig(api_keys_file=str(keys), prefix_cache_per_tenant=True),

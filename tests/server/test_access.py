@@ -333,5 +333,7 @@ async def test_who_shares_prompts(
             found.setdefault(who, set()).add(backend.requests[-1].cache_salt)
     assert all(len(one) == 1 for one in found.values())
     assert len(set.union(*found.values())) == len(found) == 10 * (1 + per_tenant)
-    if not per_tenant:  # the base's prompts are shared by default, a private adapter's have its lease's salt
+    if (
+        not per_tenant
+    ):  # the base's prompts are shared by default, a private adapter's have its lease's salt
         assert found[None, None, "base"] == {b""} and found[None, None, "org/a"] == {b"salt"}

@@ -84,8 +84,10 @@ def test_unusable_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, text)
     said = str(caught.value)
-    assert words.replace(" - at `$[0].key`", "") in said and str(tmp_path) in said or (
-        words in ("another's", "different") and words in said
+    assert (
+        words.replace(" - at `$[0].key`", "") in said
+        and str(tmp_path) in said
+        or (words in ("another's", "different") and words in said)
     )
     assert caught.value.field == "api_keys_file" and caught.value.hint
     assert SECRET not in said and DIGEST not in said
