@@ -19,7 +19,9 @@ from engine.config import EngineConfig, ServerConfig
 from engine.errors import ConfigError
 from engine.server import keys
 from engine.server.app import build_app
+from engine.server.keys import Tenant
 from engine.server.routes import routes
+from engine.server.salts import salt_of
 from engine.server.text import Text
 from tests.adapters.fake_hub import FakeHub, Repo
 from tests.server.fake import FakeBackend, FakeLease, Json, Start, events_of
@@ -337,3 +339,21 @@ async def test_who_shares_prompts(
         not per_tenant
     ):  # the base's prompts are shared by default, a private adapter's have its lease's salt
         assert found[None, None, "base"] == {b""} and found[None, None, "org/a"] == {b"salt"}
+
+
+def test_parts_of_a_salt_are_told_apart() -> None:
+    """The same characters, divided otherwise, are another salt. Without a wish the lease's salt stays."""
+    a, b, ab = Tenant("a"), Tenant("b"), Tenant("ab")
+    parts: list[tuple[bytes, str | None, Tenant | None]] = [
+        (b"", "ab", None),
+        (b"", None, ab),
+        (b"", "a", b),
+        (b"", "", ab),
+        (b"a", "b", None),
+        (b"a", None, b),
+        (b"ab", "", None),
+        (b"", "b", a),
+    ]
+    assert len({salt_of(*one) for one in parts}) == len(parts)
+    assert salt_of(b"lease", None, None) == b"lease"
+    assert salt_of(b"", "a", Tenant("b", 1, 2.0)) == salt_of(b"", "a", b), "by name"
