@@ -233,9 +233,11 @@ async def test_a_file_that_changes(
         while not backend.open:
             await asyncio.sleep(0.005)
     file.write_text(f"- {{name: a, key: {OTHER}}}\n")
-    await until_status(client, OTHER, 200)
-    assert (await client.get("/info", headers=BEARER)).status == 401
-    backend.gate.set()
+    try:
+        await until_status(client, OTHER, 200)
+        assert (await client.get("/info", headers=BEARER)).status == 401
+    finally:
+        backend.gate.set()
     events = events_of(await (await streaming).read())
     assert json.loads(events[-1])["generated_text"]
     for broken in (f"- {{name: a, key: {KEY}", "", f"- {KEY}", None):
