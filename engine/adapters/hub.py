@@ -238,12 +238,9 @@ class HubSource(Source):
             if not token or _status(refusal.error) != 401:
                 raise
             try:
-                info = self._try(lambda: self._info(ref, False))
+                return self._try(lambda: self._info(ref, False))
             except (_Refusal, AdapterLoadFailed):  # a refusal stays one, also of a hub that is down
                 raise refusal from None
-            if info.private or info.gated:
-                raise
-            return info
 
     def _info(self, ref: AdapterRef, effective: str | bool) -> ModelInfo:
         """One answer of the hub. For gated repositories, checks that the token may download the files."""

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 DEFAULT_TENANT = "default"
 POLL_S = 1.0  # between two looks at the file
 MAX_FILE_BYTES = 4 << 20
+MAX_DEPTH = 4  # a list of mappings has 2
 FORM = "write a list of entries with a name, and a key or its sha256; put texts in quotes"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
 
@@ -175,12 +176,14 @@ def _contents(path: Path) -> bytes:
 def _parse(path: Path, data: bytes) -> list[_Owned]:
     """The keys in a file. Raises ConfigError, with the line or the place of the problem."""
     try:
+        if not _is_flat(data):
+            raise _unusable(path, f"it is nested more than {MAX_DEPTH} deep")
         found = yaml.load(data, _LOADER)
         entries = msgspec.convert(found, list[_Entry])
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
         raise _unusable(path, f"{line} is not valid YAML") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         if not isinstance(error, msgspec.ValidationError):
             raise _unusable(path, "it is not valid YAML") from None
         problem, _, where = str(error).partition(" - at `$")
@@ -188,6 +191,19 @@ def _parse(path: Path, data: bytes) -> list[_Owned]:
             problem = "there is a field other than name, key, sha256, priority and weight"
         raise _unusable(path, f"{where.rstrip('`') or 'it'}: {problem}") from None
     return [_owned(path, f"[{index}]", entry) for index, entry in enumerate(entries)]
+
+
+def _is_flat(data: bytes) -> bool:
+    """Whether lists and mappings are nested at most MAX_DEPTH deep: the loader would overflow the stack."""
+    depth = 0
+    for event in yaml.parse(data, _LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            return False
+    return True
 
 
 def _owned(path: Path, where: str, entry: _Entry) -> _Owned:

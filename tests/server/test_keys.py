@@ -72,7 +72,8 @@ BROKEN = {
     "an unknown alias": (f"- {{name: a, key: *{SECRET}}}", "line 1 is not valid YAML"),
     "an unknown tag": (f"- {{name: a, key: !{SECRET} }}", "line 1 is not valid YAML"),
     "a date that is none": (f"- {{name: a, key: 2026-99-99, x: {SECRET}}}", "cannot be used"),
-    "too deep": ("[" * 5000, "not valid YAML"),
+    "too deep": ("[" * 100_000 + "]" * 100_000, "nested more than 4 deep"),
+    "too deep in lines": ("- " * 100_000, "nested more than 4 deep"),
     "too large": ("#" * (MAX_FILE_BYTES + 1), "larger than 4194304 bytes"),
 }
 
