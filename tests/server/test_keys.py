@@ -55,7 +55,7 @@ BROKEN = {
     "an empty key": ("- {name: a, key: ''}", "[0].key is empty"),
     "a key with spaces": (f"- {{name: a, key: '{SECRET} x'}}", "[0].key is empty"),
     "a key beyond ASCII": (f"- {{name: a, key: {SECRET}é}}", "[0].key is empty"),
-    "a number as key": ("- {name: a, key: 12345678}", "got `int` - at `$[0].key`"),
+    "a number as key": ("- {name: a, key: 12345678}", "[0].key: Expected `str | null`, got `int`"),
     "a short digest": (f"- {{name: a, sha256: {DIGEST[1:]}}}", "[0].sha256"),
     "an unknown field": (f"- {{name: a, key: b, {SECRET}: 1}}", "a field other than"),
     "a priority of words": (f"- {{name: a, key: {SECRET}, priority: high}}", "[0].priority"),
@@ -85,11 +85,7 @@ def test_unusable_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, text)
     said = str(caught.value)
-    assert (
-        words.replace(" - at `$[0].key`", "") in said
-        and str(tmp_path) in said
-        or (words in ("another's", "different") and words in said)
-    )
+    assert words in said
     assert caught.value.field == "api_keys_file" and caught.value.hint
     assert SECRET not in said and DIGEST not in said
 
