@@ -323,8 +323,32 @@ class ServerConfig:
     max_num_alternatives: Annotated[
         int, Option("Maximum `top_logprobs` of a request.", least=0)
     ] = 20
+    api_key: Annotated[
+        tuple[str, ...],
+        Option(
+            "API key of the tenant `default`. Repeat for more. With keys, every route but /health needs one.",
+            env_name="LORAX_API_KEY",
+            secret=True,
+        ),
+    ] = field(default=(), repr=False)
+    api_keys_file: Annotated[
+        str | None,
+        Option(
+            "YAML file of API keys: a list of name, key or sha256, priority, weight. Read again when it changes."
+        ),
+    ] = None
+    prefix_cache_per_tenant: Annotated[
+        bool,
+        Option(
+            "Share cached prompts only among requests of one tenant, also for the base model and public adapters. "
+            "Needs API keys."
+        ),
+    ] = False
     cors_allow_origin: Annotated[
-        tuple[str, ...], Option("Origin that browsers may call from. Repeat for more. Unset: any.")
+        tuple[str, ...],
+        Option(
+            "Origin whose pages may call the server from a browser, or * for all. Repeat for more. Unset: none."
+        ),
     ] = ()
     json_output: Annotated[bool, Option("Log one JSON object per line.")] = False
     log_level: Annotated[

@@ -9,6 +9,7 @@
     │   ├── AdapterIncompatible   cannot be served exactly with this base model
     │   ├── AdapterTooLarge
     │   └── AdapterLoadFailed     the source did not deliver
+    ├── Unauthorized              no API key of the server, or an unknown one
     ├── Overloaded
     ├── GenerationError
     ├── OutOfMemory               a request that does not fit into the device's memory even alone
@@ -90,6 +91,10 @@ class AdapterTooLarge(AdapterError):
 
 class AdapterLoadFailed(AdapterError):
     status, error_type, exit_code = 424, "adapter_load_failed", 15
+
+
+class Unauthorized(LoraxError):
+    status, error_type, exit_code = 401, "unauthorized", 16
 
 
 class Overloaded(LoraxError):

@@ -90,7 +90,7 @@ class Request(Struct, frozen=True):
     max_new_tokens: int
     eos_token_ids: list[int]  # empty: end-of-sequence tokens are ordinary tokens
     adapter: AdapterImageRef | None = None  # None: the base model
-    cache_salt: bytes = b""  # separates the prefix cache of private adapters by tenant
+    cache_salt: bytes = b""  # only requests with equal salts share cached prompts
     arrival: float = 0.0  # time.monotonic() when the front accepted it
     group: str = ""  # the client's request that it belongs to; "": it is alone
     behind: int = 0  # tokens of the sequences before it in its group, outputs included

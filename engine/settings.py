@@ -80,6 +80,8 @@ def _parse(setting: Setting, value: Any, where: str) -> Any:
             return setting.default
         if setting.repeated:
             items = value.split(",") if isinstance(value, str) else list(value)
+            if setting.option.secret and not all(map(str, items)):  # an unset variable in a flag
+                raise ConfigError(f"{where} is empty", field=setting.name, hint="leave it out")
             return tuple(str(item) for item in items if str(item))
         if setting.choices:
             if str(value) not in setting.choices:

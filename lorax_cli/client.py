@@ -50,9 +50,13 @@ class Client:
         url: str,
         token: str | None = None,
         connector: aiohttp.BaseConnector | None = None,
+        api_key: str | None = None,
     ) -> None:
+        """`token`: for private adapters. `api_key`: the server's, if it has keys."""
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = {"Authorization": f"Bearer {api_key or token}"} if api_key or token else {}
+        if api_key and token:
+            self._headers["x-adapter-token"] = token
         self._connector = connector
         self._session: aiohttp.ClientSession | None = None
 

@@ -7,6 +7,7 @@ folder, so prompts take the same path in both.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import socket
 import tempfile
@@ -41,12 +42,16 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
     from engine.adapters.registry import default_source, make_sources
     from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
+    from engine.server.access import check_origins
     from engine.server.app import build_app
     from engine.server.front import FRONT
+    from engine.server.keys import Keys
     from engine.server.text import Text
 
-    # Before the processes start: one download, and wrong names fail at once.
+    # Before the processes start: one download, and wrong names, keys and origins fail at once.
     default_source(config.adapters, make_sources(config))
+    Keys(config.server)
+    check_origins(config.server)
     await asyncio.to_thread(fetch_base_model, config, config.model.load_format != "dummy")
     folder = await asyncio.to_thread(folder_of, config.model, False)
     start: Start = LocalBackend.start if local else ProcessBackend.start
@@ -150,11 +155,15 @@ def reachable(address: str) -> str:
 
 @asynccontextmanager
 async def local_client(config: EngineConfig) -> AsyncIterator[Client]:
-    """A client of an engine in this process."""
+    """A client of an engine in this process. API keys in the environment are for servers that others reach."""
     from aiohttp import UnixConnector, web
 
     from engine.server.app import runner_of
 
+    server = dataclasses.replace(
+        config.server, api_key=(), api_keys_file=None, prefix_cache_per_tenant=False
+    )
+    config = dataclasses.replace(config, server=server)
     async with opened(config, local=True) as app:
         runner = runner_of(app)
         await runner.setup()

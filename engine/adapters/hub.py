@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -33,6 +33,8 @@ from engine.adapters.hub_files import (
     Integrity,
     discard,
     disk_error,
+    is_complete,
+    num_bytes,
     remove_unfinished,
 )
 from engine.adapters.ref import AdapterRef
@@ -124,7 +126,7 @@ class HubSource(Source):
             raise _invalid(ref)
         tenant_cache = self._tenant_cache(token)
         try:
-            info = self._try(lambda: self._info(ref, token))
+            info = self._ask(ref, token)
         except hub_client.TooMuch as error:
             raise AdapterLoadFailed(
                 f"the hub's answer for {ref.name} is too large: {error}",
@@ -141,7 +143,7 @@ class HubSource(Source):
         siblings = info.siblings or []
         weights = find_weights((file.rfilename for file in siblings), f"{ref.name} on the hub")
         sizes = {file.rfilename: file.size or 0 for file in siblings}
-        size = _num_bytes(weights, sizes)
+        size = num_bytes(weights, sizes)
         if self._max_file_bytes is not None and size > self._max_file_bytes:
             raise AdapterTooLarge(
                 f"{weights} of {ref.name} has {size} bytes; the limit is {self._max_file_bytes} bytes",
@@ -173,6 +175,7 @@ class HubSource(Source):
         self._clean_up()
         ref = AdapterRef((version.id,), self.name, version.revision)
         roots = [Path(version.cache).resolve()]
+        effective = self._effective(token if version.salt else None)  # public: see `_ask`
 
         def download(name: str, max_bytes: int) -> Path:
             for _ in range(DOWNLOADS):
@@ -183,7 +186,7 @@ class HubSource(Source):
                             name,
                             revision=version.revision,
                             cache_dir=version.cache,
-                            token=self._effective(token),
+                            token=effective,
                             tqdm_class=hub_client.reporter(progress),
                         )
                     )
@@ -226,9 +229,21 @@ class HubSource(Source):
         if self._clean.acquire(blocking=False):
             remove_unfinished(Path(self._cache))
 
-    def _info(self, ref: AdapterRef, token: str | None) -> ModelInfo:
-        """The hub's answer for this tenant. For gated repositories, checks that the tenant may download the files."""
-        effective = self._effective(token)
+    def _ask(self, ref: AdapterRef, token: str | None) -> ModelInfo:
+        """The hub's answer for this tenant. A token that the hub does not know, such as a gateway's key, does not
+        matter for a public repository: the hub is asked again, without any token."""
+        try:
+            return self._try(lambda: self._info(ref, self._effective(token)))
+        except _Refusal as refusal:
+            if not token or _status(refusal.error) != 401:
+                raise
+            try:
+                return self._try(lambda: self._info(ref, False))
+            except (_Refusal, AdapterLoadFailed):  # a refusal stays one, also of a hub that is down
+                raise refusal from None
+
+    def _info(self, ref: AdapterRef, effective: str | bool) -> ModelInfo:
+        """One answer of the hub. For gated repositories, checks that the token may download the files."""
         with hub_client.bounded(API_BYTES, API_SECONDS):
             info = self._api.model_info(
                 ref.id,
@@ -276,7 +291,7 @@ class HubSource(Source):
                 (name for name in _CANDIDATES if find(name) and find(config_of(name))), None
             )
             config = find(config_of(weights)) if weights else None
-            if config and weights and _is_complete(Path(config).parent, weights):
+            if config and weights and is_complete(Path(config).parent, weights):
                 salt = self.tenant(token) if cache != self._cache else b""
                 return Version(
                     self.name,
@@ -325,7 +340,7 @@ class HubSource(Source):
         """The error for the client."""
         whose = "the request's api_token" if token else "the server's token"
         hint = f"check {whose}" if token or self._token else "send an api_token that may read it"
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 404
+        status = _status(error)
         if isinstance(error, HFValidationError):
             return _invalid(ref)
         if isinstance(error, RevisionNotFoundError):
@@ -359,6 +374,10 @@ class HubSource(Source):
         return AdapterLoadFailed(f"the hub refused {ref.name}: {first_line(error)}", hint=AGAIN)
 
 
+def _status(error: Exception) -> int:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else 404
+
+
 def _invalid(ref: AdapterRef) -> AdapterNotFound:
     """The hub cannot have such a name, so it is not asked: no network is needed to say so."""
     return AdapterNotFound(
@@ -367,29 +386,6 @@ def _invalid(ref: AdapterRef) -> AdapterNotFound:
 
 
 _CANDIDATES = [folder + name for folder in FOLDERS for name in WEIGHT_NAMES]
-
-
-def _is_complete(folder: Path, weights: str) -> bool:
-    """Whether every shard of a downloaded copy is there."""
-    if not weights.endswith(INDEX_NAME):
-        return True
-    try:
-        with OpenFile(folder / INDEX_NAME) as index:
-            return all((folder / name).exists() for name in shard_names(index))
-    except (OSError, AdapterError):
-        return False
-
-
-def _num_bytes(weights: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of the weights. Of a sharded adapter: of all safetensors files in the index's folder."""
-    if not weights.endswith(INDEX_NAME):
-        return sizes[weights]
-    folder = weights.removesuffix(INDEX_NAME)
-    return sum(
-        size
-        for name, size in sizes.items()
-        if name.endswith(".safetensors") and name.rpartition("/")[0] == folder.rstrip("/")
-    )
 
 
 class _Refusal(Exception):

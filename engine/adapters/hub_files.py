@@ -1,4 +1,4 @@
-"""The files that huggingface_hub downloads: their hashes, and what killed processes left."""
+"""The files that huggingface_hub downloads: sizes, hashes, and what killed processes left."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.adapters.checksums import Checksum
-from engine.errors import AdapterLoadFailed
+from engine.adapters.sources import INDEX_NAME, shard_names
+from engine.errors import AdapterError, AdapterLoadFailed
 from engine.files import OpenFile, remedy
 
 TENANT_FOLDER = "lorax-tenants"  # below it, each tenant has a hub cache
@@ -100,3 +101,26 @@ def discard(path: Path) -> None:
     real = path.resolve()
     path.unlink(missing_ok=True)
     real.unlink(missing_ok=True)
+
+
+def is_complete(folder: Path, weights: str) -> bool:
+    """Whether every shard of a downloaded copy is there."""
+    if not weights.endswith(INDEX_NAME):
+        return True
+    try:
+        with OpenFile(folder / INDEX_NAME) as index:
+            return all((folder / name).exists() for name in shard_names(index))
+    except (OSError, AdapterError):
+        return False
+
+
+def num_bytes(weights: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of the weights. Of a sharded adapter: of all safetensors files in the index's folder."""
+    if not weights.endswith(INDEX_NAME):
+        return sizes[weights]
+    folder = weights.removesuffix(INDEX_NAME)
+    return sum(
+        size
+        for name, size in sizes.items()
+        if name.endswith(".safetensors") and name.rpartition("/")[0] == folder.rstrip("/")
+    )

@@ -1,16 +1,15 @@
-"""The HTTP application: routes, errors, CORS, and its life from the first connection to the last answer."""
+"""The HTTP application: routes, errors, and its life from the first connection to the last answer."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,13 +20,13 @@ from engine.backend import Backend
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError
 from engine.metrics import Metrics
+from engine.server.access import check_origins, guard, preflight, sign
 from engine.server.bodies import BUDGET_BYTES, MAX_BODY_BYTES, Bodies
 from engine.server.connections import Site, make_connections
 from engine.server.formats import Format
 from engine.server.front import FRONT, Front
 from engine.server.protocol import REFUSED, Deadlines, Runner
 from engine.server.refusals import HTTP_ERRORS, routing_error
-from engine.server.responses import SERVER
 from engine.server.routes import FORMATS, error_body, routes
 from engine.server.text import Text
 
@@ -46,7 +45,6 @@ HURRY_S = 2.0  # the processes may take after a second signal
 DEAD_S = 2.0  # open requests may take when the engine is gone
 WATCH_S = 0.25  # between two checks that the engine is alive
 CLIENT_GONE = 499  # only logged: the client has disconnected
-HEADER_NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z, -]*")
 
 
 def build_app(
@@ -62,9 +60,10 @@ def build_app(
 ) -> web.Application:
     """The application on `backend`, with the response formats in `formats` (path -> format).
 
-    The caller closes backend and text.
+    The caller closes backend and text. Raises ConfigError.
     """
-    middlewares = [_log_access, _preflight, _errors]
+    check_origins(config.server)
+    middlewares = [_log_access, preflight, _errors, guard]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     metrics = Metrics(backend.info.max_total_tokens)
     bodies = Bodies(config.server.client_body_timeout_s, max_body_bytes, body_budget)
@@ -78,8 +77,9 @@ def build_app(
         error_body=functools.partial(error_body, formats),
     )
     app.add_routes(routes(formats))
-    app.on_response_prepare.append(_sign)
+    app.on_response_prepare.append(sign)
     app.on_response_prepare.append(functools.partial(_bound_stall, round(stall_s * 1000)))
+    app.cleanup_ctx.append(_watch_keys)
     app.on_cleanup.append(_let_go)
     return app
 
@@ -131,40 +131,6 @@ async def _log_access(request: web.Request, handler: Handler) -> web.StreamRespo
         log.debug("%s %s %d %.1f ms", request.method, request.rel_url.raw_path, status, ms)
 
 
-# -- CORS
-
-
-@web.middleware
-async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers a browser that asks whether it may send a request from another origin."""
-    if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
-        return await handler(request)
-    asked = request.headers.get("Access-Control-Request-Headers", "")
-    if not asked or not HEADER_NAMES.fullmatch(asked):
-        asked = "authorization, content-type"
-    headers = {
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-        "Access-Control-Allow-Headers": asked,
-        "Access-Control-Max-Age": "86400",
-    }
-    return web.Response(status=204, headers=headers)
-
-
-async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    """Headers of every answer: the server's name, and the origins that may read it (--cors-allow-origin)."""
-    response.headers["Server"] = SERVER
-    origin = request.headers.get("Origin")
-    if origin is None:
-        return
-    allowed = request.app[FRONT].config.server.cors_allow_origin
-    if not allowed or "*" in allowed:
-        response.headers["Access-Control-Allow-Origin"] = "*"
-    else:
-        response.headers["Vary"] = "Origin"
-        if origin in allowed:
-            response.headers["Access-Control-Allow-Origin"] = origin
-
-
 # -- life
 
 
@@ -179,6 +145,16 @@ async def _bound_stall(
         return
     if sys.platform == "linux":
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+async def _watch_keys(app: web.Application) -> AsyncIterator[None]:
+    """Reads the file of API keys again when it changes."""
+    keys = app[FRONT].keys
+    watching = asyncio.create_task(keys.watch()) if keys.in_file else None
+    yield
+    if watching is not None:
+        watching.cancel()
+        await asyncio.wait({watching})
 
 
 async def _let_go(app: web.Application) -> None:

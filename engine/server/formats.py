@@ -18,6 +18,7 @@ from engine.errors import InvalidRequest, LoraxError
 from engine.lora.recipe import FIELD
 from engine.server.events import Event, FinishedChoice
 from engine.server.generation import Generation, Prompt
+from engine.server.keys import Keys
 from engine.server.merged import MergedAdapters
 from engine.server.parameters import Parameters, invalid, resolve_adapter
 from engine.server.text import Text
@@ -29,9 +30,11 @@ NO_TOKENS = ("", "EMPTY", "NONE")  # OpenAI clients send these where they need a
 class Context:
     """What a parser may use besides the body."""
 
-    authorization: str  # the header; empty if there is none
+    authorization: str  # the header; empty if there is none, or if it has a key of the server
     model_id: str  # the base model
     config: EngineConfig
+    adapter_token: str = ""  # the header x-adapter-token
+    keys: Keys | None = None  # the server's; None: not known here
 
     def adapter(
         self,
@@ -55,17 +58,33 @@ class Context:
         return merged.ref(source)
 
     def token(self, in_body: str | None) -> str | None:
-        """The client's API token: from the body, else from the header. Raises InvalidRequest for other characters
-        than printable ASCII."""
-        scheme, _, token = self.authorization.partition(" ")
-        given = in_body or (token.strip() if scheme.lower() == "bearer" else "")
+        """The client's token for private adapters: from the body, else from a header. Raises InvalidRequest for other
+        characters than printable ASCII, and for a key of the server, which no source may see."""
+        places = {
+            "api_token": in_body,
+            "x-adapter-token": self.adapter_token.strip(),
+            "Authorization": bearer(self.authorization),
+        }
+        field, given = next(((at, token) for at, token in places.items() if token), ("", ""))
         if not (given.isascii() and given.isprintable()):
             raise InvalidRequest(
                 "the API token has characters other than printable ASCII",
-                field="api_token" if in_body else "Authorization",
+                field=field,
                 hint="send the token exactly as you received it, or leave it out",
             )
+        if self.keys is not None and self.keys.tenant_of(given) is not None:
+            raise InvalidRequest(
+                "the token for private adapters is an API key of this server",
+                field=field,
+                hint="send the token of the adapter's source, or leave it out",
+            )
         return None if given.upper() in NO_TOKENS else given
+
+
+def bearer(authorization: str) -> str:
+    """The token of a header `Authorization: Bearer`; empty for every other header."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from engine.metrics import Metrics
 from engine.server.aliases import Aliases
 from engine.server.bodies import Bodies
 from engine.server.generation import Generator
+from engine.server.keys import Keys
 from engine.server.parameters import BASE_NAMES
 from engine.server.responses import error_response
 from engine.server.text import Text
@@ -34,12 +35,14 @@ class Front:
     error_body: Callable[[str, LoraxError], Any]
     generator: Generator = field(init=False)
     aliases: Aliases = field(init=False)
+    keys: Keys = field(init=False)
     started: float = field(default_factory=time.time)
     open_aliases: int = 0  # aliases that are being set
     num_open: int = 0  # requests that count towards max_concurrent_requests
     end_by: float | None = None  # by time.monotonic(), set when the server shuts down
 
     def __post_init__(self) -> None:
+        self.keys = Keys(self.config.server)
         names = (self.backend.info.model_id, self.config.model.model_id, *BASE_NAMES)
         self.aliases = Aliases(frozenset(names))
         self.aliases.set_all(self.config.adapters.adapter_alias)

@@ -30,7 +30,9 @@ from engine.server.adapter_texts import AdapterTexts
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
+from engine.server.keys import Tenant
 from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
+from engine.server.salts import salt_of
 from engine.server.stops import StopMatcher
 from engine.server.text import Text, characters
 from engine.server.waiting import Waiter
@@ -272,11 +274,15 @@ class Generator:
 
     @asynccontextmanager
     async def open(
-        self, prompts: Sequence[Prompt], parameters: Parameters, id: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        parameters: Parameters,
+        id: str | None = None,
+        tenant: Tenant | None = None,
     ) -> AsyncIterator[Generation]:
         """Checks, acquires the adapter, tokenizes and starts. Leaving the block closes the generation.
 
-        Raises InvalidRequest, AdapterError and EngineDead.
+        `tenant`: of the server's key. Raises InvalidRequest, AdapterError and EngineDead.
         """
         timings = Timings(time.monotonic())
         check(parameters, self.limits)
@@ -314,7 +320,7 @@ class Generator:
                 timings=timings,
                 owner=self,
             )
-            generation.start(self._choices(generation, lease))
+            generation.start(self._choices(generation, lease, tenant))
             yield generation
         finally:
             if generation is not None:
@@ -322,8 +328,12 @@ class Generator:
             elif lease is not None:
                 lease.release()
 
-    def _choices(self, generation: Generation, lease: Lease | None) -> list[Choice]:
+    def _choices(
+        self, generation: Generation, lease: Lease | None, tenant: Tenant | None
+    ) -> list[Choice]:
         parameters, text = generation.parameters, generation.text
+        sharing = tenant if self.config.server.prefix_cache_per_tenant else None
+        salt = salt_of(lease.cache_salt if lease else b"", parameters.cache_salt, sharing)
         made: list[Choice] = []
         behind = 0
         for tokens in generation.prompts:
@@ -336,7 +346,7 @@ class Generator:
                     max_new_tokens=new,
                     eos_token_ids=[] if parameters.ignore_eos else text.eos_token_ids,
                     adapter=lease.image if lease else None,
-                    cache_salt=lease.cache_salt if lease else b"",
+                    cache_salt=salt,
                     arrival=generation.timings.received,
                     group=generation.id,
                     behind=behind,

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from engine.errors import LoraxError, Overloaded
-from engine.server.formats import Context, Format, Formatter, GenerationRequest
+from engine.server.access import TENANT, context_of
+from engine.server.formats import Format, Formatter, GenerationRequest
 from engine.server.front import FRONT, Front
 from engine.server.generation import Generation
 from engine.server.responses import json_response
@@ -85,11 +86,7 @@ class _Admission:
 async def _parse(request: web.Request, format: Format, admission: _Admission) -> GenerationRequest:
     """Reads the body. It is freed on return, before the generation."""
     front = request.app[FRONT]
-    context = Context(
-        authorization=request.headers.get("Authorization", ""),
-        model_id=front.backend.info.model_id,
-        config=front.config,
-    )
+    context = context_of(request)
     async with front.bodies.read(request) as body:
         admission.begin()
         return format.parse(body, context)
@@ -100,7 +97,8 @@ async def _respond(
 ) -> tuple[web.StreamResponse, LoraxError | None]:
     """Generates and answers. The error is of a stream that failed after its status was sent."""
     front = request.app[FRONT]
-    async with front.generator.open(asked.prompts, asked.parameters, asked.id) as generation:
+    prompts, parameters, tenant = asked.prompts, asked.parameters, request.get(TENANT)
+    async with front.generator.open(prompts, parameters, asked.id, tenant) as generation:
         formatter = asked.formatter(generation, generation.text)
         headers = {**_headers(front, generation), **asked.headers}
         if asked.stream:

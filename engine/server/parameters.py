@@ -19,6 +19,7 @@ from engine.messages import EngineInfo, SamplingParams
 BASE_NAMES = ("base", "__base_model__")  # adapter names that mean: no adapter
 GREEDY_BELOW = 1e-5  # lower temperatures mean greedy: dividing by them would overflow
 MAX_SEED = 2**64 - 1
+MAX_CACHE_SALT = 256  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Parameters:
 
     adapter: AdapterRef | None = None  # None: the base model
     api_token: str | None = None
+    cache_salt: str | None = None  # only requests with the same one share cached prompts
     sample: bool = False  # else greedy
     temperature: float | None = None
     top_k: int | None = None
@@ -149,6 +151,13 @@ def check(parameters: Parameters, limits: Limits) -> None:
     )
     if parameters.seed is not None and not -(2**63) <= parameters.seed <= MAX_SEED:
         raise invalid(parameters.name("seed"), "must fit in 64 bits")
+    salt = parameters.cache_salt
+    if salt is not None and not 1 <= len(salt) <= MAX_CACHE_SALT:
+        raise invalid(
+            parameters.name("cache_salt"),
+            f"must have 1 to {MAX_CACHE_SALT} characters, not {len(salt)}",
+            "leave it out to share cached prompts",
+        )
     if len(parameters.stop) > limits.max_stop_sequences:
         raise invalid(
             parameters.name("stop"),

@@ -21,6 +21,7 @@ ENCODINGS = ("gzip", "deflate", "identity", "")
 
 # Status -> type of the errors that come before any route.
 HTTP_ERRORS = {
+    403: "origin_forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",

@@ -31,4 +31,6 @@ def error_response(error: LoraxError, body: Any) -> web.Response:
     headers = {"Server": SERVER}
     if error.status == 429:
         headers["Retry-After"] = str(RETRY_AFTER_S)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return json_response(body, error.status, headers)

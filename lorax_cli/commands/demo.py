@@ -161,7 +161,8 @@ def demo(
     config = dataclasses.replace(config, model=ModelConfig(), adapters=AdapterConfig())
 
     async def show(address: str) -> bool:
-        async with Client(address) as client:
+        key = next(iter(config.server.api_key), None)
+        async with Client(address, api_key=key) as client:
             asks = [ask(client, question, max_new_tokens) for question in questions]
             answers = await asyncio.gather(*asks)
         out.result(

@@ -56,6 +56,17 @@ def parameters_of(config: EngineConfig, given: dict[str, Any]) -> dict[str, Any]
     return parameters
 
 
+def client_of(
+    config: EngineConfig, url: str | None, api_token: str | None, api_key: str | None
+) -> AbstractAsyncContextManager[Client]:
+    """A client of the server at `url`, or of an engine in this process."""
+    if url:
+        return Client(url, api_token, api_key=api_key)
+    from lorax_cli.serving import local_client
+
+    return local_client(config)
+
+
 @with_config("model", "adapters", "scheduler", "memory")
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
@@ -67,6 +78,10 @@ def generate(
     api_token: Annotated[
         str | None,
         typer.Option(help="Token for private adapters, sent to the server of --url."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="API key of the server of --url, if it has keys."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate.")] = 64,
     temperature: Annotated[
@@ -104,14 +119,7 @@ def generate(
         warn(f"{', '.join(unused)}: ignored, because --url uses the server's settings")
 
     async def ask() -> None:
-        opened: AbstractAsyncContextManager[Client]
-        if url:
-            opened = Client(url, api_token)
-        else:
-            from lorax_cli.serving import local_client
-
-            opened = local_client(config)
-        async with opened as client:
+        async with client_of(config, url, api_token, api_key) as client:
             await stream_answer(client, prompt, parameters, out)
 
     import asyncio

@@ -29,7 +29,7 @@ def memory_table(info: EngineInfo) -> Table:
 
 
 def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
-    """Prints on stderr the model, the memory plan, the backends and the folders of local adapters."""
+    """Prints on stderr the model, the memory plan, the backends, the folders of local adapters and who is served."""
     held = info.dtype if info.quantize is None else f"{info.dtype}, linears {info.quantize}"
     out.note(f"{info.model_id} on {info.device_name} ({held})")
     out.note(memory_table(info))
@@ -39,6 +39,8 @@ def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
     for backend, ops in by_backend.items():
         out.note(f"{backend}: {', '.join(ops)}")
     out.note(f"local adapters: {', '.join(config.adapters.adapter_root)}")
+    has_keys = config.server.api_key or config.server.api_keys_file
+    out.note(f"API keys: {'required' if has_keys else 'none, every client is served'}")
 
 
 @with_config("model", "adapters", "scheduler", "memory", "server", legacy=True)

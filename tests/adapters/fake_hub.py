@@ -47,6 +47,7 @@ class FakeHub:
         self.halt = Halt()
         self.corrupt = 0  # so many bodies of weights have another byte
         self.tokens = {"alice", "bob", "operator"}  # valid ones
+        self.tokens_seen: set[str] = set()  # of all requests; empty: without one
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -105,6 +106,7 @@ class FakeHub:
             return _send(request, self.broken_status, b"", body)
         given = request.headers.get("Authorization", "")
         token = given.removeprefix("Bearer ")
+        self.tokens_seen.add(token)
         if token and token not in self.tokens:
             message = {"X-Error-Message": "Invalid credentials in Authorization header"}
             return _send(request, 401, b"{}", body, message)

@@ -215,6 +215,33 @@ def test_hub_tokens(hub: FakeHub, tmp_path: Path) -> None:
     assert not source.resolve(AdapterRef.parse("org/public"), "alice").salt
 
 
+def test_hub_and_a_token_that_it_does_not_know(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not matter for a public adapter, and opens nothing else: neither what the operator's token opens, nor
+    what lies on the disk."""
+    source = make(hub, tmp_path, token="operator")
+    ref = AdapterRef.parse
+    public = source.resolve(ref("org/public"), None)
+    assert source.resolve(ref("org/public"), "key of a gateway") == public
+    assert fetch(source, "org/public", "key of a gateway").revision == public.revision
+    for name in ("org/private", "org/gated", "org/none"):
+        with pytest.raises(AdapterForbidden):
+            source.resolve(ref(name), "key of a gateway")
+    fetch(source, "org/private", "alice")
+    hub.tokens.remove("alice")
+    info = source._info
+
+    def away(ref: AdapterRef, token: str | bool) -> Any:
+        if not token:
+            raise OSError("the hub is away")
+        return info(ref, token)
+
+    monkeypatch.setattr(source, "_info", away)
+    with pytest.raises(AdapterForbidden):
+        source.resolve(ref("org/private"), "alice")
+
+
 def test_hub_away(hub: FakeHub, tmp_path: Path) -> None:
     """What was downloaded serves on, to whom it was given; the rest is a failure that names the hub."""
     source = make(hub, tmp_path)

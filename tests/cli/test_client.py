@@ -26,6 +26,10 @@ async def test_answers(server: FakeServer) -> None:
     assert answer["generated_text"] == "hello world"
     assert server.bodies[-1] == {"inputs": "Hi", "parameters": {"max_new_tokens": 3}}
     assert server.headers[-1]["Authorization"] == "Bearer mine"
+    async with Client(server.url, token="mine", api_key="key") as client:
+        await client.generate("Hi", {})
+    assert server.headers[-1]["Authorization"] == "Bearer key"
+    assert server.headers[-1]["x-adapter-token"] == "mine"
 
 
 async def test_stream(server: FakeServer) -> None:

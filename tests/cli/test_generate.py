@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from typer.testing import CliRunner
 
+from engine.config import EngineConfig, ServerConfig
+from engine.server.app import build_app
+from engine.server.text import Text
+from lorax_cli import serving
 from lorax_cli.app import app
 from tests.cli.conftest import BUDGET, FakeServer
+from tests.server.fake import FakeBackend, write_tokenizer
 
 
 def test_server(server: FakeServer) -> None:
@@ -58,11 +66,14 @@ def test_parameters_are_those_given(server: FakeServer) -> None:
         "top_k": 3,
     }
     assert server.headers[-1]["Authorization"] == "Bearer mine"
+    assert CliRunner().invoke(app, [*command, "--api-key", "key"]).exit_code == 0
+    assert server.headers[-1]["Authorization"] == "Bearer key"
 
 
 def test_secrets_of_the_environment_stay_here(server: FakeServer) -> None:
     command = ["generate", "--url", server.url, "Hi"]
-    assert CliRunner().invoke(app, command, env={"HF_TOKEN": "secret"}).exit_code == 0
+    env = {"HF_TOKEN": "secret", "LORAX_API_KEY": "secret"}
+    assert CliRunner().invoke(app, command, env=env).exit_code == 0
     assert "Authorization" not in server.headers[-1]
     assert server.bodies[-1]["parameters"]["do_sample"] is False
 
@@ -166,3 +177,22 @@ assert seen == [transformers, transformers], seen
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+async def test_the_engine_in_this_process_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of the environment are for servers."""
+    text = Text(str(write_tokenizer(tmp_path)))
+    backend = FakeBackend(text)
+    backend.say("hi")
+    server = ServerConfig(api_key=("key",), prefix_cache_per_tenant=True)
+
+    @asynccontextmanager
+    async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
+        yield build_app(backend, text, config)
+
+    monkeypatch.setattr(serving, "opened", opened)
+    async with serving.local_client(EngineConfig(server=server)) as client:
+        assert (await client.generate("Hello", {}))["generated_text"] == "hi"
+    text.close()

@@ -67,6 +67,7 @@ def test_shows_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
         "extension: lora_shrink",
         "reference: linear",
         "local adapters: /a, /b",
+        "API keys: none, every client is served",
         "listening on http://127.0.0.1:1234",
     ):
         assert words in result.stderr

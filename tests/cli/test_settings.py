@@ -267,7 +267,7 @@ TOKEN = "hf_0123456789"
 def test_secrets_are_not_in_a_config_that_is_printed(setting: Setting) -> None:
     """A config in a log, a traceback or an assertion."""
     config = resolve({setting.name: TOKEN}, environment={})
-    assert value_in(config, setting) == TOKEN
+    assert value_in(config, setting) == ((TOKEN,) if setting.repeated else TOKEN)
     for shown in (repr(config), str(config), f"{getattr(config, setting.concern)}"):
         assert TOKEN not in shown
 
@@ -304,3 +304,17 @@ def test_secrets_in_a_broken_file_are_not_printed(app: typer.Typer, tmp_path: Pa
     result = run(app, "--config", str(file))
     assert result.exit_code == 2 and f"cannot read {file}, line 3: " in result.stderr
     assert TOKEN not in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "environment"),
+    [
+        ({"api_key": [""]}, {}),
+        ({"api_key": ["a", ""]}, {}),
+        ({}, {"LORAX_API_KEY": "a,"}),
+    ],
+)
+def test_a_secret_that_is_empty(given: dict[str, Any], environment: dict[str, str]) -> None:
+    """As from a variable that is not set; without the key the server would be open."""
+    with pytest.raises(ConfigError, match="is empty"):
+        resolve(given, environment=environment)

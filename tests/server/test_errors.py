@@ -65,6 +65,9 @@ NATIVE: list[tuple[Json, str]] = [
     ({"adapter_id": " "}, "adapter_id"),
     ({"adapter_id": "a", "adapter_source": "ftp"}, "adapter_source"),
     ({"adapter_id": 3}, "adapter_id"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "x" * 257}, "cache_salt"),
+    ({"cache_salt": 5}, "cache_salt"),
 ]
 
 
@@ -204,6 +207,8 @@ CHAT: list[tuple[Json, str]] = [
     ({"model": "a", "adapter_source": "ftp"}, "adapter_source"),
     ({"model": " "}, "model"),
     ({"model": 7}, "model"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "x" * 257}, "cache_salt"),
 ]
 
 COMPLETION: list[tuple[Json, str]] = [

@@ -125,33 +125,6 @@ async def test_a_stream_that_is_behind_gets_many_events_in_one_write(
     assert len(writes) < 10
 
 
-@pytest.mark.parametrize(
-    ("allowed", "origin", "expected"),
-    [
-        ((), "http://a", "*"),
-        (("http://a", "http://b"), "http://b", "http://b"),
-        (("http://a",), "http://c", None),
-        ((), None, None),
-    ],
-)
-async def test_cors(
-    start: Start, allowed: tuple[str, ...], origin: str | None, expected: str | None
-) -> None:
-    client = await start({"cors_allow_origin": allowed})
-    headers = {"Origin": origin} if origin else {}
-    asked = headers | {"Access-Control-Request-Method": "POST"}
-    answers = [
-        await client.options("/v1/chat/completions", headers=asked),
-        await client.get("/health", headers=headers),
-        await client.post("/generate_stream", json={"inputs": "x"}, headers=headers),
-        await client.post("/generate", json={}, headers=headers),
-    ]
-    assert [answer.status for answer in answers] == [204, 200, 200, 422]
-    assert [a.headers.get("Access-Control-Allow-Origin") for a in answers] == [expected] * 4
-    assert "POST" in answers[0].headers["Access-Control-Allow-Methods"]
-    await answers[2].read()
-
-
 LOCAL = EngineConfig(server=ServerConfig(hostname="127.0.0.1", port=0))
 
 

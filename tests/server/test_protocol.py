@@ -154,7 +154,7 @@ GOOD: dict[str, tuple[list[bytes], int]] = {
             + b"Origin: \xe9\r\nAccess-Control-Request-Method: POST\r\n"
             + b"Access-Control-Request-Headers: \xe9\r\n\r\n"
         ],
-        204,
+        403,
     ),
     "headers of bytes": ([get(headers=b"Origin: \xe9\r\nCookie: \xe9\r\nAccept: \xe9\r\n")], 200),
     "type of bytes": ([post(headers=b"Content-Type: \xe9; charset=\xe9\r\n")], 200),

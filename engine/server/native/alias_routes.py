@@ -10,9 +10,9 @@ from aiohttp import web
 
 from engine.adapters.ref import AdapterRef
 from engine.errors import Overloaded
+from engine.server.access import context_of
 from engine.server.aliases import Alias
 from engine.server.decoding import decode
-from engine.server.formats import Context
 from engine.server.front import FRONT, Front
 from engine.server.native.schemas import AliasBody
 from engine.server.responses import json_response
@@ -47,10 +47,9 @@ async def put_alias(request: web.Request) -> web.StreamResponse:
         body = decode(raw, AliasBody)
     target = AdapterRef.parse(body.adapter_id, body.adapter_source)
     front.aliases.check(name, target)
-    authorization = request.headers.get("Authorization", "")
-    context = Context(authorization, front.backend.info.model_id, front.config)
+    token = context_of(request).token(body.api_token)
     with _admitted(front):
-        lease = await front.backend.acquire(target, context.token(body.api_token))
+        lease = await front.backend.acquire(target, token)
         digest = lease.image.digest.hex()
         lease.release()
     alias = Alias(name, target, digest)

@@ -52,6 +52,7 @@ def _parameters(
     return Parameters(
         adapter=context.adapter(given.adapter_id, given.adapter_source, given.merged_adapters),
         api_token=api_token,
+        cache_salt=given.cache_salt,
         sample=sample,
         temperature=given.temperature,
         top_k=given.top_k,

@@ -14,6 +14,7 @@ class GenerateParameters(Struct, frozen=True):
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
+    cache_salt: str | None = None
     best_of: int | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None

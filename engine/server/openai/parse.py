@@ -57,6 +57,7 @@ def _parameters(
             body.model, body.adapter_source, body.merged_adapters, field="model"
         ),
         "api_token": api_token,
+        "cache_salt": body.cache_salt,
         "sample": True,
         "temperature": body.temperature,
         "top_k": body.top_k,

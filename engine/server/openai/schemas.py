@@ -52,6 +52,7 @@ class OpenAIBody(Struct, frozen=True, kw_only=True):
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
+    cache_salt: str | None = None
 
 
 class ChatBody(OpenAIBody, frozen=True, kw_only=True):
