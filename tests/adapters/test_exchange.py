@@ -484,7 +484,8 @@ async def test_every_tenant_is_asked_for(make: Make, hub: FakeHub, tmp_path: Pat
     name = ref("org/private")
     alice = await exchange.acquire(name, "alice")
     operator = await exchange.acquire(name, "operator")
-    assert alice.image == operator.image, "one image"
+    shared = [(lease.image.digest, lease.image.offset) for lease in (alice, operator)]
+    assert shared[0] == shared[1], "one image"
     assert alice.cache_salt and operator.cache_salt and alice.cache_salt != operator.cache_salt
     before = sum(hub.requests.values())
     for _ in range(10):
@@ -715,3 +716,14 @@ async def test_a_tenants_adapter_is_marked(make: Make, saved: Path) -> None:
             assert lease.image.tenant == tenant and lease.cache_salt
     statuses = {status.name: status.tenant for status in await exchange.adapters()}
     assert statuses == {"a": token_hash("alice"), "b": b""}
+
+
+@pytest.mark.parametrize(("large_bytes", "lowered"), [(0, [loader.LARGE_NICENESS]), (1 << 30, [])])
+async def test_large_images_are_written_at_a_lower_priority(
+    make: Make, monkeypatch: pytest.MonkeyPatch, large_bytes: int, lowered: list[int]
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(loader, "LARGE_BYTES", large_bytes)
+    monkeypatch.setattr("engine.adapters.loader.os.nice", asked.append)
+    with await make().acquire(ref("a")):
+        assert asked == lowered

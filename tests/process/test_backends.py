@@ -53,7 +53,7 @@ async def test_exchange_leaves_the_cores_to_the_engine(backend: AnyBackend) -> N
         pid = backend.pids["exchange"]
         assert pid is not None
         ours = os.getpriority(os.PRIO_PROCESS, 0)
-        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, ours + 15)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, ours + 9)
         assert os.sched_getscheduler(pid) == os.SCHED_BATCH
 
 
