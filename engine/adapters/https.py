@@ -15,16 +15,14 @@ from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 from engine.adapters.disk_cache import DiskCache
-from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, is_transient, pause
 from engine.adapters.sources import CONFIG_NAME
-from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.store import StoredFile, StoreSource, Target
 from engine.adapters.transfer import Transfer
 from engine.adapters.web import Answer, Refused, Web, WebError
 from engine.errors import (
     AdapterForbidden,
     AdapterLoadFailed,
-    AdapterNotFound,
     ConfigError,
 )
 
@@ -38,6 +36,7 @@ class HttpsSource(StoreSource):
 
     name = "https"
     prefix = "https://"
+    sought = CONFIG_NAME
 
     def __init__(
         self,
@@ -62,17 +61,6 @@ class HttpsSource(StoreSource):
         if (host, port) not in self._hosts:
             raise Refused(f"{host}:{port} is not in --adapter-hosts")
         return self._hosts[host, port]
-
-    def _find(self, ref: AdapterRef) -> Listing:
-        folder = ref.name.rstrip("/")
-        listing = self._list(folder)
-        if listing is None:
-            raise AdapterNotFound(
-                f"there is no {CONFIG_NAME} in https://{folder}",
-                field="adapter_id",
-                hint="give the folder of adapter_config.json",
-            )
-        return listing
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         def read(answer: Answer) -> StoredFile | None:

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 from engine.adapters.checksums import Checksum, listed
 from engine.adapters.disk_cache import DiskCache
-from engine.adapters.ref import AdapterRef
 from engine.adapters.remote import Check, changed, first_line, pause
 from engine.adapters.sources import Version
-from engine.adapters.store import Listing, StoredFile, StoreSource, Target
+from engine.adapters.store import StoredFile, StoreSource, Target
 from engine.adapters.transfer import Transfer
 from engine.errors import (
     AdapterError,
@@ -105,17 +104,6 @@ class SchemeSource(StoreSource):
         self._backoff_s = backoff_s
         self._made: Any = None
         self._lock = threading.Lock()
-
-    def _find(self, ref: AdapterRef) -> Listing:
-        folder = ref.name.rstrip("/")
-        listing = self._list(folder)
-        if listing is None:
-            raise AdapterNotFound(
-                f"there is no adapter in {self.prefix}{folder}",
-                field="adapter_id",
-                hint="give the folder of adapter_config.json",
-            )
-        return listing
 
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:
         info = self._info(folder, name)

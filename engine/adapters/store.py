@@ -107,7 +107,9 @@ class Target(Protocol):
 
 
 class StoreSource(Source):
-    """See the module. A store implements `_find`, `_describe` and `_download`."""
+    """See the module. A store implements `_describe` and `_download`."""
+
+    sought = "adapter"  # what a folder without one is said to lack
 
     def __init__(
         self, cache: DiskCache, max_file_bytes: int | None, ttl_s: float, check: Check | None
@@ -231,9 +233,17 @@ class StoreSource(Source):
             found |= {file.name: file for file in shards}
         return found
 
-    @abstractmethod
     def _find(self, ref: AdapterRef) -> Listing:
         """The files of a reference. Raises AdapterNotFound, or as `resolve`."""
+        folder = ref.name.rstrip("/")
+        listing = self._list(folder)
+        if listing is None:
+            raise AdapterNotFound(
+                f"there is no {self.sought} in {self._shown(folder)}",
+                field="adapter_id",
+                hint="give the folder of adapter_config.json",
+            )
+        return listing
 
     @abstractmethod
     def _describe(self, folder: str, name: str, end_by: float) -> StoredFile | None:

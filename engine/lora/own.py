@@ -118,7 +118,7 @@ class CheckpointTables:
 
         for path in sorted(self._folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                if name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name in file.keys():  # noqa: SIM118 - not a mapping
                     return path
         return None
 

@@ -108,7 +108,7 @@ def check_complete(
 ) -> None:
     """Reports pairs without the extras that the configuration announces, and magnitudes without a pair.
 
-    `modules`: path by target, of all pairs; `linears`: those of them that are no embeddings.
+    `modules`: path by target, of all pairs; `linears`: the same without embeddings.
     """
     for place, module in modules.items():
         found = extras.get(place)

@@ -43,7 +43,7 @@ class Served:
             del self._open[group]
 
     def add(self, tokens: int) -> None:
-        """A step of so many tokens was computed."""
+        """Counts the tokens of a step that was computed."""
         now = self._clock()
         if not self._times or now >= self._times[-1] + SAMPLE_S:
             if len(self._times) >= MAX_SAMPLES:
