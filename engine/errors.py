@@ -27,6 +27,7 @@ from typing import Any, ClassVar, overload
 
 # Remedies that several modules name.
 RENAME = "write adapters under another name and rename them when complete"
+OTHER_BASE = "use an adapter of this base model, or serve the adapter's base model"
 RESAVE = "save the adapter again with PEFT's save_pretrained (safetensors)"
 
 AGAIN = "try again later; the server's log may say more"

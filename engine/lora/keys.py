@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from engine.names import shown
 
 # kind, text, tensor, remedy
-Report = Callable[[str, str, str, str], None]
+Report = Callable[[str, str, str, str], None]  # kind, text, field, remedy
 
 _WRAPPERS = re.compile(
     r"(?:(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"

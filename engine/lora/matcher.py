@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from engine.errors import RESAVE, AdapterIncompatible
+from engine.errors import OTHER_BASE, RESAVE, AdapterIncompatible
 from engine.lora.leftovers import FULL_MODEL, describe
 from engine.lora.peft_config import PeftConfig
 from engine.lora.peft_extras import Site, check_complete, take_extras
@@ -227,7 +227,7 @@ class Matcher:
             want = (want[0], own.vocab)
         if have == want:
             return True
-        hint = "use an adapter of this base model, or serve the adapter's base model"
+        hint = OTHER_BASE
         base = f" ({shown(self.config.base_model)})" if self.config.base_model else ""
         self.problems.add(
             f"base {kind}",
@@ -246,7 +246,7 @@ class Matcher:
             hint = "train on the attention's linear layers only"
         elif module.rsplit(".", 1)[-1] in linears:
             why = "is not in the served model"
-            hint = "use an adapter of this base model, or serve the adapter's base model"
+            hint = OTHER_BASE
         else:
             why = "is not a LoRA target of this model"
             hint = f"train on {', '.join(linears)} only"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from engine.errors import RESAVE
+from engine.lora.keys import Report
 from engine.lora.peft_config import PeftConfig
 from engine.lora.tensors import DTYPES, SafetensorsFile
 from engine.lora.weights import Extras, Matrix, TargetIndex
 from engine.names import shown, shown_shape
 from engine.ops.targets import Group, Target
-
-Report = Callable[[str, str, str, str], None]  # kind, text, field, remedy
 
 
 class Site(NamedTuple):

@@ -11,21 +11,19 @@ modules_to_save replaces only itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from engine.errors import RESAVE
+from engine.errors import OTHER_BASE, RESAVE
+from engine.lora.keys import Report
 from engine.lora.peft_extras import Site
 from engine.lora.tensors import DTYPES, SafetensorsFile
 from engine.lora.weights import Joined, OwnRows, Pair, Picked, TargetIndex, TensorMatrix, read_all
 from engine.names import shown, shown_shape, shown_value
 from engine.ops.targets import ModelTargets
-
-Report = Callable[[str, str, str, str], None]  # kind, text, field, remedy
 
 _SAVED = "modules_to_save"
 _TOKENS = "trainable_token_indices"
@@ -33,7 +31,6 @@ _PART = re.compile(
     r"(?P<tokens>token_adapter\.trainable_tokens_delta)"
     r"|(?P<whole>(?:token_adapter\.)?(?:base_layer\.)?(?:modules_to_save\.(?:[^.]+\.)?)?weight)"
 )
-_OTHER_BASE = "use an adapter of this base model, or serve the adapter's base model"
 
 
 @dataclass(slots=True)
@@ -52,7 +49,7 @@ class _Ends:
         base = site.group.vocab
         if len(info.shape) != 2 or info.shape[1] != hidden or not info.shape[0]:
             text = f"{shown(key)} has the shape {shown_shape(info.shape)}, not [{base}, {hidden}]"
-            self.report("own shape", text, _SAVED, _OTHER_BASE)
+            self.report("own shape", text, _SAVED, OTHER_BASE)
             return None
         if not self._readable(key):
             return None
@@ -218,11 +215,7 @@ def with_added_updates(own: OwnRows, pair: Pair, base: int) -> OwnRows:
     if not at.any():
         return own
     first = int(at.nonzero()[0])
-    rows = _rows(own, torch.arange(first, len(own.ids)))
+    rows = read_all(Picked(own.rows, torch.arange(first, len(own.ids))))
     b = read_all(Picked(pair.b, own.ids[first:].long())).float()
     rows = rows.float() + pair.scale * (b @ read_all(pair.a).float())
     return replace(own, rows=Joined(Picked(own.rows, torch.arange(first)), TensorMatrix(rows)))
-
-
-def _rows(own: OwnRows, at: Tensor) -> Tensor:
-    return read_all(Picked(own.rows, at))
