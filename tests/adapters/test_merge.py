@@ -16,6 +16,7 @@ from engine.errors import (
     AdapterIncompatible,
     AdapterLoadFailed,
     AdapterNotFound,
+    Overloaded,
 )
 from engine.lora.image import image_size, write_image
 from engine.lora.merge import Part, _Merger, merge
@@ -173,7 +174,10 @@ async def test_a_stuck_part(make: Make, saved: Path) -> None:
 
 
 async def test_merges_delay_no_other_adapter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More merges than threads: those that wait hold no memory. They end at their deadline, without residue."""
+    """More merges than threads: those that wait hold no memory. They end at their deadline, without residue.
+
+    The first ones' threads keep their memory: one that gets its turn just before its deadline finds none.
+    """
     exchange, gate = make(2, adapter_load_timeout_s=3.0), threading.Event()
     compute = _Merger._compute
 
@@ -188,7 +192,7 @@ async def test_merges_delay_no_other_adapter(make: Make, monkeypatch: pytest.Mon
         (await exchange.acquire(ref("e"))).release()
     assert not any(merge.done() for merge in merges)
     failed = await asyncio.gather(*merges, return_exceptions=True)
-    assert all(isinstance(error, AdapterLoadFailed) for error in failed), failed
+    assert all(isinstance(error, AdapterLoadFailed | Overloaded) for error in failed), failed
     gate.set()
     async with asyncio.timeout(5):
         while exchange.abandoned:
