@@ -36,7 +36,8 @@ from engine.runner.rows import RowTable
 from engine.runner.runner import Runner
 from engine.runner.shapes import decode_words, mixed_words
 from engine.scheduler.blocks import BlockPool
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.slots import SlotTable
 
 logger = logging.getLogger(__name__)

@@ -106,6 +106,14 @@ class Engine:
         """Places an adapter that is never evicted; call it before any request. Raises AdapterTooLarge."""
         self.scheduler.preload(image)
 
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        """An adapter stays on the device as long as requests find room without it, or no longer."""
+        self.scheduler.pin(digest, pinned)
+
+    def drop(self, digest: bytes) -> None:
+        """An adapter leaves the device when no sequence uses it."""
+        self.scheduler.drop(digest)
+
     def submit(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequest or AdapterTooLarge and then changes nothing."""
         kinds = self.model.kinds

@@ -37,10 +37,6 @@ from engine.scheduler.sequence import Sequence
 from engine.scheduler.served import Served
 from engine.scheduler.tables import BlockTables
 
-__all__ = ["Scheduler", "SchedulerLimits"]
-
-REPORTED_PLACEMENTS = 64  # the newest; `stats` has their times
-
 
 class Scheduler:
     """Owns the sequences, the rows and the KV blocks. Only it may change the pool and the slot table."""
@@ -69,8 +65,6 @@ class Scheduler:
         self._decode_rows: list[int] | None = None  # of that step; None: list them again
         self._unplace: list[int] = []  # for the next plan
         self._placements: list[Placement] = []  # for the next plan
-        self._place_seconds: deque[float] = deque(maxlen=REPORTED_PLACEMENTS)
-        self._num_placed = 0
         self._submitted = 0
 
     # -- requests
@@ -162,6 +156,15 @@ class Scheduler:
         if placement is None:
             raise adapter_too_large(image, self.slots.arena_bytes)
         self._placements.append(placement)
+
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        """See `SlotTable.pin`. The adapter is placed when a request needs it."""
+        (self.slots.pin if pinned else self.slots.unpin)(digest)
+
+    def drop(self, digest: bytes) -> None:
+        """See `SlotTable.drop`."""
+        self.slots.drop(digest)
+        self._admission.wake()
 
     def take_updates(self) -> list[Update]:
         """The updates of cancelled and failed requests, which need no step."""
@@ -324,9 +327,7 @@ class Scheduler:
         if self.slots.commit(result.step):
             self._admission.wake()
         for slot in result.resident:
-            self._place_seconds.append(self._clock() - self.slots.placed_at(slot))
-            self._num_placed += 1
-            self._outbox.copied(self.slots.mark_resident(slot))
+            self._outbox.copied(self.slots.mark_resident(slot, self._clock()))
             self._admission.wake()
         return self._outbox.take()
 
@@ -342,8 +343,6 @@ class Scheduler:
             self._end(sequence, output, finish="length")
         else:
             self._outbox.put(sequence, output)
-
-    # -- views
 
     @property
     def has_work(self) -> bool:
@@ -368,8 +367,8 @@ class Scheduler:
             arena_used=self.slots.used_bytes,
             in_use=self.slots.num_in_use,
             placements=self.slots.num_placements,
-            placed=self._num_placed,
-            place_seconds=list(self._place_seconds),
+            placed=self.slots.num_placed,
+            place_seconds=list(self.slots.place_seconds),
             evictions=self.slots.num_evictions,
         )
 

@@ -3,8 +3,9 @@
 Slot 0 is the base model: it has no bytes and is always resident. An adapter is *placing* from the plan that carries
 its placement until the runner reports it *resident*. It is *in use* while a running sequence uses it. A preloaded
 adapter is *permanent*: it is never evicted. Any other is evicted only when it is not in use and every launched step
-that could read it has been committed, because copies into the arena are not ordered with the steps. Intervals start at
-multiples of 256 bytes and never overlap.
+that could read it has been committed, because copies into the arena are not ordered with the steps. A *pinned* adapter
+is evicted only for a reservation that finds no other room. A *dropped* one is evicted as soon as it may be. Intervals
+start at multiples of 256 bytes and never overlap.
 
 Room is found first-fit. If there is no room, the table looks for the fewest least recently used idle adapters without
 which a gap is wide enough, and evicts only those of them that are in that gap. A *reservation* promises an interval to
@@ -14,11 +15,14 @@ an adapter; nothing else is placed there until the adapters that are there now h
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from engine.messages import IMAGE_ALIGN, AdapterImageRef, Placement, aligned
+
+REPORTED_PLACEMENTS = 64  # the newest; `place_seconds` has their times
 
 
 @dataclass(slots=True, eq=False)
@@ -53,12 +57,16 @@ class SlotTable:
         self.arena_bytes = arena_bytes
         self.num_placements = 0
         self.num_evictions = 0
+        self.num_placed = 0  # whose copies have completed
+        self.place_seconds: deque[float] = deque(maxlen=REPORTED_PLACEMENTS)
         self._entries: dict[bytes, _Entry] = {}
         self._by_slot: dict[int, _Entry] = {}
         self._intervals: list[tuple[int, int]] = []  # of the entries, in order
         self._free_slots = list(range(1, num_slots))
         heapify(self._free_slots)
         self._reserved: dict[bytes, _Reservation] = {}
+        self._pinned: set[bytes] = set()  # digests, in the arena or not
+        self._dropped: set[bytes] = set()  # digests of entries that still leave
         self._unplaced: list[int] = []
         self._num_placing = 0
         self._tick = 0
@@ -107,10 +115,6 @@ class SlotTable:
     def num_placing(self) -> int:
         return self._num_placing
 
-    def placed_at(self, slot: int) -> float:
-        """When the adapter in the slot was placed."""
-        return self._by_slot[slot].since
-
     @property
     def num_in_use(self) -> int:
         """Adapters that running sequences use."""
@@ -143,7 +147,9 @@ class SlotTable:
             movable = [
                 entry
                 for entry in sorted(self._entries.values(), key=lambda entry: entry.used)
-                if entry.image.digest not in taken and self._evictable(entry.image.digest)
+                if entry.image.digest not in taken
+                and entry.image.digest not in self._pinned
+                and self._evictable(entry.image.digest)
             ]
             found = self._find(image, movable)
             if found is None:
@@ -162,7 +168,7 @@ class SlotTable:
     def reserve(
         self, image: AdapterImageRef, keep: Set[bytes] = frozenset()
     ) -> list[tuple[bytes, float]] | None:
-        """Promise the image an interval. Adapters there must leave: idle ones first, then the longest placed.
+        """Promise the image an interval. Others must leave: idle ones first, then the longest placed, then pinned.
 
         Returns (digest, time of placement) of those that must leave. None: other reservations, adapters in `keep` and
         preloaded adapters leave no interval.
@@ -170,9 +176,10 @@ class SlotTable:
         assert image.digest not in self._entries and image.digest not in self._reserved
         taken = self._leaving() | keep
 
-        def order(entry: _Entry) -> tuple[bool, float]:
+        def order(entry: _Entry) -> tuple[bool, bool, float]:
             active = entry.num_users > 0 or not entry.resident
-            return (active, entry.since if active else entry.used)
+            pinned = entry.image.digest in self._pinned
+            return (pinned, active, entry.since if active else entry.used)
 
         movable = [
             entry
@@ -190,11 +197,27 @@ class SlotTable:
     def cancel_reservation(self, digest: bytes) -> None:
         self._reserved.pop(digest, None)
 
+    def pin(self, digest: bytes) -> None:
+        """The adapter, once it is in the arena, stays as long as requests find room without it."""
+        self._pinned.add(digest)
+
+    def unpin(self, digest: bytes) -> None:
+        self._pinned.discard(digest)
+
+    def drop(self, digest: bytes) -> None:
+        """The adapter leaves the arena when it is not in use. It stays if a sequence takes it before."""
+        self.unpin(digest)
+        if (entry := self._entries.get(digest)) is not None:
+            entry.permanent = False
+            self._dropped.add(digest)
+            self._evict_dropped()
+
     def acquire(self, slot: int) -> None:
         """One more running sequence uses the slot."""
         entry = self._by_slot[slot]
         assert entry.resident, "acquired an adapter that is not resident"
         entry.num_users += 1
+        self._dropped.discard(entry.image.digest)
 
     def release(self, slot: int, step: int) -> None:
         """One sequence less uses the slot. `step` is the last launched step, which may still read the adapter."""
@@ -204,11 +227,13 @@ class SlotTable:
         entry.last_step = self._idle_after = step
         self._touch(entry)
 
-    def mark_resident(self, slot: int) -> bytes:
+    def mark_resident(self, slot: int, now: float = 0.0) -> bytes:
         """The runner reported that the copy into the slot has completed. Returns the adapter's digest."""
         entry = self._by_slot[slot]
         assert not entry.resident, "reported resident twice"
         entry.resident = True
+        self.place_seconds.append(now - entry.since)
+        self.num_placed += 1
         self._num_placing -= 1
         self._touch(entry)
         return entry.image.digest
@@ -217,6 +242,8 @@ class SlotTable:
         """No step up to `step` reads the arena any more. Returns whether an idle adapter became evictable."""
         freed = self._committed < self._idle_after <= step
         self._committed = step
+        if self._dropped:
+            self._evict_dropped()
         return freed
 
     def take_unplaced(self) -> list[int]:
@@ -230,6 +257,13 @@ class SlotTable:
         self._tick += 1
         entry.used = self._tick
 
+    def _evict_dropped(self) -> None:
+        ready = [digest for digest in self._dropped if self._evictable(digest)]
+        for digest in (
+            set(ready) - self._leaving()
+        ):  # those that leave for another are evicted with its placement
+            self._evict(self._entries[digest])
+
     def _leaving(self) -> set[bytes]:
         return {digest for one in self._reserved.values() for digest in one.leaving}
 
@@ -240,6 +274,7 @@ class SlotTable:
 
     def _evict(self, entry: _Entry) -> None:
         del self._entries[entry.image.digest]
+        self._dropped.discard(entry.image.digest)
         del self._by_slot[entry.slot]
         self._intervals.remove((entry.start, entry.end))
         heappush(self._free_slots, entry.slot)

@@ -193,6 +193,46 @@ def test_reservations_do_not_share_adapters() -> None:
     assert table.reserve(image("c")) is None
 
 
+def test_a_pinned_adapter_leaves_last_and_only_for_a_reservation() -> None:
+    table = SlotTable(8, 512)
+    pinned, other = put(table, "pinned"), put(table, "other")
+    table.pin(image("pinned").digest)
+    for slot in (other, pinned):  # the pinned one is the more recently used
+        table.acquire(slot)
+    table.release(pinned, 0)
+    assert table.place(image("new"), 0.0) is None, "the pinned one is idle, but it stays"
+    assert table.reserve(image("new")) == [(image("other").digest, 0.0)]
+    table.cancel_reservation(image("new").digest)
+    left = table.reserve(image("whole", 512))
+    assert left is not None and {digest for digest, _ in left} == {
+        image("pinned").digest,
+        image("other").digest,
+    }
+    table.cancel_reservation(image("whole", 512).digest)
+    table.unpin(image("pinned").digest)
+    settle(table, table.place(image("new"), 0.0))
+    assert names(table) == ["new", "other"]
+
+
+def test_a_dropped_adapter_leaves_when_it_is_not_in_use() -> None:
+    table = SlotTable(8, 1024)
+    idle, used, again = put(table, "idle"), put(table, "used"), put(table, "again")
+    settle(table, table.place(image("permanent"), 0.0, permanent=True))
+    for slot in (used, again):
+        table.acquire(slot)
+    for name in ("idle", "used", "again", "permanent", "unknown"):
+        table.drop(image(name).digest)
+    assert names(table) == ["again", "used"] and idle in table.take_unplaced()
+    table.acquire(again)  # a request takes it again: it stays
+    for slot in (used, again, again):
+        table.release(slot, 5)
+    table.commit(4)
+    assert names(table) == ["again", "used"], "step 5 may still read them"
+    table.commit(5)
+    assert names(table) == ["again"] and table.take_unplaced() == [used]
+    table.check()
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_use(seed: int) -> None:
     rng = random.Random(seed)
@@ -213,6 +253,9 @@ def test_random_use(seed: int) -> None:
                 table.reserve(one, keep)
         if rng.random() < 0.3:
             table.cancel_reservation(rng.choice(images).digest)
+        if rng.random() < 0.2:
+            change = rng.choice([table.pin, table.unpin, table.drop])
+            change(rng.choice(images).digest)
         for placement in table.placing():
             if rng.random() < 0.5:
                 table.mark_resident(placement.slot)
@@ -223,12 +266,13 @@ def test_random_use(seed: int) -> None:
         table.commit(committed)
         table.check()
         table.take_unplaced()
-    # Without use, steps in flight or reservations, whatever fits finds room.
+    # Without use, steps in flight, pins or reservations, whatever fits finds room.
     for slot in acquired:
         table.release(slot, step)
     table.commit(step)
     for one in images:
         table.cancel_reservation(one.digest)
+        table.unpin(one.digest)
     for placement in table.placing():
         table.mark_resident(placement.slot)
     for one in images:
