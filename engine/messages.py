@@ -95,6 +95,9 @@ class Request(Struct, frozen=True):
     group: str = ""  # the client's request that it belongs to; "": it is alone
     behind: int = 0  # tokens of the sequences before it in its group, outputs included
     kind: str = "generate"  # a name of `engine.kinds.KINDS`
+    tenant: str = ""  # whose request it is; "": the server has no keys
+    weight: float = 1.0  # the tenant's share of the engine, in proportion to the others'
+    priority: int = 0  # higher: before others
 
 
 class Admit(Struct, frozen=True):

@@ -10,6 +10,7 @@ from engine.scheduler.sequence import Sequence
 
 _age = attrgetter("age")
 _slot = attrgetter("slot")
+_priority = attrgetter("request.priority")
 
 
 class Rows:
@@ -65,8 +66,10 @@ class Rows:
             self._stale = False
         return self._decode
 
-    def youngest_first(self) -> list[Sequence]:
-        return sorted(self.running.values(), key=_age, reverse=True)
+    def victims(self) -> list[Sequence]:
+        """Running sequences in the order in which they lose their blocks: lowest priority first, then the youngest."""
+        youngest_first = sorted(self.running.values(), key=_age, reverse=True)
+        return sorted(youngest_first, key=_priority)
 
     @property
     def any_released(self) -> bool:

@@ -10,7 +10,7 @@ end, and blocks of output get keys, at commit only: both need token ids. A seque
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from engine.errors import InvalidRequest, LoraxError
@@ -32,6 +32,7 @@ from engine.scheduler.fairness import Rotation, Slots
 from engine.scheduler.limits import SchedulerLimits, adapter_too_large, not_finite
 from engine.scheduler.outbox import Outbox
 from engine.scheduler.plan_builder import Flight, PlanBuilder
+from engine.scheduler.queue import Queue
 from engine.scheduler.rows import Rows
 from engine.scheduler.sequence import Sequence
 from engine.scheduler.served import Served
@@ -57,7 +58,8 @@ class Scheduler:
         self._tables = BlockTables(blocks)
         self._rotation = Rotation(slots, limits.adapter_cycle_time)
         self._served = Served(clock)
-        self._admission = Admission(self._rows, self._tables, slots, self._rotation)
+        self._queue = Queue()
+        self._admission = Admission(self._queue, self._rows, self._tables, slots, self._rotation)
         self._outbox = Outbox(slots)
         self._flights: deque[Flight] = deque()
         self._budget = StepBudget(limits.max_step_tokens)
@@ -92,6 +94,7 @@ class Scheduler:
         )
         self._tables.compute_keys(sequence, len(sequence.tokens))
         self._sequences[request.id] = sequence
+        self._queue.opened(sequence)
         self._admission.add(sequence, self._clock())
 
     def cancel(self, id: str) -> None:
@@ -225,7 +228,7 @@ class Scheduler:
         Tokens in flight for a preempted sequence are dropped. Sampling them again gives the same tokens, because
         sampling is keyed by (seed, position). A sequence that runs alone fits, so the oldest always continues.
         """
-        for victim in self._admission.paused() + self._rows.youngest_first():
+        for victim in self._admission.paused() + self._rows.victims():
             if len(growing) <= self.blocks.available:
                 break
             if victim.row:
@@ -290,6 +293,7 @@ class Scheduler:
         self.blocks.free(sequence.blocks)
         del self._sequences[sequence.request.id]
         self._served.closed(sequence.request)
+        self._queue.closed(sequence)
         self._outbox.put_last(sequence, output, finish, error)
 
     # -- results
@@ -351,7 +355,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            waiting=len(self._admission.waiting),
+            waiting=len(self._queue),
             running=len(self._rows.running),
             rows=self.limits.max_rows,
             free_blocks=self.blocks.available,
@@ -380,10 +384,9 @@ class Scheduler:
         self._rotation.check()
         self._rows.check()
         self._admission.check()
-        waiting, running = self._admission.waiting, self._rows.running.values()
-        assert {*waiting, *running} == set(sequences)
-        assert len(waiting) + len(running) == len(sequences)
-        pins: dict[int, int] = {}
+        waiting, running = list(self._queue), self._rows.running.values()
+        assert Counter([*waiting, *running]) == Counter(sequences)
+        pins = Counter(sequence.slot for sequence in sequences if sequence.slot)
         for sequence in sequences:
             length = len(sequence.tokens) + sequence.inflight
             assert sequence.committed <= sequence.computed <= length <= sequence.limit
@@ -391,8 +394,6 @@ class Scheduler:
             if sequence.decoding:
                 left = int(sequence.kind.generates)
                 assert sequence.computed == length - left, "decodes with more than one to compute"
-            if sequence.slot:
-                pins[sequence.slot] = pins.get(sequence.slot, 0) + 1
         for _, digest, _ in self.slots.residents():
             slot = self.slots.slot_of(digest)
             assert slot is not None and self.slots.num_users(slot) == pins.pop(slot, 0)

@@ -13,9 +13,13 @@ exactly one position to compute, and the id of its token is in the row's table o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.kinds import KINDS, RequestKind
 from engine.messages import POOLED, AdapterImageRef, Request, Usage
+
+if TYPE_CHECKING:
+    from engine.scheduler.queue import Flow
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +32,8 @@ class Sequence:
     turn: float  # in virtual time; see `engine.scheduler.served`
     root: bytes  # start of its chain of block keys
     tokens: list[int]  # prompt and committed output
+    flow: Flow = field(init=False)  # set by the queue
+    charged: int = 0  # positions that its flow was charged
     keys: list[bytes] = field(default_factory=list)  # of the first full blocks of `tokens`
     waiting_since: float = 0.0  # seconds of the scheduler's clock
     computed: int = 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from engine.messages import IMAGE_ALIGN, AdapterImageRef, Placement, aligned
@@ -37,9 +37,10 @@ class _Entry:
     used: int = 0  # tick of the last use
     last_step: int = 0  # the last launched step that could read it, once it is not in use
 
-    @property
-    def end(self) -> int:
-        return self.start + self.image.data_bytes
+    end: int = field(init=False)  # where the next interval may start
+
+    def __post_init__(self) -> None:
+        self.end = aligned(self.start + self.image.data_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,8 @@ class SlotTable:
             return None
         start, victims = found
         leaving = tuple(victim.image.digest for victim in victims)
-        self._reserved[image.digest] = _Reservation(start, start + image.data_bytes, leaving)
+        end = aligned(start + image.data_bytes)
+        self._reserved[image.digest] = _Reservation(start, end, leaving)
         return [(victim.image.digest, victim.since) for victim in victims]
 
     def cancel_reservation(self, digest: bytes) -> None:
@@ -320,12 +322,13 @@ class SlotTable:
         return start, victims
 
     def _gap(self, size: int, intervals: list[tuple[int, int]]) -> int | None:
-        """Start of the first aligned gap of `size` bytes between `intervals`, which are sorted and may overlap."""
+        """Start of the first gap of `size` bytes between `intervals`, which are aligned, sorted and may overlap."""
         start = 0
         for taken_start, taken_end in intervals:
             if taken_start - start >= size:
                 return start
-            start = max(start, aligned(taken_end))
+            if taken_end > start:
+                start = taken_end
         return start if self.arena_bytes - start >= size else None
 
     def check(self) -> None:
@@ -336,7 +339,8 @@ class SlotTable:
         for digest, entry in self._entries.items():
             assert entry.image.digest == digest and self._by_slot[entry.slot] is entry
             assert entry.start % IMAGE_ALIGN == 0 and entry.start >= 0
-            assert entry.end <= self.arena_bytes, "an adapter lies outside the arena"
+            size = entry.image.data_bytes
+            assert entry.start + size <= self.arena_bytes, "an adapter lies outside the arena"
             assert entry.num_users >= 0 and (entry.resident or not entry.num_users)
         assert self._intervals == sorted((entry.start, entry.end) for entry in entries)
         for left, right in zip(self._intervals, self._intervals[1:], strict=False):

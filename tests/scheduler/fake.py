@@ -49,11 +49,24 @@ def request(
     salt: bytes = b"",
     group: str = "",
     behind: int = 0,
+    tenant: str = "",
+    weight: float = 1.0,
+    priority: int = 0,
 ) -> Request:
-    sampling = SamplingParams(prompt_logprobs=prompt_logprobs)
-    stops = [EOS] if eos else []
     return Request(
-        id, tokens, sampling, max_new_tokens, stops, adapter, salt, arrival, group, behind
+        id=id,
+        tokens=tokens,
+        sampling=SamplingParams(prompt_logprobs=prompt_logprobs),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=[EOS] if eos else [],
+        adapter=adapter,
+        cache_salt=salt,
+        arrival=arrival,
+        group=group,
+        behind=behind,
+        tenant=tenant,
+        weight=weight,
+        priority=priority,
     )
 
 

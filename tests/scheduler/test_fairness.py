@@ -149,9 +149,9 @@ def test_who_waits_for_a_row_anyway_gets_no_turn() -> None:
         house.add(request(f"r{index}", [1], 20, image(name), arrival=index, eos=False))
     while not house.order:
         house.step()
-    assert house.order == ["r0"] and paused(house) == 0, "r1 waits for the row in front of r2"
+    assert house.order == ["r0"] and paused(house) == 0, "r1 and r2 wait for the row"
     house.drain()
-    assert house.order == ["r0", "r2", "r1"], "then r2 was the oldest"
+    assert house.order == ["r0", "r1", "r2"], "r2 gets a turn as the row is free, r1 the row"
 
 
 def test_a_cancelled_turn_gives_the_room_back() -> None:

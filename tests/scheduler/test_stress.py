@@ -48,6 +48,9 @@ def random_request(rng: random.Random, index: int, stems: list[list[int]], now: 
         eos=rng.random() < 0.7,
         prompt_logprobs=rng.random() < 0.2,
         salt=rng.choice([b"", b"tenant"]),
+        tenant=rng.choice(["", "one", "two"]),
+        weight=rng.choice([0.5, 1.0, 4.0]),
+        priority=rng.choice([0, 0, 0, 1, -5]),
     )
 
 
