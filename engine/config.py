@@ -118,6 +118,13 @@ class AdapterConfig:
             least=1,
         ),
     ] = 1024
+    max_requests_per_adapter: Annotated[
+        int | None,
+        Option(
+            "Maximum open requests for one adapter. Further ones get status 429. Unset: no limit.",
+            least=1,
+        ),
+    ] = None
     max_added_tokens: Annotated[
         int,
         Option(

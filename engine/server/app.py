@@ -208,9 +208,9 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
                 with suppress(TimeoutError):
                     async with asyncio.timeout(WATCH_S):
                         await stopped.wait()
-            log.info("shutting down: waiting for %d open requests", front.num_open)
+            log.info("shutting down: waiting for %d open requests", front.places.num_open)
             if not await runner.drain(drain_s if front.backend.alive else min(drain_s, DEAD_S)):
-                log.info("shutting down: cancelling %d open requests", front.num_open)
+                log.info("shutting down: cancelling %d open requests", front.places.num_open)
         finally:
             await runner.cleanup()
     except asyncio.CancelledError:
@@ -218,7 +218,7 @@ async def run(app: web.Application, started: Callable[[str], None] | None = None
             raise
         while main.uncancel():
             pass
-        log.info("shutting down at once: %d requests were open", front.num_open)
+        log.info("shutting down at once: %d requests were open", front.places.num_open)
     finally:
         for number in signals:
             loop.remove_signal_handler(number)

@@ -17,10 +17,11 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
 from engine.lora.recipe import FIELD
 from engine.server.events import Event, FinishedChoice
-from engine.server.generation import Generation, Prompt
+from engine.server.generation import Generation
 from engine.server.keys import Keys
 from engine.server.merged import MergedAdapters
 from engine.server.parameters import Parameters, invalid, resolve_adapter
+from engine.server.prompts import Prompt
 from engine.server.text import Text
 
 NO_TOKENS = ("", "EMPTY", "NONE")  # OpenAI clients send these where they need a key and have none

@@ -18,6 +18,7 @@ from engine.server.bodies import Bodies
 from engine.server.generation import Generator
 from engine.server.keys import Keys
 from engine.server.parameters import BASE_NAMES
+from engine.server.places import Places
 from engine.server.responses import error_response
 from engine.server.text import Text
 
@@ -36,13 +37,14 @@ class Front:
     generator: Generator = field(init=False)
     aliases: Aliases = field(init=False)
     keys: Keys = field(init=False)
+    places: Places = field(init=False)
     started: float = field(default_factory=time.time)
     open_aliases: int = 0  # aliases that are being set
-    num_open: int = 0  # requests that count towards max_concurrent_requests
     end_by: float | None = None  # by time.monotonic(), set when the server shuts down
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.config.server)
+        self.places = Places(self.config.server.max_concurrent_requests, self.keys)
         names = (self.backend.info.model_id, self.config.model.model_id, *BASE_NAMES)
         self.aliases = Aliases(frozenset(names))
         self.aliases.set_all(self.config.adapters.adapter_alias)

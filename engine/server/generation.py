@@ -16,14 +16,15 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
 
+from engine.adapters.ref import AdapterRef
 from engine.backend import Backend, Lease, Reader
 from engine.config import EngineConfig
-from engine.errors import LoraxError
+from engine.errors import LoraxError, Overloaded
 from engine.messages import Request, Update
 from engine.metrics import Metrics
 from engine.server.adapter_texts import AdapterTexts
@@ -31,17 +32,14 @@ from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.keys import Tenant
-from engine.server.parameters import Limits, Parameters, check, check_prompt, invalid
+from engine.server.parameters import Limits, Parameters, check, invalid, priority_of
+from engine.server.prompts import Prompt, tokenized
 from engine.server.salts import salt_of
 from engine.server.stops import StopMatcher
-from engine.server.text import Text, characters
+from engine.server.text import Text
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
-
-NORMALISED = 4  # a tokenizer normalises at most this many characters to one
-
-Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
 
 
 def _label(parameters: Parameters, lease: Lease | None) -> str:
@@ -254,6 +252,7 @@ class Generator:
     aliases: Aliases = field(default_factory=Aliases)
     limits: Limits = field(init=False)
     texts: AdapterTexts = field(init=False)
+    _requests: Counter[AdapterRef] = field(default_factory=Counter)  # open ones
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
     num_open: int = 0  # sequences that the engine has not dropped
 
@@ -286,6 +285,7 @@ class Generator:
         """
         timings = Timings(time.monotonic())
         check(parameters, self.limits)
+        priority_of(parameters, tenant.priority if tenant else 0)
         if len(prompts) * parameters.best_of > self.limits.max_sequences:
             raise invalid(
                 parameters.name("inputs"),
@@ -294,19 +294,22 @@ class Generator:
                 "split it into several requests",
             )
         started = time.monotonic()
-        lease: Lease | None = None
+        adapter, lease = None, None
         if parameters.adapter is not None:
             adapter = self.aliases.resolve(parameters.adapter)
-            lease = await self.backend.acquire(adapter, parameters.api_token)
+            self._count(adapter)
         generation: Generation | None = None
         try:
+            if adapter is not None:
+                lease = await self.backend.acquire(adapter, parameters.api_token)
             text = self.text
             if lease is not None and lease.text is not None:
                 text = await self.texts.of(lease.text)
             waited = time.monotonic() - started
             vocab_size = lease.image.vocab if lease is not None else 0
             tokens = [
-                await self._tokenize(prompt, parameters, text, vocab_size) for prompt in prompts
+                await tokenized(prompt, parameters, self.limits, text, vocab_size)
+                for prompt in prompts
             ]
             # As if the adapter had been acquired afterwards: its load is part of the time in the queue.
             timings.validated = time.monotonic() - waited
@@ -327,6 +330,24 @@ class Generator:
                 await generation.close()
             elif lease is not None:
                 lease.release()
+            if adapter is not None:
+                self._uncount(adapter)
+
+    def _count(self, adapter: AdapterRef) -> None:
+        """One more request for an adapter. Raises Overloaded beyond --max-requests-per-adapter."""
+        most, number = self.config.adapters.max_requests_per_adapter, self._requests[adapter]
+        if most is not None and number >= most:
+            raise Overloaded(
+                f"{number} requests for {adapter.name} are open, which is the limit",
+                field="adapter_id",
+                hint="try again, or start the server with a larger --max-requests-per-adapter",
+            )
+        self._requests[adapter] = number + 1
+
+    def _uncount(self, adapter: AdapterRef) -> None:
+        self._requests[adapter] -= 1
+        if not self._requests[adapter]:
+            del self._requests[adapter]
 
     def _choices(
         self, generation: Generation, lease: Lease | None, tenant: Tenant | None
@@ -334,6 +355,7 @@ class Generator:
         parameters, text = generation.parameters, generation.text
         sharing = tenant if self.config.server.prefix_cache_per_tenant else None
         salt = salt_of(lease.cache_salt if lease else b"", parameters.cache_salt, sharing)
+        priority = priority_of(parameters, tenant.priority if tenant else 0)
         made: list[Choice] = []
         behind = 0
         for tokens in generation.prompts:
@@ -350,6 +372,9 @@ class Generator:
                     arrival=generation.timings.received,
                     group=generation.id,
                     behind=behind,
+                    tenant=tenant.name if tenant else "",
+                    weight=tenant.weight if tenant else 1.0,
+                    priority=priority,
                 )
                 behind += len(tokens) + new
                 made.append(
@@ -363,33 +388,3 @@ class Generator:
                     )
                 )
         return made
-
-    def _check_length(self, characters: int, most: int, parameters: Parameters) -> None:
-        """Raises InvalidRequest for a text that is certainly too long, before tokenizing, which would take long."""
-        if characters > most:
-            raise invalid(
-                parameters.name("inputs"),
-                f"has {characters} characters, the limit is {self.limits.max_input_length} tokens",
-                "shorten it",
-            )
-
-    async def _tokenize(
-        self, prompt: Prompt, parameters: Parameters, text: Text, vocab_size: int
-    ) -> list[int]:
-        """The tokens of one prompt; raises InvalidRequest if they do not fit. `vocab_size` 0: the base model's."""
-        most = self.limits.max_input_length * NORMALISED * text.longest_token
-        if isinstance(prompt, str):
-            if parameters.truncate:  # a token at this cut is cut off again below
-                prompt = prompt[-most:]
-            self._check_length(len(prompt), most, parameters)
-            tokens = await text.encode(prompt, special=parameters.special)
-        elif prompt and isinstance(prompt[0], dict):
-            self._check_length(characters(prompt), most, parameters)
-            tokens = await text.encode_chat(prompt, most)
-        else:
-            tokens = cast(list[int], prompt)
-        await asyncio.sleep(0)  # other requests run between two prompts of this one
-        if parameters.truncate:
-            tokens = tokens[-parameters.truncate :]
-        check_prompt(tokens, parameters, self.limits, vocab_size)
-        return tokens

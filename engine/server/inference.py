@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from engine.errors import LoraxError, Overloaded
+from engine.errors import LoraxError
 from engine.server.access import TENANT, context_of
 from engine.server.formats import Format, Formatter, GenerationRequest
 from engine.server.front import FRONT, Front
 from engine.server.generation import Generation
+from engine.server.keys import Tenant
 from engine.server.responses import json_response
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -30,7 +31,7 @@ def handler_of(format: Format) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         front = request.app[FRONT]
-        admission = _Admission(front)
+        admission = _Admission(front, request.get(TENANT))
         front.metrics.request()
         try:
             asked = await _parse(request, format, admission)
@@ -59,24 +60,20 @@ class _Admission:
     """One of max_concurrent_requests, from the end of the body to the end of the answer."""
 
     front: Front
+    tenant: Tenant | None
     failed: str | None = "dropped"  # type of the error; None: answered in full
     admitted: bool = False
     start: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:
         """Raises Overloaded."""
-        most = self.front.config.server.max_concurrent_requests
-        if self.front.num_open >= most:
-            raise Overloaded(
-                f"{most} requests are open, which is the limit",
-                hint="try again, or start the server with a larger --max-concurrent-requests",
-            )
-        self.front.num_open += 1
+        self.front.places.take(self.tenant)
         self.admitted = True
         self.start = time.monotonic()
 
     def end(self) -> None:
-        self.front.num_open -= self.admitted
+        if self.admitted:
+            self.front.places.leave(self.tenant)
         if self.failed is None:
             self.front.metrics.success(time.monotonic() - self.start)
         else:

@@ -76,15 +76,20 @@ class Keys:
         self._fixed = [(_digest(key), Tenant(DEFAULT_TENANT)) for key in config.api_key]
         self._state: bytes | str = b""  # digest of the file's contents, or why they cannot be read
         if self._path is None:
-            self._table = self._tabled(self._fixed)
+            self._use(self._tabled(self._fixed))
         else:
             data = _contents(self._path)
             self._state = hashlib.sha256(data).digest()
-            self._table = self._read(self._path, data)
+            self._use(self._read(self._path, data))
 
     @property
     def num_keys(self) -> int:
         return len(self._table)
+
+    @property
+    def total_weight(self) -> float:
+        """Of all tenants."""
+        return self._total_weight
 
     @property
     def in_file(self) -> bool:
@@ -110,7 +115,7 @@ class Keys:
         try:
             if isinstance(found, ConfigError):
                 raise found
-            self._table = self._read(self._path, found)
+            self._use(self._read(self._path, found))
         except ConfigError as error:
             log.error("%s; the keys read before stay valid", error)
         else:
@@ -130,6 +135,12 @@ class Keys:
 
     def _hash(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()
+
+    def _use(self, table: dict[bytes, Tenant]) -> None:
+        self._table = table
+        self._total_weight = sum(
+            one.weight for one in {one.name: one for one in table.values()}.values()
+        )
 
     def _tabled(self, owned: Iterable[_Owned]) -> dict[bytes, Tenant]:
         """Keyed hash -> tenant. Raises ConfigError if a key has two tenants, or a tenant two shares."""

@@ -19,6 +19,7 @@ from engine.messages import EngineInfo, SamplingParams
 BASE_NAMES = ("base", "__base_model__")  # adapter names that mean: no adapter
 GREEDY_BELOW = 1e-5  # lower temperatures mean greedy: dividing by them would overflow
 MAX_SEED = 2**64 - 1
+LOWEST_PRIORITY = -1000
 MAX_CACHE_SALT = 256  # characters
 
 
@@ -54,6 +55,7 @@ class Parameters:
     adapter: AdapterRef | None = None  # None: the base model
     api_token: str | None = None
     cache_salt: str | None = None  # only requests with the same one share cached prompts
+    priority: int | None = None  # higher: before others; at most the tenant's
     sample: bool = False  # else greedy
     temperature: float | None = None
     top_k: int | None = None
@@ -107,6 +109,18 @@ class Parameters:
         """One for each of `best_of` choices: the client's seed or a random one, then seeds derived from it."""
         first = random.getrandbits(63) if self.seed is None else self.seed & MAX_SEED
         return [first, *(_mix(first, index) for index in range(1, self.best_of))]
+
+
+def priority_of(parameters: Parameters, most: int) -> int:
+    """The priority of a request. `most`: the tenant's, or 0. Raises InvalidRequest."""
+    asked = parameters.priority
+    if asked is not None and not LOWEST_PRIORITY <= asked <= most:
+        raise invalid(
+            parameters.name("priority"),
+            f"must be between {LOWEST_PRIORITY} and {most}, not {asked}",
+            "leave it out for the highest that you may have",
+        )
+    return most if asked is None else asked
 
 
 def _or(value: float | None, default: float) -> float:

@@ -71,7 +71,7 @@ async def start(backend: FakeBackend, text: Text, config: EngineConfig) -> Async
 
     yield make
     async with asyncio.timeout(5):
-        while any(client.app[FRONT].num_open for client in clients) or backend.open:
+        while any(client.app[FRONT].places.num_open for client in clients) or backend.open:
             await asyncio.sleep(0.005)
     backend.check_idle()
     for client in clients:

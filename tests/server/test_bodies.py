@@ -34,7 +34,7 @@ async def test_bodies_that_never_come_take_no_place(
             await server.connect(announce(100, path) + HELLO)
             await server.connect(b"POST " + path + CHUNKED + b"5\r\nabc")
         await until(lambda: server.front.bodies.num_open == 30)
-        assert server.front.num_open == 0
+        assert server.front.places.num_open == 0
         for other in PATHS:
             status, _ = await (await server.connect(post(other))).head()
             assert status == 200

@@ -317,7 +317,7 @@ async def test_open_requests_are_cancelled_after_the_drain_time(
     async with served(backend, text, drain_timeout_s=0.5) as server:
         path = b"/generate" if state == "waiting" else b"/generate_stream"
         await server.connect(post(path, json.dumps(body).encode()))
-        await until(lambda: server.front.num_open)
+        await until(lambda: server.front.places.num_open)
         await asyncio.sleep(0.3)
         assert await stop(server) < 0.5 + 5
     backend.check_idle()

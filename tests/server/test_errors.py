@@ -68,6 +68,9 @@ NATIVE: list[tuple[Json, str]] = [
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"cache_salt": 5}, "cache_salt"),
+    ({"priority": 1}, "priority"),
+    ({"priority": -1001}, "priority"),
+    ({"priority": 0.5}, "priority"),
 ]
 
 
@@ -209,6 +212,7 @@ CHAT: list[tuple[Json, str]] = [
     ({"model": 7}, "model"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
+    ({"priority": 1}, "priority"),
 ]
 
 COMPLETION: list[tuple[Json, str]] = [

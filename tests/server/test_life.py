@@ -60,7 +60,7 @@ async def test_a_client_that_goes_away(
     if asking.done():
         asking.result().close()
     asking.cancel()
-    await until(lambda: not client.app[FRONT].num_open)
+    await until(lambda: not client.app[FRONT].places.num_open)
     backend.check_idle()
     assert len(backend.cancelled) == len(backend.requests)
     assert bool(backend.requests) == (when != "adapter")

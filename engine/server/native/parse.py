@@ -53,6 +53,7 @@ def _parameters(
         adapter=context.adapter(given.adapter_id, given.adapter_source, given.merged_adapters),
         api_token=api_token,
         cache_salt=given.cache_salt,
+        priority=given.priority,
         sample=sample,
         temperature=given.temperature,
         top_k=given.top_k,

@@ -15,6 +15,7 @@ class GenerateParameters(Struct, frozen=True):
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     best_of: int | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None

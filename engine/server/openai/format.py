@@ -16,7 +16,7 @@ from engine.logs import printable
 from engine.lora.recipe import FIELD
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.formats import Answer
-from engine.server.generation import Generation, Prompt
+from engine.server.generation import Generation
 from engine.server.openai import logprobs
 from engine.server.openai.schemas import (
     AnswerMessage,
@@ -32,6 +32,7 @@ from engine.server.openai.schemas import (
     OpenAIBody,
     OpenAIUsage,
 )
+from engine.server.prompts import Prompt
 from engine.server.text import Text
 
 FINGERPRINT = f"lorax-{engine.__version__}"

@@ -11,10 +11,10 @@ import msgspec
 
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
-from engine.server.generation import Prompt
 from engine.server.openai.format import ChatFormatter, CompletionFormatter
 from engine.server.openai.schemas import ChatBody, CompletionBody, Message, OpenAIBody
 from engine.server.parameters import Parameters, invalid, refuse, refuse_format
+from engine.server.prompts import Prompt
 
 
 def parse_chat(raw: bytes | bytearray, context: Context, /) -> GenerationRequest:
@@ -58,6 +58,7 @@ def _parameters(
         ),
         "api_token": api_token,
         "cache_salt": body.cache_salt,
+        "priority": body.priority,
         "sample": True,
         "temperature": body.temperature,
         "top_k": body.top_k,

@@ -53,6 +53,7 @@ class OpenAIBody(Struct, frozen=True, kw_only=True):
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
 
 
 class ChatBody(OpenAIBody, frozen=True, kw_only=True):
