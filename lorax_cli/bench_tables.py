@@ -155,6 +155,9 @@ def simulation_table(report: SimulationReport) -> RenderableType:
             f"p10 {fair.p10:.2f}, p50 {fair.p50:.2f}; Jain's index {fair.jain:.3f}; "
             f"longest wait {fair.longest_wait_s:.2f} s"
         )
+    if len(report.tenants) > 1:
+        ratios = ", ".join(f"{one.ratio:.1%} (weight {one.weight:g})" for one in report.tenants)
+        lines.append(f"tokens that each tenant received of its share: {ratios}")
     return Group(table, *lines)
 
 

@@ -4,7 +4,7 @@ They are apart from `engine.bench` so that `lorax --help` does not import the be
 """
 
 from engine.bench_options.options import BenchOption, Span, bench_options, fill, names
-from engine.bench_options.simulation import Pace, SimulatedServer, Simulation, Traffic
+from engine.bench_options.simulation import Pace, SimulatedServer, Simulation, Tenancy, Traffic
 from engine.bench_options.workloads import (
     CASES,
     POPULARITIES,
@@ -25,6 +25,7 @@ __all__ = [
     "SimulatedServer",
     "Simulation",
     "Span",
+    "Tenancy",
     "Traffic",
     "Workload",
     "bench_options",

@@ -68,6 +68,32 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
+class Tenancy:
+    """The tenants. The first one sends more than the others, if so wished."""
+
+    tenants: Annotated[
+        int, BenchOption("Number of tenants. They get the adapters in turn.", count, "1")
+    ] = 1
+    weights: Annotated[
+        tuple[float, ...], BenchOption("Weights to give to the tenants in turn: 4,1.", rates, "1")
+    ] = (1.0,)
+    greed: Annotated[
+        float,
+        BenchOption("Requests of the first tenant, in multiples of another's.", rate, "1"),
+    ] = 1.0
+    greedy_prompts: Annotated[
+        int, BenchOption("Prompts of each request of the first tenant.", count, "1")
+    ] = 1
+
+    def weight(self, tenant: int) -> float:
+        return self.weights[tenant % len(self.weights)]
+
+    def share(self, tenant: int) -> float:
+        """Of all weights."""
+        return self.weight(tenant) / sum(map(self.weight, range(self.tenants)))
+
+
+@dataclass(frozen=True, slots=True)
 class SimulatedServer:
     """The server. Fields with the name of a setting have its meaning."""
 
@@ -160,14 +186,26 @@ class Simulation:
     traffic: Traffic = field(default_factory=Traffic)
     server: SimulatedServer = field(default_factory=SimulatedServer)
     pace: Pace = field(default_factory=Pace)
+    tenancy: Tenancy = field(default_factory=Tenancy)
 
     @classmethod
     def of(cls, given: Mapping[str, str | list[str]]) -> Simulation:
         """The options with the texts of `given`. Raises ConfigError that names the flag."""
-        return cls(fill(Traffic, given), fill(SimulatedServer, given), fill(Pace, given))
+        return cls(
+            fill(Traffic, given),
+            fill(SimulatedServer, given),
+            fill(Pace, given),
+            fill(Tenancy, given),
+        )
 
     def check(self) -> None:
         """Raises ConfigError for options under which a request could never be served."""
+        if self.tenancy.tenants > self.traffic.adapters:
+            raise ConfigError(
+                f"{self.tenancy.tenants} tenants share {self.traffic.adapters} adapters",
+                field="tenants",
+                hint="give each tenant an adapter or more: raise --adapters",
+            )
         largest = aligned(int(max(self.traffic.adapter_mb) * MB))
         for field_name, room in (
             ("arena_gb", self.server.arena_bytes),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 
-from engine.bench_options import Pace, SimulatedServer, Simulation, Traffic
+from engine.bench_options import Pace, SimulatedServer, Simulation, Tenancy, Traffic
 from lorax_cli.bench_files import Given, JsonFile, PlotFile, output_of, write
 from lorax_cli.options import with_bench_options
 from lorax_cli.output import QuietFlag
 
 
-@with_bench_options(("Requests", Traffic), ("Server", SimulatedServer), ("Times", Pace))
+@with_bench_options(
+    ("Requests", Traffic), ("Server", SimulatedServer), ("Times", Pace), ("Tenants", Tenancy)
+)
 def simulate(
     given: Given, json_file: JsonFile = None, plot: PlotFile = None, quiet: QuietFlag = False
 ) -> None:
@@ -20,8 +22,8 @@ def simulate(
     that of one H200 with a model of 7B parameters. Time is virtual. The same options give the same report on any
     machine.
 
-    The report has the hits of each tier, the times to the first token and between tokens, and how even the adapters'
-    shares are.
+    The report has the hits of each tier, the times to the first token and between tokens, how even the adapters' shares
+    are, and what each tenant received of its share by weight.
     """
     options = Simulation.of(given)
     options.check()

@@ -9,11 +9,12 @@ from math import inf
 
 import pytest
 
+from engine.adapters.tier_shares import TierShares
 from engine.bench.simulate.arrivals import arrivals
 from engine.bench.simulate.report import SimulationReport, simulation_report_from
 from engine.bench.simulate.run import simulate
-from engine.bench.simulate.tally import OpenRequest, Shares
-from engine.bench_options import Pace, SimulatedServer, Simulation, Span, Traffic
+from engine.bench.simulate.tally import OpenRequest, Shares, fair_parts
+from engine.bench_options import Pace, SimulatedServer, Simulation, Span, Tenancy, Traffic
 from engine.config import GIB
 from engine.errors import ConfigError
 
@@ -62,7 +63,7 @@ def busy() -> SimulationReport:
 
 
 def test_every_request_ends_and_every_sum_agrees(busy: SimulationReport) -> None:
-    sent = list(arrivals(BUSY))
+    sent = list(arrivals(BUSY, Tenancy()))
     assert busy.sent == busy.completed == len(sent) and busy.refused == 0
     assert busy.input_tokens == sum(one.input_tokens for one in sent)
     assert busy.output_tokens == sum(one.output_tokens for one in sent)
@@ -84,7 +85,7 @@ def test_every_request_ends_and_every_sum_agrees(busy: SimulationReport) -> None
 def test_the_options_decide_the_report(busy: SimulationReport) -> None:
     assert simulate(busy.options) == busy
     assert simulation_report_from(json.loads(json.dumps(busy.to_json()))) == busy
-    assert list(arrivals(BUSY)) != list(arrivals(replace(BUSY, seed=1)))
+    assert list(arrivals(BUSY, Tenancy())) != list(arrivals(replace(BUSY, seed=1), Tenancy()))
 
 
 def test_refused_requests_are_counted() -> None:
@@ -97,7 +98,7 @@ def lru_hits(capacity: int) -> int:
     """Requests of ALONE that a plain LRU of this many adapters would serve."""
     kept: OrderedDict[int, None] = OrderedDict()
     hits = 0
-    for one in arrivals(ALONE):
+    for one in arrivals(ALONE, Tenancy()):
         hits += one.adapter in kept
         kept[one.adapter] = None
         kept.move_to_end(one.adapter)
@@ -148,7 +149,7 @@ def test_a_request_waits_for_the_step_that_runs_and_the_one_launched_ahead() -> 
     pace = Pace(load_s=0.0, load_gb_s=inf, place_gb_s=inf)
     lengths = Span(100, 100), Span(400, 400)
     traffic = Traffic(2, 2.0, 1, input_tokens=lengths[0], output_tokens=lengths[1])
-    first, second = (one.at for one in arrivals(traffic))
+    first, second = (one.at for one in arrivals(traffic, Tenancy()))
     report = simulate(Simulation(traffic, SimulatedServer(), pace))
     decode = pace.step_ms + pace.lora_ms + (pace.row_us + pace.adapter_us) / 1e3
     prompt = pace.step_ms + pace.lora_ms + (100 * pace.token_us + pace.adapter_us) / 1e3
@@ -187,7 +188,7 @@ def test_loads_wait_for_workers_and_for_leases() -> None:
 
 def test_shares() -> None:
     """One adapter gets everything at once, one a part in the first window, nothing in the second, then the rest."""
-    shares = Shares()
+    shares = Shares(lambda tenant: 1.0)
     slow, quick = OpenRequest(0, 0.0, 40), OpenRequest(1, 0.0, 10)
     quick.received = 10
     shares.count(quick)
@@ -205,7 +206,7 @@ def test_shares() -> None:
 
 def test_arrivals() -> None:
     traffic = Traffic(requests=20_000, rate=100.0, adapters=50, zipf=1.2)
-    found = list(arrivals(traffic))
+    found = list(arrivals(traffic, Tenancy()))
     assert found[-1].at == pytest.approx(200.0, rel=0.05)
     counts = Counter(one.adapter for one in found)
     weights = [(index + 1) ** -1.2 for index in range(50)]
@@ -213,7 +214,7 @@ def test_arrivals() -> None:
         expected = 20_000 * weights[adapter] / sum(weights)
         assert counts[adapter] == pytest.approx(expected, abs=5 * expected**0.5)
     flooded = replace(traffic, burst_every=1.0, burst_size=7, flood_every=2.0, flood_size=5)
-    requests = list(arrivals(flooded))
+    requests = list(arrivals(flooded, Tenancy()))
     assert [one.at for one in requests] == sorted(one.at for one in requests)
     together = Counter(one.at for one in requests)
     assert set(together.values()) >= {1, 5, 7}
@@ -239,3 +240,71 @@ def test_options_that_cannot_be_served(simulation: Simulation, words: str) -> No
     with pytest.raises(ConfigError, match=words) as raised:
         simulate(simulation)
     assert raised.value.hint is not None
+
+
+def test_fair_parts_are_those_of_pouring_little_by_little() -> None:
+    """Weighted max-min fairness: everybody who still wants more gets a drop by weight, until nothing is left."""
+    wanted, weights = {0: 100.0, 1: 5.0, 2: 40.0, 3: 1000.0}, {0: 1.0, 1: 4.0, 2: 0.5, 3: 2.0}
+    for total in (0.0, 12.0, 90.0, 400.0, 1145.0):
+        poured, left = dict.fromkeys(wanted, 0.0), total
+        while left > 1e-9:
+            thirsty = [one for one in wanted if poured[one] < wanted[one] - 1e-9]
+            if not thirsty:
+                break
+            sum_of = sum(weights[one] for one in thirsty)
+            drop = min(
+                left / sum_of, *((wanted[one] - poured[one]) / weights[one] for one in thirsty)
+            )
+            for one in thirsty:
+                poured[one] += drop * weights[one]
+            left -= drop * sum_of
+        assert fair_parts(total, wanted, weights.__getitem__) == pytest.approx(poured)
+
+
+EVEN = Traffic(6000, 600.0, 100, zipf=0.0)  # more than the server can do
+FLOODS = {
+    "50 adapters": (EVEN, Tenancy(2, greed=4.0)),
+    "half the weight": (EVEN, Tenancy(2, (1.0, 2.0), greed=3.0)),
+    "among four": (EVEN, Tenancy(4, greed=10.0)),
+    "many prompts": (
+        Traffic(60_000, 60.0, 2, zipf=0.0),
+        Tenancy(2, greed=0.1, greedy_prompts=1024),
+    ),
+}
+
+
+@pytest.mark.parametrize(("traffic", "tenancy"), FLOODS.values(), ids=FLOODS)
+def test_a_flooding_tenant_takes_nobodys_share(traffic: Traffic, tenancy: Tenancy) -> None:
+    """The arena holds 20 adapters, the host cache 40; the requests of the first tenant alone would fill the server."""
+    server = tight(max_batch_total_tokens=40_000, max_concurrent_requests=2048)
+    report = simulate(Simulation(traffic, server, tenancy=tenancy))
+    assert report.refused and all(one.tokens > 5000 for one in report.tenants)
+    assert min(one.ratio for one in report.tenants[1:]) > 0.95
+
+
+def test_shares_of_the_host_cache() -> None:
+    shares = TierShares(1000)
+    for digest in (b"a", b"b", b"c"):
+        assert shares.may_take("many", 0.5, 250)
+        shares.take("many", digest, 250)
+    assert not shares.may_take("many", 0.5, 1) and shares.may_take("one tenant alone", 1.0, 900)
+    assert shares.may_take("few", 0.5, 500) and not shares.may_take("few", 0.5, 501)
+    shares.take("many", b"a", 250)  # again: it counts once
+    shares.take("few", b"d", 100)
+    shares.give_back("many", b"b", 250)
+    assert shares.may_take("many", 0.5, 150) and not shares.may_take("many", 0.5, 151)
+    for tenant, digest, size in (("many", b"a", 250), ("many", b"a", 250), ("many", b"c", 250)):
+        shares.give_back(tenant, digest, size)
+    assert shares.may_take("many", 0.1, 650) and not shares.may_take("many", 0.1, 651)
+
+
+def test_arrivals_of_tenants() -> None:
+    """Tenants have adapters of their own; the first sends as much more as it is greedy, with all prompts of a request."""
+    traffic = Traffic(requests=30_000, rate=100.0, adapters=50, zipf=1.0)
+    found = list(arrivals(traffic, Tenancy(3, greed=4.0, greedy_prompts=5)))
+    assert all(one.adapter % 3 == one.tenant and one.adapter < 50 for one in found)
+    requests = Counter(one.tenant for one in found if not one.prompt)
+    assert requests[0] == pytest.approx(4 * requests[1], rel=0.1)
+    assert requests[1] == pytest.approx(requests[2], rel=0.1)
+    assert [one.prompt for one in found if not one.tenant][:10] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    assert not any(one.prompt for one in found if one.tenant)

@@ -29,6 +29,21 @@ class Fairness:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantShare:
+    """What a tenant received, and what it was due: in each window, its part by weight of all tokens received there."""
+
+    tenant: int
+    weight: float
+    tokens: int
+    due: float
+
+    @property
+    def ratio(self) -> float:
+        """1 is exactly its share."""
+        return self.tokens / self.due if self.due else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Acquisitions:
     """Requests by the tier in which their adapter was when they arrived."""
 
@@ -75,6 +90,7 @@ class SimulationReport:
     itl: Times | None  # between tokens of one request
     latency: Times | None  # from arrival to the last token
     fairness: Fairness | None
+    tenants: list[TenantShare]
 
     def to_json(self) -> dict[str, Any]:
         value = msgspec.to_builtins(self)

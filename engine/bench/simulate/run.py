@@ -6,7 +6,7 @@ time: on a GPU it is hidden by the steps.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from math import inf
 
@@ -16,7 +16,7 @@ from engine.bench.simulate.arrivals import Arrival, arrivals
 from engine.bench.simulate.device import Launched, SimulatedDevice
 from engine.bench.simulate.exchange import SimulatedExchange
 from engine.bench.simulate.report import Acquisitions, SimulationReport
-from engine.bench.simulate.tally import OpenRequest, Tally
+from engine.bench.simulate.tally import OpenRequest, Shares, Tally
 from engine.bench_options import Simulation
 from engine.bench_options.simulation import MB
 from engine.messages import AdapterImageRef, Request, SamplingParams, Update
@@ -25,6 +25,7 @@ from engine.scheduler import BlockPool, Scheduler, SchedulerLimits
 from engine.scheduler.slots import SlotTable
 
 RUN_AHEAD = 1  # steps launched before the oldest is read back
+RESERVED = 10  # one of so many places is for tenants that hold less than their share
 POLL_S = 0.001  # between two looks at a scheduler that waits for time to pass
 SAMPLING = SamplingParams()
 
@@ -44,14 +45,17 @@ class _Run:
         server = options.server
         self.options = options
         self.now = 0.0
-        self.tally = Tally()
+        self.tally = Tally(Shares(options.tenancy.weight))
         self.device = SimulatedDevice(options.pace)
-        self.exchange = SimulatedExchange(server.host_bytes, options.pace)
+        self.exchange = SimulatedExchange(server.host_bytes, options.pace, options.tenancy)
         self.scheduler = _scheduler(options, lambda: self.now)
         self.slots = self.scheduler.slots
-        self._arrivals = arrivals(options.traffic)
+        self._arrivals = arrivals(options.traffic, options.tenancy)
         self._next = next(self._arrivals, None)
         self._sent = 0
+        self._group = 0  # of the last request
+        self._behind = 0  # tokens of the prompts before in that request
+        self._held: Counter[int] = Counter()  # open prompts by tenant
         self._images: dict[int, AdapterImageRef] = {}
         self._requests: dict[str, Request] = {}  # that wait for their adapters
         self._open: dict[str, OpenRequest] = {}
@@ -89,8 +93,8 @@ class _Run:
                 self._arrive(arrival)
                 self._next = next(self._arrivals, None)
             elif loaded <= self.now:
-                for id, leased in self.exchange.take_loaded(loaded):
-                    self._open[id].leased = leased
+                for id, lease in self.exchange.take_loaded(loaded):
+                    self._open[id].lease = lease
                     self.scheduler.add(self._requests.pop(id))
             else:
                 return
@@ -98,9 +102,12 @@ class _Run:
     def _arrive(self, arrival: Arrival) -> None:
         self._sent += 1
         tally = self.tally
-        if len(self._open) >= self.options.server.max_concurrent_requests:
+        if not arrival.prompt:
+            self._group, self._behind = self._sent, 0
+        if not self._has_place(arrival.tenant):
             tally.refused += 1
             return
+        self._held[arrival.tenant] += 1
         tally.input_tokens += arrival.input_tokens
         image = self._image(arrival.adapter)
         request = Request(
@@ -111,18 +118,33 @@ class _Run:
             eos_token_ids=[],
             adapter=image,
             arrival=arrival.at,
+            group=str(self._group),
+            behind=self._behind,
+            tenant=str(arrival.tenant),
+            weight=self.options.tenancy.weight(arrival.tenant),
         )
-        opened = OpenRequest(arrival.adapter, arrival.at, arrival.output_tokens)
+        self._behind += arrival.input_tokens + arrival.output_tokens
+        opened = OpenRequest(
+            arrival.adapter, arrival.at, arrival.output_tokens, tenant=arrival.tenant
+        )
         self._open[request.id] = opened
         resident = self.slots.slot_of(image.digest) is not None
-        opened.leased = self.exchange.acquire(image, request.id, arrival.at)
-        if opened.leased is None:
+        opened.lease = self.exchange.acquire(image, request.id, request.tenant, arrival.at)
+        if opened.lease is None:
             tally.reloaded += resident
             self._requests[request.id] = request
         else:
             opened.tier = "device" if resident else "host"
             self.scheduler.add(request)
         tally.tiers[opened.tier] += 1
+
+    def _has_place(self, tenant: int) -> bool:
+        """As `engine.server.places` decides."""
+        most, tenancy = self.options.server.max_concurrent_requests, self.options.tenancy
+        if len(self._open) < most - most // RESERVED:
+            return True
+        share = most * tenancy.share(tenant)
+        return len(self._open) < most and self._held[tenant] < share
 
     def _image(self, adapter: int) -> AdapterImageRef:
         image = self._images.get(adapter)
@@ -156,9 +178,10 @@ class _Run:
         if update.finish is not None:
             assert request.received == request.wanted, "a request ended early"
             tally.ended(request)
-            assert request.leased is not None
-            self.exchange.release(request.leased, self.now)
+            assert request.lease is not None
+            self.exchange.release(request.lease, self.now)
             del self._open[update.id]
+            self._held[request.tenant] -= 1
 
     def report(self) -> SimulationReport:
         """The report, after `run`."""
@@ -192,6 +215,7 @@ class _Run:
             itl=Times.of_counts(tally.gaps),
             latency=Times.of(tally.latencies),
             fairness=tally.shares.fairness(tally.longest_wait),
+            tenants=tally.shares.tenants(),
         )
 
 

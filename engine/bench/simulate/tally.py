@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from math import fsum
 from typing import Literal
 
-from engine.adapters.tiers import HostImage
 from engine.bench.quantiles import Times, quantile
-from engine.bench.simulate.report import Fairness
+from engine.bench.simulate.exchange import SimulatedLease
+from engine.bench.simulate.report import Fairness, TenantShare
 
 Tier = Literal["device", "host", "source"]
 TIERS: tuple[Tier, ...] = ("device", "host", "source")
@@ -25,27 +25,36 @@ class OpenRequest:
     arrival: float  # seconds
     wanted: int  # tokens
     tier: Tier = "source"  # where its adapter was when it arrived
-    leased: HostImage | None = None
+    lease: SimulatedLease | None = None
     received: int = 0  # tokens
     counted: int = 0  # tokens received before this window
     last: float = 0.0  # time of its last token
+    tenant: int = 0
 
 
 class Shares:
     """Tokens that adapters received in each window, over those that their open requests still wanted.
 
-    A request is in every window in which it is open, with what it had not received before.
+    A request is in every window in which it is open, with what it had not received before. A tenant's *due* in a window
+    is its part of all tokens received in it: by weight, and what some do not want goes to the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Callable[[int], float]) -> None:
+        """`weight`: of a tenant."""
+        self._weight = weight
         self._received: Counter[int] = Counter()
         self._wanted: Counter[int] = Counter()
+        self._window_received: Counter[int] = Counter()  # by tenant
+        self._window_wanted: Counter[int] = Counter()
+        self._tenants: dict[int, TenantShare] = {}
         self.window_end = WINDOW_S
 
     def count(self, request: OpenRequest) -> None:
         """At the end of a window, or of the request."""
         self._wanted[request.adapter] += request.wanted - request.counted
         self._received[request.adapter] += request.received - request.counted
+        self._window_wanted[request.tenant] += request.wanted - request.counted
+        self._window_received[request.tenant] += request.received - request.counted
         request.counted = request.received
 
     def end_windows(self, open_requests: Collection[OpenRequest], now: float) -> None:
@@ -53,7 +62,23 @@ class Shares:
         while self.window_end <= now:
             for request in open_requests:
                 self.count(request)
+            self._end_window()
             self.window_end += WINDOW_S
+
+    def _end_window(self) -> None:
+        wanted, received = self._window_wanted, self._window_received
+        due = fair_parts(received.total(), wanted, self._weight)
+        for tenant, tokens in received.items():
+            before = self._tenants.get(tenant) or TenantShare(tenant, self._weight(tenant), 0, 0.0)
+            self._tenants[tenant] = replace(
+                before, tokens=before.tokens + tokens, due=before.due + due[tenant]
+            )
+        self._window_wanted, self._window_received = Counter(), Counter()
+
+    def tenants(self) -> list[TenantShare]:
+        """At the end."""
+        self._end_window()
+        return [self._tenants[tenant] for tenant in sorted(self._tenants)]
 
     def fairness(self, longest_wait: float) -> Fairness | None:
         """None without requests."""
@@ -72,10 +97,25 @@ class Shares:
         )
 
 
+def fair_parts(
+    total: float, wanted: Mapping[int, float], weight: Callable[[int], float]
+) -> dict[int, float]:
+    """Divides `total` by weight; nobody gets more than it wants (weighted max-min fairness)."""
+    parts: dict[int, float] = {}
+    rest = sorted(wanted, key=lambda one: wanted[one] / weight(one))
+    weights = fsum(map(weight, rest))
+    for one in rest:
+        parts[one] = min(wanted[one], total * weight(one) / weights)
+        total -= parts[one]
+        weights -= weight(one)
+    return parts
+
+
 @dataclass(slots=True)
 class Tally:
     """Sums over the requests and steps so far."""
 
+    shares: Shares
     refused: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -85,7 +125,6 @@ class Tally:
     first: dict[Tier, list[float]] = field(default_factory=lambda: {tier: [] for tier in TIERS})
     latencies: list[float] = field(default_factory=list)  # seconds from arrival to the last token
     gaps: Counter[float] = field(default_factory=Counter)  # seconds between tokens -> how often
-    shares: Shares = field(default_factory=Shares)
 
     def token(self, request: OpenRequest, now: float) -> None:
         """The request received a token."""
