@@ -299,7 +299,7 @@ def test_shares_of_the_host_cache() -> None:
 
 
 def test_arrivals_of_tenants() -> None:
-    """Tenants have adapters of their own. The first sends as much more as it is greedy, with every prompt of a request."""
+    """Tenants have adapters of their own. The first sends more, every prompt of a request at once."""
     traffic = Traffic(requests=30_000, rate=100.0, adapters=50, zipf=1.0)
     found = list(arrivals(traffic, Tenancy(3, greed=4.0, greedy_prompts=5)))
     assert all(one.adapter % 3 == one.tenant and one.adapter < 50 for one in found)
