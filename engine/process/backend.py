@@ -28,6 +28,7 @@ from engine.process.pipe_messages import (
     ShardReady,
     Updates,
 )
+from engine.process.private import for_exchange, for_shard
 from engine.process.questions import fail_future
 from engine.process.spawn import END_S, Child
 from engine.process.streams import Streams
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 class ProcessBackend:
     """One shard, one exchange, and the front's ends of their pipes. Made by `start`."""
 
-    def __init__(self, setup: Setup, watch: Watch) -> None:
+    def __init__(self, config: EngineConfig, parts: Parts, watch: Watch) -> None:
         self.closed = asyncio.Event()  # a child died, or `close` was called
         self.failure: EngineDead | None = None  # why a child died
         self._shard: Child[ShardReady | Preloaded | Failed | Updates] = Child(
@@ -48,7 +49,7 @@ class ProcessBackend:
         self._region = HostRegion.create(0)  # the shard makes it as large as the machine allows
         self._exchange = ExchangeClient(
             self._region.fd,
-            setup,
+            Setup(for_exchange(config), parts),
             lambda images: self._shard.send(Preload(images)),
             self._exchange_lost,
             watch,
@@ -65,10 +66,10 @@ class ProcessBackend:
         cls, config: EngineConfig, parts: Parts | None = None, watch: Watch | None = None
     ) -> ProcessBackend:
         """Starts both processes in parallel. Raises the error of the one that cannot start."""
-        setup = Setup(config, parts or Parts())
-        backend = cls(setup, watch or Watch())
+        parts = parts or Parts()
+        backend = cls(config, parts, watch or Watch())
         try:
-            await backend._shard.start(backend._region.fd, setup)
+            await backend._shard.start(backend._region.fd, Setup(for_shard(config), parts))
             await backend._exchange.start()
             await backend._started
         except BaseException:

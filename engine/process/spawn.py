@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from engine.process.pipe import Pipe
+from engine.process.private import environment
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ class Child(Generic[T]):
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,  # stdout is for the data of commands
                 pass_fds=fds,
+                env=environment(),
             )
         self._pipe.send(setup)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from engine.adapters.ref import AdapterRef
@@ -207,6 +208,19 @@ class EchoEngine:
         self._region.close()
 
 
+def known(config: EngineConfig) -> str:
+    """All that a process knows of the settings."""
+    return msgspec.json.encode([config, dict(os.environ)]).decode()
+
+
+class TellingEngine(EchoEngine):
+    """Its model's id is what its process knows."""
+
+    def __init__(self, config: EngineConfig, region: HostRegion) -> None:
+        super().__init__(config, region)
+        self.info = replace(self.info, model_id=known(config))
+
+
 class BrokenEngine(EchoEngine):
     """Every step fails."""
 
@@ -323,6 +337,14 @@ class NameExchange:
 class ClumsyExchange(NameExchange):
     async def start(self) -> None:
         raise ZeroDivisionError("clumsy")
+
+
+class TellingExchange(NameExchange):
+    """Its only adapter is what its process knows."""
+
+    def __init__(self, config: EngineConfig, *given: Any, **more: Any) -> None:
+        super().__init__(config, *given, **more)
+        self.leases[known(config)] = 0
 
 
 class SlowStartExchange(NameExchange):
