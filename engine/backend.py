@@ -87,8 +87,11 @@ class Backend(Protocol):
         """Ends a request early. Its last update still comes; its adapter must not be released before that."""
         ...
 
-    async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
-        """Fetches, checks and stages the adapter; raises AdapterError. May be cancelled."""
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> Lease:
+        """Fetches, checks and stages the adapter; raises AdapterError. May be cancelled.
+
+        `token`: for private adapters. `tenant`: whose request it is; the loads of different tenants take turns.
+        """
         ...
 
     async def adapters(self) -> list[AdapterStatus]:

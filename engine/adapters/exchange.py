@@ -122,7 +122,7 @@ class Exchange:
 
         async def load(name: str) -> Lease:
             ref = AdapterRef.parse(name)
-            version = await registry.resolve(ref, lambda one: self._resolve(one, None))
+            version = await registry.resolve(ref, lambda one: self._resolve(one, None, ""))
             self._registry.register(ref, version.source)
             return await self.acquire(ref, None)
 
@@ -133,15 +133,16 @@ class Exchange:
         """The adapters that `start` loaded; the engine keeps them on the device."""
         return list({lease.image.digest: lease.image for lease in self._preloaded}.values())
 
-    async def acquire(self, ref: AdapterRef, token: str | None = None) -> Lease:
-        """A lease on the adapter's image in host memory. `token`: the tenant's, for private adapters.
+    async def acquire(self, ref: AdapterRef, token: str | None = None, tenant: str = "") -> Lease:
+        """A lease on the adapter's image in host memory. `token`: for private adapters. Loads of different tenants
+        take turns; a shared load is its first tenant's.
 
         Raises InvalidRequest, AdapterError, or Overloaded if leased images fill the host tier for too long.
         """
-        get = partial(self._versions.get, token=token)
+        get = partial(self._versions.get, token=token, tenant=tenant)
         what, fresh_s = await resolve(ref, get)
         try:
-            adapter, image = await self._lease(ref, what, token)
+            adapter, image = await self._lease(ref, what, token, tenant)
         except (AdapterLoadFailed, AdapterNotFound, AdapterIncompatible) as error:
             # The known version may be out of date: a file was replaced, a commit deleted.
             ttl_s = max(self._registry.sources[one.source].ttl_s for one in what.versions)
@@ -151,7 +152,7 @@ class Exchange:
             if newest == what:
                 raise
             what = newest
-            adapter, image = await self._lease(ref, what, token)
+            adapter, image = await self._lease(ref, what, token, tenant)
         assert adapter.size is not None
         adapter.unconfirmed = any(version.unconfirmed for version in what.versions)
         return Lease(
@@ -200,7 +201,7 @@ class Exchange:
         return self._loader.abandoned
 
     async def _lease(
-        self, ref: AdapterRef, what: Resolved, token: str | None
+        self, ref: AdapterRef, what: Resolved, token: str | None, tenant: str
     ) -> tuple[AdapterState, HostImage]:
         """The adapter and its image, leased. If it is not in the tier, starts a load or waits for one in progress."""
         key = what.key
@@ -216,7 +217,7 @@ class Exchange:
             adapter = AdapterState(ref.name, what.source, merged=ref.recipe is not None)
             adapter.tenant = self._tenant(what)
             self._remember(key, adapter)
-            task = asyncio.create_task(self._load(key, adapter, what, token))
+            task = asyncio.create_task(self._load(key, adapter, what, token, tenant))
             load = self._loads[key] = _SharedLoad(task)
         adapter = self._adapters[key]
         load.waiters += 1
@@ -234,10 +235,10 @@ class Exchange:
         own = [one.salt for one in what.versions if one.salt != sources[one.source].tenant(None)]
         return what.salt if any(own) else b""
 
-    async def _resolve(self, ref: AdapterRef, token: str | None) -> Version:
+    async def _resolve(self, ref: AdapterRef, token: str | None, tenant: str) -> Version:
         assert ref.source is not None, "the registry has chosen"
         source = self._registry.sources[ref.source]
-        return await self._loader.call(ref.source, source.resolve, ref, token)
+        return await self._loader.call(ref.source, tenant, source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
         """Adapters that are in host memory, loading, or failed a short time ago; then the listed others."""
@@ -321,11 +322,11 @@ class Exchange:
             self._room.release(image)
 
     async def _load(
-        self, key: Key, adapter: AdapterState, what: Resolved, token: str | None
+        self, key: Key, adapter: AdapterState, what: Resolved, token: str | None, tenant: str
     ) -> HostImage:
         """Loads one version, or one merge. A failure of any kind becomes this adapter's status, and no other's."""
         try:
-            image = await self._loader.load(adapter, what, token)
+            image = await self._loader.load(adapter, what, token, tenant)
         except Exception as error:
             if not isinstance(error, LoraxError):
                 logger.exception("adapter %s failed to load", adapter.name)

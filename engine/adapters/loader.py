@@ -28,6 +28,7 @@ from engine.adapters.resolved import Resolved, all_of
 from engine.adapters.room import Room
 from engine.adapters.sources import AdapterFiles, Source, Version
 from engine.adapters.tiers import HostImage, HostRegion
+from engine.adapters.turns import Turns
 from engine.adapters.workers import Job, Workers
 from engine.checkpoint import cache_folder, folder_of
 from engine.config import EngineConfig
@@ -76,25 +77,26 @@ class AdapterState:
 
 
 class _Attempt:
-    """One load in progress: its deadline and its threads."""
+    """One load in progress: its deadline, its threads, and the tenant with whose loads it waits."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, tenant: str) -> None:
         """`deadline`: by time.monotonic()."""
+        self.tenant = tenant
         self._deadline = deadline
         self._jobs: list[Job[Any]] = []
 
     async def run(self, workers: Workers, call: Callable[..., T], *given: Any) -> T:
         """Runs a call in a thread and returns its result. Raises AdapterLoadFailed at the deadline."""
-        job: Job[T] = await workers.start(call, *given, deadline=self._deadline)
+        job: Job[T] = await workers.start(call, *given, deadline=self._deadline, key=self.tenant)
         self._jobs.append(job)
         return await job.result(self._deadline)
 
     @asynccontextmanager
-    async def turn(self, turns: asyncio.Semaphore) -> AsyncIterator[None]:
+    async def turn(self, turns: Turns) -> AsyncIterator[None]:
         """Waits for one of the turns and holds it in the block. Raises AdapterLoadFailed at the deadline."""
         try:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                await turns.acquire()
+                await turns.acquire(self.tenant)
         except TimeoutError:
             raise AdapterLoadFailed("too many adapters are being merged", hint=AGAIN) from None
         try:
@@ -144,7 +146,7 @@ class Loader:
         self._parsers = Workers(parse_threads(device), "adapter-parse")
         merge_threads = max(1, parse_threads(device) // 2)
         self._mergers = Workers(merge_threads, "adapter-merge")
-        self._merge_turns = asyncio.Semaphore(merge_threads)
+        self._merge_turns = Turns(merge_threads)
         self._refused = Refusals()
         self._texts = TextReader(config.model)
         self._closing = False
@@ -157,19 +159,23 @@ class Loader:
             for pool in (self._parsers, self._mergers, self._converters, *self._fetchers.values())
         )
 
-    async def call(self, source: str, call: Callable[..., T], *given: Any) -> T:
+    async def call(self, source: str, tenant: str, call: Callable[..., T], *given: Any) -> T:
         """Calls a source in one of its threads. Raises AdapterLoadFailed after RESOLVE_S."""
         self._raise_if_closing()
         deadline = time.monotonic() + RESOLVE_S
-        return await self._fetchers[source].run(call, *given, deadline=deadline)
+        return await self._fetchers[source].run(call, *given, deadline=deadline, key=tenant)
 
-    async def load(self, adapter: AdapterState, what: Resolved, token: str | None) -> HostImage:
+    async def load(
+        self, adapter: AdapterState, what: Resolved, token: str | None, tenant: str
+    ) -> HostImage:
         """The image of an adapter, or of a merge, committed to the tier. Updates `adapter` on the way.
 
-        Raises AdapterError, or Overloaded if the tier stays full.
+        Loads of different tenants take turns at threads and memory. Raises AdapterError, or Overloaded if the tier
+        stays full.
         """
         self._raise_if_closing()
-        attempt = _Attempt(time.monotonic() + self._config.adapters.adapter_load_timeout_s)
+        deadline = time.monotonic() + self._config.adapters.adapter_load_timeout_s
+        attempt = _Attempt(deadline, tenant)
 
         def pause() -> None:
             """Threads call it between two pieces of work."""
@@ -191,7 +197,7 @@ class Loader:
             opened = time.monotonic() - started
             # Merges take seconds: those that wait for a thread hold no memory meanwhile.
             async with attempt.turn(self._merge_turns) if what.recipe else nullcontext():
-                offset = await self._room.reserve(adapter.name, size.total)
+                offset = await self._room.reserve(adapter.name, size.total, tenant)
                 reserved.callback(self._room.abandon, offset)
                 started = time.monotonic() - opened
                 view = self._region.view[offset : offset + size.total]

@@ -24,8 +24,8 @@ STALE_FACTOR = (
     10  # multiple of `ttl_s` for which an expired version may serve if the source is slow
 )
 
-# Calls `resolve` of the reference's source, in a thread.
-Resolve = Callable[[AdapterRef, str | None], Awaitable[Version]]
+# (reference, token, tenant): calls `resolve` of the reference's source, in a thread.
+Resolve = Callable[[AdapterRef, str | None, str], Awaitable[Version]]
 
 
 class Lru(Generic[K, V]):
@@ -89,11 +89,11 @@ class Versions:
         return len(self._known)
 
     async def get(
-        self, ref: AdapterRef, token: str | None, fresh: bool = False
+        self, ref: AdapterRef, token: str | None, tenant: str = "", fresh: bool = False
     ) -> tuple[Version, float]:
-        """The version for this tenant, and the seconds for which it is valid.
+        """The version for the holder of the token, and the seconds for which it is valid.
 
-        `fresh`: resolve it now. Raises as `Registry.resolve`.
+        `tenant`: who waits for the source. `fresh`: resolve it now. Raises as `Registry.resolve`.
         """
         sources = self._registry.sources
         candidates = self._registry.candidates(ref)
@@ -105,7 +105,7 @@ class Versions:
             return known.version, ttl - age
         task = self._asking.get(key)
         if task is None:
-            task = self._asking[key] = asyncio.create_task(self._ask(key, token))
+            task = self._asking[key] = asyncio.create_task(self._ask(key, token, tenant))
             task.add_done_callback(lambda task: self._asked(key, task))
         if known is None or age > STALE_FACTOR * ttl:
             return self._with_ttl(await share(task))
@@ -129,9 +129,11 @@ class Versions:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, key: Key, token: str | None) -> Version:
+    async def _ask(self, key: Key, token: str | None, tenant: str) -> Version:
         asked = time.monotonic()
-        version = await self._registry.resolve(key[0], lambda one: self._resolve(one, token))
+        version = await self._registry.resolve(
+            key[0], lambda one: self._resolve(one, token, tenant)
+        )
         self._known.put(key, _Known(version, asked))
         return version
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from engine.adapters.turns import Turns
 from engine.errors import AdapterLoadFailed, LoraxError, from_wire
 
 T = TypeVar("T")
@@ -95,19 +96,24 @@ class Job(Generic[T]):
 
 
 class Workers:
-    """At most `limit` jobs at the same time, not counting abandoned ones. Belongs to one event loop."""
+    """At most `limit` jobs at the same time, not counting abandoned ones. Belongs to one event loop.
+
+    A free thread goes to the keys that wait for one in turn (`engine.adapters.turns`).
+    """
 
     def __init__(self, limit: int, name: str) -> None:
         self.name = name
         self.abandoned = 0  # jobs that missed their deadline and still run
-        self._free_threads = asyncio.Semaphore(limit)
+        self._threads = Turns(limit)
         self._running = 0
 
-    async def start(self, call: Callable[..., T], *given: Any, deadline: float) -> Job[T]:
+    async def start(
+        self, call: Callable[..., T], *given: Any, deadline: float, key: str = ""
+    ) -> Job[T]:
         """Starts a call in a thread, after waiting for a free one. Raises AdapterLoadFailed at `deadline`."""
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self._free_threads.acquire()
+                await self._threads.acquire(key)
         except TimeoutError:
             raise AdapterLoadFailed(
                 "too many adapters are loading", hint="try again later"
@@ -119,15 +125,15 @@ class Workers:
             self.free()
             raise
 
-    async def run(self, call: Callable[..., T], *given: Any, deadline: float) -> T:
+    async def run(self, call: Callable[..., T], *given: Any, deadline: float, key: str = "") -> T:
         """The result of a call; see `Job.result`. The deadline includes the wait for a free thread."""
-        job = await self.start(call, *given, deadline=deadline)
+        job = await self.start(call, *given, deadline=deadline, key=key)
         return await job.result(deadline)
 
     def free(self) -> None:
         """Lets the next job start. Called by jobs."""
         self._running -= 1
-        self._free_threads.release()
+        self._threads.release()
 
     async def close(self, timeout: float = CLOSE_S) -> None:
         """Waits for running jobs, up to `timeout` seconds."""

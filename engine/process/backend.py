@@ -113,9 +113,9 @@ class ProcessBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
-    async def acquire(self, ref: AdapterRef, token: str | None) -> GrantLease:
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> GrantLease:
         """See `Backend.acquire`."""
-        return await self._exchange.acquire(ref, token)
+        return await self._exchange.acquire(ref, token, tenant)
 
     async def adapters(self) -> list[AdapterStatus]:
         """See `Backend.adapters`."""

@@ -258,7 +258,7 @@ class ExchangeClient:
 
     # -- calls
 
-    async def acquire(self, ref: AdapterRef, token: str | None) -> GrantLease:
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> GrantLease:
         """See `Backend.acquire`. While the exchange is away, recent grants are granted again."""
         self._raise_if_lost()
         key = (ref, token)
@@ -267,7 +267,7 @@ class ExchangeClient:
             return self._grants.lease(grant)
         try:
             self._suspects.check(ref)
-            return await self._acquired(key)
+            return await self._acquired(key, tenant)
         except AdapterLoadFailed:
             # The source or the exchange fails. A recent grant still serves.
             grant = self._grants.get(key)
@@ -275,10 +275,10 @@ class ExchangeClient:
                 raise
             return self._grants.lease(grant)
 
-    async def _acquired(self, key: Key) -> GrantLease:
+    async def _acquired(self, key: Key, tenant: str) -> GrantLease:
         """Asks the exchange. If it goes away meanwhile, an adapter that was granted before does not wait."""
         call = next(self._calls)
-        asking = asyncio.ensure_future(self._questions.ask(Acquire(call, *key)))
+        asking = asyncio.ensure_future(self._questions.ask(Acquire(call, *key, tenant)))
         try:
             if self._grants.get(key) is not None and await self._goes_away_before(asking):
                 grant = self._grants.get(key)

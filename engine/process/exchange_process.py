@@ -213,6 +213,6 @@ class Service:
             return Adapters(call.call, await self._exchange.adapters())
         if isinstance(call, Unload):
             return Unloaded(call.call, await self._exchange.unload(call.name))
-        lease = await self._exchange.acquire(call.ref, call.token)
+        lease = await self._exchange.acquire(call.ref, call.token, call.tenant)
         self._leases[call.call] = lease
         return Acquired(call.call, lease.image, lease.cache_salt, lease.fresh_s, lease.text)

@@ -102,9 +102,9 @@ class LocalBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
-    async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> Lease:
         """See `Backend.acquire`."""
-        return await self._open_exchange().acquire(ref, token)
+        return await self._open_exchange().acquire(ref, token, tenant)
 
     async def adapters(self) -> list[AdapterStatus]:
         return await self._open_exchange().adapters()

@@ -69,6 +69,7 @@ class Acquire(Struct, frozen=True, tag=True):
     call: int
     ref: AdapterRef
     token: str | None
+    tenant: str = ""  # whose turn it takes
 
 
 class Release(Struct, frozen=True, tag=True):

@@ -42,6 +42,11 @@ class Tenant:
     weight: float = 1.0  # its share, in proportion to the others'
 
 
+def name_of(tenant: Tenant | None) -> str:
+    """Its name; empty on a server without keys."""
+    return "" if tenant is None else tenant.name
+
+
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     """One entry of the file."""
 

@@ -1,4 +1,4 @@
-"""Room in the host tier: who asks first is served first, whatever the sizes."""
+"""Room in the host tier: who asks first is served first, whatever the sizes; tenants are served in turn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from engine.adapters.room import Room
 from engine.adapters.tiers import HostTier
-from engine.errors import Overloaded
+from engine.errors import AdapterLoadFailed, Overloaded
 from engine.messages import IMAGE_ALIGN
 
 UNITS = 10
@@ -56,3 +56,49 @@ async def test_who_gives_up_or_waits_too_long_holds_up_nobody() -> None:
         await room.reserve("x", UNITS * IMAGE_ALIGN)
     room.abandon(first)
     assert await room.reserve("x", UNITS * IMAGE_ALIGN) == first
+
+
+async def test_tenants_are_served_in_turn() -> None:
+    """All that is freed is for the one whose turn it is, so a large reservation does not starve."""
+    room = Room(HostTier(UNITS * IMAGE_ALIGN), 60.0)
+    served: list[str] = []
+    offsets: dict[str, int] = {}
+
+    async def ask(name: str, units: int) -> None:
+        offsets[name] = await room.reserve(name, units * IMAGE_ALIGN, name[0])
+        served.append(name)
+
+    async def asked(name: str, units: int) -> asyncio.Task[None]:
+        task = asyncio.create_task(ask(name, units))
+        await asyncio.sleep(0)
+        return task
+
+    async def free(*names: str) -> None:
+        for name in names:
+            room.abandon(offsets[name])
+            for _ in range(6):
+                await asyncio.sleep(0)
+
+    tasks = [await asked(f"a{number}", 1) for number in range(UNITS)]
+    tasks += [await asked("b0", 5)]
+    tasks += [await asked(f"a{UNITS + number}", 1) for number in range(3)]
+    tasks += [await asked("c0", 1), await asked("b1", 1)]
+    assert served == [f"a{number}" for number in range(UNITS)]
+    await free("a0", "a2", "a3", "a4")
+    assert len(served) == UNITS, "four units in pieces are free; they wait for b0"
+    await free("a5", "a1")
+    assert served[UNITS:] == ["b0", "c0"]
+    await free("a6", "a7", "a8", "a9")
+    assert served[UNITS:] == ["b0", "c0", "a10", "b1", "a11", "a12"]
+    await asyncio.gather(*tasks)
+    room.tier.check()
+
+
+async def test_close_ends_every_wait() -> None:
+    room = Room(HostTier(UNITS * IMAGE_ALIGN), 60.0)
+    await room.reserve("x", UNITS * IMAGE_ALIGN)
+    waits = [asyncio.create_task(room.reserve("x", IMAGE_ALIGN, key)) for key in "aab"]
+    await asyncio.sleep(0)
+    room.close()
+    for error in await asyncio.gather(*waits, return_exceptions=True):
+        assert isinstance(error, AdapterLoadFailed)

@@ -45,6 +45,36 @@ async def test_no_more_than_the_limit_run_at_a_time() -> None:
     assert most <= 4
 
 
+async def test_a_free_thread_goes_to_the_keys_in_turn() -> None:
+    """However many jobs of one key wait, the first of another starts next."""
+    gate, started = threading.Semaphore(0), asyncio.Queue[str]()
+    loop = asyncio.get_running_loop()
+
+    def work(name: str) -> None:
+        loop.call_soon_threadsafe(started.put_nowait, name)
+        gate.acquire(timeout=60)
+
+    workers = Workers(4, "test")
+    names = [f"a{number}" for number in range(54)]
+    jobs = [
+        asyncio.create_task(workers.run(work, name, deadline=soon(), key="a")) for name in names
+    ]
+    order = [await started.get() for _ in range(4)]
+    jobs += [
+        asyncio.create_task(workers.run(work, name, deadline=soon(), key="b"))
+        for name in ("b0", "b1")
+    ]
+    await asyncio.sleep(0)
+    for _ in range(54 - 4 + 2):
+        gate.release()
+        order.append(await started.get())
+    assert set(order[:4]) == set(names[:4])
+    assert order[4:] == ["b0", "a4", "b1", *names[5:]]
+    for _ in range(4):
+        gate.release()
+    await asyncio.gather(*jobs)
+
+
 class Late:
     """Something open that comes when nobody wants it."""
 

@@ -145,6 +145,12 @@ async def test_lease_names_the_image_and_is_released_once(backend: AnyBackend) -
     assert await backend.unload("a") and not await backend.unload("a")
 
 
+async def test_the_exchange_knows_the_tenant(backend: AnyBackend) -> None:
+    lease = await backend.acquire(AdapterRef(("a",)), "token of ", "search")
+    assert lease.cache_salt == b"token of search"
+    lease.release()
+
+
 async def test_adapter_errors_are_typed(backend: AnyBackend) -> None:
     with pytest.raises(AdapterNotFound) as refusal:
         await backend.acquire(AdapterRef(("missing",)), None)

@@ -151,6 +151,7 @@ class FakeBackend:
     cancelled: list[str] = field(default_factory=list)
     leases: list[FakeLease] = field(default_factory=list)
     acquired: list[tuple[AdapterRef, str | None]] = field(default_factory=list)
+    tenants: list[str] = field(default_factory=list)  # of `acquired`
     waiting_acquires: int = 0
 
     def say(self, text: str) -> None:
@@ -249,8 +250,9 @@ class FakeBackend:
                 prompt_logprobs=prompt if index == 0 and request.sampling.prompt_logprobs else None,
             )
 
-    async def acquire(self, ref: AdapterRef, token: str | None) -> FakeLease:
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> FakeLease:
         self.acquired.append((ref, token))
+        self.tenants.append(tenant)
         self.waiting_acquires += 1
         try:
             await asyncio.sleep(self.acquire_delay)

@@ -176,17 +176,30 @@ async def test_tokens_without_keys(client: TestClient, backend: FakeBackend) -> 
     assert (status, json.loads(text)["field"]) == (422, "x-adapter-token")
 
 
+async def test_loads_are_for_the_tenant(start: Start, backend: FakeBackend) -> None:
+    """The exchange learns whose request it is; without server keys all are the same."""
+    for fields, headers, tenant in ((KEYED, BEARER, "default"), ({}, BEARER, "")):
+        client = await start(fields)
+        for path in GENERATES:
+            assert (await ask(client, "POST", path, headers))[0] == 200
+        alias = {"adapter_id": "org/a"}
+        response = await client.put("/adapters/aliases/prod", json=alias, headers=headers)
+        assert response.status in (200, 201)
+        assert backend.tenants == [tenant] * (len(GENERATES) + 1)
+        backend.tenants.clear()
+
+
 async def test_the_hub_never_sees_the_key(
     start: Start, backend: FakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With server keys. Without them a gateway's key is sent, and does not matter for a public adapter."""
     acquire = backend.acquire
 
-    async def from_hub(ref: AdapterRef, token: str | None) -> FakeLease:
+    async def from_hub(ref: AdapterRef, token: str | None, tenant: str) -> FakeLease:
         version = await asyncio.to_thread(source.resolve, ref, token)
         fetched = await asyncio.to_thread(source.fetch, version, token, lambda *at: None)
         fetched.close()
-        return await acquire(ref, token)
+        return await acquire(ref, token, tenant)
 
     monkeypatch.setattr(backend, "acquire", from_hub)
     with FakeHub() as hub:

@@ -45,7 +45,7 @@ class Hand:
     def cancel(self, id: str) -> None:
         self.cancelled.append(id)
 
-    async def acquire(self, ref: AdapterRef, token: str | None) -> FakeLease:
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> FakeLease:
         lease = await FakeBackend(self.text).acquire(ref, token)
         self.leases.append(lease)
         return lease

@@ -81,8 +81,8 @@ class TrappedExchange(Exchange):
 
     traps: Traps
 
-    async def acquire(self, ref: AdapterRef, token: str | None = None) -> Lease:
-        lease = await super().acquire(ref, token)
+    async def acquire(self, ref: AdapterRef, token: str | None = None, tenant: str = "") -> Lease:
+        lease = await super().acquire(ref, token, tenant)
         self.traps.reach("answer")
         return lease
 
