@@ -11,12 +11,14 @@ from typing import Protocol
 from engine.adapters.ref import AdapterRef
 from engine.errors import LoraxError
 from engine.messages import (
+    NO_TENANT,
     AdapterImageRef,
     AdapterStatus,
     AdapterText,
     EngineInfo,
     EngineStats,
     Request,
+    TenantRef,
     Update,
 )
 
@@ -87,10 +89,12 @@ class Backend(Protocol):
         """Ends a request early. Its last update still comes; its adapter must not be released before that."""
         ...
 
-    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> Lease:
+    async def acquire(
+        self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
+    ) -> Lease:
         """Fetches, checks and stages the adapter; raises AdapterError. May be cancelled.
 
-        `token`: for private adapters. `tenant`: whose request it is; the loads of different tenants take turns.
+        `token`: for private adapters. `tenant`: see `TenantRef`.
         """
         ...
 

@@ -60,6 +60,16 @@ class AdapterImageRef(Struct, frozen=True):
     tenant: bytes = b""  # digest of the token whose holder may see its name; empty: everybody
 
 
+class TenantRef(Struct, frozen=True):
+    """Whose request it is: loads of different tenants take turns, and each has a share of the host tier."""
+
+    name: str = ""  # empty: the server has no keys
+    share: float = 1.0  # by weight, of all tenants
+
+
+NO_TENANT = TenantRef()
+
+
 class AddedToken(Struct, frozen=True):
     """A token that a tokenizer finds before its model sees the text; the fields are those of tokenizer.json."""
 

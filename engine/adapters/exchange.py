@@ -37,7 +37,7 @@ from engine.errors import (
     from_wire,
 )
 from engine.lora.image import ImageSize
-from engine.messages import AdapterImageRef, AdapterStatus
+from engine.messages import NO_TENANT, AdapterImageRef, AdapterStatus, TenantRef
 from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
 from engine.ops.layout import ShardLayout
@@ -133,13 +133,15 @@ class Exchange:
         """The adapters that `start` loaded; the engine keeps them on the device."""
         return list({lease.image.digest: lease.image for lease in self._preloaded}.values())
 
-    async def acquire(self, ref: AdapterRef, token: str | None = None, tenant: str = "") -> Lease:
-        """A lease on the adapter's image in host memory. `token`: for private adapters. Loads of different tenants
-        take turns; a shared load is its first tenant's.
+    async def acquire(
+        self, ref: AdapterRef, token: str | None = None, tenant: TenantRef = NO_TENANT
+    ) -> Lease:
+        """A lease on the adapter's image in host memory. `token`: for private adapters. A load that several
+        tenants share is its first tenant's.
 
         Raises InvalidRequest, AdapterError, or Overloaded if leased images fill the host tier for too long.
         """
-        get = partial(self._versions.get, token=token, tenant=tenant)
+        get = partial(self._versions.get, token=token, tenant=tenant.name)
         what, fresh_s = await resolve(ref, get)
         try:
             adapter, image = await self._lease(ref, what, token, tenant)
@@ -168,7 +170,7 @@ class Exchange:
                 tenant=adapter.tenant,
             ),
             what.salt,
-            lambda: self._room.release(image),
+            lambda: self._room.release(image, tenant.name),
             fresh_s,
             adapter.text,
         )
@@ -201,13 +203,13 @@ class Exchange:
         return self._loader.abandoned
 
     async def _lease(
-        self, ref: AdapterRef, what: Resolved, token: str | None, tenant: str
+        self, ref: AdapterRef, what: Resolved, token: str | None, tenant: TenantRef
     ) -> tuple[AdapterState, HostImage]:
         """The adapter and its image, leased. If it is not in the tier, starts a load or waits for one in progress."""
         key = what.key
         adapter = self._adapters.get(key)
         if adapter is not None and adapter.digest is not None:
-            image = self.tier.lease(adapter.digest)
+            image = self._room.lease(adapter.digest, tenant.name)
             if image is not None:
                 self._adapters.move_to_end(key)
                 return adapter, image
@@ -223,7 +225,7 @@ class Exchange:
         load.waiters += 1
         try:
             image = await share(load.task)
-            self.tier.hold(image)
+            self._room.hold(image, tenant.name)
             return adapter, image
         finally:
             load.waiters -= 1
@@ -322,7 +324,7 @@ class Exchange:
             self._room.release(image)
 
     async def _load(
-        self, key: Key, adapter: AdapterState, what: Resolved, token: str | None, tenant: str
+        self, key: Key, adapter: AdapterState, what: Resolved, token: str | None, tenant: TenantRef
     ) -> HostImage:
         """Loads one version, or one merge. A failure of any kind becomes this adapter's status, and no other's."""
         try:

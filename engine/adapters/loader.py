@@ -40,7 +40,7 @@ from engine.lora.merge import Part, merge
 from engine.lora.own import CheckpointTables, without_base_rows
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
-from engine.messages import AdapterText
+from engine.messages import AdapterText, TenantRef
 from engine.ops.layout import ShardLayout
 from engine.sandbox import Converter, is_pickle
 
@@ -166,7 +166,7 @@ class Loader:
         return await self._fetchers[source].run(call, *given, deadline=deadline, key=tenant)
 
     async def load(
-        self, adapter: AdapterState, what: Resolved, token: str | None, tenant: str
+        self, adapter: AdapterState, what: Resolved, token: str | None, tenant: TenantRef
     ) -> HostImage:
         """The image of an adapter, or of a merge, committed to the tier. Updates `adapter` on the way.
 
@@ -175,7 +175,7 @@ class Loader:
         """
         self._raise_if_closing()
         deadline = time.monotonic() + self._config.adapters.adapter_load_timeout_s
-        attempt = _Attempt(deadline, tenant)
+        attempt = _Attempt(deadline, tenant.name)
 
         def pause() -> None:
             """Threads call it between two pieces of work."""

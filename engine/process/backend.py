@@ -15,7 +15,7 @@ from engine.adapters.tiers import HostRegion
 from engine.backend import Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError, from_wire
-from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request
+from engine.messages import NO_TENANT, AdapterStatus, EngineInfo, EngineStats, Request, TenantRef
 from engine.process.exchange_client import ExchangeClient, exit_text
 from engine.process.grants import GrantLease
 from engine.process.parts import Parts
@@ -113,7 +113,9 @@ class ProcessBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
-    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> GrantLease:
+    async def acquire(
+        self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
+    ) -> GrantLease:
         """See `Backend.acquire`."""
         return await self._exchange.acquire(ref, token, tenant)
 

@@ -27,7 +27,7 @@ from engine.errors import (
     Overloaded,
     from_wire,
 )
-from engine.messages import AdapterImageRef, AdapterStatus
+from engine.messages import NO_TENANT, AdapterImageRef, AdapterStatus, TenantRef
 from engine.process.grants import GrantLease, Grants, Key
 from engine.process.pipe_messages import (
     Acquire,
@@ -258,7 +258,9 @@ class ExchangeClient:
 
     # -- calls
 
-    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> GrantLease:
+    async def acquire(
+        self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
+    ) -> GrantLease:
         """See `Backend.acquire`. While the exchange is away, recent grants are granted again."""
         self._raise_if_lost()
         key = (ref, token)
@@ -275,7 +277,7 @@ class ExchangeClient:
                 raise
             return self._grants.lease(grant)
 
-    async def _acquired(self, key: Key, tenant: str) -> GrantLease:
+    async def _acquired(self, key: Key, tenant: TenantRef) -> GrantLease:
         """Asks the exchange. If it goes away meanwhile, an adapter that was granted before does not wait."""
         call = next(self._calls)
         asking = asyncio.ensure_future(self._questions.ask(Acquire(call, *key, tenant)))

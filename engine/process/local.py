@@ -15,7 +15,15 @@ from engine.adapters.tiers import HostRegion
 from engine.backend import Lease, Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead
-from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
+from engine.messages import (
+    NO_TENANT,
+    AdapterStatus,
+    EngineInfo,
+    EngineStats,
+    Request,
+    TenantRef,
+    Update,
+)
 from engine.process.parts import Exchange, Parts, load
 from engine.process.pipe_messages import Cancel, Submit
 from engine.process.stepper import Stepper
@@ -102,7 +110,9 @@ class LocalBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
-    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> Lease:
+    async def acquire(
+        self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
+    ) -> Lease:
         """See `Backend.acquire`."""
         return await self._open_exchange().acquire(ref, token, tenant)
 

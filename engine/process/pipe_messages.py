@@ -13,12 +13,14 @@ from msgspec import Struct
 from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.messages import (
+    NO_TENANT,
     AdapterImageRef,
     AdapterStatus,
     AdapterText,
     EngineInfo,
     EngineStats,
     Request,
+    TenantRef,
     Update,
 )
 from engine.process.parts import Parts
@@ -69,7 +71,7 @@ class Acquire(Struct, frozen=True, tag=True):
     call: int
     ref: AdapterRef
     token: str | None
-    tenant: str = ""  # whose turn it takes
+    tenant: TenantRef = NO_TENANT
 
 
 class Release(Struct, frozen=True, tag=True):

@@ -44,7 +44,7 @@ class Front:
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.config.server)
-        self.places = Places(self.config.server.max_concurrent_requests, self.keys)
+        self.places = Places(self.config.server.max_concurrent_requests)
         names = (self.backend.info.model_id, self.config.model.model_id, *BASE_NAMES)
         self.aliases = Aliases(frozenset(names))
         self.aliases.set_all(self.config.adapters.adapter_alias)

@@ -31,7 +31,7 @@ from engine.server.adapter_texts import AdapterTexts
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
-from engine.server.keys import Tenant, name_of
+from engine.server.keys import Tenant, ref_of
 from engine.server.parameters import Limits, Parameters, check, invalid, priority_of
 from engine.server.prompts import Prompt, tokenized
 from engine.server.salts import salt_of
@@ -301,7 +301,7 @@ class Generator:
         generation: Generation | None = None
         try:
             if adapter is not None:
-                lease = await self.backend.acquire(adapter, parameters.api_token, name_of(tenant))
+                lease = await self.backend.acquire(adapter, parameters.api_token, ref_of(tenant))
             text = self.text
             if lease is not None and lease.text is not None:
                 text = await self.texts.of(lease.text)
@@ -372,7 +372,7 @@ class Generator:
                     arrival=generation.timings.received,
                     group=generation.id,
                     behind=behind,
-                    tenant=name_of(tenant),
+                    tenant=tenant.name if tenant else "",
                     weight=tenant.weight if tenant else 1.0,
                     priority=priority,
                 )

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 
 from engine.config import ServerConfig
 from engine.errors import ConfigError
+from engine.messages import NO_TENANT, TenantRef
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,12 @@ class Tenant:
     name: str
     priority: int = 0  # higher: first
     weight: float = 1.0  # its share, in proportion to the others'
+    share: float = 1.0  # its weight over the sum of all
 
 
-def name_of(tenant: Tenant | None) -> str:
-    """Its name; empty on a server without keys."""
-    return "" if tenant is None else tenant.name
+def ref_of(tenant: Tenant | None) -> TenantRef:
+    """For the exchange. None: of a server without keys."""
+    return NO_TENANT if tenant is None else TenantRef(tenant.name, tenant.share)
 
 
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,20 +83,15 @@ class Keys:
         self._fixed = [(_digest(key), Tenant(DEFAULT_TENANT)) for key in config.api_key]
         self._state: bytes | str = b""  # digest of the file's contents, or why they cannot be read
         if self._path is None:
-            self._use(self._tabled(self._fixed))
+            self._table = self._tabled(self._fixed)
         else:
             data = _contents(self._path)
             self._state = hashlib.sha256(data).digest()
-            self._use(self._read(self._path, data))
+            self._table = self._read(self._path, data)
 
     @property
     def num_keys(self) -> int:
         return len(self._table)
-
-    @property
-    def total_weight(self) -> float:
-        """Of all tenants."""
-        return self._total_weight
 
     @property
     def in_file(self) -> bool:
@@ -120,7 +117,7 @@ class Keys:
         try:
             if isinstance(found, ConfigError):
                 raise found
-            self._use(self._read(self._path, found))
+            self._table = self._read(self._path, found)
         except ConfigError as error:
             log.error("%s; the keys read before stay valid", error)
         else:
@@ -141,12 +138,6 @@ class Keys:
     def _hash(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()
 
-    def _use(self, table: dict[bytes, Tenant]) -> None:
-        self._table = table
-        self._total_weight = sum(
-            one.weight for one in {one.name: one for one in table.values()}.values()
-        )
-
     def _tabled(self, owned: Iterable[_Owned]) -> dict[bytes, Tenant]:
         """Keyed hash -> tenant. Raises ConfigError if a key has two tenants, or a tenant two shares."""
         table: dict[bytes, Tenant] = {}
@@ -164,7 +155,8 @@ class Keys:
                     field="api_keys_file",
                     hint="repeat the same priority and weight with each of its keys",
                 )
-        return table
+        total = sum(tenant.weight for tenant in tenants.values())
+        return {key: replace(one, share=one.weight / total) for key, one in table.items()}
 
 
 def _is_valid(key: str) -> bool:

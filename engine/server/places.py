@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from engine.errors import Overloaded
-from engine.server.keys import Keys, Tenant
+from engine.server.keys import Tenant
 
 RESERVED = 10  # one of so many places is for tenants that hold less than their share
 
@@ -13,10 +13,9 @@ RESERVED = 10  # one of so many places is for tenants that hold less than their 
 class Places:
     """A tenant may hold most places while others need few. The last tenth only goes to tenants below their share."""
 
-    def __init__(self, most: int, keys: Keys) -> None:
+    def __init__(self, most: int) -> None:
         self.most = most
         self.num_open = 0
-        self._keys = keys
         self._held: Counter[str] = Counter()  # by tenant
 
     def take(self, tenant: Tenant | None) -> None:
@@ -41,7 +40,7 @@ class Places:
 
     def _check_share(self, tenant: Tenant) -> None:
         held = self._held[tenant.name]
-        share = self.most * tenant.weight / self._keys.total_weight
+        share = self.most * tenant.share
         if self.num_open >= self.most - self.most // RESERVED and held >= share:
             raise Overloaded(
                 f"the server is nearly full, and this tenant has {held} open requests, its share is {share:.0f}",

@@ -10,7 +10,7 @@ import pytest
 from engine.adapters.room import Room
 from engine.adapters.tiers import HostTier
 from engine.errors import AdapterLoadFailed, Overloaded
-from engine.messages import IMAGE_ALIGN
+from engine.messages import IMAGE_ALIGN, TenantRef
 
 UNITS = 10
 
@@ -65,7 +65,7 @@ async def test_tenants_are_served_in_turn() -> None:
     offsets: dict[str, int] = {}
 
     async def ask(name: str, units: int) -> None:
-        offsets[name] = await room.reserve(name, units * IMAGE_ALIGN, name[0])
+        offsets[name] = await room.reserve(name, units * IMAGE_ALIGN, TenantRef(name[0]))
         served.append(name)
 
     async def asked(name: str, units: int) -> asyncio.Task[None]:
@@ -97,8 +97,63 @@ async def test_tenants_are_served_in_turn() -> None:
 async def test_close_ends_every_wait() -> None:
     room = Room(HostTier(UNITS * IMAGE_ALIGN), 60.0)
     await room.reserve("x", UNITS * IMAGE_ALIGN)
-    waits = [asyncio.create_task(room.reserve("x", IMAGE_ALIGN, key)) for key in "aab"]
+    waits = [asyncio.create_task(room.reserve("x", IMAGE_ALIGN, TenantRef(key))) for key in "aab"]
     await asyncio.sleep(0)
     room.close()
     for error in await asyncio.gather(*waits, return_exceptions=True):
         assert isinstance(error, AdapterLoadFailed)
+
+
+async def test_a_tenant_with_its_share_leaves_a_quarter_to_others() -> None:
+    """It waits, and holds up nobody; once somebody gives back, it may take that."""
+    many, few = TenantRef("many", 0.5), TenantRef("few", 0.5)
+    room = Room(HostTier(8 * IMAGE_ALIGN), 60.0)
+    taken = [await room.reserve("x", IMAGE_ALIGN, many) for _ in range(6)]
+    waits = asyncio.create_task(room.reserve("x", IMAGE_ALIGN, many))
+    await asyncio.sleep(0)
+    others = [await room.reserve("x", IMAGE_ALIGN, few) for _ in range(2)]
+    assert not waits.done() and room.tier.used == room.tier.capacity
+    room.abandon(others.pop())
+    await settled()
+    assert not waits.done(), "it still holds more than its share, and a quarter must be free"
+    for offset in taken[:2]:
+        room.abandon(offset)
+    await settled()
+    assert waits.done()
+    room.abandon(waits.result())
+    for offset in (*taken[2:], *others):
+        room.abandon(offset)
+    assert room.tier.used == 0 and not room._shares._bytes
+
+
+async def test_leases_count_until_they_end() -> None:
+    """Those of an image that two tenants lease, for both; those of no tenant, for nobody."""
+    many, few = TenantRef("many", 0.5), TenantRef("few", 0.5)
+    room = Room(HostTier(4 * IMAGE_ALIGN), 0.01)
+    images = []
+    for number in range(3):
+        offset = await room.reserve("x", IMAGE_ALIGN, many)
+        image = room.commit(offset, bytes([number]))
+        assert room.lease(image.digest, "many") is image
+        images.append(image)
+    room.hold(images[0], "few")
+    room.hold(images[0], "many")
+    with pytest.raises(Overloaded):
+        await room.reserve("x", IMAGE_ALIGN, many)
+    room.abandon(await room.reserve("x", IMAGE_ALIGN, few))
+    for image, tenant in ((images[0], "few"), (images[0], "many"), (images[1], "many")):
+        room.release(image, tenant)
+    room.abandon(await room.reserve("x", IMAGE_ALIGN, many))
+    room.hold(images[0], "many")
+    room.release(images[0], "many")
+    room.tier.hold(images[0])
+    room.release(images[0])
+    for image in (images[0], images[2]):
+        room.release(image, "many")
+    assert not room._shares._bytes and not room._shares._leases
+
+
+async def settled() -> None:
+    """All tasks have run as far as they can."""
+    for _ in range(5):
+        await asyncio.sleep(0)

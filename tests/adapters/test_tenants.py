@@ -17,6 +17,7 @@ from engine.adapters.sources import AdapterFiles, LocalSource, Progress, Version
 from engine.adapters.tiers import HostRegion
 from engine.adapters.turns import Turns
 from engine.config import AdapterConfig, EngineConfig, ModelConfig
+from engine.messages import TenantRef
 from tests.adapters.test_exchange import Make, ref
 from tests.adapters.test_exchange import make as make_exchange
 from tests.adapters.test_merge import merged
@@ -70,7 +71,7 @@ async def loads(source: GatedSource, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     tasks: list[asyncio.Task[None]] = []
 
     async def load(adapter: AdapterRef, tenant: str) -> None:
-        (await exchange.acquire(adapter, None, tenant)).release()
+        (await exchange.acquire(adapter, None, TenantRef(tenant))).release()
 
     def start(*ids: str) -> None:
         adapter = merged(*ids) if len(ids) > 1 else ref(ids[0])
@@ -128,7 +129,7 @@ async def test_merges_and_memory_are_given_in_turn(make: Make) -> None:
     held = [await exchange.acquire(ref(name)) for name in "ab"]
 
     async def load(tenant: str, adapter: AdapterRef) -> None:
-        (await exchange.acquire(adapter, None, tenant)).release()
+        (await exchange.acquire(adapter, None, TenantRef(tenant))).release()
 
     refs = [*map(merged, "aaaa", "cdef"), *map(ref, "cdf")]
     tasks = [asyncio.create_task(load(*one)) for one in zip("aaabaab", refs, strict=True)]

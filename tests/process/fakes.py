@@ -27,6 +27,7 @@ from engine.messages import (
     EngineStats,
     Request,
     SamplingParams,
+    TenantRef,
     TokenOutput,
     Update,
     Usage,
@@ -302,7 +303,7 @@ class NameExchange:
             self.leases[image.name] = self.leases.get(image.name, 0) + 1
         return {call: NameLease(self, image, b"") for call, image in held.items()}
 
-    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str) -> NameLease:
+    async def acquire(self, ref: AdapterRef, token: str | None, tenant: TenantRef) -> NameLease:
         assert gc.isenabled(), "the process was ready"
         if ref.id == "missing":
             raise AdapterNotFound("no such adapter", field="adapter_id")
@@ -317,7 +318,7 @@ class NameExchange:
         await asyncio.sleep(0)
         self.leases[ref.id] = self.leases.get(ref.id, 0) + 1
         image = AdapterImageRef(digest(ref.id), next(self._offsets), 1024, 8, ref.id)
-        return NameLease(self, image, f"{token or ''}{tenant}".encode())
+        return NameLease(self, image, f"{token or ''}{tenant.name}".encode())
 
     async def adapters(self) -> list[AdapterStatus]:
         leases = self.leases | {"waiting": self.waiting}

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from engine.adapters.ref import AdapterRef
 from engine.errors import AdapterLoadFailed, AdapterNotFound, GenerationError, InvalidRequest
+from engine.messages import TenantRef
 from engine.process import LocalBackend, ProcessBackend
 from tests.process.fakes import (
     CONFIG,
@@ -146,7 +147,7 @@ async def test_lease_names_the_image_and_is_released_once(backend: AnyBackend) -
 
 
 async def test_the_exchange_knows_the_tenant(backend: AnyBackend) -> None:
-    lease = await backend.acquire(AdapterRef(("a",)), "token of ", "search")
+    lease = await backend.acquire(AdapterRef(("a",)), "token of ", TenantRef("search"))
     assert lease.cache_salt == b"token of search"
     lease.release()
 

@@ -19,6 +19,7 @@ from engine.adapters.sources import token_hash
 from engine.backend import Reader
 from engine.errors import AdapterNotFound, EngineDead, InvalidRequest, LoraxError
 from engine.messages import (
+    NO_TENANT,
     AdapterImageRef,
     AdapterStatus,
     AdapterText,
@@ -26,6 +27,7 @@ from engine.messages import (
     EngineStats,
     FinishReason,
     Request,
+    TenantRef,
     TokenOutput,
     Update,
     Usage,
@@ -151,7 +153,7 @@ class FakeBackend:
     cancelled: list[str] = field(default_factory=list)
     leases: list[FakeLease] = field(default_factory=list)
     acquired: list[tuple[AdapterRef, str | None]] = field(default_factory=list)
-    tenants: list[str] = field(default_factory=list)  # of `acquired`
+    tenants: list[TenantRef] = field(default_factory=list)  # of `acquired`
     waiting_acquires: int = 0
 
     def say(self, text: str) -> None:
@@ -250,7 +252,9 @@ class FakeBackend:
                 prompt_logprobs=prompt if index == 0 and request.sampling.prompt_logprobs else None,
             )
 
-    async def acquire(self, ref: AdapterRef, token: str | None, tenant: str = "") -> FakeLease:
+    async def acquire(
+        self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
+    ) -> FakeLease:
         self.acquired.append((ref, token))
         self.tenants.append(tenant)
         self.waiting_acquires += 1

@@ -17,6 +17,7 @@ from engine.adapters.hub import HubSource
 from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import ConfigError
+from engine.messages import TenantRef
 from engine.server import keys
 from engine.server.app import build_app
 from engine.server.keys import Tenant
@@ -185,7 +186,7 @@ async def test_loads_are_for_the_tenant(start: Start, backend: FakeBackend) -> N
         alias = {"adapter_id": "org/a"}
         response = await client.put("/adapters/aliases/prod", json=alias, headers=headers)
         assert response.status in (200, 201)
-        assert backend.tenants == [tenant] * (len(GENERATES) + 1)
+        assert [one.name for one in backend.tenants] == [tenant] * (len(GENERATES) + 1)
         backend.tenants.clear()
 
 
@@ -195,7 +196,7 @@ async def test_the_hub_never_sees_the_key(
     """With server keys. Without them a gateway's key is sent, and does not matter for a public adapter."""
     acquire = backend.acquire
 
-    async def from_hub(ref: AdapterRef, token: str | None, tenant: str) -> FakeLease:
+    async def from_hub(ref: AdapterRef, token: str | None, tenant: TenantRef) -> FakeLease:
         version = await asyncio.to_thread(source.resolve, ref, token)
         fetched = await asyncio.to_thread(source.fetch, version, token, lambda *at: None)
         fetched.close()

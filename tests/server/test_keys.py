@@ -28,9 +28,9 @@ def test_whose_a_key_is(tmp_path: Path) -> None:
     hashed = f"- {{name: a, sha256: {DIGEST.upper()}, priority: -3, weight: 2.0}}"
     for text in (plain, hashed, f"{plain}\n{hashed}"):
         keys = read(tmp_path, text + '\n- {name: b-1._B, key: "!*&{}#,:"}', api_key=("c", "d"))
-        assert keys.tenant_of(SECRET) == Tenant("a", -3, 2.0)
-        assert keys.tenant_of("!*&{}#,:") == Tenant("b-1._B")
-        assert keys.tenant_of("c") == keys.tenant_of("d") == Tenant("default")
+        assert keys.tenant_of(SECRET) == Tenant("a", -3, 2.0, 0.5)
+        assert keys.tenant_of("!*&{}#,:") == Tenant("b-1._B", share=0.25)
+        assert keys.tenant_of("c") == keys.tenant_of("d") == Tenant("default", share=0.25)
         assert keys.num_keys == 4
         for unknown in ("", SECRET[:-1], SECRET + " ", DIGEST, "caf\xe9", "\udce9", "a"):
             assert keys.tenant_of(unknown) is None

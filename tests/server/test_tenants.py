@@ -63,7 +63,7 @@ async def test_requests_carry_what_their_tenant_has(
 def test_the_last_places_are_for_tenants_below_their_share(file: str) -> None:
     keys = Keys(ServerConfig(api_keys_file=file))
     big, small = keys.tenant_of("big"), keys.tenant_of("small")
-    places = Places(40, keys)  # shares of 30 and 10, and the last 4 are reserved
+    places = Places(40)  # shares of 30 and 10, and the last 4 are reserved
     for _ in range(36):
         places.take(small)
     with pytest.raises(Overloaded, match="36 open requests, its share is 10"):
@@ -84,10 +84,10 @@ def test_the_last_places_are_for_tenants_below_their_share(file: str) -> None:
 
 def test_one_tenant_alone_has_all_places() -> None:
     keys = Keys(ServerConfig(api_key=("a", "b")))
-    places = Places(10, keys)
+    places = Places(10)
     for _ in range(10):
         places.take(keys.tenant_of("a"))
-    without = Places(10, Keys(ServerConfig()))
+    without = Places(10)
     for _ in range(10):
         without.take(None)
     for full in (places, without):

@@ -22,7 +22,7 @@ from engine.adapters.sources import AdapterFiles, Progress, Source, Version
 from engine.adapters.tiers import HostRegion
 from engine.config import EngineConfig
 from engine.lora import image
-from engine.messages import AdapterImageRef
+from engine.messages import NO_TENANT, AdapterImageRef, TenantRef
 from engine.ops.layout import ShardLayout
 from engine.sandbox import convert
 
@@ -81,7 +81,9 @@ class TrappedExchange(Exchange):
 
     traps: Traps
 
-    async def acquire(self, ref: AdapterRef, token: str | None = None, tenant: str = "") -> Lease:
+    async def acquire(
+        self, ref: AdapterRef, token: str | None = None, tenant: TenantRef = NO_TENANT
+    ) -> Lease:
         lease = await super().acquire(ref, token, tenant)
         self.traps.reach("answer")
         return lease

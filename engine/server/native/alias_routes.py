@@ -14,7 +14,7 @@ from engine.server.access import TENANT, context_of
 from engine.server.aliases import Alias
 from engine.server.decoding import decode
 from engine.server.front import FRONT, Front
-from engine.server.keys import name_of
+from engine.server.keys import ref_of
 from engine.server.native.schemas import AliasBody
 from engine.server.responses import json_response
 
@@ -50,7 +50,7 @@ async def put_alias(request: web.Request) -> web.StreamResponse:
     front.aliases.check(name, target)
     token = context_of(request).token(body.api_token)
     with _admitted(front):
-        lease = await front.backend.acquire(target, token, name_of(request.get(TENANT)))
+        lease = await front.backend.acquire(target, token, ref_of(request.get(TENANT)))
         digest = lease.image.digest.hex()
         lease.release()
     alias = Alias(name, target, digest)
