@@ -18,10 +18,10 @@ unexport PYTHONDONTWRITEBYTECODE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu soak-exchange lint format type docs completions build demo-model bench attack clean
+.PHONY: help install demo test test-gpu soak-exchange soak-rotation lint format type docs completions build demo-model bench attack clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ test-gpu: $(INSTALLED) ## run the tests that need a GPU
 
 soak-exchange: $(INSTALLED) ## kill the exchange 20 times under load
 	LORAX_KILLS=20 $(BIN)/python -m pytest tests/server/test_exchange_killed.py --timeout 900 $(ARGS)
+
+soak-rotation: $(INSTALLED) ## 2,000 adapters, 200 of them in turn over room for 20
+	LORAX_ROTATION=full $(BIN)/python -m pytest tests/server/test_rotation.py --timeout 900 $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .
