@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +21,11 @@ from engine.adapters.tiers import HostRegion
 from engine.checkpoint import cache_folder, folder_of
 from engine.config import EngineConfig
 from engine.layers.methods import method_of
-from engine.messages import EngineInfo
+from engine.lora.fold import Fold
+from engine.messages import EngineInfo, MergedAdapter
 from engine.models import weights
 from engine.models.decoder import Decoder
-from engine.models.spec import ModelSpec
+from engine.models.spec import ModelSpec, layout_of
 from engine.ops.attention import AttentionBackend, Capacity, Gpu, KVFormat, Needs, choose
 from engine.ops.layout import RECORD_WORDS, ShardLayout
 from engine.ops.targets import Shard
@@ -39,6 +43,9 @@ from engine.scheduler.blocks import BlockPool
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.slots import SlotTable
+
+if TYPE_CHECKING:
+    from engine.adapters.static import StaticAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ class LoadedModel:
     decoder: Decoder
     dtype: torch.dtype  # of its activations
     attention: AttentionBackend
+    merged: MergedAdapter | None  # the adapter in its weights
 
     @property
     def kv(self) -> KVFormat:
@@ -118,14 +126,29 @@ def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
     spec = models.spec_from(folder)
     dtype = models.dtype_of(config.model, spec.config, platform.device)
     attention = choose_attention(config, spec, dtype, platform.device)
-    with fitting("the weights", WEIGHTS_REMEDY):
+    with fitting("the weights", WEIGHTS_REMEDY), _to_merge(config, spec, dtype, folder) as static:
+        fold = None if static is None else Fold(static.weights, spec, dtype)
+        spec = spec if fold is None else fold.spec
         room = config.adapters.max_added_tokens
         decoder = Decoder(spec, dtype, platform.device, method, max_added_tokens=room)
         if config.model.load_format == "dummy":
             weights.init_random(decoder)
         else:
-            weights.load(decoder, folder, cache_folder(config.model.huggingface_hub_cache))
-    return LoadedModel(spec, decoder, dtype, attention)
+            cache = cache_folder(config.model.huggingface_hub_cache)
+            weights.load(decoder, folder, cache, iter if fold is None else fold)
+    return LoadedModel(spec, decoder, dtype, attention, None if static is None else static.about)
+
+
+def _to_merge(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, folder: Path
+) -> AbstractContextManager[StaticAdapter | None]:
+    """The adapter of --merge-adapter-weights, open in the block."""
+    if not config.adapters.merge_adapter_weights:
+        return nullcontext()
+    from engine.adapters.static import static_adapter  # it imports every source
+
+    layout = layout_of(spec, str(dtype).removeprefix("torch."))
+    return static_adapter(config, layout, folder)
 
 
 def choose_attention(
@@ -178,9 +201,8 @@ def make_runner(
     assert not model.kv.scale_bytes, "a block holds only keys and values"
     cache = torch.empty(shape, dtype=model.kv.dtype, device=device).zero_()
     arena = torch.empty(plan.arena, dtype=torch.uint8, device=device).zero_()
-    slots = config.adapters.max_active_adapters + 1
     records = torch.empty(
-        (slots, spec.num_layers + 1, model.layout.num_groups, RECORD_WORDS),
+        (plan.slots, spec.num_layers + 1, model.layout.num_groups, RECORD_WORDS),
         dtype=torch.int32,
         device=device,
     ).zero_()
@@ -223,7 +245,7 @@ def make_scheduler(
         max_scored_tokens=plan.max_scored_tokens,
     )
     blocks = BlockPool(plan.num_blocks, plan.block_size, config.scheduler.prefix_caching)
-    slots = SlotTable(config.adapters.max_active_adapters + 1, plan.arena)
+    slots = SlotTable(plan.slots, plan.arena)
     return Scheduler(limits, blocks, slots, clock)
 
 
@@ -252,6 +274,7 @@ def info_of(config: EngineConfig, built: BuiltShard) -> EngineInfo:
         memory_plan=plan.lines,
         targets=layout.targets.names,
         quantize=config.model.quantize,
+        merged_adapter=model.merged,
     )
 
 

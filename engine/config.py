@@ -91,6 +91,13 @@ class AdapterConfig:
             "Default adapter for requests without one. The base model is then available as `base`."
         ),
     ] = None
+    merge_adapter_weights: Annotated[
+        bool,
+        Option(
+            "Merge --adapter-id into the weights of the base model at start. It then costs nothing, and no other "
+            "adapter is served, nor the base model without it."
+        ),
+    ] = False
     adapter_source: Annotated[
         str, Option("Source of --adapter-id and --preloaded-adapter-ids: hub, local, s3 or pbase.")
     ] = "hub"

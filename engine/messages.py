@@ -91,6 +91,17 @@ class AdapterText(Struct, frozen=True):
     specials: dict[str, str] | None = None  # name, such as eos_token -> content; None: the base's
 
 
+class MergedAdapter(Struct, frozen=True):
+    """The adapter of --adapter-id, merged into the weights of the base model."""
+
+    name: str  # as --adapter-id has it
+    source: str  # where it was found
+    prefix: str  # of ids in this source
+    id: str  # there, without the prefix
+    revision: str  # commit, or a fingerprint of the files
+    text: AdapterText | None = None  # None: the base model's
+
+
 class Request(Struct, frozen=True):
     """A prompt to continue with at most `max_new_tokens` tokens, or to process as another `kind` says."""
 
@@ -238,6 +249,7 @@ class EngineInfo(Struct, frozen=True):
     memory_plan: list[tuple[str, int]]  # (name, bytes)
     targets: list[str]  # names that adapters may target
     quantize: str | None = None  # how the linears are quantised
+    merged_adapter: MergedAdapter | None = None  # then no other adapter is served
 
 
 class EngineStats(Struct, frozen=True):

@@ -11,6 +11,7 @@ import torch
 
 from engine.config import GIB, EngineConfig
 from engine.errors import ConfigError
+from engine.messages import IMAGE_ALIGN
 
 MAX_CPU_BUDGET = 4 * GIB  # by default: a laptop runs other programs too
 MAX_HOST_TIER = 4 * GIB
@@ -44,7 +45,9 @@ def free_host_memory() -> int:
 
 
 def host_tier_bytes(config: EngineConfig) -> int:
-    """Bytes of the shared region that holds images ready to be placed."""
+    """Bytes of the shared region that holds images ready to be placed. With --merge-adapter-weights there are none."""
+    if config.adapters.merge_adapter_weights:
+        return IMAGE_ALIGN
     if config.adapters.host_cache_gb is not None:
         if config.adapters.host_cache_gb <= 0:
             raise ConfigError("--host-cache-gb must be above 0", field="host_cache_gb")

@@ -27,22 +27,13 @@ AdapterNames = Annotated[
 
 def finder(config: EngineConfig) -> Finder:
     """Finds adapters by name, as a server with this configuration does. Downloads missing files."""
-    import asyncio
+    from engine.adapters.finder import finder as by_name
 
-    from engine.adapters.ref import AdapterRef
-    from engine.adapters.registry import Registry, default_source, make_sources
-    from engine.adapters.sources import Version
-
-    sources = make_sources(config)
-    registry = Registry(sources, default_source(config.adapters, sources))
-
-    async def ask(ref: AdapterRef) -> Version:
-        assert ref.source is not None, "the registry resolves with one source at a time"
-        return sources[ref.source].resolve(ref, None)
+    look_up = by_name(config)
 
     def find(name: str, progress: Progress) -> tuple[str, AdapterFiles]:
-        version = asyncio.run(registry.resolve(AdapterRef.parse(name), ask))
-        return version.source, sources[version.source].fetch(version, None, progress)
+        found = look_up(name)
+        return found.version.source, found.fetch(progress)
 
     return find
 

@@ -82,12 +82,6 @@ LEGACY: tuple[LegacyFlag, ...] = (
     _refused("--compile", "compilation is not supported yet", takes_value=False),
     _refused("--speculative-tokens", _SPECULATION, harmless=("", "0")),
     _refused(
-        "--merge-adapter-weights",
-        "adapters are not merged into the base model",
-        takes_value=False,
-        hint="--adapter-id makes an adapter the default without merging it",
-    ),
-    _refused(
         "--preloaded-adapter-source",
         "preloaded adapters come from --adapter-source",
         hint="set --adapter-source",
@@ -127,7 +121,6 @@ _ENVIRONMENT = (
     "NUM_SHARD",
     "SHARDED",
     "SPECULATIVE_TOKENS",
-    "MERGE_ADAPTER_WEIGHTS",
     "PRELOADED_ADAPTER_SOURCE",
     "TRUST_REMOTE_CODE",
 )

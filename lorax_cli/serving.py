@@ -39,7 +39,7 @@ Start = Callable[[EngineConfig], Coroutine[Any, Any, "Backend"]]
 async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Application]:
     """Starts an engine and yields the application on it: `local` in this process, else in its own processes."""
     from engine.adapters.base_model import fetch_base_model
-    from engine.adapters.registry import default_source, make_sources
+    from engine.adapters.registry import check_merging, default_source, make_sources
     from engine.checkpoint import folder_of
     from engine.process import LocalBackend, ProcessBackend
     from engine.server.access import check_origins
@@ -50,6 +50,8 @@ async def opened(config: EngineConfig, local: bool) -> AsyncIterator[web.Applica
 
     # Before the processes start: one download, and wrong names, keys and origins fail at once.
     default_source(config.adapters, make_sources(config))
+    if config.adapters.merge_adapter_weights:
+        check_merging(config)
     Keys(config.server)
     check_origins(config.server)
     await asyncio.to_thread(fetch_base_model, config, config.model.load_format != "dummy")

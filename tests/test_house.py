@@ -66,7 +66,9 @@ TORCH_FREE = (
     "engine.adapters",
 )
 # What an adapter's files become is torch's business.
-WITH_TORCH = tuple(f"engine.adapters.{name}" for name in ("exchange", "loader", "refusals"))
+WITH_TORCH = tuple(
+    f"engine.adapters.{name}" for name in ("exchange", "loader", "refusals", "static")
+)
 
 # What is longer than the rule says, and why.
 LONG_FILES = {

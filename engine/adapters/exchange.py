@@ -114,9 +114,12 @@ class Exchange:
     async def start(self) -> None:
         """Loads the adapters of --preloaded-adapter-ids and --adapter-id and keeps them in host memory.
 
-        They are looked up like a request's adapter, but --adapter-source is the default source. Raises AdapterError.
+        They are looked up like a request's adapter, but --adapter-source is the default source. An adapter that is
+        merged into the base model is not loaded here. Raises AdapterError.
         """
         config = self._config.adapters
+        if config.merge_adapter_weights:
+            return
         names = dict.fromkeys((*config.preloaded_adapter_ids, *filter(None, (config.adapter_id,))))
         registry = Registry(self._registry.sources, config.adapter_source)
 

@@ -99,6 +99,27 @@ def default_source(config: AdapterConfig, sources: Mapping[str, Source]) -> str:
     return config.default_adapter_source or config.adapter_source
 
 
+def check_merging(config: EngineConfig) -> str:
+    """The adapter to merge into the base model. Raises ConfigError if other settings contradict that."""
+    adapters = config.adapters
+    if adapters.adapter_id is None:
+        raise _not_merging("needs an adapter", "set --adapter-id")
+    for name in ("preloaded_adapter_ids", "adapter_alias"):
+        if getattr(adapters, name):
+            raise _not_merging(
+                f"serves no other adapter, but {flag_of(name)} is set", "leave one of the two out"
+            )
+    if config.model.load_format == "dummy":
+        raise _not_merging(
+            "needs the weights of a checkpoint", "leave --load-format dummy or the merge out"
+        )
+    return adapters.adapter_id
+
+
+def _not_merging(why: str, hint: str) -> ConfigError:
+    return ConfigError(f"--merge-adapter-weights {why}", field="merge_adapter_weights", hint=hint)
+
+
 class Registry:
     """Finds the source of an adapter.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from engine.files import DESCRIPTORS, OpenFile, Outside
 from engine.layers.linear import Linear, Part
 from engine.layers.norm import LayerNorm, RmsNorm
 from engine.models.decoder import Decoder
-from engine.models.spec import Learned
+from engine.models.spec import Learned, ModelSpec
 from engine.ops.layout import TargetPart
 from engine.ops.targets import Span
 from engine.sandbox import Converter, is_pickle
@@ -33,6 +33,8 @@ from engine.sandbox import Converter, is_pickle
 MAX_INDEX_BYTES = 64 << 20
 CONVERTED = "lorax-converted-models"  # apart from those of adapters, which are removed for others
 CONVERT = "convert it to safetensors with save_pretrained of transformers"
+
+Tensors = Iterator[tuple[str, Tensor]]  # by their names in the checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ def _opened(path: Path, roots: list[Path] | None) -> OpenFile:
         raise ModelError(f"cannot read {path}: {error.strerror}", field="model_id") from None
 
 
-def _tensors(folder: Path, cache: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path, cache: Path) -> Tensors:
     """Every tensor of a checkpoint. A `.bin` is converted into the cache first, and read from there."""
     paths, indexed = weight_files(folder)
     roots = [folder.resolve(), cache.resolve()] if indexed else None
@@ -190,7 +192,7 @@ def _tensors(folder: Path, cache: Path) -> Iterator[tuple[str, Tensor]]:
                     yield from _stored(readable, path)
 
 
-def _stored(file: OpenFile, path: Path) -> Iterator[tuple[str, Tensor]]:
+def _stored(file: OpenFile, path: Path) -> Tensors:
     """The tensors of one safetensors file, opened by its descriptor; `path` is for messages."""
     name = DESCRIPTORS / str(file.fd)
     try:
@@ -203,17 +205,34 @@ def _stored(file: OpenFile, path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from None
 
 
-def load(model: Decoder, folder: Path, cache: Path | None = None) -> None:
+def load(
+    model: Decoder,
+    folder: Path,
+    cache: Path | None = None,
+    change: Callable[[Tensors], Tensors] = iter,
+) -> None:
     """Fills the model from a checkpoint. Raises ModelError that names a missing, unknown or wrongly shaped tensor.
 
-    `cache`: the folder of downloads; None: huggingface_hub's.
+    `cache`: the folder of downloads; None: huggingface_hub's. `change`: what becomes of the tensors, which have their
+    right shapes.
     """
-    spec = model.spec
     expected = destinations(model)
-    prefix = spec.names.embedding.partition(".")[0] + "."
     missing = set(expected)
+    stored = _checked(model.spec, expected, _tensors(folder, cache or cache_folder()))
+    for name, tensor in change(stored):
+        expected[name].store(tensor)
+        missing.discard(name)
+    if missing:
+        raise ModelError(
+            f"the checkpoint lacks {len(missing)} tensors, first {min(missing)!r}", field="model_id"
+        )
+
+
+def _checked(spec: ModelSpec, expected: Mapping[str, Destination], tensors: Tensors) -> Tensors:
+    """The tensors by the names in `expected`, without those that the model does not need. Raises ModelError."""
+    prefix = spec.names.embedding.partition(".")[0] + "."
     tied_head = f"{spec.names.head}.weight" if spec.tied else ""
-    for name, tensor in _tensors(folder, cache or cache_folder()):
+    for name, tensor in tensors:
         # Checkpoints saved from the bare model lack the first part of the name (gpt2 on the hub).
         key = name if name in expected else prefix + name
         if key not in expected:
@@ -228,12 +247,7 @@ def load(model: Decoder, folder: Path, cache: Path | None = None) -> None:
                 f"tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(destination.shape)}",
                 field="model_id",
             )
-        destination.store(tensor)
-        missing.discard(key)
-    if missing:
-        raise ModelError(
-            f"the checkpoint lacks {len(missing)} tensors, first {min(missing)!r}", field="model_id"
-        )
+        yield key, tensor
 
 
 def init_random(model: Decoder, seed: int = 0) -> None:

@@ -17,9 +17,11 @@ def for_exchange(config: EngineConfig) -> EngineConfig:
 
 
 def for_shard(config: EngineConfig) -> EngineConfig:
-    """The configuration that the shard receives: only the exchange asks Predibase for adapters."""
-    adapters = replace(config.adapters, predibase_api_token=None)
-    return replace(for_exchange(config), adapters=adapters)
+    """The configuration that the shard receives. It needs the token of a source only for the adapter that it merges."""
+    config = for_exchange(config)
+    if config.adapters.merge_adapter_weights:
+        return config
+    return replace(config, adapters=replace(config.adapters, predibase_api_token=None))
 
 
 def environment() -> dict[str, str]:

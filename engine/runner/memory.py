@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import GIB, EngineConfig, flag_of
 from engine.errors import ConfigError
@@ -49,6 +49,7 @@ class MemoryPlan:
     num_blocks: int  # with the scratch block
     block_size: int  # positions
     arena: int  # bytes
+    slots: int  # of adapters, and slot 0
     records: int  # bytes
     working: int  # bytes of the largest step on a GPU: activations, logits, library workspaces
     host_tier: int  # bytes
@@ -109,7 +110,11 @@ def plan_memory(
     footprint: Footprint,
     backend: AttentionBackend,
 ) -> MemoryPlan:
-    """Divides the budget. Raises ConfigError that names the flag to change if a part does not fit."""
+    """Divides the budget. Raises ConfigError that names the flag to change if a part does not fit.
+
+    With --merge-adapter-weights, adapters get no memory.
+    """
+    config = _as_served(config)
     weights, itemsize = footprint.weights, footprint.itemsize
     scheduler, device = config.scheduler, platform.device.type
     block = block_size(scheduler.block_size, backend)
@@ -127,7 +132,8 @@ def plan_memory(
         working += _working(config, spec, footprint, (rows, tokens)) + footprint.scratch
     budget = platform.budget - (weights + working if platform.is_cuda else 0)
     arena = int(platform.budget * fraction) // ARENA_UNIT * ARENA_UNIT
-    records = footprint.records * (config.adapters.max_active_adapters + 1)
+    slots = config.adapters.max_active_adapters + 1
+    records = footprint.records * slots
     attention = spec.attention
     kv_block = footprint.kv.block_bytes(
         spec.num_layers, block, attention.kv_heads, attention.head_dim
@@ -137,7 +143,6 @@ def plan_memory(
     shares |= {"adapter arena": arena, "adapter records": records}
     total = _total_tokens(config, spec, (room - 1) * block, _shortage(platform, shares))
     blocks = _num_blocks(config, min(room, rows * -(-total // block) + 1), block, total)
-    longest = _input_length(config, total)
     return MemoryPlan(
         budget=platform.budget,
         budget_flag=flag_of(_budget_field(platform)),
@@ -147,6 +152,7 @@ def plan_memory(
         num_blocks=blocks,
         block_size=block,
         arena=arena,
+        slots=slots,
         records=records,
         working=working,
         host_tier=footprint.host_tier,
@@ -155,8 +161,22 @@ def plan_memory(
         chunk_tokens=chunk_tokens,
         max_scored_tokens=scored_tokens(spec, itemsize, tokens),
         max_total_tokens=total,
-        max_input_length=longest,
+        max_input_length=_input_length(config, total),
     )
+
+
+def _as_served(config: EngineConfig) -> EngineConfig:
+    """The configuration; with --merge-adapter-weights it has no room for adapters."""
+    if not config.adapters.merge_adapter_weights:
+        return config
+    none = replace(
+        config.adapters,
+        adapter_memory_fraction=0.0,
+        max_active_adapters=0,
+        max_added_tokens=0,
+        max_adapter_rank=0,
+    )
+    return replace(config, adapters=none)
 
 
 def block_size(given: int | None, backend: AttentionBackend) -> int:

@@ -20,8 +20,9 @@ from engine.server.events import Event, FinishedChoice
 from engine.server.generation import Generation
 from engine.server.keys import Keys
 from engine.server.merged import MergedAdapters
-from engine.server.parameters import Parameters, invalid, resolve_adapter
+from engine.server.parameters import BASE_NAMES, Parameters, invalid, resolve_adapter
 from engine.server.prompts import Prompt
+from engine.server.static import not_served
 from engine.server.text import Text
 
 NO_TOKENS = ("", "EMPTY", "NONE")  # OpenAI clients send these where they need a key and have none
@@ -44,10 +45,14 @@ class Context:
         merged: MergedAdapters | None = None,
         field: str = "adapter_id",
     ) -> AdapterRef | None:
-        """The adapter of that name, or the merge; None for the base model. Raises InvalidRequest.
+        """The adapter of that name, or the merge; None for the base model. Raises InvalidRequest, and AdapterNotFound
+        for `base` if an adapter is merged into the base model.
 
         `field`: the name of the name in the body.
         """
+        adapters = self.config.adapters
+        if name in BASE_NAMES and adapters.merge_adapter_weights:
+            raise not_served(name, adapters.adapter_id or "", field)
         if merged is None:
             return resolve_adapter(name, source, self.model_id, self.config)
         if name and resolve_adapter(name, source, self.model_id, self.config) is not None:

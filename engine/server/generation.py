@@ -31,10 +31,11 @@ from engine.server.adapter_texts import AdapterTexts
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
-from engine.server.keys import Tenant, ref_of
+from engine.server.keys import Tenant
 from engine.server.parameters import Limits, Parameters, check, invalid, priority_of
 from engine.server.prompts import Prompt, tokenized
 from engine.server.salts import salt_of
+from engine.server.static import acquire, own_text
 from engine.server.stops import StopMatcher
 from engine.server.text import Text
 from engine.server.waiting import Waiter
@@ -44,9 +45,9 @@ log = logging.getLogger(__name__)
 
 def _label(parameters: Parameters, lease: Lease | None) -> str:
     """What metrics call the adapter: they are open to everybody."""
-    if lease is None or parameters.adapter is None:
+    if parameters.adapter is None:
         return "base"
-    return "private" if lease.image.tenant else parameters.adapter.name
+    return "private" if lease is not None and lease.image.tenant else parameters.adapter.name
 
 
 @dataclass(slots=True)
@@ -301,10 +302,9 @@ class Generator:
         generation: Generation | None = None
         try:
             if adapter is not None:
-                lease = await self.backend.acquire(adapter, parameters.api_token, ref_of(tenant))
-            text = self.text
-            if lease is not None and lease.text is not None:
-                text = await self.texts.of(lease.text)
+                lease = await acquire(self.backend, adapter, parameters.api_token, tenant)
+            own = own_text(self.backend, lease)
+            text = self.text if own is None else await self.texts.of(own)
             waited = time.monotonic() - started
             vocab_size = lease.image.vocab if lease is not None else 0
             tokens = [

@@ -143,7 +143,8 @@ def _headers(front: Front, generation: Generation) -> dict[str, str]:
     adapter = generation.parameters.adapter
     if adapter is not None:
         headers["x-adapter-id"] = _ascii(adapter.name)
-        headers["x-adapter-source"] = generation.adapter_source
+        merged = info.merged_adapter
+        headers["x-adapter-source"] = merged.source if merged else generation.adapter_source
     return headers
 
 

@@ -40,6 +40,12 @@ def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any, 
     """(report, its table, its bare lines) of engines in this process."""
     workload = fill(Workload, given)
     workload.check()
+    if config.adapters.merge_adapter_weights:
+        raise ConfigError(
+            "--merge-adapter-weights has no effect on steps: they take as long as the base model's",
+            field="merge_adapter_weights",
+            hint="leave it out, or measure a running server with --url",
+        )
     from engine.bench.offline import measure
     from lorax_cli.bench_tables import engine_lines, engine_table
 

@@ -29,7 +29,7 @@ def memory_table(info: EngineInfo) -> Table:
 
 
 def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
-    """Prints on stderr the model, the memory plan, the backends, the folders of local adapters and who is served."""
+    """Prints on stderr the model, the memory plan, the backends, which adapters are served, and who is."""
     held = info.dtype if info.quantize is None else f"{info.dtype}, linears {info.quantize}"
     out.note(f"{info.model_id} on {info.device_name} ({held})")
     out.note(memory_table(info))
@@ -38,7 +38,12 @@ def announce(out: Output, info: EngineInfo, config: EngineConfig) -> None:
         by_backend.setdefault(backend, []).append(op)
     for backend, ops in by_backend.items():
         out.note(f"{backend}: {', '.join(ops)}")
-    out.note(f"local adapters: {', '.join(config.adapters.adapter_root)}")
+    if info.merged_adapter is not None:
+        out.note(
+            f"merged into the base model: {info.merged_adapter.name}; no other adapter is served"
+        )
+    else:
+        out.note(f"local adapters: {', '.join(config.adapters.adapter_root)}")
     has_keys = config.server.api_key or config.server.api_keys_file
     out.note(f"API keys: {'required' if has_keys else 'none, every client is served'}")
 

@@ -130,6 +130,7 @@ def test_too_little_memory_is_reported(model: Path) -> None:
         (["--output-tokens", "1"], "--output-tokens"),
         (["--output-tokens", "1000"], "exceed the model's limit of 256"),
         (["--targets", "nonsense"], "nonsense"),
+        (["--merge-adapter-weights", "--adapter-id", "a"], "has no effect on steps"),
         (["--shape", "mistral-7b"], "exclude each other"),
         (["--long-context", "50", "--batch", "1"], "together with short ones"),
         (["--long-context", "50", "--cases", "long"], "too short: the case takes"),

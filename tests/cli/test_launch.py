@@ -17,6 +17,8 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from engine.config import EngineConfig, ModelConfig
+from engine.errors import ConfigError
+from engine.messages import MergedAdapter
 from engine.process import ProcessBackend
 from engine.server.front import FRONT
 from lorax_cli import serving
@@ -76,6 +78,22 @@ def test_shows_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shows_the_quantisation(capsys: pytest.CaptureFixture[str]) -> None:
     announce(Output(), replace(BASE, quantize="bitsandbytes-nf4"), EngineConfig())
     assert "base on a processor (float32, linears bitsandbytes-nf4)" in capsys.readouterr().err
+
+
+def test_shows_the_merged_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    merged = MergedAdapter("org/sql", "hub", "", "org/sql", "abc")
+    announce(Output(), replace(BASE, merged_adapter=merged), EngineConfig())
+    shown = capsys.readouterr().err
+    assert "merged into the base model: org/sql; no other adapter is served" in shown
+    assert "local adapters" not in shown
+
+
+def test_a_merge_without_adapter_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessBackend, "start", None)
+    result = CliRunner().invoke(app, ["launch", "--merge-adapter-weights", "--port", "0"])
+    assert result.exit_code == ConfigError.exit_code
+    assert "--merge-adapter-weights needs an adapter" in result.stderr
+    assert "hint: set --adapter-id" in result.stderr
 
 
 @pytest.mark.slow

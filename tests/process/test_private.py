@@ -6,6 +6,7 @@ import pytest
 
 from engine.config import AdapterConfig, EngineConfig, ModelConfig, ServerConfig
 from engine.process import ProcessBackend
+from engine.process.private import for_shard
 from tests.process.fakes import leases_of, parts
 
 
@@ -28,3 +29,9 @@ async def test_children_know_no_api_key(monkeypatch: pytest.MonkeyPatch) -> None
         assert "sk-" not in known and "/secret/keys" not in known
         assert "of-the-hub" in known and "is inherited" in known and '"log_level":"error"' in known
     assert "of-predibase" in exchange and "of-predibase" not in shard
+
+
+def test_the_shard_reads_the_adapter_that_it_merges() -> None:
+    adapters = AdapterConfig(predibase_api_token="of-predibase", merge_adapter_weights=True)
+    config = for_shard(EngineConfig(adapters=adapters, server=ServerConfig(api_key=("sk-flag",))))
+    assert config.adapters == adapters and config.server == ServerConfig()

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.adapters.ref import AdapterRef
-from engine.errors import Overloaded
+from engine.errors import InvalidRequest, Overloaded
 from engine.server.access import TENANT, context_of
 from engine.server.aliases import Alias
 from engine.server.decoding import decode
@@ -17,6 +17,7 @@ from engine.server.front import FRONT, Front
 from engine.server.keys import ref_of
 from engine.server.native.schemas import AliasBody
 from engine.server.responses import json_response
+from engine.server.static import UNMERGED
 
 MAX_OPEN = 16  # PUTs that load an adapter at one time
 
@@ -48,6 +49,12 @@ async def put_alias(request: web.Request) -> web.StreamResponse:
         body = decode(raw, AliasBody)
     target = AdapterRef.parse(body.adapter_id, body.adapter_source)
     front.aliases.check(name, target)
+    if (merged := front.backend.info.merged_adapter) is not None:
+        raise InvalidRequest(
+            f"no alias can be set: {merged.name!r} is merged into the base model, and no other adapter is served",
+            field="name",
+            hint=UNMERGED,
+        )
     token = context_of(request).token(body.api_token)
     with _admitted(front):
         lease = await front.backend.acquire(target, token, ref_of(request.get(TENANT)))

@@ -60,6 +60,7 @@ async def info(request: web.Request) -> web.StreamResponse:
     """GET /info: LoRAX's fields, then ours."""
     front = request.app[FRONT]
     about, config, stats = front.backend.info, front.config, front.backend.stats
+    merged = about.merged_adapter
     lorax = {
         "model_id": about.model_id,
         "model_sha": about.revision,
@@ -81,6 +82,9 @@ async def info(request: web.Request) -> web.StreamResponse:
     ours = {
         "model_type": about.model_type,
         "quantize": about.quantize,
+        "merged_adapter": None
+        if merged is None
+        else {"name": merged.name, "source": merged.source, "revision": merged.revision},
         "device_name": about.device_name,
         "vocab_size": about.vocab_size,
         "max_batch_size": about.max_batch_size,

@@ -17,7 +17,7 @@ from engine.server.responses import json_response
 async def _models(request: web.Request) -> list[dict[str, Any]]:
     """What the client may see: adapters that only another client's token opens are left out."""
     front = request.app[FRONT]
-    base = front.backend.info.model_id
+    base, merged = front.backend.info.model_id, front.backend.info.merged_adapter
     token = context_of(request).token(None)
     seen = {b"", token_hash(token) if token else b""}
     adapters = [one for one in await front.backend.adapters() if one.tenant in seen]
@@ -25,13 +25,16 @@ async def _models(request: web.Request) -> list[dict[str, Any]]:
     names |= dict.fromkeys(
         status.name for status in adapters if status.state != "failed" and not status.merged
     )
+    if merged is not None:
+        names = {merged.name: None}
     shared = {"object": "model", "created": int(front.started), "owned_by": "lorax", "root": base}
     listed = [{"id": base, **shared, "parent": None}]
     return listed + [{"id": name, **shared, "parent": base} for name in names]
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    """GET /v1/models: the base model, the aliases, then every adapter that the exchange lists, without merges."""
+    """GET /v1/models: the base model, the aliases, then every adapter that the exchange lists, without merges. With an
+    adapter in the base model's weights: the base model and that adapter."""
     return json_response({"object": "list", "data": await _models(request)})
 
 
@@ -39,7 +42,7 @@ async def get_model(request: web.Request) -> web.StreamResponse:
     """GET /v1/models/{id}."""
     models = await _models(request)
     wanted = request.match_info["id"]
-    if wanted in BASE_NAMES:
+    if wanted in BASE_NAMES and request.app[FRONT].backend.info.merged_adapter is None:
         return json_response(models[0])
     for model in models:
         if model["id"] == wanted:
