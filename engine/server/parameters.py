@@ -68,6 +68,7 @@ class Parameters:
     seed: int | None = None
     max_new_tokens: int | None = None  # None: as many as fit
     stop: Sequence[str] = ()
+    grammar: str | None = None  # llguidance's, for the whole output; see `engine.grammar`
     keep_stop: bool = False  # the text includes the stop sequence
     ignore_eos: bool = False
     truncate: int | None = None  # keep this many of the prompt's last tokens
