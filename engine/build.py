@@ -67,6 +67,7 @@ class LoadedModel:
     dtype: torch.dtype  # of its activations
     attention: AttentionBackend
     merged: MergedAdapter | None  # the adapter in its weights
+    folder: Path
 
     @property
     def kv(self) -> KVFormat:
@@ -136,7 +137,8 @@ def load_model(config: EngineConfig, platform: Platform) -> LoadedModel:
         else:
             cache = cache_folder(config.model.huggingface_hub_cache)
             weights.load(decoder, folder, cache, iter if fold is None else fold)
-    return LoadedModel(spec, decoder, dtype, attention, None if static is None else static.about)
+    about = None if static is None else static.about
+    return LoadedModel(spec, decoder, dtype, attention, about, folder)
 
 
 def _to_merge(

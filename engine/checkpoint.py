@@ -66,6 +66,23 @@ def _stored(config: ModelConfig, weights: bool) -> Path:
     )
 
 
+def tokenizer_json(folder: Path) -> str:
+    """The text of a model's tokenizer.json, or what it would be. Raises ModelError. It may import transformers."""
+    try:
+        return (folder / "tokenizer.json").read_text()
+    except OSError:
+        from transformers import AutoTokenizer
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+        return str(loaded.backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder} has no tokenizer that grammars can use: {error}",
+            field="model_id",
+            hint="add a tokenizer.json",
+        ) from None
+
+
 def _download(config: ModelConfig, repository: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -10,14 +10,20 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from engine.adapters.tiers import HostRegion
 from engine.build import build_shard, info_of, log_start, make_scheduler
+from engine.checkpoint import tokenizer_json
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest, LoraxError, OutOfMemory
+from engine.grammar import Constrained, Grammars
 from engine.messages import AdapterImageRef, EngineStats, Request, StepPlan, Update
 from engine.ops.layout import ShardLayout
 from engine.runner.faults import empty_cache, first_line, num_refusals, out_of_memory
+from engine.runner.masks import MaskBuffers
+from engine.runner.sampler import Masks
+from engine.structured import Structured
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,9 @@ class Engine:
         self.model, self.spec = built.model.decoder, built.model.spec
         self.layout: ShardLayout = built.model.layout
         self.scheduler = make_scheduler(config, built.plan, clock)
+        grammars = Grammars(partial(tokenizer_json, built.model.folder), self.spec.vocab)
+        buffers = MaskBuffers(built.plan.max_rows, self.spec.vocab, self.platform.device)
+        self.structured = Structured(grammars, buffers)
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         self.info = info_of(config, built)
         self._refusals = num_refusals()  # read again only after a failed step: it is slow
@@ -54,17 +63,23 @@ class Engine:
 
         A step that does not fit into the device's memory is rolled back; the next steps retry it in parts.
         """
+        updates = self.structured.add_ready(self.scheduler.add)
         plan = self.scheduler.plan()
-        if plan is not None and (reason := self._launch(plan)) is not None:
-            return self._roll_back(reason)
-        if len(self.runner.launched) > (0 if plan is None else self.run_ahead):
-            return self.scheduler.commit(self.runner.collect())
-        return self.scheduler.take_updates()
+        if plan is not None and (reason := self._launch(plan, updates)) is not None:
+            updates += self._roll_back(reason)
+        elif len(self.runner.launched) > (0 if plan is None else self.run_ahead):
+            updates += self.scheduler.commit(self.runner.collect())
+        else:
+            updates += self.scheduler.take_updates()
+        if self.structured.any:
+            self.structured.ended(updates)
+        return updates
 
-    def _launch(self, plan: StepPlan) -> str | None:
+    def _launch(self, plan: StepPlan, updates: list[Update]) -> str | None:
         """Starts the step. Returns None, or the reason if the step does not fit into the device's memory."""
         try:
-            self.runner.launch(plan)
+            self.runner.forward(plan)
+            self.runner.sample(self._masks(updates) if self.structured.any else None)
         except RuntimeError as error:
             reason = out_of_memory(error, self._refusals)
             self._refusals = num_refusals()
@@ -72,6 +87,24 @@ class Engine:
                 raise
             return reason  # the error itself would keep the step's activations alive
         return None
+
+    def _masks(self, updates: list[Update]) -> Masks | None:
+        """The masks of the rows with a grammar in the step that was launched. None: there are none.
+
+        Masks depend on the tokens before, so the steps before are committed first; their updates are appended. The
+        forward pass runs meanwhile.
+        """
+        flight = self.scheduler.flights[-1]
+        if not any(one is not None and one.request.grammar for one in flight.sampled()):
+            return None
+        while self.runner.launched:
+            updates += self.scheduler.commit(self.runner.collect())
+        rows = [
+            Constrained(at, one.request.id, one.tokens, one.prompt_length)
+            for at, one in enumerate(flight.sampled())
+            if one is not None and one.request.grammar
+        ]
+        return self.structured.masks(rows, lambda id, error: self.scheduler.fail([id], error))
 
     def _roll_back(self, reason: str) -> list[Update]:
         """Undoes the last planned step and commits those before it. Raises OutOfMemory if no request was in it."""
@@ -100,7 +133,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.structured.has_work
 
     def preload(self, image: AdapterImageRef) -> None:
         """Places an adapter that is never evicted; call it before any request. Raises AdapterTooLarge."""
@@ -128,11 +161,15 @@ class Engine:
             raise InvalidRequest(
                 f"a prompt token is outside the vocabulary of {vocab}", field="tokens"
             )
-        self.scheduler.add(request)
+        if request.grammar:
+            self.structured.submit(request)
+        else:
+            self.scheduler.add(request)
 
     def cancel(self, id: str) -> None:
         """Ends a request early; its last update says so. An unknown id is ignored."""
-        self.scheduler.cancel(id)
+        if not self.structured.cancel(id):
+            self.scheduler.cancel(id)
 
     def fail(self, error: LoraxError) -> list[Update]:
         """Ends the requests of a failed step with an error; all others continue.
@@ -146,10 +183,13 @@ class Engine:
                 f"the device is in an unrecoverable state: {first_line(broken)}"
             ) from broken
         self.scheduler.fail(None, error)
-        return self.scheduler.take_updates()
+        updates = self.scheduler.take_updates()
+        self.structured.ended(updates)
+        return updates
 
     def close(self) -> None:
         """Frees the memory."""
+        self.structured.close()
         with suppress(RuntimeError):  # of a device in an unrecoverable state
             self.runner.abandon()
             self.runner.placer.close()

@@ -26,7 +26,8 @@ class SamplingParams(Struct, frozen=True):
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `typical_p` 1 and `min_p` 0 are off. `seed` is always set: the
     front draws one where the client gave none. Sampling is Philox keyed by (seed, position), so a seed gives the same
     text whatever else is in the batch. Repetition penalty counts prompt and output (Keskar et al. 2019, CTRL);
-    frequency and presence penalties count the output only (OpenAI API).
+    frequency and presence penalties count the output only (OpenAI API). The watermark is that of Kirchenbauer et al.
+    2023: the token before decides which tokens it favours.
     """
 
     temperature: float = 0.0
@@ -41,6 +42,13 @@ class SamplingParams(Struct, frozen=True):
     logprobs: bool = False  # the log-probability of every chosen token
     num_alternatives: int = 0  # the most likely tokens of every position, with log-probabilities
     prompt_logprobs: bool = False  # the log-probability of every prompt token but the first
+    logit_bias: dict[int, float] = {}  # added to the logits of these tokens
+    min_tokens: int = 0  # of the output, before one of `delayed`
+    delayed: tuple[int, ...] = ()
+    watermark_gamma: float = (
+        0.0  # part of the vocabulary that the watermark favours; 0: no watermark
+    )
+    watermark_delta: float = 0.0  # added to their logits
 
 
 class AdapterImageRef(Struct, frozen=True):
@@ -119,6 +127,7 @@ class Request(Struct, frozen=True):
     tenant: str = ""  # whose request it is; "": the server has no keys
     weight: float = 1.0  # the tenant's share of the engine, in proportion to the others'
     priority: int = 0  # higher: before others
+    grammar: str = ""  # of the output, see `engine.grammar`; "": free
 
 
 class Admit(Struct, frozen=True):

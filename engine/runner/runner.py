@@ -15,7 +15,7 @@ from engine.runner.graphs import StepGraphs
 from engine.runner.inputs import Description
 from engine.runner.placement import Placer
 from engine.runner.rows import RowTable
-from engine.runner.sampler import Sampled, SamplePlan, allowed
+from engine.runner.sampler import Masks, Sampled, SamplePlan
 from engine.runner.transfer import Mark, read_back
 
 
@@ -96,17 +96,14 @@ class Runner:
         self._forwarded = _Forwarded(plan.step, description, outputs, pooled)
 
     @torch.inference_mode()
-    def sample(self, bitmask: Tensor | None = None) -> None:
-        """Starts the sampling of the step of the last `forward`, and its copies of adapters.
-
-        `bitmask` [rows that are sampled, vocab / 32 rounded up] int32: bit t of a row allows token t. None: all.
-        """
+    def sample(self, masks: Masks | None = None) -> None:
+        """Starts the sampling of the step of the last `forward`, and its copies of adapters. None: no masks."""
         forwarded, self._forwarded = self._forwarded, None
         assert forwarded is not None, "`forward` comes first"
         sampled: Sampled | None = None
         prompt: dict[int, Tensor] = {}
         if forwarded.outputs is not None:
-            sampled, prompt = self._sample(forwarded.description, forwarded.outputs, bitmask)
+            sampled, prompt = self._sample(forwarded.description, forwarded.outputs, masks)
         busy = forwarded.outputs is not None
         placer = self.placer
         resident = placer.advance(placer.busy if busy else placer.idle)
@@ -182,7 +179,7 @@ class Runner:
         return (step.rows, step.lengths, logits), pooled
 
     def _sample(
-        self, description: Description, outputs: Outputs, bitmask: Tensor | None
+        self, description: Description, outputs: Outputs, masks: Masks | None
     ) -> tuple[Sampled | None, dict[int, Tensor]]:
         rows, lengths, logits = outputs
         chunks = description.chunks
@@ -197,11 +194,12 @@ class Runner:
             longest = max(self.rows.num_computed[row] for row in (*description.decode, *new))
             part = slice(count)
             sampled = sampling.sample(
-                allowed(logits[part], bitmask),
+                logits[part],
                 self.rows,
                 rows[part],
                 lengths[part],
                 longest=longest,
+                masks=masks,
             )
             out = sampled.fetched(self.readback)
         return out, self._prompt_logprobs(chunks, logits[count:])

@@ -3,12 +3,15 @@
 Every operation works row by row, so a row's token does not depend on the rest of the batch. No operation waits for the
 device. The order is that of transformers' logits processors: repetition, frequency and presence penalties, temperature,
 top-k, top-p, typical-p, min-p. The draw inverts the cumulative sum of the distribution at one Philox number (Salmon et
-al. 2011, Philox4x32-10).
+al. 2011, Philox4x32-10). After the penalties come biases of single tokens, the watermark, and the grammar's mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,9 @@ MASK = 0xFFFFFFFF
 # Fields of `SamplingParams` that are copied to the device as float32: of drawn rows, and of rows with penalties.
 FRACTIONS = ("temperature", "top_p", "typical_p", "min_p")
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+WATERMARK = ("watermark_gamma", "watermark_delta")
+WATERMARK_KEY = 15485863  # as Kirchenbauer et al.
+ALWAYS = 2**31 - 1
 
 ops = torch.ops.lorax
 
@@ -57,10 +63,15 @@ def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return (bits.double() + 0.5) / float(1 << 52)
 
 
-def allowed(logits: Tensor, bitmask: Tensor | None) -> Tensor:
+class Masks(NamedTuple):
+    """The tokens that rows with a grammar may have next."""
+
+    at: Tensor  # [n] int64: places of the rows among those that are sampled
+    bits: Tensor  # [n, vocab / 32 rounded up] int32: bit t of a row allows token t
+
+
+def allowed(logits: Tensor, bitmask: Tensor) -> Tensor:
     """[n, vocab], with -inf where the token's bit in `bitmask` [n, vocab / 32 rounded up] int32 is 0."""
-    if bitmask is None:
-        return logits
     shifts = torch.arange(32, device=logits.device, dtype=torch.int32)
     bits = (bitmask[:, :, None] >> shifts) & 1
     keep = bits.flatten(1)[:, : logits.shape[1]].bool()
@@ -88,6 +99,35 @@ def penalise(
     output = (known & (at >= prompt_lengths[:, None])).to(logits.dtype)
     counts = torch.zeros_like(logits).scatter_add_(1, tokens, output)
     logits.sub_(frequency[:, None] * counts).sub_(presence[:, None] * (counts > 0))
+
+
+def shift(
+    logits: Tensor,  # [n, vocab] float32, changed in place
+    generated: Tensor,  # [n] int64: tokens of the output of each row
+    at: Tensor,  # [pairs] int64: rows
+    tokens: Tensor,  # [pairs] int64
+    values: Tensor,  # [pairs] float32
+    until: Tensor,  # [pairs] int64: length of the output from which on the value does not count
+) -> None:
+    """Adds values to the logits of single tokens."""
+    counts = torch.where(generated[at] < until, values, 0.0)
+    logits.index_put_((at, tokens), counts, accumulate=True)
+
+
+def watermark(
+    logits: Tensor,  # [n, vocab] float32, changed in place
+    previous: Tensor,  # [n] int64: the token before
+    gamma: Tensor,  # [n] float32
+    delta: Tensor,  # [n] float32
+) -> None:
+    """Favours the tokens of the green list (Kirchenbauer et al. 2023, algorithm 2).
+
+    Token t is green after token s if Philox's number of key WATERMARK_KEY + s and counter t is below gamma.
+    """
+    positions = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    keys = (previous + WATERMARK_KEY)[:, None].expand_as(logits)
+    green = philox_uniform(keys, positions) < gamma[:, None]
+    logits.add_(torch.where(green, delta[:, None], 0.0))
 
 
 def _typical(probs: Tensor, typical_p: Tensor) -> Tensor:
@@ -178,14 +218,24 @@ class SamplePlan:
         self.reported_rows = [i for i, p in enumerate(params) if p.logprobs or p.num_alternatives]
         self.num_alternatives = max((p.num_alternatives for p in params), default=0)
         of_drawn = [params[i] for i in drawn]
-        integers = [drawn, punished, self.reported_rows]
+        marked = [i for i, p in enumerate(params) if p.watermark_gamma]
+        shifts = [one for i, p in enumerate(params) for one in _shifts(i, p)]
+        self.shifted = bool(shifts)
+        integers = [drawn, punished, self.reported_rows, marked]
         integers += [[p.seed for p in of_drawn], [p.top_k for p in of_drawn]]
+        integers += [[one.row for one in shifts], [one.token for one in shifts]]
+        integers.append([one.until for one in shifts])
         floats = [[getattr(p, name) for p in of_drawn] for name in FRACTIONS]
         floats += [[getattr(params[i], name) for i in punished] for name in PENALTIES]
-        on_device = upload_all(integers, floats, device)
-        self.drawn, self.punished, self.reported, seeds, top_k = on_device[: len(integers)]
-        fractions = on_device[len(integers) :][: len(FRACTIONS)]
-        self.penalties = on_device[len(integers) + len(FRACTIONS) :]
+        floats += [[getattr(params[i], name) for i in marked] for name in WATERMARK]
+        floats.append([one.value for one in shifts])
+        on_device = iter(upload_all(integers, floats, device))
+        self.drawn, self.punished, self.reported, self.marked = islice(on_device, 4)
+        seeds, top_k, at, tokens, until = islice(on_device, 5)
+        fractions = list(islice(on_device, len(FRACTIONS)))
+        self.penalties = list(islice(on_device, len(PENALTIES)))
+        self.watermark = list(islice(on_device, len(WATERMARK)))
+        self.shifts = (at, tokens, next(on_device), until)
         self.filters = _filters(of_drawn, seeds, top_k, fractions) if drawn else None
 
     def sample(
@@ -195,6 +245,7 @@ class SamplePlan:
         rows: Tensor,  # [n] int32 or int64
         lengths: Tensor,  # [n] int32 or int64: known tokens of each row, the position of the new token
         longest: int | None = None,
+        masks: Masks | None = None,
     ) -> Sampled:
         """The new tokens [n], also written to their rows, with the log-probabilities that requests want.
 
@@ -206,6 +257,14 @@ class SamplePlan:
             report = logits[self.reported].float().log_softmax(-1)
         if len(self.punished):
             logits = self._penalised(logits.float(), table, rows, lengths, longest)
+        if self.shifted:
+            logits = logits.to(torch.float32, copy=True)
+            shift(logits, lengths.long() - table.prompt_lengths[rows.long()].long(), *self.shifts)
+        if len(self.marked):
+            logits = self._watermarked(logits.float(), table, rows, lengths)
+        if masks is not None:
+            masked = allowed(logits[masks.at], masks.bits)
+            logits = logits.index_copy(0, masks.at, masked)
         chosen = ops.pick_greedy_(logits, rows, lengths, table.tokens)
         if self.filters is not None:
             probs = distribution(logits[self.drawn].float(), self.filters)
@@ -237,6 +296,32 @@ class SamplePlan:
         prompt_lengths = table.prompt_lengths[index].long()
         penalise(changed, tokens, known_lengths, prompt_lengths, *self.penalties)
         return logits.index_copy(0, self.punished, changed)
+
+    def _watermarked(
+        self, logits: Tensor, table: RowTable, rows: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """The float32 logits, with the watermark in the rows that have one."""
+        changed, index = logits[self.marked], rows[self.marked].long()
+        previous = table.tokens[index, lengths[self.marked].long() - 1].long()
+        watermark(changed, previous, *self.watermark)
+        return logits.index_copy(0, self.marked, changed)
+
+
+class _Shift(NamedTuple):
+    """A value that is added to the logit of one token of a row."""
+
+    row: int
+    token: int
+    value: float
+    until: int  # length of the output from which on it does not count
+
+
+def _shifts(row: int, params: SamplingParams) -> Iterator[_Shift]:
+    for token, value in params.logit_bias.items():
+        yield _Shift(row, token, value, ALWAYS)
+    if params.min_tokens:
+        for token in params.delayed:
+            yield _Shift(row, token, float("-inf"), params.min_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,11 @@ class Flight:
     def num_tokens(self) -> int:
         return len(self.decode) + sum(chunk.count for _, _, chunk in self.chunks)
 
+    def sampled(self) -> list[Sequence | None]:
+        """The sequences whose tokens are sampled, in the order of the plan; None: it has left its row."""
+        rows = [*self.decode, *((s, epoch) for s, epoch, chunk in self.chunks if chunk.sample)]
+        return [sequence if sequence.epoch == epoch else None for sequence, epoch in rows]
+
     def alive(self) -> Iterator[Sequence]:
         """The sequences that still hold the row in which they were planned."""
         for sequence, epoch in (*self.decode, *(entry[:2] for entry in self.chunks)):

@@ -61,7 +61,7 @@ class Scheduler:
         self._queue = Queue()
         self._admission = Admission(self._queue, self._rows, self._tables, slots, self._rotation)
         self._outbox = Outbox(slots)
-        self._flights: deque[Flight] = deque()
+        self.flights: deque[Flight] = deque()  # launched steps, the oldest first
         self._budget = StepBudget(limits.max_step_tokens)
         self._step = 0  # the last planned one
         self._decode_rows: list[int] | None = None  # of that step; None: list them again
@@ -114,7 +114,7 @@ class Scheduler:
                 if (sequence := self._sequences.get(id)) is not None:
                     self._end(sequence, error=error)
             return
-        lost, self._flights = self._flights, deque()
+        lost, self.flights = self.flights, deque()
         for flight in lost:
             for sequence in flight.alive():
                 self._end(sequence, error=error)
@@ -127,7 +127,7 @@ class Scheduler:
         again gives the same tokens (see `_make_room`). A sequence alone in a step of one token ends with `error`.
         Returns the ids of the requests in the steps; none: no smaller step would help. The rest is as in `fail`.
         """
-        lost, self._flights = self._flights, deque()
+        lost, self.flights = self.flights, deque()
         involved = list(dict.fromkeys(s for flight in lost for s in flight.alive()))
         tokens = max((flight.num_tokens for flight in lost), default=0)
         if len(involved) == 1 and tokens == 1:
@@ -190,7 +190,7 @@ class Scheduler:
         self._admission.admit(builder, now)
         self._unplace += self.slots.take_unplaced()
         work = decode or builder.chunks or self._rows.any_released or self._unplace
-        if not work and not self._placements and (self._flights or not self.slots.num_placing):
+        if not work and not self._placements and (self.flights or not self.slots.num_placing):
             return None  # an empty step only serves to learn of finished copies
         self._step += 1
         if builder.left_over:
@@ -198,7 +198,7 @@ class Scheduler:
         rows = [sequence.row for sequence, _ in decode]
         flight = builder.launch(self._step, self._unplace, decode, same=rows == self._decode_rows)
         self._decode_rows, self._unplace, self._placements = rows, [], []
-        self._flights.append(flight)
+        self.flights.append(flight)
         return flight.plan
 
     def _plan_decode(self, builder: PlanBuilder, held: set[Sequence]) -> list[tuple[Sequence, int]]:
@@ -300,7 +300,7 @@ class Scheduler:
 
     def commit(self, result: StepResult) -> list[Update]:
         """Apply the result of the oldest step in flight; returns the updates of the requests."""
-        flight = self._flights.popleft()
+        flight = self.flights.popleft()
         assert flight.plan.step == result.step, "results come in the order of the plans"
         self._budget.fitted()
         self._served.add(flight.num_tokens)
@@ -388,12 +388,8 @@ class Scheduler:
         assert Counter([*waiting, *running]) == Counter(sequences)
         pins = Counter(sequence.slot for sequence in sequences if sequence.slot)
         for sequence in sequences:
-            length = len(sequence.tokens) + sequence.inflight
-            assert sequence.committed <= sequence.computed <= length <= sequence.limit
-            assert sequence.inflight <= len(self._flights)
-            if sequence.decoding:
-                left = int(sequence.kind.generates)
-                assert sequence.computed == length - left, "decodes with more than one to compute"
+            sequence.check()
+            assert sequence.inflight <= len(self.flights)
         for _, digest, _ in self.slots.residents():
             slot = self.slots.slot_of(digest)
             assert slot is not None and self.slots.num_users(slot) == pins.pop(slot, 0)

@@ -95,3 +95,11 @@ class Sequence:
             generated_tokens=len(self.tokens) - self.prompt_length,
             preemptions=self.preemptions,
         )
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        length = len(self.tokens) + self.inflight
+        assert self.committed <= self.computed <= length <= self.limit
+        if self.decoding:
+            left = int(self.kind.generates)
+            assert self.computed == length - left, "decodes with more than one to compute"

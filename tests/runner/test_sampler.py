@@ -16,9 +16,11 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from engine.messages import Admit, SamplingParams
+from engine.messages import Admit, SamplingParams, TokenOutput
 from engine.runner.rows import RowTable
 from engine.runner.sampler import (
+    WATERMARK_KEY,
+    Masks,
     SamplePlan,
     allowed,
     distribution,
@@ -316,4 +318,70 @@ def test_bitmask_is_minus_infinity(vocab: int) -> None:
     bitmask = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
     found = allowed(logits, bitmask)
     assert torch.equal(found, torch.where(keep, logits, float("-inf")))
-    assert allowed(logits, None) is logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_mask_is_of_its_rows_only(temperature: float) -> None:
+    """Other rows keep their tokens; log-probabilities are those before the mask."""
+    generator = torch.Generator().manual_seed(3)
+    logits, vocab = torch.randn(6, 70, generator=generator), 70
+    params = [SamplingParams(temperature=temperature, seed=row, logprobs=True) for row in range(6)]
+    table, rows, lengths = RowTable(7, 40, 4, CPU), torch.arange(1, 7), torch.full((6,), 11)
+
+    def sample(masks: Masks | None) -> list[TokenOutput]:
+        plan = SamplePlan(params, CPU)
+        return plan.sample(logits, table, rows, lengths, masks=masks).outputs()
+
+    free = sample(None)
+    at, only = torch.tensor([1, 4]), (69, 5)
+    bits = torch.zeros(2, -(-vocab // 32), dtype=torch.int32)
+    for row, token in enumerate(only):
+        bits[row, token // 32] |= 1 << (token % 32)
+    found = sample(Masks(at, bits))
+    reported = logits.log_softmax(-1)
+    for row in range(6):
+        token = only[(1, 4).index(row)] if row in (1, 4) else free[row].token
+        assert found[row].token == token
+        assert found[row].logprob == pytest.approx(float(reported[row, token]))
+
+
+def test_biases_and_delayed_tokens() -> None:
+    """A biased logit is the logit plus its bias; a delayed token is impossible while the output is short."""
+    logits = torch.zeros(4, 20)
+    logits[:, 3], logits[:, 7] = 2.0, 1.0
+    params = [
+        SamplingParams(),
+        SamplingParams(logit_bias={7: 1.5, 3: 0.25, 19: 1e-3}),
+        SamplingParams(min_tokens=2, delayed=(3, 5)),
+        SamplingParams(min_tokens=1, delayed=(3, 5), logit_bias={3: 100.0}),
+    ]
+    table = RowTable(5, 40, 4, CPU)
+    for row in range(1, 5):
+        table.admit(Admit(row, 0, [1] * 10, 9, 0, [], SamplingParams()))  # one token of output
+    rows, lengths = torch.arange(1, 5), torch.full((4,), 10)
+    chosen = SamplePlan(params, CPU).sample(logits, table, rows, lengths).tokens.tolist()
+    assert chosen == [3, 7, 7, 3]
+    chosen = SamplePlan(params, CPU).sample(logits, table, rows, lengths + 1).tokens.tolist()
+    assert chosen == [3, 7, 3, 3]
+
+
+def test_the_watermark_favours_the_green_list_of_the_token_before() -> None:
+    """As often as gamma says a token is green; with a large delta only green tokens come. Computed one by one."""
+    vocab, gamma, n = 500, 0.3, 8
+    table = RowTable(n + 1, 40, 4, CPU)
+    for row in range(1, n + 1):
+        table.admit(Admit(row, 0, [row] * 10, 10, 0, [], SamplingParams()))
+    params = [
+        SamplingParams(temperature=1.0, seed=row, watermark_gamma=gamma, watermark_delta=50.0)
+        for row in range(n - 1)
+    ] + [SamplingParams()]
+    logits = torch.randn(n, vocab, generator=torch.Generator().manual_seed(1))
+    rows, lengths = torch.arange(1, n + 1), torch.full((n,), 10)
+    chosen = SamplePlan(params, CPU).sample(logits, table, rows, lengths).tokens.tolist()
+    for row in range(n - 1):
+        key = torch.tensor([WATERMARK_KEY + row + 1])
+        green = [
+            float(philox_uniform(key, torch.tensor([token]))) < gamma for token in range(vocab)
+        ]
+        assert green[chosen[row]] and sum(green) / vocab == pytest.approx(gamma, abs=0.1)
+    assert chosen[-1] == int(logits[-1].argmax()), "a row without a watermark is free"

@@ -344,7 +344,7 @@ class House:
         self.learn(self.scheduler.take_updates())
         plan = self.scheduler.plan()
         self.scheduler.check()
-        if plan is not None and not self.fits(self.scheduler._flights[-1]):
+        if plan is not None and not self.fits(self.scheduler.flights[-1]):
             self.fall_short(plan)
             return True
         if plan is not None:
