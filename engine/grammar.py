@@ -56,11 +56,29 @@ def _limits() -> LLParserLimits:
 
 
 def of_json_schema(schema: dict[str, Any]) -> str:
-    """The grammar of the instances of a schema. Between two parts there is at most a line break with its indentation, or
-    one space: a model could otherwise write white space for ever."""
+    """The grammar of the instances of a schema.
+
+    Between two parts there is at most a line break with its indentation, or one space: a model could otherwise write
+    white space for ever. Keywords that are not supported are errors, whatever the schema says about itself.
+    """
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
+    fixed = {"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": False}
+    return LLMatcher.grammar_from_json_schema(schema, overrides=fixed)  # type: ignore[arg-type]
+
+
+def of_regex(regex: str) -> str:
+    """The grammar of the texts that match a whole expression (the crate regex, without look-around)."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def of_lark(grammar: str) -> str:
+    """The grammar of a text in llguidance's form of Lark."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(grammar)
 
 
 def check(grammar: str, field: str) -> None:

@@ -31,6 +31,7 @@ from engine.server.adapter_texts import AdapterTexts
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
+from engine.server.grammars import Checks
 from engine.server.keys import Tenant
 from engine.server.parameters import Limits, Parameters, check, invalid, priority_of
 from engine.server.prompts import Prompt, tokenized
@@ -251,6 +252,7 @@ class Generator:
     config: EngineConfig
     metrics: Metrics
     aliases: Aliases = field(default_factory=Aliases)
+    checks: Checks = field(default_factory=Checks)
     limits: Limits = field(init=False)
     texts: AdapterTexts = field(init=False)
     _requests: Counter[AdapterRef] = field(default_factory=Counter)  # open ones
@@ -294,6 +296,8 @@ class Generator:
                 f"the limit is {self.limits.max_sequences} (--max-concurrent-requests)",
                 "split it into several requests",
             )
+        if parameters.grammar is not None:
+            await self.checks.check(parameters.grammar, parameters.name("grammar"))
         started = time.monotonic()
         adapter, lease = None, None
         if parameters.adapter is not None:
@@ -375,6 +379,7 @@ class Generator:
                     tenant=tenant.name if tenant else "",
                     weight=tenant.weight if tenant else 1.0,
                     priority=priority,
+                    grammar=parameters.grammar or "",
                 )
                 behind += len(tokens) + new
                 made.append(

@@ -173,6 +173,12 @@ def check(parameters: Parameters, limits: Limits) -> None:
             f"must have 1 to {MAX_CACHE_SALT} characters, not {len(salt)}",
             "leave it out to share cached prompts",
         )
+    if parameters.grammar is not None and parameters.ignore_eos:
+        raise invalid(
+            parameters.name("grammar"),
+            "cannot be combined with `ignore_eos_token`",
+            "leave one out: the grammar says where the output ends",
+        )
     if len(parameters.stop) > limits.max_stop_sequences:
         raise invalid(
             parameters.name("stop"),
@@ -248,16 +254,6 @@ def refuse(**given: Any) -> None:
     for name, value in given.items():
         if value:
             raise invalid(name, "is not supported by this server", "leave it out")
-
-
-def refuse_format(response_format: Mapping[str, Any] | None) -> None:
-    """Raises InvalidRequest for a response format other than text."""
-    if response_format is not None and response_format.get("type") != "text":
-        raise invalid(
-            "response_format",
-            f"{response_format.get('type')!r} is not supported by this server",
-            "leave it out, or use type `text`",
-        )
 
 
 def resolve_adapter(

@@ -6,11 +6,12 @@ from functools import partial
 
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
+from engine.server.grammars import grammar_of
 from engine.server.native.format import NativeFormatter
 from engine.server.native.schemas import GenerateBody, GenerateParameters
-from engine.server.parameters import Parameters, invalid, refuse, refuse_format
+from engine.server.parameters import Parameters, invalid, refuse
 
-NAMES = {"num_alternatives": "return_k_alternatives"}
+NAMES = {"num_alternatives": "return_k_alternatives", "grammar": "response_format"}
 
 
 def parse(raw: bytes | bytearray, context: Context, /, *, stream: bool | None) -> GenerationRequest:
@@ -39,7 +40,6 @@ def _parameters(
     if not body.inputs:
         raise invalid("inputs", "is empty", "send some text")
     refuse(watermark=given.watermark)
-    refuse_format(given.response_format)
     filters = (given.top_k, given.top_p, given.typical_p, given.min_p)
     sample = (
         bool(given.do_sample)
@@ -69,6 +69,7 @@ def _parameters(
         keep_stop=True,
         ignore_eos=bool(given.ignore_eos_token),
         truncate=given.truncate,
+        grammar=grammar_of(given.response_format),
         best_of=best_of,
         logprobs=stream or details or best_of > 1,
         num_alternatives=given.return_k_alternatives,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.server.grammars import ResponseFormat
 from engine.server.merged import MergedAdapters
 
 
@@ -37,7 +36,7 @@ class GenerateParameters(Struct, frozen=True):
     return_k_alternatives: int | None = None
     apply_chat_template: bool | None = None  # ignored, as by LoRAX
     seed: int | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
 
 class GenerateBody(Struct, frozen=True):

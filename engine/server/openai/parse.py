@@ -11,9 +11,10 @@ import msgspec
 
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
+from engine.server.grammars import grammar_of, guided
 from engine.server.openai.format import ChatFormatter, CompletionFormatter
 from engine.server.openai.schemas import ChatBody, CompletionBody, Message, OpenAIBody
-from engine.server.parameters import Parameters, invalid, refuse, refuse_format
+from engine.server.parameters import Parameters, invalid, refuse
 from engine.server.prompts import Prompt
 
 
@@ -48,7 +49,13 @@ def _parameters(
 ) -> Parameters:
     """The parameters of both formats, and `own` of one. Without a temperature OpenAI samples at 1."""
     refuse(logit_bias=body.logit_bias)
-    refuse_format(body.response_format)
+    structured = guided(
+        body.structured_outputs,
+        body.guided_json,
+        body.guided_regex,
+        body.guided_choice,
+        body.guided_grammar,
+    )
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "needs `stream`", "leave it out, or set `stream`")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
@@ -72,7 +79,9 @@ def _parameters(
         "max_new_tokens": body.max_tokens,
         "stop": stop or (),
         "ignore_eos": bool(body.ignore_eos_token),
-        "names": names,
+        "grammar": grammar_of(body.response_format, structured),
+        "names": {"grammar": "response_format" if structured is None else "structured_outputs"}
+        | names,
     }
     return Parameters(**shared | own)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.server.grammars import ResponseFormat, Schema, StructuredOutputs
 from engine.server.merged import MergedAdapters
 
 # -- requests
@@ -43,7 +44,12 @@ class OpenAIBody(Struct, frozen=True, kw_only=True):
     frequency_penalty: float | None = None
     seed: int | None = None
     logit_bias: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     repetition_penalty: float | None = None
     top_k: int | None = None
     typical_p: float | None = None

@@ -1,0 +1,175 @@
+"""What clients ask of the form of an output, as a grammar: response_format, and the extensions of vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from engine.errors import InvalidRequest
+from engine.grammar import check, of_json_schema, of_lark, of_regex
+from engine.server.parameters import invalid
+
+MAX_CHOICES = 1024
+MAX_CHECKED = 512  # grammars whose check is remembered
+THREADS = 2  # checks at the same time
+
+Schema = dict[str, Any] | bool
+
+
+class StructuredOutputs(Struct, frozen=True):
+    """vLLM's `structured_outputs`: exactly one of them."""
+
+    json: Schema | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # Lark
+
+
+class ResponseFormat(Struct, frozen=True):
+    """OpenAI's and LoRAX's `response_format`, and ours: `regex`, `choice` and `lark`."""
+
+    type: str
+    schema: Schema | str | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+def grammar_of(
+    response_format: ResponseFormat | None, structured: StructuredOutputs | None = None
+) -> str | None:
+    """The grammar of a request's output; None: it is free. Raises InvalidRequest."""
+    if structured is not None:
+        if response_format is not None and response_format.type != "text":
+            raise invalid(
+                "structured_outputs", "cannot be combined with `response_format`", "leave one out"
+            )
+        return _of_structured(structured)
+    return None if response_format is None else _of_format(response_format)
+
+
+def _of_format(given: ResponseFormat) -> str | None:
+    where = f"response_format.{given.type}"
+    kind = given.type
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        anything: Schema = {"type": "object"}
+        return _json(anything if given.schema is None else given.schema, "response_format.schema")
+    if kind == "json_schema":
+        schema = given.schema if given.json_schema is None else given.json_schema.get("schema")
+        if schema is None:
+            raise invalid(f"{where}.schema", "is required", "send a JSON schema")
+        return _json(schema, f"{where}.schema")
+    if kind == "regex":
+        return _regex(given.regex, where)
+    if kind == "choice":
+        return _choice(given.choice, where)
+    if kind in ("lark", "grammar"):
+        return _lark(given.grammar, "response_format.grammar")
+    raise invalid(
+        "response_format.type",
+        f"{kind[:100]!r} is not supported by this server",
+        "use text, json_object, json_schema, regex, choice or lark",
+    )
+
+
+def _of_structured(given: StructuredOutputs) -> str:
+    makers: dict[str, Callable[[Any, str], str]] = {
+        "json": _json,
+        "regex": _regex,
+        "choice": _choice,
+        "grammar": _lark,
+        "json_object": lambda wanted, where: _json({"type": "object"}, where),
+    }
+    chosen = [name for name in makers if getattr(given, name) not in (None, False)]
+    if len(chosen) != 1:
+        raise invalid(
+            "structured_outputs",
+            f"needs exactly one of {', '.join(makers)}, and has {len(chosen)}",
+            "give one of them",
+        )
+    (name,) = chosen
+    return makers[name](getattr(given, name), f"structured_outputs.{name}")
+
+
+def _json(schema: Schema | str, where: str) -> str:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise invalid(where, f"is not JSON: {error}", "send the schema as an object") from None
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    if not isinstance(schema, dict):
+        raise invalid(where, "must be an object", "send a JSON schema")
+    return of_json_schema(schema)
+
+
+def _regex(regex: str | None, where: str) -> str:
+    if not regex:
+        raise invalid(where, "is required", "give a regular expression in `regex`")
+    return of_regex(regex)
+
+
+def _choice(choice: list[str] | None, where: str) -> str:
+    if not choice or not all(choice) or len(choice) > MAX_CHOICES:
+        raise invalid(where, f"must be a list of 1 to {MAX_CHOICES} texts that are not empty")
+    return of_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choice))
+
+
+def _lark(grammar: str | None, where: str) -> str:
+    if not grammar:
+        raise invalid(where, "is required", "give a Lark grammar with a rule `start`")
+    return of_lark(grammar)
+
+
+def guided(
+    structured: StructuredOutputs | None,
+    json: Schema | str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    grammar: str | None,
+) -> StructuredOutputs | None:
+    """vLLM's older fields `guided_json` and so on, as `structured_outputs`. Raises InvalidRequest."""
+    if all(one is None for one in (json, regex, choice, grammar)):
+        return structured
+    if structured is not None:
+        raise invalid("structured_outputs", "cannot be combined with `guided_*`", "leave one out")
+    return StructuredOutputs(json=json, regex=regex, choice=choice, grammar=grammar)
+
+
+class Checks:
+    """Checks grammars in threads and remembers the results. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, Mapping[str, Any] | None] = OrderedDict()
+        self._turns = asyncio.Semaphore(THREADS)
+
+    async def check(self, grammar: str, field: str) -> None:
+        """Raises InvalidRequest for a grammar that cannot be served."""
+        digest = hashlib.blake2b(grammar.encode("utf-8", "surrogatepass")).digest()
+        if digest not in self._known:
+            async with self._turns:
+                self._known[digest] = await asyncio.to_thread(_problem, grammar, field)
+            if len(self._known) > MAX_CHECKED:
+                self._known.popitem(last=False)
+        problem = self._known.get(digest)
+        if problem is not None:
+            raise InvalidRequest(problem["message"], field=field, hint=problem["hint"])
+
+
+def _problem(grammar: str, field: str) -> dict[str, Any] | None:
+    try:
+        check(grammar, field)
+    except InvalidRequest as error:
+        return error.to_wire()
+    return None

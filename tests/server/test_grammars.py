@@ -1,0 +1,70 @@
+"""Which grammar a request gets: the same for every way to write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from engine.grammar import of_json_schema, of_lark, of_regex
+from tests.server.fake import FakeBackend
+
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+ANY = of_json_schema({"type": "object"})
+OWN = of_json_schema(SCHEMA)
+CHOICE = of_lark('start: "yes" | "no \\"way\\""')
+CHOICES = ["yes", 'no "way"']
+LARK = 'start: "a" | "b" start'
+
+FORMATS: list[tuple[dict[str, Any] | None, str]] = [
+    (None, ""),
+    ({"type": "text"}, ""),
+    ({"type": "json_object"}, ANY),
+    ({"type": "json_object", "schema": SCHEMA}, OWN),
+    ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}, OWN),
+    ({"type": "json_schema", "schema": SCHEMA}, OWN),
+    ({"type": "regex", "regex": r"\d+"}, of_regex(r"\d+")),
+    ({"type": "choice", "choice": CHOICES}, CHOICE),
+    ({"type": "lark", "grammar": LARK}, of_lark(LARK)),
+]
+OPENAI: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {"json": SCHEMA}}, OWN),
+    ({"structured_outputs": {"json": '{"type": "object"}'}}, ANY),
+    ({"structured_outputs": {"json_object": True}}, ANY),
+    ({"structured_outputs": {"regex": r"\d+"}}, of_regex(r"\d+")),
+    ({"structured_outputs": {"choice": CHOICES}}, CHOICE),
+    ({"structured_outputs": {"grammar": LARK}}, of_lark(LARK)),
+    ({"guided_json": SCHEMA}, OWN),
+    ({"guided_regex": r"\d+"}, of_regex(r"\d+")),
+    ({"guided_choice": CHOICES}, CHOICE),
+    ({"guided_grammar": LARK, "response_format": {"type": "text"}}, of_lark(LARK)),
+]
+
+
+@pytest.mark.parametrize(("given", "grammar"), FORMATS)
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+async def test_response_format(
+    client: TestClient, backend: FakeBackend, path: str, given: dict[str, Any] | None, grammar: str
+) -> None:
+    asked = {} if given is None else {"response_format": given}
+    body: dict[str, Any] = {"inputs": "x", "prompt": "x", "parameters": asked}
+    body |= {"messages": [{"role": "user", "content": "x"}]} | asked
+    response = await client.post(path, json=body)
+    assert response.status == 200, await response.text()
+    assert backend.requests[-1].grammar == grammar
+
+
+@pytest.mark.parametrize(("given", "grammar"), OPENAI)
+async def test_extensions(
+    client: TestClient, backend: FakeBackend, given: dict[str, Any], grammar: str
+) -> None:
+    response = await client.post("/v1/completions", json={"prompt": "x"} | given)
+    assert response.status == 200, await response.text()
+    assert backend.requests[-1].grammar == grammar
+
+
+async def test_every_choice_has_the_grammar(client: TestClient, backend: FakeBackend) -> None:
+    body = {"prompt": ["x", "y"], "n": 2, "response_format": {"type": "json_object"}}
+    assert (await client.post("/v1/completions", json=body)).status == 200
+    assert [one.grammar for one in backend.requests[-4:]] == [ANY] * 4
