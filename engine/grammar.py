@@ -241,6 +241,7 @@ def _compile(tokenizer: Future[LLTokenizer], grammar: str) -> LLMatcher:
         matcher = LLMatcher(tokenizer.result(), grammar, log_level=0, limits=_limits())
     except Exception as error:  # a thread boundary
         raise GenerationError(f"the grammar cannot be compiled: {error}", hint=SIMPLER) from None
+    matcher.compute_bitmask()  # the first mask takes milliseconds; copies of the matcher know it
     if matcher.is_error():
         reason = " ".join(matcher.get_error().split())[:200]
         raise GenerationError(f"the grammar cannot be compiled: {reason}", hint=SIMPLER)
