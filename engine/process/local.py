@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -15,9 +16,9 @@ from engine.adapters.tiers import HostRegion
 from engine.backend import Lease, Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead
-from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, Update
+from engine.messages import AdapterStatus, EngineInfo, EngineStats, Request, TierStats, Update
 from engine.process.parts import Exchange, Parts, load
-from engine.process.pipe_messages import Cancel, Submit
+from engine.process.pipe_messages import Drop, Pin, ToEngine
 from engine.process.stepper import Stepper
 from engine.process.streams import Streams
 
@@ -41,7 +42,7 @@ class LocalBackend:
         self._region = region
         self._worker = worker
         self._streams = Streams(self._send)
-        self._inbox: list[Submit | Cancel] = []
+        self._inbox: list[ToEngine] = []
         self._has_messages = asyncio.Event()
         self._info = stepper.engine.info
         self._stats = stepper.engine.stats
@@ -102,6 +103,14 @@ class LocalBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        """See `Backend.pin`."""
+        self._send(Pin(digest, pinned))
+
+    def drop(self, digest: bytes) -> None:
+        """See `Backend.drop`."""
+        self._send(Drop(digest))
+
     async def acquire(self, ref: AdapterRef, token: str | None) -> Lease:
         """See `Backend.acquire`."""
         return await self._open_exchange().acquire(ref, token)
@@ -109,8 +118,15 @@ class LocalBackend:
     async def adapters(self) -> list[AdapterStatus]:
         return await self._open_exchange().adapters()
 
-    async def unload(self, name: str) -> bool:
-        return await self._open_exchange().unload(name)
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
+        """See `Backend.unload`."""
+        return await self._open_exchange().unload(name, source, tenants)
+
+    async def tiers(self) -> TierStats:
+        """See `Backend.tiers`."""
+        return await self._open_exchange().tiers({})
 
     async def close(self) -> None:
         """Fails open requests and ends the engine and the exchange. May be called again."""
@@ -136,7 +152,7 @@ class LocalBackend:
             raise EngineDead(str(self.failure or "the engine is shutting down"))
         return self._exchange
 
-    def _send(self, message: Submit | Cancel) -> None:
+    def _send(self, message: ToEngine) -> None:
         self._inbox.append(message)
         self._has_messages.set()
 
@@ -161,7 +177,7 @@ class LocalBackend:
                     await self._has_messages.wait()
         self._has_messages.clear()
 
-    def _turn(self, messages: list[Submit | Cancel]) -> tuple[list[Update], EngineStats | None]:
+    def _turn(self, messages: list[ToEngine]) -> tuple[list[Update], EngineStats | None]:
         updates = self._stepper.turn(messages)
         return updates, self._stepper.report()
 
