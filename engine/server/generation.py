@@ -27,6 +27,7 @@ from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
 from engine.server.adapter_texts import AdapterTexts
+from engine.server.adapter_use import AdapterUse
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
@@ -42,13 +43,6 @@ log = logging.getLogger(__name__)
 NORMALISED = 4  # a tokenizer normalises at most this many characters to one
 
 Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
-
-
-def _label(parameters: Parameters, lease: Lease | None) -> str:
-    """What metrics call the adapter: they are open to everybody."""
-    if lease is None or parameters.adapter is None:
-        return "base"
-    return "private" if lease.image.tenant else parameters.adapter.name
 
 
 @dataclass(slots=True)
@@ -254,12 +248,14 @@ class Generator:
     aliases: Aliases = field(default_factory=Aliases)
     limits: Limits = field(init=False)
     texts: AdapterTexts = field(init=False)
+    use: AdapterUse = field(init=False)
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
     num_open: int = 0  # sequences that the engine has not dropped
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
         self.texts = AdapterTexts(self.text)
+        self.use = AdapterUse(self.backend, self.metrics)
         self.idle.set()
 
     def submit(self, request: Request, reader: Reader) -> None:
@@ -310,7 +306,7 @@ class Generator:
             ]
             # As if the adapter had been acquired afterwards: its load is part of the time in the queue.
             timings.validated = time.monotonic() - waited
-            self.metrics.adapter(_label(parameters, lease))
+            self.use.count(parameters.adapter, lease)
             generation = Generation(
                 id=id or uuid.uuid4().hex,
                 parameters=parameters,

@@ -68,6 +68,7 @@ async def test_metrics_of_requests(client: TestClient, backend: FakeBackend) -> 
 
 
 async def test_metrics_of_the_engine(client: TestClient, backend: FakeBackend) -> None:
+    await client.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "lora"}})
     backend.stats = EngineStats(
         waiting=3,
         running=2,
@@ -81,7 +82,6 @@ async def test_metrics_of_the_engine(client: TestClient, backend: FakeBackend) -
         arena_used=30,
         steps=9,
     )
-    await client.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "lora"}})
     for _ in range(2):  # a load is counted once, however often it is scraped
         found = await samples(client)
         assert found["lorax_queue_length"] == 3

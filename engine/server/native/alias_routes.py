@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from aiohttp import web
 
 from engine.adapters.ref import AdapterRef
-from engine.errors import Overloaded
-from engine.server.access import context_of
+from engine.server.access import check_admin, context_of
 from engine.server.aliases import Alias
 from engine.server.decoding import decode
-from engine.server.front import FRONT, Front
-from engine.server.native.schemas import AliasBody
+from engine.server.front import FRONT
+from engine.server.native.schemas import AdapterBody
 from engine.server.responses import json_response
-
-MAX_OPEN = 16  # PUTs that load an adapter at one time
 
 
 def _shown(alias: Alias) -> dict[str, Any]:
@@ -29,26 +24,16 @@ def _shown(alias: Alias) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _admitted(front: Front) -> Iterator[None]:
-    if front.open_aliases >= MAX_OPEN:
-        raise Overloaded(f"{MAX_OPEN} aliases are being set, which is the limit", hint="try again")
-    front.open_aliases += 1
-    try:
-        yield
-    finally:
-        front.open_aliases -= 1
-
-
 async def put_alias(request: web.Request) -> web.StreamResponse:
     """PUT /adapters/aliases/{name}: loads the adapter, then lets the name stand for it. 201 for a new name."""
+    check_admin(request)
     front, name = request.app[FRONT], request.match_info["name"]
     async with front.bodies.read(request) as raw:
-        body = decode(raw, AliasBody)
+        body = decode(raw, AdapterBody)
     target = AdapterRef.parse(body.adapter_id, body.adapter_source)
     front.aliases.check(name, target)
     token = context_of(request).token(body.api_token)
-    with _admitted(front):
+    with front.loads.admitted():
         lease = await front.backend.acquire(target, token)
         digest = lease.image.digest.hex()
         lease.release()
@@ -70,6 +55,7 @@ async def get_alias(request: web.Request) -> web.StreamResponse:
 
 async def delete_alias(request: web.Request) -> web.StreamResponse:
     """DELETE /adapters/aliases/{name}: later requests look the name up as an adapter's."""
+    check_admin(request)
     return json_response(_shown(request.app[FRONT].aliases.remove(request.match_info["name"])))
 
 
