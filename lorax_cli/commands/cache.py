@@ -54,18 +54,17 @@ def tiers_view(cache: dict[str, Any]) -> RenderableType:
     }
     for tier, values in rows.items():
         table.add_row(tier, *map(str, values), str(cache["hits"][tier]))
-    return Group(bars, "", table, loads_of(cache))
+    return Group(bars, table, loads_of(cache))
 
 
 def loads_of(cache: dict[str, Any]) -> str:
     loads, disk = cache["loads"], cache["disk"]
+    text = (
+        f"loads: {loads} ({size(cache['loaded_bytes'])}), failed {cache['load_failures']}; "
+        f"from disk {disk['hits']}, downloaded {disk['misses']}"
+    )
     each = [f"{stage} {time / loads:.3f} s" for stage, time in cache["seconds"].items() if loads]
-    parts = [
-        f"loads: {loads} ({size(cache['loaded_bytes'])}), failed {cache['load_failures']}",
-        f"from disk {disk['hits']}, downloaded {disk['misses']}",
-        *([f"each {', '.join(each)}"] if each else []),
-    ]
-    return "; ".join(parts)
+    return f"{text}\ntime per load: {', '.join(each)}" if each else text
 
 
 def line_of(cache: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ def test_what_is_shown(server: FakeServer) -> None:
         "host 77 3 5.00 MiB 8 200",
         "disk 99 0 30",
         "source 5",
-        "loads: 10 (64.00 MiB), failed 1; from disk 4, downloaded 6; each fetch 0.500 s",
+        "loads: 10 (64.00 MiB), failed 1; from disk 4, downloaded 6 time per load: fetch 0.500 s",
     ):
         assert words in text, words
     result = CliRunner().invoke(app, ["cache", "--url", server.url, "--json"])
@@ -104,7 +104,7 @@ def test_bars_are_as_long_as_what_they_show() -> None:
 
 def test_a_server_that_has_loaded_nothing() -> None:
     text = shown({**CACHE, "loads": 0, "seconds": {}})
-    assert "loads: 0" in text and "each" not in text
+    assert "loads: 0" in text and "time per load" not in text
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e6"])
