@@ -8,7 +8,7 @@ import time
 from engine.adapters.disk_cache import DiskCache, Usage
 from engine.adapters.workers import Workers
 
-FRESH_S = 1.0  # the disk is not read more often
+FRESH_S = 5.0  # the disk is not read more often
 PATIENCE_S = 0.25  # wait for a reading; then the last one serves
 DEADLINE_S = 60.0  # of a reading
 

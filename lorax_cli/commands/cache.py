@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -80,18 +79,20 @@ def line_of(cache: dict[str, Any]) -> str:
 
 async def watch(client: Client, interval: float, out: Output) -> NoReturn:
     """Shows the state until the command is interrupted: in place on a terminal, else a line each time."""
+    from asyncio import sleep
+
     console = out.console()
     if out.mode == "json" or not console.is_terminal:
         while True:
             found = await client.cache()
             print(json.dumps(found) if out.mode == "json" else line_of(found), flush=True)
-            await asyncio.sleep(interval)
+            await sleep(interval)
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(tiers_view(await client.cache()), refresh=True)
-            await asyncio.sleep(interval)
+            await sleep(interval)
 
 
 @with_server
@@ -123,6 +124,8 @@ def cache(
                 await watch(client, interval, out)
             found = await client.cache()
             out.result(found, view=lambda: tiers_view(found))
+
+    import asyncio
 
     asyncio.run(show())
 

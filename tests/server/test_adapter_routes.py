@@ -262,6 +262,16 @@ async def test_a_failed_prefetch_is_seen(
     assert (await listed(client, **own))["org/secret"]["state"] == "ready"
 
 
+async def test_a_failure_that_the_exchange_lists_too_is_shown_once(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    backend.statuses = [status_of("missing", state="failed", digest=None)]
+    await post(client, "prefetch", "missing", api_token="sesame")
+    await until(lambda: not len(front_of(client).prefetches))
+    headers = {"x-adapter-token": "sesame"}
+    assert (await get(client, "/adapters", **headers))[1]["total"] == 1
+
+
 async def test_an_unforeseen_failure_of_a_prefetch(
     client: TestClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,9 +22,9 @@ async def entries(front: Front, tenants: Collection[bytes]) -> list[AdapterEntry
     """All adapters that these tenants may see, by id."""
     every = await front.backend.adapters()
     statuses = [one for one in every if one.tenant in tenants]
-    known = {(one.name, one.tenant) for one in statuses}
+    known = {one.name for one in statuses}
     for one in front.prefetches.statuses():
-        if one.tenant in tenants and (one.name, one.tenant) not in known:
+        if one.tenant in tenants and one.name not in known:
             statuses.append(one)
     found = [_entry(front, one) for one in statuses]
     listed = {one.digest for one in every}
