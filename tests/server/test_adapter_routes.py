@@ -379,6 +379,7 @@ async def test_a_pin_goes_on_when_its_client_leaves(
 async def test_pins_are_bounded(
     client: TestClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert pins.MAX_PINS == 256
     monkeypatch.setattr(pins, "MAX_PINS", 2)
     for name in "aba":
         assert (await post(client, "pin", name))[0] == 200
