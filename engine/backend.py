@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from engine.adapters.ref import AdapterRef
@@ -19,6 +20,8 @@ from engine.messages import (
     EngineStats,
     Request,
     TenantRef,
+    Tier,
+    TierStats,
     Update,
 )
 
@@ -37,6 +40,11 @@ class Lease(Protocol):
     @property
     def text(self) -> AdapterText | None:
         """Its tokens and chat template, where they differ from the base model's. None: they do not."""
+        ...
+
+    @property
+    def tier(self) -> Tier:
+        """Where the adapter was when it was acquired, the device apart."""
         ...
 
     def release(self) -> None:
@@ -89,6 +97,14 @@ class Backend(Protocol):
         """Ends a request early. Its last update still comes; its adapter must not be released before that."""
         ...
 
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        """An adapter stays on the device as long as requests find room without it, or no longer."""
+        ...
+
+    def drop(self, digest: bytes) -> None:
+        """An adapter leaves the device when no request uses it. Ends its pin there."""
+        ...
+
     async def acquire(
         self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
     ) -> Lease:
@@ -102,8 +118,19 @@ class Backend(Protocol):
         """The adapters that the exchange lists; while it is away, the last list."""
         ...
 
-    async def unload(self, name: str) -> bool:
-        """Unloads an adapter once no request uses it; False if there is none of that name."""
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
+        """Removes adapters of this name from host memory, for later requests at once; their memory is free when no
+        request uses them. Returns the digests of those that were there.
+
+        `source`: None means any. `tenants`: those whose adapters are meant; None means all.
+        """
+        ...
+
+    async def tiers(self) -> TierStats:
+        """Host memory and disk. Counters never decrease, also when the exchange restarts. While it is away, the last
+        values."""
         ...
 
     async def close(self) -> None: ...

@@ -348,7 +348,7 @@ class ServerConfig:
     api_keys_file: Annotated[
         str | None,
         Option(
-            "YAML file of API keys: a list of name, key or sha256, priority, weight. Read again when it changes."
+            "YAML file of API keys: a list of name, key or sha256, priority, weight, admin. Read again when it changes."
         ),
     ] = None
     prefix_cache_per_tenant: Annotated[

@@ -10,6 +10,7 @@
     │   ├── AdapterTooLarge
     │   └── AdapterLoadFailed     the source did not deliver
     ├── Unauthorized              no API key of the server, or an unknown one
+    ├── Forbidden                 an API key without the right
     ├── Overloaded
     ├── GenerationError
     ├── OutOfMemory               a request that does not fit into the device's memory even alone
@@ -96,6 +97,10 @@ class AdapterLoadFailed(AdapterError):
 
 class Unauthorized(LoraxError):
     status, error_type, exit_code = 401, "unauthorized", 16
+
+
+class Forbidden(LoraxError):
+    status, error_type, exit_code = 403, "forbidden", 17
 
 
 class Overloaded(LoraxError):

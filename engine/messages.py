@@ -6,13 +6,16 @@ that step; an *update* is the part of a result that belongs to one request.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Any, Literal, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 IMAGE_ALIGN = 256  # bytes: images, their data and placements start at multiples of it
 
 FinishReason = Literal["length", "eos", "cancelled", "pooled"]  # pooled: the vector is complete
+AdapterPhase = Literal["listed", "fetching", "parsing", "ready", "failed"]
+Tier = Literal["device", "host", "disk", "source"]  # where an adapter is, the fastest first
 
 
 def aligned(num_bytes: int) -> int:
@@ -291,7 +294,7 @@ class AdapterStatus(Struct, frozen=True):
     name: str  # as the client named it
     source: str
     digest: bytes | None
-    state: Literal["listed", "fetching", "parsing", "ready", "failed"]  # listed: not requested yet
+    state: AdapterPhase  # listed: not requested yet, or no longer in host memory
     data_bytes: int
     stacked_rank: int
     targets: list[str]
@@ -304,3 +307,65 @@ class AdapterStatus(Struct, frozen=True):
         False  # its `name` joins the ids of several adapters, so no `adapter_id` means it
     )
     unconfirmed: bool = False  # its source did not answer the last time: the version known before
+    revision: str | None = None  # commit, or a fingerprint of the files
+    ranks: list[int] = []  # of its matrices, without repetitions
+    preloaded: bool = False
+    on_disk: bool = False  # its downloaded files are on this machine
+
+
+class Named(Protocol):
+    """An adapter of a tenant, or of everybody."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def tenant(self) -> bytes: ...
+
+
+def is_meant(
+    adapter: Named, name: str, source: str | None, tenants: Collection[bytes] | None
+) -> bool:
+    """Whether `name` means this adapter to those `tenants`. None: in any source, and to all."""
+    return (
+        adapter.name == name
+        and source in (None, adapter.source)
+        and (tenants is None or adapter.tenant in tenants)
+    )
+
+
+class TierCounts(Struct):
+    """What the exchange has counted since it started."""
+
+    host_hits: int = 0  # requests for an adapter that was in host memory
+    loads: int = 0
+    failed_loads: int = 0
+    disk_hits: int = 0  # loads of files that had been downloaded before
+    disk_misses: int = 0  # loads that downloaded files
+    loaded_bytes: int = 0
+    host_evictions: int = 0
+    disk_evictions: int = 0
+    seconds: dict[str, float] = {}  # stage -> seconds of all loads: fetch, parse
+
+    def plus(self, other: TierCounts) -> TierCounts:
+        """The sums of both."""
+        names = [name for name in self.__struct_fields__ if name != "seconds"]
+        seconds = dict(self.seconds)
+        for stage, more in other.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + more
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return TierCounts(**sums, seconds=seconds)
+
+
+class TierStats(Struct, frozen=True):
+    """Levels and counters of the tiers that the exchange owns: host memory, and downloads on disk."""
+
+    host_capacity: int = 0
+    host_used: int = 0  # bytes of images, and of loads in progress
+    host_leased: int = 0  # bytes of images that a request, a pin or the start keeps
+    host_images: int = 0
+    disk_capacity: int = 0  # 0: no limit
+    disk_used: int = 0
+    disk_entries: int = 0
+    counts: TierCounts = field(default_factory=TierCounts)

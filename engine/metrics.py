@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from engine.messages import AdapterStatus, EngineStats
+from engine.messages import AdapterStatus, EngineStats, Tier, TierStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 200  # adapters with their own label; further ones share the label `other`
@@ -47,6 +47,10 @@ def _linear(most: int, count: int = 100) -> list[float]:
     return [most * (index + 1) / count for index in range(count)]
 
 
+_Family = GaugeMetricFamily | CounterMetricFamily
+_Version = tuple[bytes, str, str, bytes | None]  # tenant, name, source, digest of an adapter
+
+
 class _Collector(Protocol):
     def collect(self) -> Iterable[Metric]: ...
 
@@ -57,7 +61,7 @@ class Metrics:
     def __init__(self, max_total_tokens: int = 4096) -> None:
         self.registry = CollectorRegistry()
         self._adapters: set[str] = set()
-        self._loads: dict[str, dict[str, float]] = {}
+        self._loads: dict[_Version, dict[str, float]] = {}  # stage -> seconds
         self._placed = 0  # placements observed
         self._engine = _EngineCollector()
         self.registry.register(self._engine)
@@ -97,6 +101,11 @@ class Metrics:
         self._first = histogram(
             "lorax_time_to_first_token_seconds", "Seconds from request to first token.", WAITS
         )
+        self._hits = counter(
+            "lorax_adapter_hits", "Requests with an adapter, by the tier where it was.", "tier"
+        )
+        for tier in get_args(Tier):
+            self._hits.labels(tier)
         self._gap = histogram(
             "lorax_inter_token_latency_seconds", "Seconds between tokens of one stream.", WAITS
         )
@@ -124,6 +133,10 @@ class Metrics:
             self._adapters.add(name)
         self._by_adapter.labels(name).inc()
 
+    def hit(self, tier: Tier) -> None:
+        """A request found its adapter there."""
+        self._hits.labels(tier).inc()
+
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
 
@@ -147,9 +160,10 @@ class Metrics:
         adapters: list[AdapterStatus],
         block_size: int,
         exchange_restarts: int = 0,
+        tiers: TierStats | None = None,
     ) -> bytes:
         """All metrics in the Prometheus text format (0.0.4)."""
-        self._read(stats, adapters, block_size, exchange_restarts)
+        self._read(stats, adapters, block_size, exchange_restarts, tiers or TierStats())
         lines = generate_latest(self.registry).decode().splitlines(keepends=True)
         text = "".join(line for line in lines if "_created" not in line.split("{")[0])
         return _TOTAL.sub(r"\1", text).encode()
@@ -160,9 +174,10 @@ class Metrics:
         adapters: list[AdapterStatus],
         block_size: int,
         exchange_restarts: int = 0,
+        tiers: TierStats | None = None,
     ) -> dict[str, Any]:
         """All metrics as an object: metric -> type, help and samples."""
-        self._read(stats, adapters, block_size, exchange_restarts)
+        self._read(stats, adapters, block_size, exchange_restarts, tiers or TierStats())
         return {
             family.name: {
                 "type": family.type,
@@ -186,7 +201,9 @@ class Metrics:
         adapters: list[AdapterStatus],
         block_size: int,
         exchange_restarts: int,
+        tiers: TierStats,
     ) -> None:
+        self._engine.tiers = tiers
         self._engine.stats, self._engine.adapters = stats, adapters
         self._engine.block_size = block_size
         self._engine.exchange_restarts = exchange_restarts
@@ -194,13 +211,16 @@ class Metrics:
         for seconds in stats.place_seconds[len(stats.place_seconds) - new :]:
             self._load.labels("place").observe(seconds)
         self._placed = stats.placed
-        loads: dict[str, dict[str, float]] = {}
+        loads: dict[_Version, dict[str, float]] = {}
         for status in adapters:
-            before = self._loads.get(status.name, {})
+            if status.state in ("fetching", "parsing"):
+                continue
+            version = (status.tenant, status.name, status.source, status.digest)
+            before = self._loads.get(version, {})
             for stage, seconds in status.seconds.items():
                 if before.get(stage) != seconds:
                     self._load.labels(stage).observe(seconds)
-            loads[status.name] = dict(status.seconds)
+            loads[version] = dict(status.seconds)
         self._loads = loads
 
 
@@ -210,6 +230,7 @@ class _EngineCollector(_Collector):
     def __init__(self) -> None:
         self.stats = EngineStats()
         self.adapters: list[AdapterStatus] = []
+        self.tiers = TierStats()
         self.block_size = 0
         self.exchange_restarts = 0
 
@@ -218,10 +239,39 @@ class _EngineCollector(_Collector):
             yield GaugeMetricFamily(name, help, value=value)
         for name, help, value in self._counters():
             yield CounterMetricFamily(name, help, value=value)
+        yield from self._by_tier()
         for name in ("lorax_batch_inference_count", "lorax_batch_inference_success"):
             steps = CounterMetricFamily(name, "Steps of the engine.", labels=["method"])
             steps.add_metric(["step"], self.stats.steps)
             yield steps
+
+    def _by_tier(self) -> Iterator[Metric]:
+        """Levels and counters of device, host memory and disk; times of loads by stage."""
+        stats, tiers, counts = self.stats, self.tiers, self.tiers.counts
+        used = (stats.arena_used, tiers.host_used, tiers.disk_used)
+        capacity = (stats.arena_bytes, tiers.host_capacity, tiers.disk_capacity)
+        evicted = (stats.evictions, counts.host_evictions, counts.disk_evictions)
+        families: tuple[tuple[type[_Family], str, str, tuple[int, int, int]], ...] = (
+            (GaugeMetricFamily, "bytes", "Bytes of adapters, by tier.", used),
+            (
+                GaugeMetricFamily,
+                "capacity_bytes",
+                "Room for adapters, by tier; 0: no limit.",
+                capacity,
+            ),
+            (CounterMetricFamily, "evictions", "Adapters that left a tier to make room.", evicted),
+        )
+        for kind, name, help, values in families:
+            family = kind(f"lorax_adapter_{name}", help, labels=["tier"])
+            for tier, value in zip(("device", "host", "disk"), values, strict=True):
+                family.add_metric([tier], value)
+            yield family
+        seconds = CounterMetricFamily(
+            "lorax_adapter_seconds", "Seconds of loading adapters, by stage.", labels=["stage"]
+        )
+        for stage in ("fetch", "parse"):
+            seconds.add_metric([stage], counts.seconds.get(stage, 0.0))
+        yield seconds
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
         stats = self.stats
@@ -277,7 +327,14 @@ class _EngineCollector(_Collector):
         )
         yield "lorax_step_tokens", "Tokens computed by steps.", stats.step_tokens
         yield "lorax_adapter_placements", "Adapters copied to the device.", stats.placements
-        yield "lorax_adapter_evictions", "Adapters evicted from the device.", stats.evictions
+        counts = self.tiers.counts
+        yield "lorax_adapter_loads", "Adapters loaded into host memory.", counts.loads
+        yield "lorax_adapter_load_failures", "Loads that failed.", counts.failed_loads
+        yield (
+            "lorax_adapter_loaded_bytes",
+            "Bytes of adapters loaded into host memory.",
+            counts.loaded_bytes,
+        )
         yield (
             "lorax_exchange_restarts",
             "Restarts of the adapter exchange.",

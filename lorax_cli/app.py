@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from engine import __version__
 from engine.errors import LoraxError
-from lorax_cli.commands import adapters, bench, demo, generate, launch
+from lorax_cli.commands import adapters, bench, cache, demo, generate, launch
 from lorax_cli.output import fail
 
 
@@ -50,7 +50,7 @@ def root(
     """Serve one language model and thousands of its LoRA adapters."""
 
 
-for _command in (demo, launch, generate, adapters, bench):
+for _command in (demo, launch, generate, adapters, cache, bench):
     _command.register(app)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote, urlencode
 
 from engine.errors import EngineDead, LoraxError, error_classes
 
@@ -93,6 +94,24 @@ class Client:
         answer = await self._ask("GET", "/info")
         return dict(answer or {})
 
+    async def adapters(self, **query: str | int | None) -> dict[str, Any]:
+        """`{adapters, total}`: the entries that a query selects, by state, tier, prefix and limit."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return dict(await self._ask("GET", f"/adapters?{urlencode(given)}"))
+
+    async def adapter(self, name: str, source: str | None = None) -> dict[str, Any]:
+        """The entry of one adapter."""
+        query = f"?{urlencode({'source': source})}" if source else ""
+        return dict(await self._ask("GET", f"/adapters/{quote(name)}{query}"))
+
+    async def manage(self, what: str, name: str, **fields: Any) -> dict[str, Any]:
+        """The answer of POST /adapters/`what`."""
+        return dict(await self._ask("POST", f"/adapters/{what}", {"adapter_id": name, **fields}))
+
+    async def cache(self) -> dict[str, Any]:
+        """The tiers of adapters, and counters."""
+        return dict(await self._ask("GET", "/cache"))
+
     async def generate(self, prompt: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """`{generated_text, details}` of one prompt."""
         body = {"inputs": prompt, "parameters": dict(parameters)}
@@ -136,6 +155,18 @@ class Client:
         except ValueError:
             body = None
         raise error_from(body, response.status, self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server, and what opens it and private adapters."""
+
+    url: str
+    token: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
+
+    def client(self) -> Client:
+        return Client(self.url, self.token, api_key=self.api_key)
 
 
 class _Opened:

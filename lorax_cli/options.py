@@ -21,6 +21,7 @@ from engine.bench_options import BenchOption, bench_options
 from engine.config import EngineConfig, flag_of
 from engine.errors import ConfigError
 from engine.settings import Setting, resolve, settings
+from lorax_cli.client import Server
 from lorax_cli.legacy import LEGACY, REFUSED_VALUES, check_environment, check_flags
 from lorax_cli.output import warn
 
@@ -46,6 +47,7 @@ def address(text: str) -> str:
 
 
 UrlOption = functools.partial(typer.Option, parser=address, metavar="URL")
+DEFAULT_URL = "http://127.0.0.1:3000"
 
 
 def describe(setting: Setting) -> str:
@@ -192,6 +194,33 @@ def with_config(*concerns: str, legacy: bool = False) -> Callable[..., Callable[
         return resolve(chosen, file=file)
 
     return _with_options("config", options, config_of)
+
+
+def with_server(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of a command that asks a running server, and passes their values as `server: Server`."""
+
+    def option(name: str, *flags: str, **fields: Any) -> inspect.Parameter:
+        made = typer.Option(None, *flags, show_default=False, show_envvar=False, **fields)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind, default=made, annotation=str | None)
+
+    options = [
+        option(
+            "url",
+            "--url",
+            envvar="LORAX_URL",
+            parser=address,
+            metavar="URL",
+            help=f"Address of the server. (env LORAX_URL; default {DEFAULT_URL})",
+        ),
+        option("api_key", "--api-key", help="API key of the server, if it has keys."),
+        option("token", "--token", help="Token for private adapters."),
+    ]
+
+    def server_of(values: dict[str, str | None]) -> Server:
+        return Server(values["url"] or DEFAULT_URL, values["token"], values["api_key"])
+
+    return _with_options("server", options, server_of)(command)
 
 
 def with_bench_options(*panels: tuple[str, type[Any]]) -> Callable[..., Callable[..., None]]:

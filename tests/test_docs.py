@@ -3,10 +3,12 @@
 import ast
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from engine.settings import settings
+from tools import terminal_pictures
 from tools.docs import ROOT, generated
 
 FILES = generated("pages", "completions")
@@ -59,6 +61,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert path.exists(), f"{page.name}: {target}"
             if anchor:
                 assert anchor in headings(path), f"{page.name}: {target}"
+
+
+def test_pictures_are_shown_and_need_no_network() -> None:
+    """`python -m tools.terminal_pictures` draws them anew."""
+    page = (ROOT / "README.md").read_text()
+    shown = [ROOT / name for name in re.findall(r"\]\((docs/pictures/[^)]+)\)", page)]
+    assert sorted(shown) == sorted(terminal_pictures.FOLDER.iterdir())
+    assert [path.stem for path in shown] == list(terminal_pictures.PICTURES)
+    for path in shown:
+        text = path.read_text()
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert text.count("://") == 1 and "@font-face" not in text, "the name of SVG itself"
+        words = "".join(root.itertext()).replace("\xa0", " ")
+        assert f"$ lorax {' '.join(terminal_pictures.PICTURES[path.stem])}" in words
 
 
 def headings(page: Path) -> set[str]:

@@ -45,6 +45,16 @@ Fill = Callable[[Path, Transfer], None]  # reserves room and writes the files in
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What lies on disk."""
+
+    num_bytes: int = 0  # of entries, and of downloads in progress
+    capacity: int = 0  # bytes; 0: no limit
+    folders: frozenset[Path] = frozenset()  # of downloads
+    num_entries: int = 0  # downloads, and other files that count
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     path: Path
     used: float  # time of the last use
@@ -65,6 +75,7 @@ class DiskCache:
         """Entries lie in `folder` of `cache`. `max_bytes` 0: no limit. `max_seconds`: limit of one download. `files`:
         another folder of `cache`; its safetensors files count too, and are removed like entries."""
         self.folder = cache / folder
+        self.num_removed = 0  # entries, to make room
         self._files = cache / files if files else None
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
@@ -131,6 +142,12 @@ class DiskCache:
         with contextlib.suppress(OSError):  # the file is complete, so its request is served
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(0)
+
+    def usage(self) -> Usage:
+        """Reads the disk. Raises OSError."""
+        entries, used = self._scan()
+        folders = frozenset(one.path for one in entries if one.path.parent == self.folder)
+        return Usage(used, self._max_bytes, folders, len(entries))
 
     def has(self, version: Version, where: str) -> bool:
         """Whether a version is on disk."""
@@ -258,12 +275,13 @@ class DiskCache:
                         with contextlib.suppress(OSError):
                             _discard(entry.path)
                             used -= entry.num_bytes
+                            self.num_removed += 1
             self._used, self._scanned = used, time.monotonic()
 
     def _scan(self) -> tuple[list[_Entry], int]:
         """The complete entries, and the bytes of these and of downloads in progress."""
         entries, used = [], 0
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             with contextlib.suppress(OSError):  # another process removes it
                 if path.name == _LOCK or (path.suffix == _TEMPORARY and _remove_stale(path)):
                     continue

@@ -12,10 +12,13 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from engine.adapters.disk_usage import DiskUsage
+from engine.adapters.hub import HubSource
 from engine.adapters.lease import Lease
 from engine.adapters.loader import AdapterState, Loader
 from engine.adapters.ref import AdapterRef
@@ -23,6 +26,7 @@ from engine.adapters.registry import Registry, default_source, disk_cache, make_
 from engine.adapters.resolved import Key, Resolved, resolve
 from engine.adapters.room import Room
 from engine.adapters.sources import Source, Version
+from engine.adapters.statuses import count_load, listed, status_of, tier_stats
 from engine.adapters.tiers import HostImage, HostRegion, HostTier
 from engine.adapters.versions import Lru, Versions, share
 from engine.checkpoint import cache_folder
@@ -37,7 +41,16 @@ from engine.errors import (
     from_wire,
 )
 from engine.lora.image import ImageSize
-from engine.messages import NO_TENANT, AdapterImageRef, AdapterStatus, TenantRef
+from engine.messages import (
+    NO_TENANT,
+    AdapterImageRef,
+    AdapterStatus,
+    TenantRef,
+    Tier,
+    TierCounts,
+    TierStats,
+    is_meant,
+)
 from engine.ops.extension import cpu_function
 from engine.ops.extension import load as load_library
 from engine.ops.layout import ShardLayout
@@ -81,9 +94,11 @@ class Exchange:
         self._config = config
         self._layout = layout
         self.tier = HostTier(region.size)
-        max_file_bytes, downloads = FILE_FACTOR * region.size, disk_cache(config)
+        max_file_bytes, self._downloads = FILE_FACTOR * region.size, disk_cache(config)
         if sources is None:
-            sources = make_sources(config, max_file_bytes, downloads)
+            sources = make_sources(config, max_file_bytes, self._downloads)
+        self._disk = DiskUsage(self._downloads)
+        self._counts = TierCounts()
         self._registry = Registry(sources, default_source(config.adapters, sources))
         self._room = Room(self.tier, room_patience_s, recall)
         self._loader = Loader(
@@ -96,7 +111,7 @@ class Exchange:
             converter=Converter(
                 cache_folder(config.model.huggingface_hub_cache),
                 max_file_bytes,
-                kept=downloads.grew,
+                kept=self._downloads.grew,
             ),
         )
         self._versions = Versions(self._registry, self._resolve)
@@ -147,7 +162,7 @@ class Exchange:
         get = partial(self._versions.get, token=token, tenant=tenant.name)
         what, fresh_s = await resolve(ref, get)
         try:
-            adapter, image = await self._lease(ref, what, token, tenant)
+            adapter, image, tier = await self._lease(ref, what, token, tenant)
         except (AdapterLoadFailed, AdapterNotFound, AdapterIncompatible) as error:
             # The known version may be out of date: a file was replaced, a commit deleted.
             ttl_s = max(self._registry.sources[one.source].ttl_s for one in what.versions)
@@ -157,7 +172,7 @@ class Exchange:
             if newest == what:
                 raise
             what = newest
-            adapter, image = await self._lease(ref, what, token, tenant)
+            adapter, image, tier = await self._lease(ref, what, token, tenant)
         assert adapter.size is not None
         adapter.unconfirmed = any(version.unconfirmed for version in what.versions)
         return Lease(
@@ -176,6 +191,7 @@ class Exchange:
             lambda: self._room.release(image, tenant.name),
             fresh_s,
             adapter.text,
+            tier,
         )
 
     def adopt(
@@ -207,20 +223,25 @@ class Exchange:
 
     async def _lease(
         self, ref: AdapterRef, what: Resolved, token: str | None, tenant: TenantRef
-    ) -> tuple[AdapterState, HostImage]:
-        """The adapter and its image, leased. If it is not in the tier, starts a load or waits for one in progress."""
+    ) -> tuple[AdapterState, HostImage, Tier]:
+        """The adapter, its image, leased, and where it was. If it is not in host memory, starts a load or waits for one
+        in progress."""
         key = what.key
         adapter = self._adapters.get(key)
         if adapter is not None and adapter.digest is not None:
             image = self._room.lease(adapter.digest, tenant.name)
             if image is not None:
                 self._adapters.move_to_end(key)
-                return adapter, image
+                self._counts.host_hits += 1
+                return adapter, image, "host"
         load = self._loads.get(key)
         if load is None:
             self._refuse_again(key)
             adapter = AdapterState(ref.name, what.source, merged=ref.recipe is not None)
             adapter.tenant = self._tenant(what)
+            adapter.revision = what.versions[0].revision if ref.recipe is None else None
+            sources = self._registry.sources
+            adapter.remote = any(sources[one.source].downloads for one in what.versions)
             self._remember(key, adapter)
             task = asyncio.create_task(self._load(key, adapter, what, token, tenant))
             load = self._loads[key] = _SharedLoad(task)
@@ -229,7 +250,7 @@ class Exchange:
         try:
             image = await share(load.task)
             self._room.hold(image, tenant.name)
-            return adapter, image
+            return adapter, image, adapter.found_in
         finally:
             load.waiters -= 1
             self._release_load(load)
@@ -246,63 +267,57 @@ class Exchange:
         return await self._loader.call(ref.source, tenant, source.resolve, ref, token)
 
     async def adapters(self) -> list[AdapterStatus]:
-        """Adapters that are in host memory, loading, or failed a short time ago; then the listed others."""
+        """Adapters that are in host memory, loading, or failed a short time ago; then those that left host memory, and
+        the listed others. Of those that left, only the newest version."""
+        folders = (await self._disk.read()).folders
         leases = {image.digest: image.leases for image in self.tier}
+        preloaded = {(lease.image.name, lease.image.source) for lease in self._preloaded}
+        known = (*self._failed.values(), *self._adapters.values())
+        newest = {(one.name, one.source, one.tenant): one for one in known}
         found = [
-            AdapterStatus(
-                name=adapter.name,
-                source=adapter.source,
-                digest=adapter.digest,
-                state=adapter.state,
-                data_bytes=adapter.size.data_bytes if adapter.size else 0,
-                stacked_rank=adapter.size.stacked_rank if adapter.size else 0,
-                targets=adapter.targets,
-                base_model=adapter.base_model,
-                leases=leases.get(adapter.digest or b"", 0),
-                seconds=dict(adapter.seconds),
-                error=adapter.error,
-                merged=adapter.merged,
-                unconfirmed=adapter.unconfirmed,
-                tenant=adapter.tenant,
+            status_of(
+                adapter,
+                leases.get(adapter.digest or b""),
+                preloaded=(adapter.name, adapter.source) in preloaded,
+                on_disk=adapter.remote and self._is_on_disk(adapter, folders),
             )
-            for adapter in (*self._failed.values(), *self._adapters.values())
-            if adapter.state != "ready" or adapter.digest in leases
+            for adapter in known
+            if adapter.state != "ready"
+            or adapter.digest in leases
+            or newest[adapter.name, adapter.source, adapter.tenant] is adapter
         ]
-        known = {status.name for status in found if not status.merged}
-        return found + [
-            AdapterStatus(
-                name=name,
-                source=source,
-                digest=None,
-                state="listed",
-                data_bytes=0,
-                stacked_rank=0,
-                targets=[],
-                base_model=None,
-                leases=0,
-                seconds={},
-            )
-            for name, source in self._listed
-            if name not in known
-        ]
+        names = {status.name for status in found if not status.merged}
+        return found + [listed(*one) for one in self._listed if one[0] not in names]
 
-    async def unload(self, name: str) -> bool:
+    def _is_on_disk(self, adapter: AdapterState, downloads: Set[Path]) -> bool:
+        """Whether its files were there when the disk was last read. The hub's cache is never cleared by us."""
+        folder = adapter.folder
+        return folder is not None and (folder in downloads or adapter.source == HubSource.name)
+
+    async def tiers(self, idle: Mapping[bytes, int]) -> TierStats:
+        """Host memory and disk, and what happened since the start. `idle`: digest -> leases that no request uses."""
+        disk = await self._disk.read()
+        return tier_stats(self.tier, idle, disk, self._downloads.num_removed, self._counts)
+
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
         """Forgets every version of an adapter, preloaded or not. Its memory is free when its last lease ends.
 
-        False if no adapter has that name. A load in progress continues.
+        Returns the digests of those that were in host memory. A load in progress continues. See `Backend.unload`.
         """
         gone = [
             key
             for key, adapter in self._adapters.items()
-            if adapter.name == name and key not in self._loads
+            if key not in self._loads and is_meant(adapter, name, source, tenants)
         ]
         digests = {self._adapters.pop(key).digest for key in gone}
-        found = any(digest is not None and digest in self.tier for digest in digests)
+        found = [digest for digest in digests if digest is not None and digest in self.tier]
         for digest in digests - {adapter.digest for adapter in self._adapters.values()}:
             if digest is not None:
                 self.tier.drop(digest)
         self._versions.forget(name)
-        for lease in [lease for lease in self._preloaded if lease.image.name == name]:
+        for lease in [one for one in self._preloaded if is_meant(one.image, name, source, tenants)]:
             self._preloaded.remove(lease)
             lease.release()
         self._room.freed()
@@ -318,6 +333,7 @@ class Exchange:
         tasks = [load.task for load in self._loads.values()]
         await self._versions.close()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._disk.close()
         await self._loader.close()
 
     def _release_load(self, load: _SharedLoad) -> None:
@@ -339,9 +355,11 @@ class Exchange:
                     f"{adapter.name} could not be loaded: {error!r}", hint=AGAIN
                 )
             adapter.state, adapter.error = "failed", error.to_wire()
+            self._counts.failed_loads += 1
             self._failed.put(key, self._adapters.pop(key))
             del self._loads[key]
             raise error from None
+        count_load(self._counts, adapter)
         leased = self.tier.lease(image.digest)
         assert leased is not None, "nothing ran since it was committed"
         load = self._loads.pop(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.files import Closable
-from engine.messages import AdapterImageRef, AdapterText
+from engine.messages import AdapterImageRef, AdapterText, Tier
 
 
 class Lease(Closable):
@@ -18,9 +18,11 @@ class Lease(Closable):
         release: Callable[[], None],
         fresh_s: float = 0.0,
         text: AdapterText | None = None,
+        tier: Tier = "host",
     ) -> None:
         self.image = image
         self.text = text  # None: the base model's
+        self.tier: Tier = tier  # where the adapter was
         self.fresh_s = fresh_s  # seconds until version and permission must be checked again
         self.cache_salt = cache_salt  # empty for public adapters
         self._release: Callable[[], None] | None = release

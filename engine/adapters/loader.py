@@ -19,7 +19,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from engine.adapters.leftovers import remove_leftovers
 from engine.adapters.own_text import TextReader
@@ -40,7 +41,7 @@ from engine.lora.merge import Part, merge
 from engine.lora.own import CheckpointTables, without_base_rows
 from engine.lora.report import count_targets
 from engine.lora.weights import LoraWeights
-from engine.messages import AdapterText, TenantRef
+from engine.messages import AdapterPhase, AdapterText, TenantRef, Tier
 from engine.ops.layout import ShardLayout
 from engine.sandbox import Converter, is_pickle
 
@@ -63,7 +64,7 @@ class AdapterState:
 
     name: str
     source: str
-    state: Literal["fetching", "parsing", "ready", "failed"] = "fetching"
+    state: AdapterPhase = "fetching"
     digest: bytes | None = None
     size: ImageSize | None = None
     targets: list[str] = field(default_factory=list)
@@ -74,6 +75,20 @@ class AdapterState:
     tenant: bytes = b""  # digest of the token whose holder may see it; empty: everybody
     text: AdapterText | None = None  # None: the base model's
     unconfirmed: bool = False  # see `Version`
+    revision: str | None = None  # None: of a merge, or not known
+    ranks: list[int] = field(default_factory=list)
+    folder: Path | None = None  # of its files; None: of a merge, or not known
+    remote: bool = False  # its source downloads files
+    downloaded: bool = False  # the last load did
+
+    @property
+    def found_in(self) -> Tier:
+        """Where its files were at the last load."""
+        return "disk" if self.remote and not self.downloaded else "source"
+
+    def progress(self, done: int, total: int) -> None:
+        """See `sources.Progress`. Called in threads."""
+        self.downloaded = True
 
 
 class _Attempt:
@@ -186,7 +201,7 @@ class Loader:
         held, reserved = ExitStack(), ExitStack()
         held.push(reserved)
         try:
-            files = await self._fetch(attempt, what, token, held)
+            files = await self._fetch(attempt, adapter, what, token, held)
             adapter.seconds["fetch"] = time.monotonic() - started
             adapter.state = "parsing"
             self._raise_if_closing()
@@ -206,13 +221,15 @@ class Loader:
                     write = partial(_slowly, write)
                 digest = await attempt.run(self._mergers if what.recipe else self._parsers, write)
             # Fails if the files were replaced meanwhile: an old configuration may have been read with new weights.
-            await self._fetch(attempt, what, token, held)
+            await self._fetch(attempt, adapter, what, token, held)
             reserved.pop_all()
         finally:
             attempt.when_over(held.close)
         image = self._room.commit(offset, digest)
         adapter.digest, adapter.state = digest, "ready"
         adapter.targets = list(count_targets(weights, self._layout.targets))
+        adapter.ranks = sorted({pair.rank for pair in weights.pairs.values()})
+        adapter.folder = files[0].folder if what.recipe is None else None
         adapter.base_model = weights.base_model
         adapter.seconds["parse"] = time.monotonic() - started
         for note in notes:
@@ -220,14 +237,19 @@ class Loader:
         return image
 
     async def _fetch(
-        self, attempt: _Attempt, what: Resolved, token: str | None, held: ExitStack
+        self,
+        attempt: _Attempt,
+        adapter: AdapterState,
+        what: Resolved,
+        token: str | None,
+        held: ExitStack,
     ) -> list[AdapterFiles]:
         """The files of every part, open; `held` closes them."""
 
         async def one(name: str, version: Version) -> AdapterFiles:
             source, fetchers = self._sources[version.source], self._fetchers[version.source]
             with what.naming(name):
-                files = await attempt.run(fetchers, source.fetch, version, token, _no_progress)
+                files = await attempt.run(fetchers, source.fetch, version, token, adapter.progress)
             held.callback(files.close)
             return files
 
@@ -343,7 +365,3 @@ def _slowly(call: Callable[[], T]) -> T:
     """Calls in a thread of its own, whose priority it lowers: it would take the engine's cores for seconds."""
     os.nice(LARGE_NICENESS)  # of this thread, on Linux
     return call()
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass

@@ -112,6 +112,7 @@ class Source(Protocol):
     prefix: str = ""  # ids that start with it belong to this source; it is removed before `resolve`
     selectable: bool = True  # a request may name it as `adapter_source`
     searched: bool = False  # adapters whose request names no source are looked up here
+    downloads: bool = True  # `fetch` keeps copies on this machine
     ttl_s: float = 60.0  # seconds until `resolve` is called again for the same reference and tenant
 
     def names(self) -> list[str]:
@@ -223,6 +224,7 @@ class LocalSource(Source):
 
     name = "local"
     searched = True
+    downloads = False
     ttl_s = 1.0
 
     def __init__(self, roots: Iterable[str | Path]) -> None:

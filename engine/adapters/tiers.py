@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from engine.messages import IMAGE_ALIGN, aligned
@@ -85,6 +85,7 @@ class HostTier:
         self._images: OrderedDict[bytes, HostImage] = OrderedDict()  # least recently used first
         self._doomed: dict[int, HostImage] = {}  # by offset
         self._reserved: dict[int, int] = {}  # offset -> bytes
+        self.num_evictions = 0
 
     def __len__(self) -> int:
         return len(self._images)
@@ -99,6 +100,11 @@ class HostTier:
     def used(self) -> int:
         """Bytes of images and reservations."""
         return sum(size for _, size in self._intervals())
+
+    def leased(self, idle: Mapping[bytes, int]) -> int:
+        """Bytes of images with leases. `idle`: digest -> leases that do not count."""
+        images = [one for one in self._images.values() if one.leases > idle.get(one.digest, 0)]
+        return sum(image.num_bytes for image in (*images, *self._doomed.values()))
 
     def _intervals(self, leased_only: bool = False) -> list[tuple[int, int]]:
         """Sorted (offset, bytes) of all images and reservations, or only of those that cannot be evicted."""
@@ -127,6 +133,7 @@ class HostTier:
         while (offset := self._first_fit(size)) is None:
             victim = next(image for image in self._images.values() if not image.leases)
             del self._images[victim.digest]
+            self.num_evictions += 1
         self._reserved[offset] = size
         return offset
 

@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from engine.adapters.ref import AdapterRef
 from engine.adapters.tiers import HostRegion
 from engine.backend import Reader
 from engine.config import EngineConfig
 from engine.errors import EngineDead, LoraxError, from_wire
-from engine.messages import NO_TENANT, AdapterStatus, EngineInfo, EngineStats, Request, TenantRef
+from engine.messages import (
+    NO_TENANT,
+    AdapterStatus,
+    EngineInfo,
+    EngineStats,
+    Request,
+    TenantRef,
+    TierStats,
+)
 from engine.process.exchange_client import ExchangeClient, exit_text
 from engine.process.grants import GrantLease
 from engine.process.parts import Parts
 from engine.process.pipe_messages import (
+    Drop,
     Failed,
     FromShard,
+    Pin,
     Preload,
     Preloaded,
     Setup,
@@ -113,6 +124,14 @@ class ProcessBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        """See `Backend.pin`."""
+        self._shard.send(Pin(digest, pinned))
+
+    def drop(self, digest: bytes) -> None:
+        """See `Backend.drop`."""
+        self._shard.send(Drop(digest))
+
     async def acquire(
         self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
     ) -> GrantLease:
@@ -123,9 +142,15 @@ class ProcessBackend:
         """See `Backend.adapters`."""
         return await self._exchange.adapters()
 
-    async def unload(self, name: str) -> bool:
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
         """See `Backend.unload`."""
-        return await self._exchange.unload(name)
+        return await self._exchange.unload(name, source, tenants)
+
+    async def tiers(self) -> TierStats:
+        """See `Backend.tiers`."""
+        return await self._exchange.tiers()
 
     async def close(self, timeout: float = END_S) -> None:
         """Fails open requests and ends both processes, by force if they do not end. May be called again."""

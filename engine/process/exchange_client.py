@@ -13,26 +13,28 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
 from engine.adapters.ref import AdapterRef
-from engine.errors import (
-    AdapterLoadFailed,
-    EngineDead,
-    LoraxError,
-    Overloaded,
-    from_wire,
+from engine.errors import AdapterLoadFailed, EngineDead, LoraxError, Overloaded, from_wire
+from engine.messages import (
+    NO_TENANT,
+    AdapterImageRef,
+    AdapterStatus,
+    TenantRef,
+    TierStats,
+    is_meant,
 )
-from engine.messages import NO_TENANT, AdapterImageRef, AdapterStatus, TenantRef
 from engine.process.grants import GrantLease, Grants, Key
 from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,
+    AskTiers,
     Begin,
     ExchangeReady,
     Failed,
@@ -44,12 +46,14 @@ from engine.process.pipe_messages import (
     Refused,
     Release,
     Setup,
+    Tiers,
     Unload,
     Unloaded,
 )
 from engine.process.questions import Answer, Questions
 from engine.process.spawn import END_S, Child
 from engine.process.suspects import Suspects
+from engine.process.tally import Tally
 from engine.process.watch import Starting, Watch
 
 FromChild = ExchangeReady | Failed | Pong | Recall | Refused | Answer
@@ -87,6 +91,7 @@ class ExchangeClient:
         self._grants = Grants(self._release)
         self._preloaded: list[AdapterImageRef] = []
         self._listed: list[AdapterStatus] = []
+        self._tally = Tally()
         self._ends: deque[float] = deque(maxlen=watch.max_ends)
         self._suspects = Suspects(watch.max_deaths, watch.window_s)
         self._failure: LoraxError | None = None  # why the exchange was given up
@@ -182,6 +187,7 @@ class ExchangeClient:
         if self._ready:  # a process that was still starting had no questions
             self._suspect_loading()
         self._ready = self._begin_sent = False
+        self._tally.restarted()
         code = await self._child.ended(0, reap_s=None)
         self._ends.append(now)
         if len(self._ends) == watch.max_ends and now - self._ends[0] < watch.window_s:
@@ -301,27 +307,40 @@ class ExchangeClient:
 
     async def adapters(self) -> list[AdapterStatus]:
         """The exchange's list; while it is away, the last one. Leases are counted by request."""
-        self._raise_if_lost()
-        call = next(self._calls)
-        asking = asyncio.ensure_future(self._questions.ask(ListAdapters(call)))
-        try:
-            if not await self._goes_away_before(asking):
-                answer = await asking
-                assert isinstance(answer, Adapters)
-                self._listed = answer.adapters
-        finally:
-            asking.cancel()
-        users = self._grants.users()
-        return [_with_users(status, users) for status in self._listed]
+        answer = await self._asked(ListAdapters(next(self._calls)))
+        if isinstance(answer, Adapters):
+            self._listed = answer.adapters
+        return self._grants.with_users(self._listed)
 
-    async def unload(self, name: str) -> bool:
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
         """See `Backend.unload`."""
         self._raise_if_lost()
-        self._grants.forget(name)
-        self._preloaded = [image for image in self._preloaded if image.name != name]
-        answer = await self._questions.ask(Unload(next(self._calls), name))
+        self._grants.forget(name, source, tenants)
+        self._preloaded = [
+            image for image in self._preloaded if not is_meant(image, name, source, tenants)
+        ]
+        seen = None if tenants is None else list(tenants)
+        answer = await self._questions.ask(Unload(next(self._calls), name, source, seen))
         assert isinstance(answer, Unloaded)
-        return answer.found
+        return answer.digests
+
+    async def tiers(self) -> TierStats:
+        """See `Backend.tiers`."""
+        answer = await self._asked(AskTiers(next(self._calls), self._grants.idle()))
+        if isinstance(answer, Tiers):
+            self._tally.read(answer.stats)
+        return self._tally.stats
+
+    async def _asked(self, message: ListAdapters | AskTiers) -> Answer | None:
+        """The answer; None if the exchange goes away first."""
+        self._raise_if_lost()
+        asking = asyncio.ensure_future(self._questions.ask(message))
+        try:
+            return None if await self._goes_away_before(asking) else await asking
+        finally:
+            asking.cancel()
 
     def _send_if_ready(self, message: msgspec.Struct) -> None:
         """Earlier questions are sent when the process is ready."""
@@ -371,12 +390,6 @@ class ExchangeClient:
                 self._suspects.check(message.ref)
             except LoraxError as error:
                 self._questions.answered(Refused(message.call, error.to_wire()))
-
-
-def _with_users(status: AdapterStatus, users: dict[bytes, tuple[int, int]]) -> AdapterStatus:
-    """The status with a lease for each request. The exchange counts one for each grant."""
-    grants, requests = users.get(status.digest or b"", (0, 0))
-    return msgspec.structs.replace(status, leases=max(0, status.leases - grants) + requests)
 
 
 def exit_text(code: int) -> str:

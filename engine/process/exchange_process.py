@@ -26,6 +26,7 @@ from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,
+    AskTiers,
     Begin,
     ExchangeReady,
     ListAdapters,
@@ -35,12 +36,13 @@ from engine.process.pipe_messages import (
     Refused,
     Release,
     Setup,
+    Tiers,
     ToExchange,
     Unload,
     Unloaded,
 )
 
-Call = Acquire | ListAdapters | Unload
+Call = Acquire | ListAdapters | Unload | AskTiers
 
 MAX_STUCK = 64  # threads that a hung file system may hold before a new process takes over
 POLL_S = 1.0  # between two checks of them
@@ -212,7 +214,11 @@ class Service:
         if isinstance(call, ListAdapters):
             return Adapters(call.call, await self._exchange.adapters())
         if isinstance(call, Unload):
-            return Unloaded(call.call, await self._exchange.unload(call.name))
+            digests = await self._exchange.unload(call.name, call.source, call.tenants)
+            return Unloaded(call.call, digests)
+        if isinstance(call, AskTiers):
+            return Tiers(call.call, await self._exchange.tiers(call.idle))
         lease = await self._exchange.acquire(call.ref, call.token, call.tenant)
         self._leases[call.call] = lease
-        return Acquired(call.call, lease.image, lease.cache_salt, lease.fresh_s, lease.text)
+        held = lease.image, lease.cache_salt, lease.fresh_s, lease.text
+        return Acquired(call.call, *held, tier=lease.tier)

@@ -9,12 +9,14 @@ its adapter is unloaded. If too few are unused for a recall, the next ones to be
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.adapters.ref import AdapterRef
-from engine.messages import AdapterImageRef, AdapterText
+from engine.messages import AdapterImageRef, AdapterStatus, AdapterText, Tier, is_meant
 from engine.process.pipe_messages import Acquired
 
 MAX_IDLE = 1024  # grants that no request uses
@@ -49,7 +51,8 @@ class Grant:
 class GrantLease:
     """One request's use of a grant: `engine.backend.Lease`."""
 
-    def __init__(self, grants: Grants, grant: Grant) -> None:
+    def __init__(self, grants: Grants, grant: Grant, tier: Tier = "host") -> None:
+        self.tier: Tier = tier
         self._grants: Grants | None = grants
         self._grant = grant
         grant.users += 1
@@ -89,11 +92,11 @@ class Grants:
         """The newest grant of a key, fresh or not."""
         return self._current.get(key)
 
-    def lease(self, grant: Grant) -> GrantLease:
+    def lease(self, grant: Grant, tier: Tier = "host") -> GrantLease:
         """Adds a user."""
         if grant.key in self._current:
             self._current.move_to_end(grant.key)
-        return GrantLease(self, grant)
+        return GrantLease(self, grant, tier)
 
     def add(self, key: Key, acquired: Acquired) -> GrantLease:
         """Makes a grant with one user from an answer. The same image is not held twice."""
@@ -102,14 +105,14 @@ class Grants:
         if old is not None and _contents(old) == _contents(acquired):
             old.fresh_until = max(old.fresh_until, fresh_until)
             self._give_back(acquired.call)
-            return self.lease(old)
+            return self.lease(old, acquired.tier)
         if old is not None:
             self._retire(old)
         grant = Grant(
             key, acquired.call, acquired.image, acquired.cache_salt, acquired.text, fresh_until
         )
         self._current[key] = grant
-        lease = GrantLease(self, grant)
+        lease = GrantLease(self, grant, acquired.tier)
         idle = [one for one in self._current.values() if not one.users]
         for surplus in idle[: max(0, len(idle) - MAX_IDLE)]:
             self._retire(surplus)
@@ -131,10 +134,13 @@ class Grants:
         if (old := self._current.get(key)) is not None:
             self._retire(old)
 
-    def forget(self, name: str) -> None:
-        """The adapter was unloaded: grants of every version and tenant end with their last user."""
-        for grant in [one for one in self._current.values() if one.image.name == name]:
-            self._retire(grant)
+    def forget(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> None:
+        """The adapter was unloaded: grants of every version end with their last user. See `Backend.unload`."""
+        for grant in list(self._current.values()):
+            if is_meant(grant.image, name, source, tenants):
+                self._retire(grant)
 
     def recall(self, num_bytes: int) -> None:
         """Returns unused grants, the least recently used first, until they free `num_bytes`."""
@@ -150,6 +156,15 @@ class Grants:
         """Call -> image of everything that the exchange must keep in place."""
         return {one.call: one.image for one in (*self._current.values(), *self._retired)}
 
+    def with_users(self, statuses: Iterable[AdapterStatus]) -> list[AdapterStatus]:
+        """The exchange's list with a lease for each request. The exchange counts one for each grant."""
+        users, counted = self.users(), []
+        for status in statuses:
+            grants, requests = users.get(status.digest or b"", (0, 0))
+            leases = max(0, status.leases - grants) + requests
+            counted.append(msgspec.structs.replace(status, leases=leases))
+        return counted
+
     def users(self) -> dict[bytes, tuple[int, int]]:
         """Digest -> (grants, requests that use them)."""
         found: dict[bytes, tuple[int, int]] = {}
@@ -157,6 +172,10 @@ class Grants:
             grants, users = found.get(one.image.digest, (0, 0))
             found[one.image.digest] = (grants + 1, users + one.users)
         return found
+
+    def idle(self) -> dict[bytes, int]:
+        """Digest -> grants that no request uses."""
+        return dict(Counter(one.image.digest for one in self._current.values() if not one.users))
 
     def _retire(self, grant: Grant) -> None:
         del self._current[grant.key]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -22,10 +23,11 @@ from engine.messages import (
     EngineStats,
     Request,
     TenantRef,
+    TierStats,
     Update,
 )
 from engine.process.parts import Exchange, Parts, load
-from engine.process.pipe_messages import Cancel, Submit
+from engine.process.pipe_messages import Drop, Pin, ToEngine
 from engine.process.stepper import Stepper
 from engine.process.streams import Streams
 
@@ -49,7 +51,7 @@ class LocalBackend:
         self._region = region
         self._worker = worker
         self._streams = Streams(self._send)
-        self._inbox: list[Submit | Cancel] = []
+        self._inbox: list[ToEngine] = []
         self._has_messages = asyncio.Event()
         self._info = stepper.engine.info
         self._stats = stepper.engine.stats
@@ -110,6 +112,14 @@ class LocalBackend:
         """See `Backend.cancel`."""
         self._streams.cancel(id)
 
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        """See `Backend.pin`."""
+        self._send(Pin(digest, pinned))
+
+    def drop(self, digest: bytes) -> None:
+        """See `Backend.drop`."""
+        self._send(Drop(digest))
+
     async def acquire(
         self, ref: AdapterRef, token: str | None, tenant: TenantRef = NO_TENANT
     ) -> Lease:
@@ -119,8 +129,15 @@ class LocalBackend:
     async def adapters(self) -> list[AdapterStatus]:
         return await self._open_exchange().adapters()
 
-    async def unload(self, name: str) -> bool:
-        return await self._open_exchange().unload(name)
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
+        """See `Backend.unload`."""
+        return await self._open_exchange().unload(name, source, tenants)
+
+    async def tiers(self) -> TierStats:
+        """See `Backend.tiers`."""
+        return await self._open_exchange().tiers({})
 
     async def close(self) -> None:
         """Fails open requests and ends the engine and the exchange. May be called again."""
@@ -146,7 +163,7 @@ class LocalBackend:
             raise EngineDead(str(self.failure or "the engine is shutting down"))
         return self._exchange
 
-    def _send(self, message: Submit | Cancel) -> None:
+    def _send(self, message: ToEngine) -> None:
         self._inbox.append(message)
         self._has_messages.set()
 
@@ -171,7 +188,7 @@ class LocalBackend:
                     await self._has_messages.wait()
         self._has_messages.clear()
 
-    def _turn(self, messages: list[Submit | Cancel]) -> tuple[list[Update], EngineStats | None]:
+    def _turn(self, messages: list[ToEngine]) -> tuple[list[Update], EngineStats | None]:
         updates = self._stepper.turn(messages)
         return updates, self._stepper.report()
 

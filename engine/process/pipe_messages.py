@@ -21,6 +21,8 @@ from engine.messages import (
     EngineStats,
     Request,
     TenantRef,
+    Tier,
+    TierStats,
     Update,
 )
 from engine.process.parts import Parts
@@ -39,6 +41,15 @@ class Submit(Struct, frozen=True, tag=True):
 
 class Cancel(Struct, frozen=True, tag=True):
     id: str
+
+
+class Pin(Struct, frozen=True, tag=True):
+    digest: bytes
+    pinned: bool
+
+
+class Drop(Struct, frozen=True, tag=True):
+    digest: bytes
 
 
 class Preload(Struct, frozen=True, tag=True):
@@ -87,6 +98,13 @@ class ListAdapters(Struct, frozen=True, tag=True):
 class Unload(Struct, frozen=True, tag=True):
     call: int
     name: str
+    source: str | None  # None: any
+    tenants: list[bytes] | None  # None: all
+
+
+class AskTiers(Struct, frozen=True, tag=True):
+    call: int
+    idle: dict[bytes, int]  # digest -> leases that no request uses
 
 
 class Failed(Struct, frozen=True, tag=True):
@@ -122,6 +140,7 @@ class Acquired(Struct, frozen=True, tag=True):
     cache_salt: bytes
     fresh_s: float = 0.0  # seconds until version and permission must be checked again
     text: AdapterText | None = None  # None: the base model's
+    tier: Tier = "host"  # where the adapter was
 
 
 class Recall(Struct, frozen=True, tag=True):
@@ -141,7 +160,12 @@ class Adapters(Struct, frozen=True, tag=True):
 
 class Unloaded(Struct, frozen=True, tag=True):
     call: int
-    found: bool
+    digests: list[bytes]
+
+
+class Tiers(Struct, frozen=True, tag=True):
+    call: int
+    stats: TierStats
 
 
 class Refused(Struct, frozen=True, tag=True):
@@ -149,7 +173,10 @@ class Refused(Struct, frozen=True, tag=True):
     error: dict[str, Any]  # LoraxError.to_wire()
 
 
-ToShard = Setup | Submit | Cancel | Preload
+ToEngine = Submit | Cancel | Pin | Drop
+ToShard = Setup | Preload | ToEngine
 FromShard = ShardReady | Preloaded | Failed | Updates
-ToExchange = Setup | Begin | Ping | Acquire | Release | ListAdapters | Unload
-FromExchange = ExchangeReady | Failed | Pong | Recall | Acquired | Adapters | Unloaded | Refused
+ToExchange = Setup | Begin | Ping | Acquire | Release | ListAdapters | Unload | AskTiers
+FromExchange = (
+    ExchangeReady | Failed | Pong | Recall | Acquired | Adapters | Unloaded | Tiers | Refused
+)

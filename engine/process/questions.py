@@ -16,15 +16,17 @@ from engine.process.pipe_messages import (
     Acquire,
     Acquired,
     Adapters,
+    AskTiers,
     ListAdapters,
     Refused,
+    Tiers,
     Unload,
     Unloaded,
 )
 
 T = TypeVar("T")
-Message = Acquire | ListAdapters | Unload
-Answer = Acquired | Adapters | Unloaded
+Message = Acquire | ListAdapters | Unload | AskTiers
+Answer = Acquired | Adapters | Unloaded | Tiers
 
 
 @dataclass(slots=True)

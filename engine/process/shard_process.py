@@ -19,13 +19,12 @@ from engine.process.collector import freeze_gc
 from engine.process.parts import load
 from engine.process.pipe import Port
 from engine.process.pipe_messages import (
-    Cancel,
     Failed,
     Preload,
     Preloaded,
     Setup,
     ShardReady,
-    Submit,
+    ToEngine,
     ToShard,
     Updates,
 )
@@ -47,7 +46,7 @@ def main(socket_fd: int, region_fd: int) -> int:
     except Exception as error:
         return child.report_failure(end, "shard", error)
     freeze_gc()
-    port: Port[Setup | Preload | Submit | Cancel] = Port(end, ToShard)
+    port: Port[Setup | Preload | ToEngine] = Port(end, ToShard)
     try:
         engine = stepper.engine
         port.send(ShardReady(engine.info, msgspec.msgpack.encode(engine.layout), engine.stats))
@@ -64,17 +63,17 @@ def main(socket_fd: int, region_fd: int) -> int:
         port.close(FLUSH_S)
 
 
-def serve(port: Port[Setup | Preload | Submit | Cancel], stepper: Stepper) -> None:
+def serve(port: Port[Setup | Preload | ToEngine], stepper: Stepper) -> None:
     """Receives messages, steps and sends updates, until the front ends the pipe."""
     while not port.ended:
         messages = port.receive(stepper.wait_s)
-        requests: list[Submit | Cancel] = []
+        orders: list[ToEngine] = []
         for message in messages:
             if isinstance(message, Preload):
                 port.send(_preload(message, stepper))
             elif not isinstance(message, Setup):
-                requests.append(message)
-        updates = stepper.turn(requests)
+                orders.append(message)
+        updates = stepper.turn(orders)
         stats = stepper.report()
         if updates or stats is not None:
             port.send(Updates(updates, stats))

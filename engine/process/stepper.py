@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from engine.errors import EngineDead, GenerationError, LoraxError
 from engine.messages import EngineStats, Request, Update
 from engine.process.parts import Engine
-from engine.process.pipe_messages import Cancel, Submit
+from engine.process.pipe_messages import Cancel, Drop, Pin, ToEngine
 
 MAX_FAILURES = 3  # steps in a row
 BUSY_REPORT_S = 0.2  # between two reports while there is work
@@ -31,7 +31,7 @@ class Stepper:
         self._unreported = False
         self._reported = 0.0  # time.monotonic()
 
-    def turn(self, messages: Sequence[Submit | Cancel]) -> list[Update]:
+    def turn(self, messages: Sequence[ToEngine]) -> list[Update]:
         """Takes the messages, then steps once if there is work.
 
         A failed submission or step fails only its requests. Raises EngineDead after MAX_FAILURES failed steps in a
@@ -64,11 +64,17 @@ class Stepper:
         interval = BUSY_REPORT_S if self.engine.has_work else IDLE_REPORT_S
         return self._reported + interval - time.monotonic()
 
-    def _take(self, message: Submit | Cancel) -> list[Update]:
+    def _take(self, message: ToEngine) -> list[Update]:
         self._empty = 0
         self._unreported = True
         if isinstance(message, Cancel):
             self.engine.cancel(message.id)
+            return []
+        if isinstance(message, Pin):
+            self.engine.pin(message.digest, message.pinned)
+            return []
+        if isinstance(message, Drop):
+            self.engine.drop(message.digest)
             return []
         try:
             self.engine.submit(message.request)

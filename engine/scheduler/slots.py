@@ -4,8 +4,8 @@ Slot 0 is the base model: it has no bytes and is always resident. An adapter is 
 its placement until the runner reports it *resident*. It is *in use* while a running sequence uses it. A preloaded
 adapter is *permanent*: it is never evicted. Any other is evicted only when it is not in use and every launched step
 that could read it has been committed, because copies into the arena are not ordered with the steps. A *pinned* adapter
-is evicted only for a reservation that finds no other room. A *dropped* one is evicted as soon as it may be. Intervals
-start at multiples of 256 bytes and never overlap.
+is evicted only for an image that does not fit next to the pinned ones. A *dropped* one is evicted as soon as it may be.
+Intervals start at multiples of 256 bytes and never overlap.
 
 Room is found first-fit. If there is no room, the table looks for the fewest least recently used idle adapters without
 which a gap is wide enough, and evicts only those of them that are in that gap. A *reservation* promises an interval to
@@ -80,11 +80,7 @@ class SlotTable:
         """Whether the image could be placed if only the preloaded adapters were in the arena."""
         if image.digest in self._entries:
             return True
-        permanent = [entry for entry in self._entries.values() if entry.permanent]
-        if len(permanent) + 2 > self.num_slots:
-            return False
-        intervals = [(entry.start, entry.end) for entry in permanent]
-        return self._gap(image.data_bytes, sorted(intervals)) is not None
+        return self._fits_beside(image, [one for one in self._entries.values() if one.permanent])
 
     def slot_of(self, digest: bytes) -> int | None:
         """The slot of a resident adapter; None if it is absent or still placing."""
@@ -169,7 +165,8 @@ class SlotTable:
     def reserve(
         self, image: AdapterImageRef, keep: Set[bytes] = frozenset()
     ) -> list[tuple[bytes, float]] | None:
-        """Promise the image an interval. Others must leave: idle ones first, then the longest placed, then pinned.
+        """Promise the image an interval. Others must leave: idle ones first, then the longest placed. Pinned ones leave
+        last, and only for an image that does not fit next to them.
 
         Returns (digest, time of placement) of those that must leave. None: other reservations, adapters in `keep` and
         preloaded adapters leave no interval.
@@ -182,10 +179,16 @@ class SlotTable:
             pinned = entry.image.digest in self._pinned
             return (pinned, active, entry.since if active else entry.used)
 
+        lasting = [
+            entry
+            for entry in self._entries.values()
+            if entry.permanent or entry.image.digest in self._pinned
+        ]
+        kept = set(lasting) if self._fits_beside(image, lasting) else set()
         movable = [
             entry
             for entry in sorted(self._entries.values(), key=order)
-            if entry.image.digest not in taken and not entry.permanent
+            if entry.image.digest not in taken and not entry.permanent and entry not in kept
         ]
         found = self._find(image, movable)
         if found is None:
@@ -282,6 +285,12 @@ class SlotTable:
         heappush(self._free_slots, entry.slot)
         self._unplaced.append(entry.slot)
         self.num_evictions += 1
+
+    def _fits_beside(self, image: AdapterImageRef, kept: list[_Entry]) -> bool:
+        """Whether the image could be placed if only these entries were in the arena."""
+        intervals = sorted((entry.start, entry.end) for entry in kept)
+        has_slot = len(kept) + 2 <= self.num_slots
+        return has_slot and self._gap(image.data_bytes, intervals) is not None
 
     def _free_gap(self, image: AdapterImageRef) -> int | None:
         """Where the image fits without an eviction. This is the common case, so it is fast."""

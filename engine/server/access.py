@@ -11,8 +11,9 @@ import re
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
+from engine.adapters.sources import token_hash
 from engine.config import ServerConfig
-from engine.errors import ConfigError, LoraxError, Unauthorized
+from engine.errors import ConfigError, Forbidden, LoraxError, Unauthorized
 from engine.server.formats import Context, bearer
 from engine.server.front import FRONT
 from engine.server.keys import Tenant
@@ -51,6 +52,24 @@ def context_of(request: web.Request) -> Context:
         adapter_token=request.headers.get(ADAPTER_TOKEN, ""),
         keys=front.keys,
     )
+
+
+def seen_by(request: web.Request, token: str | None = None) -> tuple[bytes, ...]:
+    """The tenants whose adapters a client may see: everybody's, and those of its own token (in the body, or in a
+    header). Raises InvalidRequest."""
+    own = context_of(request).token(token)
+    return (b"", token_hash(own)) if own else (b"",)
+
+
+def check_admin(request: web.Request) -> None:
+    """For routes that change what others get. Raises Forbidden if the server has keys and this one has no right."""
+    tenant = request.get(TENANT)
+    if tenant is not None and not tenant.admin:
+        raise Forbidden(
+            f"the keys of {tenant.name!r} may not load, pin or unload adapters and set aliases",
+            field="Authorization",
+            hint="use a key of --api-key, or set `admin: true` with the tenant's keys in --api-keys-file",
+        )
 
 
 def _tenant_of(request: web.Request) -> Tenant:

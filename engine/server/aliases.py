@@ -35,6 +35,9 @@ class Aliases:
     def __iter__(self) -> Iterator[Alias]:
         return iter(sorted(self._table.values(), key=lambda alias: alias.name))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._table
+
     def get(self, name: str) -> Alias:
         """Raises AdapterNotFound."""
         if name not in self._table:

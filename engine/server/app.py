@@ -158,11 +158,14 @@ async def _watch_keys(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _let_go(app: web.Application) -> None:
-    """Waits at most LET_GO_S until the engine has dropped all sequences, then ends the processes of chat templates."""
+    """Ends pins and prefetches, waits at most LET_GO_S until the engine has dropped all sequences, then ends the
+    processes of chat templates."""
+    front = app[FRONT]
     with suppress(TimeoutError):
         async with asyncio.timeout(LET_GO_S):
-            await app[FRONT].generator.idle.wait()
-    app[FRONT].generator.texts.close()
+            await asyncio.gather(front.prefetches.close(), front.pins.close())
+            await front.generator.idle.wait()
+    front.generator.texts.close()
 
 
 def runner_of(app: web.Application, **options: Any) -> Runner:

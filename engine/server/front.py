@@ -17,8 +17,11 @@ from engine.server.aliases import Aliases
 from engine.server.bodies import Bodies
 from engine.server.generation import Generator
 from engine.server.keys import Keys
+from engine.server.loads import Loads
 from engine.server.parameters import BASE_NAMES
+from engine.server.pins import Pins
 from engine.server.places import Places
+from engine.server.prefetches import Prefetches
 from engine.server.responses import error_response
 from engine.server.text import Text
 
@@ -38,8 +41,10 @@ class Front:
     aliases: Aliases = field(init=False)
     keys: Keys = field(init=False)
     places: Places = field(init=False)
+    pins: Pins = field(init=False)
+    prefetches: Prefetches = field(init=False)
+    loads: Loads = field(default_factory=Loads)
     started: float = field(default_factory=time.time)
-    open_aliases: int = 0  # aliases that are being set
     end_by: float | None = None  # by time.monotonic(), set when the server shuts down
 
     def __post_init__(self) -> None:
@@ -49,6 +54,8 @@ class Front:
         self.aliases = Aliases(frozenset(names))
         self.aliases.set_all(self.config.adapters.adapter_alias)
         self.generator = Generator(self.backend, self.text, self.config, self.metrics, self.aliases)
+        self.pins = Pins(self.generator, self.loads, self.text.first_token)
+        self.prefetches = Prefetches(self.backend)
 
     def error_response(self, path: str, error: LoraxError) -> web.Response:
         """The answer to a request for `path` that failed."""

@@ -28,6 +28,7 @@ from engine.errors import LoraxError, Overloaded
 from engine.messages import Request, Update
 from engine.metrics import Metrics
 from engine.server.adapter_texts import AdapterTexts
+from engine.server.adapter_use import AdapterUse
 from engine.server.aliases import Aliases
 from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
@@ -42,13 +43,6 @@ from engine.server.text import Text
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
-
-
-def _label(parameters: Parameters, lease: Lease | None) -> str:
-    """What metrics call the adapter: they are open to everybody."""
-    if parameters.adapter is None:
-        return "base"
-    return "private" if lease is not None and lease.image.tenant else parameters.adapter.name
 
 
 @dataclass(slots=True)
@@ -256,12 +250,14 @@ class Generator:
     limits: Limits = field(init=False)
     texts: AdapterTexts = field(init=False)
     _requests: Counter[AdapterRef] = field(default_factory=Counter)  # open ones
+    use: AdapterUse = field(init=False)
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
     num_open: int = 0  # sequences that the engine has not dropped
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
         self.texts = AdapterTexts(self.text)
+        self.use = AdapterUse(self.backend, self.metrics)
         self.idle.set()
 
     def submit(self, request: Request, reader: Reader) -> None:
@@ -287,17 +283,7 @@ class Generator:
         `tenant`: of the server's key. Raises InvalidRequest, AdapterError and EngineDead.
         """
         timings = Timings(time.monotonic())
-        check(parameters, self.limits)
-        priority_of(parameters, tenant.priority if tenant else 0)
-        if len(prompts) * parameters.best_of > self.limits.max_sequences:
-            raise invalid(
-                parameters.name("inputs"),
-                f"makes {len(prompts) * parameters.best_of} sequences, "
-                f"the limit is {self.limits.max_sequences} (--max-concurrent-requests)",
-                "split it into several requests",
-            )
-        if parameters.grammar is not None:
-            await self.checks.check(parameters.grammar, parameters.name("grammar"))
+        await self._check(len(prompts), parameters, tenant)
         started = time.monotonic()
         adapter, lease = None, None
         if parameters.adapter is not None:
@@ -317,7 +303,7 @@ class Generator:
             ]
             # As if the adapter had been acquired afterwards: its load is part of the time in the queue.
             timings.validated = time.monotonic() - waited
-            self.metrics.adapter(_label(parameters, lease))
+            self.use.count(parameters.adapter, lease)
             generation = Generation(
                 id=id or uuid.uuid4().hex,
                 parameters=parameters,
@@ -336,6 +322,20 @@ class Generator:
                 lease.release()
             if adapter is not None:
                 self._uncount(adapter)
+
+    async def _check(self, num_prompts: int, parameters: Parameters, tenant: Tenant | None) -> None:
+        """Everything that depends neither on the adapter nor on a prompt. Raises InvalidRequest."""
+        check(parameters, self.limits)
+        priority_of(parameters, tenant.priority if tenant else 0)
+        if num_prompts * parameters.best_of > self.limits.max_sequences:
+            raise invalid(
+                parameters.name("inputs"),
+                f"makes {num_prompts * parameters.best_of} sequences, "
+                f"the limit is {self.limits.max_sequences} (--max-concurrent-requests)",
+                "split it into several requests",
+            )
+        if parameters.grammar is not None:
+            await self.checks.check(parameters.grammar, parameters.name("grammar"))
 
     def _count(self, adapter: AdapterRef) -> None:
         """One more request for an adapter. Raises Overloaded beyond --max-requests-per-adapter."""

@@ -41,6 +41,7 @@ class Tenant:
     name: str
     priority: int = 0  # higher: first
     weight: float = 1.0  # its share, in proportion to the others'
+    admin: bool = False  # may change what others get: loaded adapters, pins and aliases
     share: float = 1.0  # its weight over the sum of all
 
 
@@ -57,6 +58,7 @@ class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}\Z")] | None = None
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
     weight: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
+    admin: bool = False
 
 
 _Owned = tuple[bytes, Tenant]  # the digest of a key, and whose it is
@@ -80,7 +82,8 @@ class Keys:
             )
         # Tables hold keyed hashes, so the time of a lookup tells nothing about the keys.
         self._secret = secrets.token_bytes(32)
-        self._fixed = [(_digest(key), Tenant(DEFAULT_TENANT)) for key in config.api_key]
+        own = Tenant(DEFAULT_TENANT, admin=True)
+        self._fixed = [(_digest(key), own) for key in config.api_key]
         self._state: bytes | str = b""  # digest of the file's contents, or why they cannot be read
         if self._path is None:
             self._table = self._tabled(self._fixed)
@@ -151,9 +154,10 @@ class Keys:
                 )
             if tenants.setdefault(tenant.name, tenant) != tenant:
                 raise ConfigError(
-                    f"the tenant {tenant.name!r} has different priorities or weights",
+                    f"the tenant {tenant.name!r} has different priorities, weights or rights",
                     field="api_keys_file",
-                    hint="repeat the same priority and weight with each of its keys",
+                    hint="repeat the same priority, weight and admin with each of its keys; "
+                    "those of --api-key are admin",
                 )
         total = sum(tenant.weight for tenant in tenants.values())
         return {key: replace(one, share=one.weight / total) for key, one in table.items()}
@@ -196,7 +200,7 @@ def _parse(path: Path, data: bytes) -> list[_Owned]:
             raise _unusable(path, "it is not valid YAML") from None
         problem, _, where = str(error).partition(" - at `$")
         if "unknown field" in problem:  # its name may be a key
-            problem = "there is a field other than name, key, sha256, priority and weight"
+            problem = "there is a field other than name, key, sha256, priority, weight and admin"
         raise _unusable(path, f"{where.rstrip('`') or 'it'}: {problem}") from None
     return [_owned(path, f"[{index}]", entry) for index, entry in enumerate(entries)]
 
@@ -222,7 +226,7 @@ def _owned(path: Path, where: str, entry: _Entry) -> _Owned:
             path, f"{where}.key is empty, or has other characters than printable ASCII, or spaces"
         )
     digest = _digest(entry.key) if entry.key is not None else bytes.fromhex(entry.sha256 or "")
-    return digest, Tenant(entry.name, entry.priority, entry.weight)
+    return digest, Tenant(entry.name, entry.priority, entry.weight, entry.admin)
 
 
 def _unusable(path: Path, problem: str) -> ConfigError:

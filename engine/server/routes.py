@@ -11,8 +11,9 @@ from engine.errors import LoraxError
 from engine.server import native, openai
 from engine.server.formats import Format
 from engine.server.inference import handler_of
-from engine.server.native import alias_routes
+from engine.server.native import adapter_routes, alias_routes
 from engine.server.native import routes as native_routes
+from engine.server.openai import lora_routes
 from engine.server.openai import routes as openai_routes
 
 # Path -> format of POST requests.
@@ -29,7 +30,14 @@ FORMATS: Mapping[str, Format] = {
 def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
     """The routes of `formats`, and those that do not generate."""
     posts = [web.post(path, handler_of(format)) for path, format in formats.items()]
-    return [*posts, *native_routes.routes(), *alias_routes.routes(), *openai_routes.routes()]
+    return [
+        *posts,
+        *native_routes.routes(),
+        *alias_routes.routes(),
+        *adapter_routes.routes(),
+        *openai_routes.routes(),
+        *lora_routes.routes(),
+    ]
 
 
 def error_body(formats: Mapping[str, Format], path: str, error: LoraxError) -> Any:

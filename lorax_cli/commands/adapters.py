@@ -1,4 +1,4 @@
-"""`lorax adapters`: download adapters, check them before they are served, and merge them."""
+"""`lorax adapters`: download adapters, check them before they are served, merge them, and manage a server's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from engine.errors import (
     LoraxError,
 )
 from lorax_cli.adapter_files import AdapterNames, bar, finder, layout_of, opened
+from lorax_cli.commands import adapters_server
 from lorax_cli.commands.adapters_merge import merge
 from lorax_cli.options import with_config
 from lorax_cli.output import JsonFlag, Output, QuietFlag, examples, fail, warn
@@ -265,7 +266,11 @@ def validate(
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Download, check and merge adapters.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Download, check and merge adapters, and manage those of a running server.",
+        no_args_is_help=True,
+    )
+    adapters_server.add_to(group)
     group.command(
         epilog=examples(
             "lorax adapters pull user/adapter",

@@ -42,6 +42,32 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def entry(name: str, **given: Any) -> dict[str, Any]:
+    """An adapter as the server describes it."""
+    fields: dict[str, Any] = {
+        "id": name,
+        "source": "hub",
+        "revision": "abc",
+        "digest": "d1",
+        "state": "ready",
+        "tier": "device",
+        "pinned": False,
+        "preloaded": False,
+        "bytes": 3 << 20,
+        "rank": 16,
+        "ranks": [8, 16],
+        "targets": ["q_proj", "v_proj"],
+        "base_model": None,
+        "merged": False,
+        "requests": 2,
+        "hits": 0,
+        "last_used": None,
+        "seconds": {"fetch": 0.5, "parse": 0.25},
+        "error": None,
+    }
+    return fields | given
+
+
 class FakeServer:
     """The routes of the client, in a separate thread. Keeps the requests."""
 
@@ -49,6 +75,9 @@ class FakeServer:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.adapters: list[dict[str, Any]] = []  # entries of GET /adapters
+        self.cache: dict[str, Any] = {}  # of GET /cache
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
@@ -71,6 +100,10 @@ class FakeServer:
                 web.get("/info", self._info),
                 web.post("/generate", self._generate),
                 web.post("/generate_stream", self._stream),
+                web.get("/adapters", self._list),
+                web.get("/adapters/{id:.+}", self._entry),
+                web.post("/adapters/{what}", self._manage),
+                web.get("/cache", self._cache),
             ]
         )
         self._runner = web.AppRunner(app)
@@ -84,6 +117,40 @@ class FakeServer:
 
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"model_id": "fake"})
+
+    async def _list(self, request: web.Request) -> web.Response:
+        self._note(request)
+        total = len(self.adapters) + 3
+        return web.json_response({"adapters": self.adapters, "total": total})
+
+    async def _entry(self, request: web.Request) -> web.Response:
+        self._note(request)
+        return self._found(request.match_info["id"])
+
+    async def _manage(self, request: web.Request) -> web.Response:
+        self._note(request)
+        body = await self._read(request)
+        status = 202 if request.match_info["what"] == "prefetch" else 200
+        return self._found(body["adapter_id"], status)
+
+    def _found(self, name: str, status: int = 200) -> web.Response:
+        refusals = {
+            "missing": (404, "adapter_not_found"),
+            "base": (422, "validation"),
+            "mine": (403, "forbidden"),
+        }
+        if name in refusals:
+            code, kind = refusals[name]
+            return web.json_response({"error": f"no {name}", "error_type": kind}, status=code)
+        return web.json_response(entry(name), status=status)
+
+    async def _cache(self, request: web.Request) -> web.Response:
+        self._note(request)
+        return web.json_response(self.cache)
+
+    def _note(self, request: web.Request) -> None:
+        self.paths.append(str(request.rel_url))
+        self.headers.append(dict(request.headers))
 
     async def _read(self, request: web.Request) -> dict[str, Any]:
         body: dict[str, Any] = await request.json()

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from engine.messages import (
     Request,
     SamplingParams,
     TenantRef,
+    Tier,
+    TierCounts,
+    TierStats,
     TokenOutput,
     Update,
     Usage,
@@ -132,6 +135,8 @@ class EchoEngine:
         self._said: dict[str, int] = {}
         self._cancelled: list[str] = []
         self._steps = 0
+        self._pinned: set[bytes] = set()
+        self._resident: dict[bytes, str] = {}
         self.layout = LAYOUT
         self.info = replace(
             INFO,
@@ -150,7 +155,11 @@ class EchoEngine:
     @property
     def stats(self) -> EngineStats:
         return EngineStats(
-            waiting=len(self._waiting), running=len(self._running), steps=self._steps
+            waiting=len(self._waiting),
+            running=len(self._running),
+            steps=self._steps,
+            resident=[(name, digest, 1024) for digest, name in self._resident.items()],
+            arena_used=1024 * len(self._resident),
         )
 
     @property
@@ -160,9 +169,18 @@ class EchoEngine:
     def preload(self, image: AdapterImageRef) -> None:
         raise AssertionError("nothing is preloaded")
 
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        (self._pinned.add if pinned else self._pinned.discard)(digest)
+
+    def drop(self, digest: bytes) -> None:
+        self._resident.pop(digest, None)
+
     def submit(self, request: Request) -> None:
         if request.tokens[:1] == [REFUSED]:
             raise InvalidRequest("no such token", field="tokens", hint="another one")
+        if (image := request.adapter) is not None:  # those that are not pinned leave for it
+            kept = {one: name for one, name in self._resident.items() if one in self._pinned}
+            self._resident = kept | {image.digest: image.name}
         self._waiting.append(request)
 
     def cancel(self, id: str) -> None:
@@ -262,6 +280,7 @@ class NameLease:
     held: bool = True
     fresh_s: float = 0.0
     text: AdapterText | None = None
+    tier: Tier = "host"
 
     def release(self) -> None:
         self.exchange.leases[self.image.name] -= self.held
@@ -282,6 +301,7 @@ class NameExchange:
         assert layout == LAYOUT and bytes(region.view[:8]) == b"from eng"
         self.leases: dict[str, int] = {}
         self.waiting = 0
+        self.counts = TierCounts()
         self._offsets = itertools.count(0, 256)
         self._region = region
 
@@ -316,9 +336,14 @@ class NameExchange:
             finally:
                 self.waiting -= 1
         await asyncio.sleep(0)
+        is_new = ref.id not in self.leases
+        self.counts.loads += is_new
+        self.counts.host_hits += not is_new
         self.leases[ref.id] = self.leases.get(ref.id, 0) + 1
         image = AdapterImageRef(digest(ref.id), next(self._offsets), 1024, 8, ref.id)
-        return NameLease(self, image, f"{token or ''}{tenant.name}".encode())
+        tier: Tier = "source" if is_new else "host"
+        salt = f"{token or ''}{tenant.name}".encode()
+        return NameLease(self, image, salt, tier=tier)
 
     async def adapters(self) -> list[AdapterStatus]:
         leases = self.leases | {"waiting": self.waiting}
@@ -327,8 +352,24 @@ class NameExchange:
             for name, count in leases.items()
         ]
 
-    async def unload(self, name: str) -> bool:
-        return self.leases.pop(name, None) is not None
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
+        known = source in (None, "local") and (tenants is None or b"" in tenants)
+        if not known or self.leases.pop(name, None) is None:
+            return []
+        return [digest(name)]
+
+    async def tiers(self, idle: Mapping[bytes, int]) -> TierStats:
+        counted = {digest(name): leases for name, leases in self.leases.items()}
+        used = [one for one, leases in counted.items() if leases > idle.get(one, 0)]
+        return TierStats(
+            host_capacity=self._region.size,
+            host_used=1024 * len(counted),
+            host_leased=1024 * len(used),
+            host_images=len(counted),
+            counts=replace(self.counts),
+        )
 
     async def close(self) -> None:
         assert not any(self.leases.values()) and not self.waiting

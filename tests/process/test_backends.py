@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -22,6 +23,7 @@ from tests.process.fakes import (
     REFUSED,
     SLOW,
     AnyBackend,
+    digest,
     leases_of,
     parts,
     request,
@@ -143,7 +145,48 @@ async def test_lease_names_the_image_and_is_released_once(backend: AnyBackend) -
     lease.release()
     lease.release()
     assert (await leases_of(backend))["a"] == 0
-    assert await backend.unload("a") and not await backend.unload("a")
+    assert await backend.unload("a") == [digest("a")] and not await backend.unload("a")
+
+
+async def test_unload_of_one_source_and_tenant(backend: AnyBackend) -> None:
+    (await backend.acquire(AdapterRef(("b",)), None)).release()
+    assert not await backend.unload("b", "hub") and not await backend.unload("b", None, [b"other"])
+    assert await backend.unload("b", "local", [b"other", b""]) == [digest("b")]
+
+
+async def test_pins_and_drops_reach_the_engine_in_order(backend: AnyBackend) -> None:
+    """The engine of this test keeps pinned adapters and the newest one."""
+
+    async def residents_after(name: str) -> set[str]:
+        lease = await backend.acquire(AdapterRef((name,)), None)
+        asked = msgspec.structs.replace(request(f"for {name}", [1]), adapter=lease.image)
+        await tokens_of(backend, asked)
+        lease.release()
+        await until(lambda: name in {one for one, _, _ in backend.stats.resident})
+        return {one for one, _, _ in backend.stats.resident}
+
+    assert await residents_after("pinned") == {"pinned"}
+    backend.pin(digest("pinned"), True)
+    assert await residents_after("other") == {"pinned", "other"}
+    assert await residents_after("third") == {"pinned", "third"}
+    backend.pin(digest("pinned"), False)
+    assert await residents_after("other") == {"other"}
+    backend.drop(digest("other"))
+    await until(lambda: not backend.stats.resident)
+
+
+async def test_tiers(backend: AnyBackend) -> None:
+    before = await backend.tiers()
+    leases = [await backend.acquire(AdapterRef((name,)), None) for name in ("t0", "t1", "t1")]
+    assert [lease.tier for lease in leases] == ["source", "source", "host"]
+    held = await backend.tiers()
+    assert held.counts.loads == before.counts.loads + 2
+    assert held.host_images == before.host_images + 2
+    assert held.host_leased == 2048 and held.host_capacity == backend.info.host_bytes
+    for lease in leases:
+        lease.release()
+    idle = await backend.tiers()
+    assert (idle.host_leased, idle.host_used) == (0, held.host_used), "kept, and free to leave"
 
 
 async def test_the_exchange_knows_the_tenant(backend: AnyBackend) -> None:

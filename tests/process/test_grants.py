@@ -68,6 +68,38 @@ def test_a_new_version_takes_the_place_of_the_old_one() -> None:
     assert len(grants) == 0 and returned == [1, 2]
 
 
+def test_unload_means_one_source_and_the_callers_tenants() -> None:
+    returned: list[int] = []
+    grants = Grants(returned.append)
+    for call, (source, tenant) in enumerate([("hub", b""), ("local", b""), ("hub", b"alice")]):
+        answer = acquired(call, "a", call)
+        image = replace(answer.image, source=source, tenant=tenant)
+        key = (AdapterRef(("a",), source), tenant.decode())
+        grants.add(key, replace(answer, image=image)).release()
+    grants.forget("b")
+    grants.forget("a", "s3")
+    assert returned == []
+    grants.forget("a", "hub", [b"", b"bob"])
+    assert returned == [0]
+    grants.forget("a", None, [b""])
+    assert returned == [0, 1]
+    grants.forget("a")
+    assert returned == [0, 1, 2]
+
+
+def test_where_an_adapter_was_and_what_is_idle() -> None:
+    grants = Grants(lambda call: None)
+    first = grants.add(key("a"), replace(acquired(1, "a"), tier="disk"))
+    again = grants.add(key("a"), replace(acquired(2, "a"), tier="source"))
+    grant = grants.get(key("a"))
+    assert grant is not None
+    assert [first.tier, again.tier, grants.lease(grant).tier] == ["disk", "source", "host"]
+    assert grants.idle() == {}
+    for _ in range(2):
+        grants.add(key("b"), acquired(3, "b")).release()
+    assert grants.idle() == {b"b0": 1}
+
+
 def test_recall_takes_the_least_recently_used_that_nobody_uses() -> None:
     returned: list[int] = []
     grants = Grants(returned.append)

@@ -100,6 +100,7 @@ async def test_engine_that_fails_every_step_is_dead(start: Start, quiet: None) -
         backend.acquire(AdapterRef(("a",)), None),
         backend.adapters(),
         backend.unload("a"),
+        backend.tiers(),
     ):
         with pytest.raises(EngineDead):
             await call

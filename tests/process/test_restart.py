@@ -122,6 +122,27 @@ async def test_what_is_released_while_it_is_away_is_free(start: Start) -> None:
     assert not any((await leases_of(backend)).values())
 
 
+async def test_counters_do_not_fall(start: Start) -> None:
+    """A new process counts from zero."""
+    backend = await start()
+    held = await backend.acquire(ref("held"), None)
+    (await backend.acquire(ref("other"), None)).release()
+    seen = [await backend.tiers()]
+    assert (seen[0].counts.loads, seen[0].host_images) == (2, 2)
+    for restarts in (1, 2):
+        send(backend, signal.SIGSTOP if restarts == 1 else signal.SIGKILL)
+        await until(lambda: backend.exchange_away)
+        seen.append(await backend.tiers())
+        await back(backend, restarts)
+        seen.append(await backend.tiers())
+        (await backend.acquire(ref(f"new{restarts}"), None)).release()
+        seen.append(await backend.tiers())
+    assert [stats.counts.loads for stats in seen] == [2, 2, 2, 3, 3, 3, 4]
+    assert [stats.host_images for stats in seen] == [2, 2, 2, 3, 3, 3, 4], "held ones stay"
+    assert seen[-1].host_leased == 1024
+    held.release()
+
+
 async def test_a_process_that_goes_on_ending_is_the_end(start: Start) -> None:
     backend = await start(replace(WATCH, max_ends=3))
     stream = asyncio.create_task(tokens_of(backend, request("a", [SLOW], 100_000)))

@@ -214,6 +214,19 @@ def test_a_pinned_adapter_leaves_last_and_only_for_a_reservation() -> None:
     assert names(table) == ["new", "other"]
 
 
+def test_a_pinned_adapter_stays_while_the_others_can_take_turns() -> None:
+    table = SlotTable(8, 768)
+    for name in ("pinned", "a", "b"):
+        table.acquire(put(table, name))
+    table.pin(image("pinned").digest)
+    assert table.reserve(image("c")) == [(image("a").digest, 0.0)]
+    assert table.reserve(image("d")) == [(image("b").digest, 0.0)]
+    assert table.reserve(image("e")) is None, "it waits for the end of a turn"
+    table.cancel_reservation(image("c").digest)
+    assert table.reserve(image("e")) == [(image("a").digest, 0.0)]
+    table.check()
+
+
 def test_a_dropped_adapter_leaves_when_it_is_not_in_use() -> None:
     table = SlotTable(8, 1024)
     idle, used, again = put(table, "idle"), put(table, "used"), put(table, "again")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aiohttp.test_utils import TestClient
+from msgspec.structs import replace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,9 +30,12 @@ from engine.messages import (
     FinishReason,
     Request,
     TenantRef,
+    Tier,
+    TierStats,
     TokenOutput,
     Update,
     Usage,
+    is_meant,
 )
 from engine.server.text import Text
 from tests.engine_info import INFO
@@ -112,6 +117,7 @@ class FakeLease:
     backend: FakeBackend
     cache_salt: bytes = b""
     text: AdapterText | None = None
+    tier: Tier = "host"
     num_released: int = 0
     too_early: bool = False  # the engine was still using it
 
@@ -142,6 +148,10 @@ class FakeBackend:
     acquire_delay: float = 0.0
     info: EngineInfo = INFO
     stats: EngineStats = EngineStats()
+    tier_stats: TierStats = TierStats()
+    statuses: list[AdapterStatus] = field(default_factory=list)  # listed besides those acquired
+    in_host: dict[str, AdapterImageRef] = field(default_factory=dict)
+    device_calls: list[tuple[str, bytes]] = field(default_factory=list)  # pin, unpin, drop
     alive: bool = True
     exchange_away: bool = False
     exchange_restarts: int = 0
@@ -182,6 +192,11 @@ class FakeBackend:
         assert request.id not in self.open
         self.requests.append(request)
         self.open[request.id] = request
+        if (image := request.adapter) is not None:
+            name = "private" if image.tenant else image.name
+            newest = (name, image.digest, image.data_bytes)
+            kept = [one for one in self.stats.resident if one[1] != image.digest]
+            self.stats = replace(self.stats, resident=[*kept, newest])
         self.stops[request.id] = asyncio.Event()
         self.tasks[request.id] = asyncio.create_task(self._answer(request, reader))
 
@@ -281,32 +296,52 @@ class FakeBackend:
             vocab=self.adapter_vocab if ref.id in self.adapter_texts else 0,
             tenant=token_hash(token) if ref.id in self.private and token else b"",
         )
-        lease = FakeLease(image, self, b"salt", self.adapter_texts.get(ref.id))
+        tier: Tier = "host" if image.name in self.in_host else "source"
+        lease = FakeLease(image, self, b"salt", self.adapter_texts.get(ref.id), tier)
         self.leases.append(lease)
+        self.in_host[image.name] = image
         return lease
 
     async def adapters(self) -> list[AdapterStatus]:
-        images = {lease.image.name: lease.image for lease in self.leases}
-        return [
+        held = Counter(lease.image.name for lease in self.leases if not lease.num_released)
+        return self.statuses + [
             AdapterStatus(
                 name=image.name,
-                source="hub",
-                digest=b"d",
+                source=image.source,
+                digest=image.digest,
                 state="ready",
                 data_bytes=64,
                 stacked_rank=8,
                 targets=["q_proj"],
                 base_model=None,
-                leases=0,
+                leases=held[image.name],
                 seconds={"fetch": 0.5, "parse": 0.1},
                 merged=image.merged,
                 tenant=image.tenant,
+                revision="r1",
+                ranks=[4, 8],
             )
-            for image in images.values()
+            for image in self.in_host.values()
         ]
 
-    async def unload(self, name: str) -> bool:
-        return False
+    def pin(self, digest: bytes, pinned: bool) -> None:
+        self.device_calls.append(("pin" if pinned else "unpin", digest))
+
+    def drop(self, digest: bytes) -> None:
+        self.device_calls.append(("drop", digest))
+        resident = [one for one in self.stats.resident if one[1] != digest]
+        self.stats = replace(self.stats, resident=resident)
+
+    async def unload(
+        self, name: str, source: str | None = None, tenants: Collection[bytes] | None = None
+    ) -> list[bytes]:
+        image = self.in_host.get(name)
+        if image is None or not is_meant(image, name, source, tenants):
+            return []
+        return [self.in_host.pop(name).digest]
+
+    async def tiers(self) -> TierStats:
+        return self.tier_stats
 
     async def close(self) -> None:
         self.alive = False

@@ -11,9 +11,8 @@ from aiohttp.test_utils import TestClient
 from engine.adapters.ref import AdapterRef
 from engine.config import AdapterConfig, EngineConfig
 from engine.errors import AdapterIncompatible, ConfigError, InvalidRequest
-from engine.server import aliases
+from engine.server import aliases, loads
 from engine.server.aliases import Alias, Aliases
-from engine.server.native import alias_routes
 from tests.server.fake import FakeBackend, Start
 
 PATH = "/adapters/aliases"
@@ -113,7 +112,7 @@ async def test_bounds(client: TestClient, backend: FakeBackend, monkeypatch: Any
     assert [(await put(client, name, "org/a"))[0] for name in "abab"] == [201, 201, 200, 200]
     status, answer = await put(client, "c", "org/a")
     assert status == 422 and "2 aliases, which is the limit" in answer["error"]
-    monkeypatch.setattr(alias_routes, "MAX_OPEN", 1)
+    monkeypatch.setattr(loads, "MAX_OPEN", 1)
     backend.acquire_delay = 0.05
     statuses = await asyncio.gather(*(put(client, "a", "org/b") for _ in range(3)))
     assert sorted(status for status, _ in statuses) == [200, 429, 429]

@@ -13,7 +13,7 @@ from engine.adapters.ref import AdapterRef
 from engine.backend import Reader
 from engine.config import EngineConfig, ServerConfig
 from engine.errors import EngineDead, GenerationError, LoraxError
-from engine.messages import EngineInfo, Request, TokenOutput, Update, Usage
+from engine.messages import EngineInfo, EngineStats, Request, TokenOutput, Update, Usage
 from engine.metrics import Metrics
 from engine.server.events import Finish, Token
 from engine.server.generation import Generation, Generator
@@ -31,6 +31,7 @@ class Hand:
 
     text: Text
     info: EngineInfo = INFO
+    stats: EngineStats = EngineStats()
     readers: dict[str, Reader] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)

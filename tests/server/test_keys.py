@@ -28,12 +28,23 @@ def test_whose_a_key_is(tmp_path: Path) -> None:
     hashed = f"- {{name: a, sha256: {DIGEST.upper()}, priority: -3, weight: 2.0}}"
     for text in (plain, hashed, f"{plain}\n{hashed}"):
         keys = read(tmp_path, text + '\n- {name: b-1._B, key: "!*&{}#,:"}', api_key=("c", "d"))
-        assert keys.tenant_of(SECRET) == Tenant("a", -3, 2.0, 0.5)
+        assert keys.tenant_of(SECRET) == Tenant("a", -3, 2.0, share=0.5)
         assert keys.tenant_of("!*&{}#,:") == Tenant("b-1._B", share=0.25)
-        assert keys.tenant_of("c") == keys.tenant_of("d") == Tenant("default", share=0.25)
+        assert (
+            keys.tenant_of("c") == keys.tenant_of("d") == Tenant("default", share=0.25, admin=True)
+        )
         assert keys.num_keys == 4
         for unknown in ("", SECRET[:-1], SECRET + " ", DIGEST, "caf\xe9", "\udce9", "a"):
             assert keys.tenant_of(unknown) is None
+
+
+def test_who_may_change_what_others_get(tmp_path: Path) -> None:
+    keys = read(tmp_path, f"- {{name: a, key: {SECRET}, admin: true}}\n- {{name: b, key: c}}")
+    assert keys.tenant_of(SECRET) == Tenant("a", admin=True, share=0.5)
+    assert keys.tenant_of("c") == Tenant("b", share=0.5)
+    with pytest.raises(ConfigError, match="'default' has different .* rights") as caught:
+        read(tmp_path, f"- {{name: default, key: {SECRET}}}", api_key=("c",))
+    assert "admin" in (caught.value.hint or "")
 
 
 def test_who_needs_a_key(tmp_path: Path) -> None:
@@ -67,6 +78,8 @@ BROKEN = {
     "weight of no number": (f"- {{name: a, key: {SECRET}, weight: .nan}}", "[0].weight"),
     "weight of a switch": (f"- {{name: a, key: {SECRET}, weight: true}}", "[0].weight"),
     "two tenants": (f"[{{name: a, key: {SECRET}}}, {{name: b, sha256: {DIGEST}}}]", "another's"),
+    "a right of words": (f"- {{name: a, key: {SECRET}, admin: sure}}", "[0].admin"),
+    "two rights": (f"[{{name: a, key: {SECRET}}}, {{name: a, key: b, admin: true}}]", "different"),
     "two weights": (f"[{{name: a, key: {SECRET}}}, {{name: a, key: b, weight: 2}}]", "different"),
     "broken YAML": (f"\n- {{name: a, key: {SECRET}", "line"),
     "an unknown alias": (f"- {{name: a, key: *{SECRET}}}", "line 1 is not valid YAML"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import AdapterStatus, EngineStats
@@ -68,6 +69,7 @@ async def test_metrics_of_requests(client: TestClient, backend: FakeBackend) -> 
 
 
 async def test_metrics_of_the_engine(client: TestClient, backend: FakeBackend) -> None:
+    await client.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "lora"}})
     backend.stats = EngineStats(
         waiting=3,
         running=2,
@@ -81,7 +83,6 @@ async def test_metrics_of_the_engine(client: TestClient, backend: FakeBackend) -
         arena_used=30,
         steps=9,
     )
-    await client.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "lora"}})
     for _ in range(2):  # a load is counted once, however often it is scraped
         found = await samples(client)
         assert found["lorax_queue_length"] == 3
@@ -137,6 +138,22 @@ def test_a_second_load_counts_again() -> None:
         )
         text = metrics.render(EngineStats(), [status], 16).decode()
     assert 'lorax_adapter_load_seconds_count{stage="fetch"} 2.0' in text
+
+
+def test_loads_of_one_name_are_told_apart() -> None:
+    """Two versions, two sources and two tenants; one that is loading is counted at its end, once."""
+    base = AdapterStatus("a", "hub", b"1", "ready", 1, 8, [], None, 0, {"fetch": 0.5})
+    others = [
+        replace(base, digest=b"2", seconds={"fetch": 0.6}),
+        replace(base, source="local", seconds={"fetch": 0.7}),
+        replace(base, tenant=b"t", seconds={"fetch": 0.8}),
+    ]
+    loading = replace(base, name="b", digest=None, state="parsing", seconds={"fetch": 0.9})
+    loaded = replace(loading, digest=b"3", state="ready", seconds={"fetch": 0.9})
+    metrics = Metrics()
+    for newest in (loading, loading, loaded, loaded):
+        text = metrics.render(EngineStats(), [base, *others, newest], 16).decode()
+    assert 'lorax_adapter_load_seconds_count{stage="fetch"} 5.0' in text
 
 
 def test_placements_are_observed_once() -> None:

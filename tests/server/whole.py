@@ -109,13 +109,13 @@ class Whole:
                 await asyncio.gather(reading, return_exceptions=True)
                 response.close()
 
-    async def idle(self) -> None:
-        """Waits until the engine has dropped every request and every lease was released."""
+    async def idle(self, pins: int = 0) -> None:
+        """Waits until the engine has dropped every request and every lease but those of pins was released."""
         async with asyncio.timeout(60):
             while True:
                 stats = self.backend.stats
                 leases = sum(adapter.leases for adapter in await self.backend.adapters())
-                if not (stats.waiting or stats.running or stats.in_use or leases):
+                if not (stats.waiting or stats.running or stats.in_use or leases > pins):
                     return
                 await asyncio.sleep(0.02)
 

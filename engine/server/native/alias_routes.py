@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from aiohttp import web
 
 from engine.adapters.ref import AdapterRef
-from engine.errors import InvalidRequest, Overloaded
-from engine.server.access import TENANT, context_of
+from engine.errors import InvalidRequest
+from engine.server.access import TENANT, check_admin, context_of
 from engine.server.aliases import Alias
 from engine.server.decoding import decode
-from engine.server.front import FRONT, Front
+from engine.server.front import FRONT
 from engine.server.keys import ref_of
-from engine.server.native.schemas import AliasBody
+from engine.server.native.schemas import AdapterBody
 from engine.server.responses import json_response
 from engine.server.static import UNMERGED
-
-MAX_OPEN = 16  # PUTs that load an adapter at one time
 
 
 def _shown(alias: Alias) -> dict[str, Any]:
@@ -31,22 +27,12 @@ def _shown(alias: Alias) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _admitted(front: Front) -> Iterator[None]:
-    if front.open_aliases >= MAX_OPEN:
-        raise Overloaded(f"{MAX_OPEN} aliases are being set, which is the limit", hint="try again")
-    front.open_aliases += 1
-    try:
-        yield
-    finally:
-        front.open_aliases -= 1
-
-
 async def put_alias(request: web.Request) -> web.StreamResponse:
     """PUT /adapters/aliases/{name}: loads the adapter, then lets the name stand for it. 201 for a new name."""
+    check_admin(request)
     front, name = request.app[FRONT], request.match_info["name"]
     async with front.bodies.read(request) as raw:
-        body = decode(raw, AliasBody)
+        body = decode(raw, AdapterBody)
     target = AdapterRef.parse(body.adapter_id, body.adapter_source)
     front.aliases.check(name, target)
     if (merged := front.backend.info.merged_adapter) is not None:
@@ -56,7 +42,7 @@ async def put_alias(request: web.Request) -> web.StreamResponse:
             hint=UNMERGED,
         )
     token = context_of(request).token(body.api_token)
-    with _admitted(front):
+    with front.loads.admitted():
         lease = await front.backend.acquire(target, token, ref_of(request.get(TENANT)))
         digest = lease.image.digest.hex()
         lease.release()
@@ -78,6 +64,7 @@ async def get_alias(request: web.Request) -> web.StreamResponse:
 
 async def delete_alias(request: web.Request) -> web.StreamResponse:
     """DELETE /adapters/aliases/{name}: later requests look the name up as an adapter's."""
+    check_admin(request)
     return json_response(_shown(request.app[FRONT].aliases.remove(request.match_info["name"])))
 
 

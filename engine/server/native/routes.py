@@ -6,6 +6,7 @@ from aiohttp import web
 
 import engine
 from engine.errors import EngineDead
+from engine.messages import TierStats
 from engine.metrics import CONTENT_TYPE
 from engine.server.decoding import decode
 from engine.server.front import FRONT
@@ -112,8 +113,9 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     front = request.app[FRONT]
     backend = front.backend
     adapters = await backend.adapters() if backend.alive else []
+    tiers = await backend.tiers() if backend.alive else TierStats()
     as_json = request.query.get("format") == "json"
-    levels = (backend.stats, adapters, backend.info.block_size, backend.exchange_restarts)
+    levels = (backend.stats, adapters, backend.info.block_size, backend.exchange_restarts, tiers)
     if as_json or "application/json" in request.headers.get("Accept", ""):
         return json_response(front.metrics.render_json(*levels))
     text = front.metrics.render(*levels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.messages import AdapterPhase, Tier
 from engine.server.grammars import ResponseFormat
 from engine.server.merged import MergedAdapters
 
@@ -45,10 +46,45 @@ class GenerateBody(Struct, frozen=True):
     stream: bool | None = None
 
 
-class AliasBody(Struct, frozen=True):
+class AdapterBody(Struct, frozen=True):
     adapter_id: str
     adapter_source: str | None = None
     api_token: str | None = None
+
+
+class PinBody(AdapterBody, frozen=True):
+    pinned: bool = True
+
+
+class AdapterProblem(Struct):
+    error_type: str
+    message: str
+    field: str | None
+    hint: str | None
+
+
+class AdapterEntry(Struct):
+    """An adapter that the server knows."""
+
+    id: str
+    source: str
+    revision: str | None
+    digest: str | None
+    state: AdapterPhase
+    tier: Tier
+    pinned: bool
+    preloaded: bool
+    bytes: int
+    rank: int | None  # the largest
+    ranks: list[int]
+    targets: list[str]
+    base_model: str | None
+    merged: bool
+    requests: int  # that use it now
+    hits: int
+    last_used: str | None  # ISO 8601, UTC
+    seconds: dict[str, float]  # stage -> seconds of the last load
+    error: AdapterProblem | None
 
 
 class TokenizeBody(Struct, frozen=True):

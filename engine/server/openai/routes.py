@@ -6,9 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from engine.adapters.sources import token_hash
 from engine.errors import AdapterNotFound
-from engine.server.access import context_of
+from engine.server.access import seen_by
 from engine.server.front import FRONT
 from engine.server.parameters import BASE_NAMES
 from engine.server.responses import json_response
@@ -18,8 +17,7 @@ async def _models(request: web.Request) -> list[dict[str, Any]]:
     """What the client may see: adapters that only another client's token opens are left out."""
     front = request.app[FRONT]
     base, merged = front.backend.info.model_id, front.backend.info.merged_adapter
-    token = context_of(request).token(None)
-    seen = {b"", token_hash(token) if token else b""}
+    seen = seen_by(request)
     adapters = [one for one in await front.backend.adapters() if one.tenant in seen]
     names = dict.fromkeys(alias.name for alias in front.aliases)
     names |= dict.fromkeys(

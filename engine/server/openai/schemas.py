@@ -82,6 +82,18 @@ class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
 # -- answers
 
 
+class LoadLoraBody(Struct, frozen=True):
+    """vLLM's. An empty name or path counts as missing."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+
+
+class UnloadLoraBody(Struct, frozen=True):
+    lora_name: str = ""
+
+
 class TopLogprob(Struct):
     token: str
     logprob: float
