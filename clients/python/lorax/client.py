@@ -83,6 +83,13 @@ class _Base:
         """Raises httpx's errors as ours."""
         try:
             yield
+        except (
+            httpx.LocalProtocolError,
+            ValueError,
+        ):  # their messages show the value, which may be a key
+            raise ValidationError(
+                "the request or a header has characters or numbers that cannot be sent"
+            ) from None
         except httpx.ConnectTimeout as error:
             raise ServerTimeoutError(f"{self._shown} did not accept the connection") from error
         except httpx.TimeoutException as error:

@@ -23,6 +23,7 @@ class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
 
     def __init__(self, *pieces: bytes | Exception) -> None:
         self._pieces = pieces
+        self.closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         for piece in self._pieces:
@@ -33,6 +34,12 @@ class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self:
             yield piece
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture(params=["Client", "AsyncClient"])

@@ -149,6 +149,24 @@ async def test_secrets_stay_out_of_texts(asking: Callable[..., Ask]) -> None:
         assert not any(secret in text for secret in ("pass-1", "sk-1", "t-1", "salt-1"))
 
 
+@pytest.mark.parametrize("secret", ["sk-1\n", "sk-1\x00"])
+async def test_keys_that_cannot_be_sent(counted: tuple[str, list[Any]], secret: str) -> None:
+    url, _ = counted
+    for options in ({"api_key": secret}, {"headers": {"x-api-key": secret}}):
+        async with AsyncClient(url, **options) as client:
+            for call in (client.generate("x"), anext(client.generate_stream("x"))):
+                with pytest.raises(ValidationError, match="cannot be sent") as caught:
+                    await call
+                assert "sk-1" not in str(caught.value)
+                assert caught.value.__suppress_context__
+
+
+async def test_numbers_that_cannot_be_sent(asking: Callable[..., Ask]) -> None:
+    merged = MergedAdapters(ids=["a"], weights=[float("nan")])
+    with pytest.raises(ValidationError, match="cannot be sent"):
+        await asking(Recorder())(lambda client: client.generate("x", merged_adapters=merged))
+
+
 # -- connections
 
 
@@ -205,18 +223,18 @@ async def silent() -> AsyncIterator[str]:
 
 
 async def test_a_silent_server(silent: str) -> None:
-    async with AsyncClient(silent, timeout=0.2) as client:
-        with pytest.raises(ServerTimeoutError, match=r"sent nothing for 0\.2 s"):
+    async with AsyncClient(silent, timeout=0.5) as client:
+        with pytest.raises(ServerTimeoutError, match=r"sent nothing for 0\.5 s"):
             await client.generate("x")
         with pytest.raises(ServerTimeoutError):
             await anext(client.generate_stream("x"))
-    with Client(silent, timeout=0.2) as client:
+    with Client(silent, timeout=0.5) as client:
         with pytest.raises(ServerTimeoutError):
             await asyncio.to_thread(client.generate, "x")
         assert not await asyncio.to_thread(client.health)
 
 
-async def test_nobody_listens(silent: str) -> None:
+async def test_nobody_listens() -> None:
     async with AsyncClient("http://127.0.0.1:1", max_session_retries=0) as client:
         with pytest.raises(ServerUnreachableError, match="failed"):
             await client.info()

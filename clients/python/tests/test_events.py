@@ -23,11 +23,11 @@ from lorax.events import EventReader
 RAW = (
     b"\xef\xbb\xbfdata: one\n\n"
     b": keep-alive\n\n"
-    b"event: x\r\ndata:two\r\n\r\n"
+    b"event: x\r\ndata:two\r\ndata: 2\r\n\r\n"
     b"data: a\rdata: b\r\r"
     b"id: 3\ndata\n\n\n\n" + "data: \u2028\x85 😀 data:\n\n".encode() + b"data: never ended\n"
 )
-EVENTS = [b"one", b"two", b"a\nb", b"", "\u2028\x85 😀 data:".encode()]
+EVENTS = [b"one", b"two\n2", b"a\nb", b"", "\u2028\x85 😀 data:".encode()]
 
 
 def read(*pieces: bytes) -> list[bytes]:
@@ -104,5 +104,9 @@ async def test_a_broken_connection(asking: Callable[..., Ask]) -> None:
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b'{"token": 1}', b"\xff"])
 async def test_an_event_that_is_no_answer(asking: Callable[..., Ask], data: bytes) -> None:
+    """The connection is closed: its rest is of no use."""
+    body = Chunks(b"data: " + data + b"\n\n", event("a", "a"))
+    ask = asking(lambda request: httpx.Response(200, stream=body))
     with pytest.raises(UnknownError, match="not an answer"):
-        await streamed(asking, b"data: " + data + b"\n\n")
+        await ask(lambda client: client.generate_stream("x"))
+    assert body.closed

@@ -170,20 +170,31 @@ async def test_errors(connect: Connect, backend: FakeBackend) -> None:
         await ask(lambda client: client.generate_stream("Hi"))
 
 
-async def test_closing_a_stream_cancels_it(start: Start, backend: FakeBackend) -> None:
-    backend.delay, backend.answer = 0.01, lambda request: [5] * 10_000
-    url = str((await start()).make_url("/"))
-    async with AsyncClient(url) as client:
-        parts = client.generate_stream("Hi", max_new_tokens=200)
-        await anext(parts)
-        await parts.aclose()
-    with Client(url) as other:
-        some = other.generate_stream("Hi", max_new_tokens=200)
-        await asyncio.to_thread(next, some)
-        some.close()
+async def cancelled(backend: FakeBackend) -> None:
     async with asyncio.timeout(20):
-        while len(backend.cancelled) < 2:
+        while not backend.cancelled:
             await asyncio.sleep(0.005)
+
+
+async def test_closing_a_stream_cancels_it(connect: Connect, backend: FakeBackend) -> None:
+    """The client, and its other connections, stay open."""
+    backend.delay, backend.answer = 0.01, lambda request: [5] * 10_000
+    ask = await connect()
+    kept: list[Any] = []
+
+    async def first(client: AsyncClient) -> None:
+        kept.append(client.generate_stream("Hi", max_new_tokens=200))
+        await anext(kept[0])
+        await kept[0].aclose()
+
+    def first_of_threads(client: Client) -> None:
+        kept.append(client.generate_stream("Hi", max_new_tokens=200))
+        next(kept[0])
+        kept[0].close()
+
+    await ask(lambda client: (first_of_threads if isinstance(client, Client) else first)(client))
+    await cancelled(backend)
+    assert (await ask(lambda client: client.info())).version
 
 
 async def test_many_at_once(start: Start, backend: FakeBackend) -> None:
