@@ -83,10 +83,8 @@ class _Base:
         """Raises httpx's errors as ours."""
         try:
             yield
-        except (
-            httpx.LocalProtocolError,
-            ValueError,
-        ):  # their messages show the value, which may be a key
+        except (httpx.LocalProtocolError, ValueError):
+            # Their messages show the value, which may be a key.
             raise ValidationError(
                 "the request or a header has characters or numbers that cannot be sent"
             ) from None
