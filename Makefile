@@ -66,8 +66,8 @@ docs: $(INSTALLED) ## generate the reference pages
 completions: $(INSTALLED) ## generate the shell completions
 	$(BIN)/python -m tools.docs completions
 
-build: $(INSTALLED) ## build the wheel into dist/
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+build: $(INSTALLED) ## build the wheels of the server and of its Python client into dist/
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./clients/python
 
 demo-model: $(INSTALLED) ## train the demo model and its adapters anew
 	$(BIN)/python -m tools.demo.build
@@ -79,6 +79,6 @@ attack: $(INSTALLED) ## attack a real server with hostile files and clients (ARG
 	$(BIN)/python -m tools.attack $(ARGS)
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find engine lorax_cli tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find engine lorax_cli tests tools clients -name __pycache__ -type d -prune -exec rm -rf {} +
 	find engine -name '*.so' -delete

@@ -13,7 +13,7 @@ from tools.docs import ROOT, generated
 
 FILES = generated("pages", "completions")
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += sorted((ROOT / "docs").rglob("*.md"))
+PAGES += [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "clients/python/README.md"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
