@@ -13,7 +13,14 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
+from engine.config import (
+    AdapterConfig,
+    EngineConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServerConfig,
+)
 from engine.models import adapter_layout
 from engine.ops.layout import ShardLayout
 from engine.process import Parts, ProcessBackend
@@ -133,7 +140,11 @@ def _body(
 
 @asynccontextmanager
 async def serving(
-    folder: Path, parts: Parts | None = None, watch: Watch | None = None, **adapters: Any
+    folder: Path,
+    parts: Parts | None = None,
+    watch: Watch | None = None,
+    server: ServerConfig | None = None,
+    **adapters: Any,
 ) -> AsyncIterator[Whole]:
     """A server with its model, adapters and caches in `folder`. `adapters`: settings of AdapterConfig."""
     write_model(folder / "model", max_position_embeddings=CONTEXT)
@@ -150,6 +161,7 @@ async def serving(
         adapters=AdapterConfig(adapter_source="local", adapter_root=(str(root),), **adapters),
         scheduler=SchedulerConfig(max_total_tokens=CONTEXT),
         memory=MemoryConfig(cpu_memory_gb=0.05, num_threads=1),
+        server=server or ServerConfig(),
     )
     layout, _, _ = adapter_layout(model)
     backend = await ProcessBackend.start(config, parts, watch)
