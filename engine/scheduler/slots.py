@@ -15,7 +15,7 @@ an adapter; nothing else is placed there until the adapters that are there now h
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -60,7 +60,7 @@ class SlotTable:
         self.num_evictions = 0
         self.num_placed = 0  # whose copies have completed
         self.place_seconds: deque[float] = deque(maxlen=REPORTED_PLACEMENTS)
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
         self._by_slot: dict[int, _Entry] = {}
         self._intervals: list[tuple[int, int]] = []  # of the entries, in order
         self._free_slots = list(range(1, num_slots))
@@ -143,10 +143,8 @@ class SlotTable:
             taken = self._leaving() | keep
             movable = [
                 entry
-                for entry in sorted(self._entries.values(), key=lambda entry: entry.used)
-                if entry.image.digest not in taken
-                and entry.image.digest not in self._pinned
-                and self._evictable(entry.image.digest)
+                for digest, entry in self._entries.items()
+                if self._is_evictable(entry) and digest not in taken and digest not in self._pinned
             ]
             found = self._find(image, movable)
             if found is None:
@@ -259,6 +257,7 @@ class SlotTable:
     # -- inside
 
     def _touch(self, entry: _Entry) -> None:
+        self._entries.move_to_end(entry.image.digest)
         self._tick += 1
         entry.used = self._tick
 
@@ -273,7 +272,9 @@ class SlotTable:
         return {digest for one in self._reserved.values() for digest in one.leaving}
 
     def _evictable(self, digest: bytes) -> bool:
-        entry = self._entries[digest]
+        return self._is_evictable(self._entries[digest])
+
+    def _is_evictable(self, entry: _Entry) -> bool:
         idle = entry.resident and not entry.num_users and not entry.permanent
         return idle and entry.last_step <= self._committed
 
