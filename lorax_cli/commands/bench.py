@@ -57,7 +57,9 @@ def offline(config: EngineConfig, given: Given, out: Output) -> tuple[Any, Any, 
     return report, engine_table, engine_lines
 
 
-def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tuple[Any, Any, Any]:
+def over_http(
+    config: EngineConfig, given: Given, url: str, api_key: str | None, out: Output
+) -> tuple[Any, Any, Any]:
     """(report, its table, its bare lines) of a running server."""
     import asyncio
 
@@ -73,6 +75,7 @@ def over_http(config: EngineConfig, given: Given, url: str, out: Output) -> tupl
             load,
             None if source == "hub" else source,  # None: the server's default source
             tell=lambda text: out.note(f"[dim]{text}[/dim]"),
+            api_key=api_key,
         )
     )
     return report_of(outcome, load), load_table, load_lines
@@ -87,6 +90,10 @@ def bench(
     url: Annotated[
         str | None,
         UrlOption(help="Measure the server at this address: LoRAX or any with OpenAI's API."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="API key of the server of --url, if it has keys.", show_default=False),
     ] = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
@@ -108,9 +115,11 @@ def bench(
         check_none_given(context)
         return
     check_given(given, url)
+    if api_key is not None and url is None:
+        raise ConfigError("--api-key needs --url", field="api_key")
     out = output_of(json_file, plot, quiet)
     report, table, lines = (
-        offline(config, given, out) if url is None else over_http(config, given, url, out)
+        offline(config, given, out) if url is None else over_http(config, given, url, api_key, out)
     )
     write(report, out, table, lines, json_file, plot)
     if url is not None and not report.completed:

@@ -335,8 +335,9 @@ async def test_our_own_server(api: str) -> None:
         alone=0.1,
         api=api,  # type: ignore[arg-type]
     )
-    async with opened(DEMO, local=True) as app, TestServer(app) as server:
-        outcome = await drive(str(server.make_url("/")), load, None, quiet)
+    keyed = replace(DEMO, server=replace(DEMO.server, api_key=("sk-bench",)))
+    async with opened(keyed, local=True) as app, TestServer(app) as server:
+        outcome = await drive(str(server.make_url("/")), load, None, quiet, api_key="sk-bench")
     report = report_of(outcome, load)
     assert report.errors == {} and report.completed == 4
     assert report.model == "demo" and report.server["version"]

@@ -42,15 +42,18 @@ class Outcome:
     cpu_share: float = 0.0  # share of one core that this process used
 
 
-async def drive(url: str, load: Load, adapter_source: str | None, tell: Tell) -> Outcome:
-    """Runs the load. Raises ConfigError or EngineDead."""
+async def drive(
+    url: str, load: Load, adapter_source: str | None, tell: Tell, api_key: str | None = None
+) -> Outcome:
+    """Runs the load. `api_key`: the server's, if it has keys. Raises ConfigError or EngineDead."""
     import aiohttp
 
     load.check()
     timeout = aiohttp.ClientTimeout(total=load.timeout, connect=10.0)
     connector = aiohttp.TCPConnector(limit=0)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with aiohttp.ClientSession(
-        timeout=timeout, connector=connector, read_bufsize=1 << 20
+        timeout=timeout, connector=connector, read_bufsize=1 << 20, headers=headers
     ) as session:
         server = await find_server(session, url, load.api, adapter_source)
         return await _Driver(session, server, load, tell).run()
