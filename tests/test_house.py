@@ -6,7 +6,6 @@ import ast
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Container, Iterator
 from pathlib import Path
 
@@ -244,21 +243,21 @@ def test_help_does_not_import_the_benchmark() -> None:
     assert run_python(program).strip() == "False"
 
 
+HELP = "import sys; sys.argv = ['lorax', '--help']; from lorax_cli.app import main; main()"
+LIBRARIES = "import msgspec, rich.markdown, typer.rich_utils, yaml; print('Usage')"
+
+
 def test_help_is_quick() -> None:
-    """Under half a second. On a loaded machine the processor's time counts, not the wait for a processor."""
-    best = 9.0
-    for _ in range(5):
+    """The processor's time is at most 2.5 times that of importing the libraries that draw it."""
+
+    def busy(program: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        start = time.perf_counter()
-        text = run_python(
-            "import sys; sys.argv = ['lorax', '--help']; from lorax_cli.app import main; main()"
-        )
-        wall = time.perf_counter() - start
+        assert "Usage" in run_python(program)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        assert "Usage" in text
-        best = min(best, wall, busy)
-    assert best < 0.5
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    times = [(busy(HELP), busy(LIBRARIES)) for _ in range(4)]
+    assert min(one for one, _ in times) <= 2.5 * min(other for _, other in times)
 
 
 @pytest.mark.parametrize(
