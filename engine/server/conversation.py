@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 
+from engine.server.bounds import check_size
 from engine.server.parameters import invalid
+from engine.server.tools.definitions import ToolUse
 
-MAX_DEPTH = 16  # of nested JSON that a template or a grammar is given
 MAX_VARIABLES = 32
 MAX_VARIABLES_BYTES = 16 << 10
 MAX_DOCUMENTS = 128
@@ -41,6 +42,7 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    use: ToolUse | None = None  # how the answer may call tools
 
     @property
     def characters(self) -> int:
@@ -81,28 +83,6 @@ def documents_of(given: Sequence[Message] | None) -> Sequence[Message] | None:
         )
     check_size(given, "documents", MAX_DOCUMENTS_BYTES)
     return given
-
-
-def check_size(value: Any, name: str, most: int) -> None:
-    """Raises InvalidRequest for JSON of more than `most` bytes, or nested deeper than MAX_DEPTH."""
-    if _is_deep(value):
-        raise invalid(name, f"is nested deeper than {MAX_DEPTH} levels", "flatten it")
-    if (size := len(msgspec.json.encode(value))) > most:
-        raise invalid(name, f"has {size} bytes of JSON, the limit is {most}", "shorten it")
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def check_calls(calls: Sequence[Any], name: str) -> None:

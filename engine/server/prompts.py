@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from engine.server.conversation import Conversation
 from engine.server.parameters import Limits, Parameters, check_prompt, invalid
@@ -43,3 +44,10 @@ async def tokenized(
         tokens = tokens[-parameters.truncate :]
     check_prompt(tokens, parameters, limits, vocab_size)
     return tokens
+
+
+async def tokenized_all(
+    prompts: Sequence[Prompt], parameters: Parameters, limits: Limits, text: Text, vocab_size: int
+) -> list[list[int]]:
+    """The tokens of every prompt; see `tokenized`."""
+    return [await tokenized(one, parameters, limits, text, vocab_size) for one in prompts]

@@ -64,12 +64,18 @@ class TextStream:
     for ever or raise; here it becomes replacement characters.
     """
 
-    __slots__ = ("_pending", "_stream", "_tokenizer")
+    __slots__ = ("_pending", "_skip", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(list(context), True) if context else DecodeStream(None, True)
+        self._skip = skip_special
+        self._stream = self._begin(list(context))
         self._pending: list[int] = []
+
+    def _begin(self, context: list[int]) -> DecodeStream:
+        return DecodeStream(context or None, self._skip)
 
     def push(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
@@ -92,7 +98,7 @@ class TextStream:
         return text
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip) if tokens else ""
 
     def _settle(self) -> str:
         """The text of pending tokens that later tokens cannot change: all but a few, split between characters."""
@@ -109,7 +115,7 @@ class TextStream:
         """The text of the first `num_out` pending tokens; the others go to a new stream."""
         text = self._decode(self._pending[:num_out])
         rest = self._pending[num_out:]
-        self._stream = DecodeStream(context, True) if context else DecodeStream(None, True)
+        self._stream = self._begin(context)
         self._pending = []
         return text + "".join([self.push(token) for token in rest])
 
@@ -238,9 +244,18 @@ class Text:
 
     # -- to text
 
-    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, prompt: Sequence[int] = (), *, skip_special: bool = True) -> TextStream:
         """A stream of the text that follows `prompt`."""
-        return TextStream(self._tokenizer, self._context(prompt))
+        return TextStream(self._tokenizer, self._context(prompt), skip_special=skip_special)
+
+    def special_tokens(self, names: Iterable[str]) -> dict[str, int]:
+        """Name -> id of those of `names` that are special tokens."""
+        found = ((name, self._tokenizer.token_to_id(name)) for name in names)
+        return {name: id for name, id in found if id is not None and id in self.special_ids}
+
+    def ending(self, tokens: Sequence[int]) -> str:
+        """The text of the last tokens of a prompt, with special tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def decode(self, tokens: Iterable[int], prompt: Sequence[int] = ()) -> str:
         """The text of `tokens` where they follow `prompt`, without special tokens."""

@@ -185,7 +185,7 @@ CHAT: list[tuple[Json, str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"messages": []}, "messages"),
     ({"messages": "hello"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),

@@ -14,6 +14,7 @@ from engine.server.conversation import (
     variables_of,
 )
 from engine.server.openai.schemas import CalledTool, ChatBody, ContentPart, Message
+from engine.server.openai.tools import use_of_tools
 from engine.server.parameters import invalid
 
 
@@ -37,14 +38,17 @@ def conversation(body: ChatBody) -> Conversation:
     variables = variables_of(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
         variables = variables_of({"reasoning_effort": body.reasoning_effort} | variables)
+    use = use_of_tools(body)
     prompts = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return Conversation(
         messages=[_message(one, f"messages[{at}]") for at, one in enumerate(body.messages)],
+        tools=body.tools if use is not None else None,
         documents=documents_of(body.documents),
         template=body.chat_template,
         variables=variables,
         add_generation_prompt=prompts,
         continue_final_message=continues,
+        use=use,
     )
 
 

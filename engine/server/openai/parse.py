@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
-from engine.server.openai.format import ChatFormatter, CompletionFormatter
+from engine.server.openai.chat import ChatFormatter
+from engine.server.openai.format import CompletionFormatter
 from engine.server.openai.messages import conversation
 from engine.server.openai.schemas import ChatBody, CompletionBody, OpenAIBody
 from engine.server.parameters import Parameters, invalid, refuse, refuse_format
@@ -77,7 +78,6 @@ def _parameters(
 
 def _chat_parameters(body: ChatBody, context: Context) -> Parameters:
     api_token = context.token(body.api_token)
-    refuse(tools=body.tools, functions=body.functions)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "needs `logprobs`", "set `logprobs` to true")
     names = {"inputs": "messages", "num_alternatives": "top_logprobs", "best_of": "n"}
