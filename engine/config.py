@@ -337,6 +337,10 @@ class ServerConfig:
     max_num_alternatives: Annotated[
         int, Option("Maximum `top_logprobs` of a request.", least=0)
     ] = 20
+    tool_call_parser: Annotated[
+        Literal["auto", "mistral", "qwen3_coder", "granite", "hermes", "llama3_json", "pythonic"],
+        Option("Format of tool calls in answers. auto: that of the chat template in use."),
+    ] = "auto"
     api_key: Annotated[
         tuple[str, ...],
         Option(

@@ -100,6 +100,7 @@ class AdapterText(Struct, frozen=True):
     tokens: tuple[AddedToken, ...] = ()  # by id; they replace the base's tokens with the same ids
     template: str | None = None  # Jinja, of a stranger; None: the base's
     specials: dict[str, str] | None = None  # name, such as eos_token -> content; None: the base's
+    named_templates: dict[str, str] = {}  # next to `template`, such as tool_use
 
 
 class MergedAdapter(Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ from engine.names import shown
 
 MAX_TOKENS = 1024  # own ones of an adapter
 MAX_TEMPLATE_BYTES = 64 << 10
+MAX_TEMPLATES = 16  # with names
 MAX_SPECIALS = 64
 MAX_KNOWN = 256  # texts that are remembered by the contents of their files
 _COMMAS = 1 << 18  # of a tokenizer_config.json; that of Gemma 3 has 50,000
+_DEFAULT = "default"  # name of the template that is used
 _ENDS = ("bos_token", "eos_token")
 
 
@@ -55,6 +57,7 @@ class _Settings:
 
     template: str | None = None
     specials: Mapping[str, str] | None = None  # None: there is no tokenizer_config.json
+    named: Mapping[str, str] = field(default_factory=dict)  # templates besides `template`
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class _Base:
     tokenizer: TokenizerFile | None  # None: the base model has no tokenizer.json
     template: str | None
     specials: Mapping[str, str]
+    named: Mapping[str, str]
 
     @cached_property
     def loaded(self) -> Mapping[str, bytes] | None:
@@ -113,9 +117,9 @@ class TextReader:
         base = self._base()
         settings = _settings(data)
         notes: list[str] = []
-        template = settings.template
-        if template == base.template:
-            template = None
+        template, named = settings.template, settings.named
+        if template == base.template and named in ({}, base.named):
+            template, named = None, {}
         specials = settings.specials
         tokens: tuple[AddedToken, ...] = ()
         if TOKENIZER in data:
@@ -128,7 +132,8 @@ class TextReader:
         )
         if not tokens and template is None and same_ends:
             return Reading(notes=tuple(notes))
-        found = AdapterText(b"", tokens, template, None if specials is None else dict(specials))
+        own = None if specials is None else dict(specials)
+        found = AdapterText(b"", tokens, template, own, dict(named))
         encoded = msgspec.msgpack.encode(found, order="sorted")
         digest = hashlib.sha256(encoded).digest()[:16]
         return Reading(msgspec.structs.replace(found, digest=digest), tuple(notes))
@@ -153,7 +158,7 @@ class TextReader:
                     tokenizer = replace(read_tokenizer(data[TOKENIZER], None), vocabulary={})
                 settings = _settings(data)
                 specials = settings.specials or {}
-                self._made = _Base(folder, tokenizer, settings.template, specials)
+                self._made = _Base(folder, tokenizer, settings.template, specials, settings.named)
             return self._made
 
 
@@ -221,7 +226,8 @@ def _with_rows(
 
 def _settings(data: Mapping[str, bytes]) -> _Settings:
     """Raises AdapterIncompatible."""
-    template, specials = None, None
+    templates: dict[str, str] = {}
+    specials = None
     if TOKENIZER_CONFIG in data:
         try:
             if data[TOKENIZER_CONFIG].count(b",") > _COMMAS:
@@ -229,29 +235,34 @@ def _settings(data: Mapping[str, bytes]) -> _Settings:
             config = msgspec.json.decode(data[TOKENIZER_CONFIG], type=dict[str, Any])
         except (ValueError, RecursionError) as error:
             raise _unreadable(TOKENIZER_CONFIG, str(error)) from None
-        template, specials = _template_of(config.get("chat_template")), _specials(config)
+        templates, specials = _templates_of(config.get("chat_template")), _specials(config)
     if TEMPLATE in data:
         try:
-            template = data[TEMPLATE].decode()
+            templates = {_DEFAULT: data[TEMPLATE].decode()}
         except ValueError as error:
             raise _unreadable(TEMPLATE, str(error)) from None
-    if template is not None and len(template.encode()) > MAX_TEMPLATE_BYTES:
+    if (size := sum(len(one.encode()) for one in templates.values())) > MAX_TEMPLATE_BYTES:
         raise AdapterIncompatible(
-            f"the chat template has {len(template.encode())} bytes; the limit is {MAX_TEMPLATE_BYTES}",
+            f"the chat template has {size} bytes; the limit is {MAX_TEMPLATE_BYTES}",
             field="chat_template",
             hint="shorten it, or remove it to use the base model's",
         )
-    return _Settings(template, specials)
+    return _Settings(templates.pop(_DEFAULT, None), specials, templates)
 
 
-def _template_of(value: Any) -> str | None:
-    """The template, or the one named `default` of several."""
-    if isinstance(value, list):
-        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
-        value = named.get("default")
-    if value is None or isinstance(value, str):
-        return value
-    raise _unreadable(TOKENIZER_CONFIG, "chat_template is not a text")
+def _templates_of(value: Any) -> dict[str, str]:
+    """Name -> template. One template is the default; without a default none is used."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {_DEFAULT: value}
+    if not isinstance(value, list) or len(value) > MAX_TEMPLATES:
+        raise _unreadable(TOKENIZER_CONFIG, "chat_template is not a text")
+    try:
+        named = msgspec.convert({one["name"]: one["template"] for one in value}, dict[str, str])
+    except (KeyError, TypeError, msgspec.ValidationError):
+        raise _unreadable(TOKENIZER_CONFIG, "chat_template is not a text") from None
+    return named if _DEFAULT in named else {}
 
 
 def _specials(config: Mapping[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ class Choice:
     text: Text
     stream: TextStream
     stops: StopMatcher
+    shown: frozenset[int] = frozenset()  # special tokens that are text
     parts: list[str] = field(default_factory=list)
     num_tokens: int = 0
     cached_tokens: int = 0  # of the prompt
@@ -57,7 +58,8 @@ class Choice:
 
     def _read(self, output: TokenOutput, ends: bool) -> Token:
         id, text = output.token, self.text
-        special = id in text.special_ids or (ends and id in self.request.eos_token_ids)
+        special = id in text.special_ids and id not in self.shown
+        special = special or (ends and id in self.request.eos_token_ids)
         piece = "" if special else self.stream.push(id)
         delta = self.stops.push(piece) if piece else ""
         self.num_tokens += 1

@@ -35,7 +35,8 @@ from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, 
 from engine.server.grammars import Checks
 from engine.server.keys import Tenant
 from engine.server.parameters import Limits, Parameters, check, invalid, priority_of
-from engine.server.prompts import Prompt, tokenized
+from engine.server.prompts import Prompt, tokenized_all
+from engine.server.reading import Reading, reading_of
 from engine.server.salts import salt_of
 from engine.server.static import acquire, own_text
 from engine.server.stops import StopMatcher
@@ -85,11 +86,13 @@ class Generation:
         prompts: list[list[int]],
         lease: Lease | None,
         text: Text,
+        reading: Reading,
         timings: Timings,
         owner: Generator,
     ) -> None:
         self.id = id
         self.text = text
+        self.reading = reading
         self.parameters = parameters
         self.prompts = prompts  # tokens of every prompt
         self.timings = timings
@@ -297,10 +300,9 @@ class Generator:
             text = self.text if own is None else await self.texts.of(own)
             waited = time.monotonic() - started
             vocab_size = lease.image.vocab if lease is not None else 0
-            tokens = [
-                await tokenized(prompt, parameters, self.limits, text, vocab_size)
-                for prompt in prompts
-            ]
+            tokens = await tokenized_all(prompts, parameters, self.limits, text, vocab_size)
+            parser = self.config.server.tool_call_parser
+            reading, parameters = await reading_of(prompts, tokens, parameters, text, parser)
             # As if the adapter had been acquired afterwards: its load is part of the time in the queue.
             timings.validated = time.monotonic() - waited
             self.use.count(parameters.adapter, lease)
@@ -310,6 +312,7 @@ class Generator:
                 prompts=tokens,
                 lease=lease,
                 text=text,
+                reading=reading,
                 timings=timings,
                 owner=self,
             )
@@ -361,7 +364,7 @@ class Generator:
         salt = salt_of(lease.cache_salt if lease else b"", parameters.cache_salt, sharing)
         priority = priority_of(parameters, tenant.priority if tenant else 0)
         made: list[Choice] = []
-        behind = 0
+        behind, shown = 0, generation.reading.shown
         for tokens in generation.prompts:
             new = parameters.max_new_tokens or self.limits.max_total_tokens - len(tokens)
             for seed in parameters.seeds():
@@ -388,8 +391,9 @@ class Generator:
                         request=request,
                         seed=None if parameters.greedy else seed,
                         text=text,
-                        stream=text.stream(tokens),
+                        stream=text.stream(tokens, skip_special=not shown),
                         stops=StopMatcher(parameters.stop, keep=parameters.keep_stop),
+                        shown=shown,
                     )
                 )
         return made

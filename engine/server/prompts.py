@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from collections.abc import Sequence
 
+from engine.server.conversation import Conversation
 from engine.server.parameters import Limits, Parameters, check_prompt, invalid
-from engine.server.text import Text, characters
+from engine.server.text import Text
 
 NORMALISED = 4  # a tokenizer normalises at most this many characters to one
 
-Prompt = str | list[int] | list[dict[str, Any]]  # text, tokens, or a conversation
+Prompt = str | list[int] | Conversation  # text, tokens, or a conversation
 
 
 async def tokenized(
@@ -33,13 +34,20 @@ async def tokenized(
             prompt = prompt[-most:]
         check_length(len(prompt))
         tokens = await text.encode(prompt, special=parameters.special)
-    elif prompt and isinstance(prompt[0], dict):
-        check_length(characters(prompt))
+    elif isinstance(prompt, Conversation):
+        check_length(prompt.characters)
         tokens = await text.encode_chat(prompt, most)
     else:
-        tokens = cast(list[int], prompt)
+        tokens = prompt
     await asyncio.sleep(0)  # other requests run between two prompts of this one
     if parameters.truncate:
         tokens = tokens[-parameters.truncate :]
     check_prompt(tokens, parameters, limits, vocab_size)
     return tokens
+
+
+async def tokenized_all(
+    prompts: Sequence[Prompt], parameters: Parameters, limits: Limits, text: Text, vocab_size: int
+) -> list[list[int]]:
+    """The tokens of every prompt; see `tokenized`."""
+    return [await tokenized(one, parameters, limits, text, vocab_size) for one in prompts]

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from engine.sandbox import CannotRun, Limits
 from engine.sandbox.call import Call
 from engine.sandbox.parent import START_S, spawn
 from engine.sandbox.tasks.render import CPU_S, LENGTH_BYTES
+from engine.server.chat_template import CHECK_MESSAGES
 
 TASK = "engine.sandbox.tasks.render"
 MAX_CHILDREN = 8  # that render or are kept, besides a spare one
@@ -34,7 +35,6 @@ _MAX_CPU_S = 1 << 30  # of a child's life; the task limits each conversation
 _ANSWER_BYTES = 1 << 12  # of an answer, besides its text
 _BYTES_PER_CHARACTER = 6  # of JSON
 
-CHECK_MESSAGES = "check the roles and their order, and that every message has text"
 _REPORT = "report it to the adapter's author, or use /v1/completions or /generate"
 
 
@@ -139,22 +139,11 @@ class Templates:
         self._known: OrderedDict[str, _Template] = OrderedDict()  # least recently used first
         self._spare: _Child | None = None
 
-    async def render(
-        self,
-        template: str,
-        specials: Mapping[str, str],
-        messages: Sequence[Mapping[str, Any]],
-        max_characters: int,
-    ) -> str:
-        """The conversation as text, up to the beginning of the answer; at most `max_characters`.
+    async def render(self, template: str, asked: dict[str, Any]) -> str:
+        """The prompt that a template makes; at most `max_characters` of `asked`, which has its variables.
 
-        `specials`: name -> special token, for the template. Raises InvalidRequest for whatever the template does.
+        Raises InvalidRequest for whatever the template does.
         """
-        asked = {
-            "messages": [{k: v for k, v in one.items() if v is not None} for one in messages],
-            "specials": specials,
-            "max_characters": max_characters,
-        }
         known = self._known.setdefault(template, _Template(template))
         self._known.move_to_end(template)
         known.users += 1

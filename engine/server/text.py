@@ -10,9 +10,8 @@ import asyncio
 import copy
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,21 +19,20 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from engine.errors import ConfigError, InvalidRequest, ModelError
+from engine.errors import InvalidRequest, ModelError
 from engine.messages import AdapterText
 from engine.server.added_tokens import extended
-from engine.server.templates import CHECK_MESSAGES, Templates
+from engine.server.chat_template import DEFAULT, ChatTemplate, read_chat_template
+from engine.server.conversation import Conversation
+from engine.server.templates import Templates
 
 LONG_TEXT = 4096  # longer texts are encoded in a thread: this many characters take about 1 ms
-TURN_TEXT = 16  # characters that the role and the template add to a message, for LONG_TEXT
 NUM_THREADS = 2
 NUM_CONTEXT = 6  # last tokens of the prompt, which decide whether the answer begins with a space
 MAX_PENDING = 8  # tokens without a whole character; after more, the bytes are treated as invalid
 MAX_STRADDLING = 64  # tokens after which a split character is given up, too
 REPLACEMENT = "\ufffd"
 MAX_RENDERED = 1 << 20  # characters that an adapter's chat template may make
-
-Render = Callable[[list[dict[str, Any]], int], Awaitable[str]]
 
 T = TypeVar("T")
 
@@ -66,12 +64,18 @@ class TextStream:
     for ever or raise; here it becomes replacement characters.
     """
 
-    __slots__ = ("_pending", "_stream", "_tokenizer")
+    __slots__ = ("_pending", "_skip", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(list(context), True) if context else DecodeStream(None, True)
+        self._skip = skip_special
+        self._stream = self._begin(list(context))
         self._pending: list[int] = []
+
+    def _begin(self, context: list[int]) -> DecodeStream:
+        return DecodeStream(context or None, self._skip)
 
     def push(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
@@ -94,7 +98,7 @@ class TextStream:
         return text
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip) if tokens else ""
 
     def _settle(self) -> str:
         """The text of pending tokens that later tokens cannot change: all but a few, split between characters."""
@@ -111,7 +115,7 @@ class TextStream:
         """The text of the first `num_out` pending tokens; the others go to a new stream."""
         text = self._decode(self._pending[:num_out])
         rest = self._pending[num_out:]
-        self._stream = DecodeStream(context, True) if context else DecodeStream(None, True)
+        self._stream = self._begin(context)
         self._pending = []
         return text + "".join([self.push(token) for token in rest])
 
@@ -149,14 +153,13 @@ class Text:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if chat_template:
-            self._loaded.chat_template = read_chat_template(Path(chat_template))
+            loaded.chat_template = read_chat_template(Path(chat_template))
         # Characters of the longest token in the vocabulary, as the tokenizer writes it.
         self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, entry in added.items() if entry.special)
         self.eos_token_ids = self._find_eos(source, where)
-        self._specials: Mapping[str, str] = {}  # of an adapter, for the chat template
-        self._render: Render | None = None  # renders an adapter's chat template
+        self.chat = ChatTemplate(loaded.chat_template, loaded.special_tokens_map)
         self._token_texts: dict[int, str] = {}
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
 
@@ -178,9 +181,11 @@ class Text:
         eos = made._tokenizer.token_to_id(specials.get("eos_token", ""))
         if eos is not None:
             made.eos_token_ids = sorted({*self.eos_token_ids, eos})
-        made._specials = own.specials or {}
         if own.template is not None:
-            made._render = partial(templates.render, own.template, specials)
+            named = {**own.named_templates, DEFAULT: own.template}
+            made.chat = ChatTemplate(named, specials, templates.render)
+        else:
+            made.chat = self.chat.with_specials(own.specials or {})
         return made
 
     def close(self) -> None:
@@ -200,42 +205,25 @@ class Text:
         return list(found.ids)
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], max_characters: int = MAX_RENDERED
+        self, conversation: Conversation, max_characters: int = MAX_RENDERED
     ) -> list[int]:
         """The tokens of a conversation; raises InvalidRequest if the chat template refuses it.
 
         `max_characters`: of what an adapter's template may make of it.
         """
-        if self._render is not None:
-            prompt = await self._render(messages, max_characters)
-            return await self.encode(prompt, special=False)
-        if characters(messages) + TURN_TEXT * len(messages) < LONG_TEXT:
-            return await self.encode(self.render_chat(messages), special=False)
-        prompt = await self.in_thread(lambda: self.render_chat(messages))
+        if self.chat.is_own:
+            prompt = await self.chat.render_own(conversation, max_characters)
+        elif conversation.size < LONG_TEXT:
+            prompt = self.chat.render(conversation)
+        else:
+            prompt = await self.in_thread(lambda: self.chat.render(conversation))
+        if not prompt:
+            raise InvalidRequest(
+                "the chat template makes an empty prompt of these messages",
+                field="messages",
+                hint="add a message with the role user",
+            )
         return await self.encode(prompt, special=False)
-
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The conversation as the chat template writes it, up to the beginning of the answer."""
-        import jinja2
-
-        if not self._loaded.chat_template:
-            raise InvalidRequest(
-                "the model has no chat template",
-                field="messages",
-                hint="use /v1/completions or /generate, or start the server with --tokenizer-config-path",
-            )
-        try:
-            return str(
-                self._loaded.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **self._specials
-                )
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
-            raise InvalidRequest(
-                f"the model's chat template refused the messages: {error}",
-                field="messages",
-                hint=CHECK_MESSAGES,
-            ) from None
 
     async def tokenize(self, text: str, *, special: bool = True) -> list[Span]:
         """Every token with its range of characters in `text`."""
@@ -256,9 +244,18 @@ class Text:
 
     # -- to text
 
-    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, prompt: Sequence[int] = (), *, skip_special: bool = True) -> TextStream:
         """A stream of the text that follows `prompt`."""
-        return TextStream(self._tokenizer, self._context(prompt))
+        return TextStream(self._tokenizer, self._context(prompt), skip_special=skip_special)
+
+    def special_tokens(self, names: Iterable[str]) -> dict[str, int]:
+        """Name -> id of those of `names` that are special tokens."""
+        found = ((name, self._tokenizer.token_to_id(name)) for name in names)
+        return {name: id for name, id in found if id is not None and id in self.special_ids}
+
+    def ending(self, tokens: Sequence[int]) -> str:
+        """The text of the last tokens of a prompt, with special tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def decode(self, tokens: Iterable[int], prompt: Sequence[int] = ()) -> str:
         """The text of `tokens` where they follow `prompt`, without special tokens."""
@@ -312,7 +309,7 @@ class Text:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._loaded.chat_template)
+        return bool(self.chat)
 
     def _find_eos(self, source: str, where: dict[str, Any]) -> list[int]:
         """Every token that ends a sequence: those of the generation config, else of the config, and the tokenizer's."""
@@ -336,27 +333,3 @@ class Text:
         ids = ids_in("generation_config.json") or ids_in("config.json")
         own = self._loaded.eos_token_id
         return sorted({*ids, *([own] if own is not None else [])})
-
-
-def characters(messages: list[dict[str, Any]]) -> int:
-    """Characters of a conversation, without those that the template adds."""
-    return sum(len(str(message.get("content") or "")) for message in messages)
-
-
-def read_chat_template(path: Path) -> str:
-    """The chat template in a tokenizer_config.json or a Jinja file; raises ConfigError."""
-    try:
-        text = path.read_text()
-        if path.suffix != ".json":
-            return text
-        found = json.loads(text).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"cannot read the chat template in {path}: {error}", field="tokenizer_config_path"
-        ) from None
-    if isinstance(found, list):  # several templates with names
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        found = named.get("default")
-    if not isinstance(found, str):
-        raise ConfigError(f"{path} has no chat_template", field="tokenizer_config_path")
-    return found

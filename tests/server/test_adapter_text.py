@@ -19,6 +19,8 @@ from engine.server import adapter_texts
 from engine.server import templates as templates_module
 from engine.server.adapter_texts import AdapterTexts
 from engine.server.added_tokens import extended
+from engine.server.chat_template import ChatTemplate
+from engine.server.conversation import Conversation
 from engine.server.templates import Templates
 from engine.server.text import Text
 from tests.server.fake import CORPUS, EOS, FakeBackend, Json, events_of
@@ -218,6 +220,11 @@ def children() -> set[str]:
     return found
 
 
+def asked(messages: list[Json], **specials: str) -> Json:
+    conversation = ChatTemplate("", specials).asked(Conversation(messages), "")
+    return conversation | {"max_characters": 100}
+
+
 async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """More templates than processes, in turn and at once; a cancelled conversation leaves no process behind."""
     before = children()
@@ -226,7 +233,7 @@ async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def render(number: int) -> str:
         template = f"{number}{{{{ eos_token }}}}{{{{ messages[0].content }}}}"
-        return await templates.render(template, {"eos_token": "!"}, messages, 100)
+        return await templates.render(template, asked(messages, eos_token="!"))
 
     try:
         for numbers in ([0, 1, 2], [2, 0, 2]):
@@ -237,14 +244,14 @@ async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         at_will = f"{{% if messages[0].content == 'loop' %}}{loop}{{% endif %}}done"
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                await templates.render(at_will, {}, [{"content": "loop"}], 100)
-        assert await templates.render(at_will, {}, messages, 100) == "done"
+                await templates.render(at_will, asked([{"content": "loop"}]))
+        assert await templates.render(at_will, asked(messages)) == "done"
         with monkeypatch.context() as patch:
             patch.setattr(templates_module, "WAIT_S", 0.1)
-            busy = asyncio.create_task(templates.render(at_will, {}, [{"content": "loop"}], 100))
+            busy = asyncio.create_task(templates.render(at_will, asked([{"content": "loop"}])))
             await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="busy for 0.1 s"):
-                await templates.render(at_will, {}, messages, 100)
+                await templates.render(at_will, asked(messages))
             busy.cancel()
             await asyncio.wait({busy})
         assert await render(1) == "1!x"
@@ -293,10 +300,10 @@ async def test_a_base_without_template(folder: Path, tmp_path: Path, own: Path) 
     assert found is not None and not text.has_chat_template
     texts = AdapterTexts(text)
     try:
-        tokens = await (await texts.of(found)).encode_chat(MESSAGES)
+        tokens = await (await texts.of(found)).encode_chat(Conversation(MESSAGES))
         assert tokens[0] == 0 and 400 in tokens and EOS not in tokens
         with pytest.raises(InvalidRequest, match="the model has no chat template"):
-            await text.encode_chat(MESSAGES)
+            await text.encode_chat(Conversation(MESSAGES))
     finally:
         texts.close()
         text.close()

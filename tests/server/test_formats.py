@@ -21,6 +21,7 @@ from engine.server.events import Event, FinishedChoice, Token
 from engine.server.formats import Answer, Context, Format, Formatter, GenerationRequest
 from engine.server.generation import Generation
 from engine.server.parameters import Parameters
+from engine.server.reading import Reading
 from engine.server.routes import FORMATS
 from engine.server.text import Text
 from tests.server.fake import FakeBackend, Start
@@ -196,7 +197,9 @@ def test_a_formatter_needs_no_server(path: str, text: Text) -> None:
     """A token, as the bytes of a stream; and then the error that ends it."""
     body = {"inputs": "x", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
     asked = FORMATS[path].parse(json.dumps(body).encode(), context())
-    generation = SimpleNamespace(id="a", num_choices=1, parameters=asked.parameters)
+    generation = SimpleNamespace(
+        id="a", num_choices=1, parameters=asked.parameters, reading=Reading()
+    )
     formatter: Formatter = asked.formatter(generation, text)  # type: ignore[arg-type]
     token = Token(
         choice=0, id=40, text="word", delta="word", logprob=None, alternatives=None, special=False

@@ -12,6 +12,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 from openai import AsyncOpenAI
 
+from engine.server.conversation import Conversation
 from engine.server.openai.logprobs import prompt_offsets
 from engine.server.text import Text
 from tests.server.fake import FakeBackend, Json, events_of
@@ -39,7 +40,7 @@ async def test_chat(openai: AsyncOpenAI, backend: FakeBackend, text: Text) -> No
     (choice,) = found.choices
     assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "stop", None)
     assert (choice.message.role, choice.message.content) == ("assistant", SAYING)
-    prompt = await text.encode_chat(HELLO)
+    prompt = await text.encode_chat(Conversation(HELLO))
     assert backend.requests[0].tokens == prompt
     made = len(await text.encode(SAYING, special=False)) + 1
     usage = found.usage

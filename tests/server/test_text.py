@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.errors import ConfigError, InvalidRequest, ModelError
+from engine.server.conversation import Conversation
 from engine.server.text import Text
 from tests.server.fake import CORPUS, write_tokenizer
 
@@ -105,15 +106,15 @@ async def test_the_chat_template_is_transformers(text: Text, folder: Path) -> No
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": MIXED}]
     theirs = AutoTokenizer.from_pretrained(folder)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert await text.encode_chat(messages) == expected
+    assert await text.encode_chat(Conversation(messages)) == expected
     long = [{"role": "user", "content": MIXED * 1000}]
     expected = theirs.apply_chat_template(long, add_generation_prompt=True, return_dict=False)
-    assert await text.encode_chat(long) == expected
+    assert await text.encode_chat(Conversation(long)) == expected
 
 
 def test_a_template_that_fails_is_the_clients_error(text: Text) -> None:
     with pytest.raises(InvalidRequest, match="role forbidden is not allowed") as caught:
-        text.render_chat([{"role": "forbidden", "content": "x"}])
+        text.chat.render(Conversation([{"role": "forbidden", "content": "x"}]))
     assert caught.value.field == "messages"
 
 
@@ -121,7 +122,7 @@ def test_a_missing_template_names_the_remedy(tmp_path: Path) -> None:
     text = Text(str(write_tokenizer(tmp_path, chat=False)))
     assert not text.has_chat_template
     with pytest.raises(InvalidRequest, match="--tokenizer-config-path"):
-        text.render_chat([{"role": "user", "content": "x"}])
+        text.chat.render(Conversation([{"role": "user", "content": "x"}]))
     text.close()
 
 
@@ -146,7 +147,7 @@ def test_a_missing_template_names_the_remedy(tmp_path: Path) -> None:
 def test_a_template_of_ones_own(tmp_path: Path, folder: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     text = Text(str(folder), str(tmp_path / name))
-    assert text.render_chat([{"role": "user", "content": "yz"}]) == "Xyz"
+    assert text.chat.render(Conversation([{"role": "user", "content": "yz"}])) == "Xyz"
     text.close()
 
 

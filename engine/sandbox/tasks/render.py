@@ -1,8 +1,8 @@
 """Renders one chat template of a stranger, again and again, as transformers does.
 
 The descriptor `socket` brings frames of JSON, each after its length in 4 bytes: first {"template": ...}, then
-{"messages", "specials", "max_characters"} for each conversation. Each is answered with one frame: {"text": ...}, or
-{"refused": the reason}. An empty frame says that the process is ready. A conversation may take CPU_S of processor
+the arguments of `rendered` and "max_characters" for each conversation. Each is answered with one frame: {"text": ...},
+or {"refused": the reason}. An empty frame says that the process is ready. A conversation may take CPU_S of processor
 time; then the process dies of SIGXCPU.
 """
 
@@ -12,7 +12,7 @@ import math
 import resource
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -21,8 +21,6 @@ CPU_S = 2
 MAX_REASON = 300  # characters of a refusal
 LENGTH_BYTES = 4
 
-Render = Callable[..., tuple[list[str], Any]]
-
 
 def prepare() -> None:
     import jinja2.sandbox  # noqa: F401
@@ -30,30 +28,43 @@ def prepare() -> None:
 
 
 def run(descriptors: dict[str, int], arguments: dict[str, Any]) -> dict[str, Any]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     with socket.socket(fileno=descriptors["socket"]) as wire, wire.makefile("rwb") as file:
         _write(file, b"")
         template = msgspec.json.decode(_read(file))["template"]
         while data := _read(file):
             _allow_cpu()
-            _write(file, _answer(render_jinja_template, template, data))
+            _write(file, _answer(template, data))
     return {}
 
 
-def _answer(render: Render, template: str, data: bytes) -> bytes:
+def rendered(template: str, asked: Mapping[str, Any]) -> str:
+    """The prompt of one conversation. `asked`: "messages", "tools", "documents", "add_generation_prompt" and
+    "continue_final_message" as transformers takes them, "specials" (name -> special token) and more "variables".
+
+    Raises whatever the template raises.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, _ = render_jinja_template(
+        conversations=[asked["messages"]],
+        tools=asked["tools"],
+        documents=asked["documents"],
+        chat_template=template,
+        continue_final_message=asked["continue_final_message"],
+        add_generation_prompt=asked["add_generation_prompt"],
+        **{**asked["specials"], **asked["variables"]},
+    )
+    return str(texts[0])
+
+
+def _answer(template: str, data: bytes) -> bytes:
     """A task boundary: a template may raise anything."""
     asked = msgspec.json.decode(data)
     try:
-        texts, _ = render(
-            conversations=[asked["messages"]],
-            chat_template=template,
-            add_generation_prompt=True,
-            **asked["specials"],
-        )
-        if len(texts[0]) > asked["max_characters"]:
+        text = rendered(template, asked)
+        if len(text) > asked["max_characters"]:
             return _refusal(f"the result has more than {asked['max_characters']} characters")
-        return msgspec.json.encode({"text": texts[0]})
+        return msgspec.json.encode({"text": text})
     except MemoryError:
         return _refusal("it needs too much memory")
     except Exception as error:

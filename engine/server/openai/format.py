@@ -19,15 +19,10 @@ from engine.server.formats import Answer
 from engine.server.generation import Generation
 from engine.server.openai import logprobs
 from engine.server.openai.schemas import (
-    AnswerMessage,
     CachedTokens,
-    ChatBody,
-    ChatChoice,
-    ChatChunkChoice,
     CompletionBody,
     CompletionChoice,
     CompletionLogprobs,
-    Delta,
     OpenAIAnswer,
     OpenAIBody,
     OpenAIUsage,
@@ -110,8 +105,8 @@ class OpenAIFormatter(ABC, Generic[B]):
     def _with_logprobs(self) -> bool: ...
 
     @abstractmethod
-    def _chunks(self, choice: GrowingChoice, delta: str) -> list[Any]:
-        """The chunks that an event of `choice` makes; it brought `delta`."""
+    def _chunks(self, choice: GrowingChoice, event: Event, delta: str) -> list[Any]:
+        """The chunks that `event` of `choice` makes; it brought `delta`."""
 
     @abstractmethod
     def _whole(self, choices: Sequence[FinishedChoice]) -> list[Any]:
@@ -124,7 +119,7 @@ class OpenAIFormatter(ABC, Generic[B]):
         lines: list[bytes] = []
         for event in events:
             choice = self._choices[event.choice]
-            for chunk in self._chunks(choice, choice.add(event)):
+            for chunk in self._chunks(choice, event, choice.add(event)):
                 answer = self._answer(self.chunk_object, [chunk], usage)
                 lines += b"data: ", self._encode(answer), b"\n\n"
         return b"".join(lines)
@@ -176,40 +171,6 @@ class OpenAIFormatter(ABC, Generic[B]):
         return OpenAIUsage(prompt, answer, prompt + answer, cached)
 
 
-class ChatFormatter(OpenAIFormatter[ChatBody]):
-    """Of /v1/chat/completions."""
-
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    @property
-    def _with_logprobs(self) -> bool:
-        return bool(self._body.logprobs)
-
-    def _chunks(self, choice: GrowingChoice, delta: str) -> list[Any]:
-        made: list[Any] = []
-        if not choice.begun:
-            choice.begun = True
-            made.append(ChatChunkChoice(choice.index, Delta("assistant", "")))
-        ready = choice.ready()
-        if delta or ready:
-            found = logprobs.chat(self._text, ready) if choice.log is not None else None
-            made.append(ChatChunkChoice(choice.index, Delta(content=delta), found))
-        if choice.finish is not None:
-            reason = REASONS[choice.finish.reason]
-            made.append(ChatChunkChoice(choice.index, Delta(), None, reason))
-        return made
-
-    def _whole(self, choices: Sequence[FinishedChoice]) -> list[Any]:
-        made: list[ChatChoice] = []
-        for index, finished in enumerate(choices):
-            choice, finish = self._grown(finished), finished.finish
-            found = logprobs.chat(self._text, choice.ready()) if choice.log is not None else None
-            message = AnswerMessage("assistant", finish.text)
-            made.append(ChatChoice(index, message, found, REASONS[finish.reason]))
-        return made
-
-
 class CompletionFormatter(OpenAIFormatter[CompletionBody]):
     """Of /v1/completions. `n` choices of each prompt are answered with."""
 
@@ -231,7 +192,7 @@ class CompletionFormatter(OpenAIFormatter[CompletionBody]):
     def _with_logprobs(self) -> bool:
         return self._body.logprobs is not None
 
-    def _chunks(self, choice: GrowingChoice, delta: str) -> list[Any]:
+    def _chunks(self, choice: GrowingChoice, event: Event, delta: str) -> list[Any]:
         finish = choice.finish
         if not choice.begun and self._body.echo and (delta or finish):
             delta = self._echo(choice.index) + delta

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
-
-import msgspec
 
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
 from engine.server.grammars import grammar_of, guided
-from engine.server.openai.format import ChatFormatter, CompletionFormatter
-from engine.server.openai.schemas import ChatBody, CompletionBody, Message, OpenAIBody
+from engine.server.openai.chat import ChatFormatter
+from engine.server.openai.format import CompletionFormatter
+from engine.server.openai.messages import conversation
+from engine.server.openai.schemas import ChatBody, CompletionBody, OpenAIBody
 from engine.server.parameters import Parameters, invalid, refuse
 from engine.server.prompts import Prompt
 
@@ -23,7 +22,7 @@ def parse_chat(raw: bytes | bytearray, context: Context, /) -> GenerationRequest
     body = decode(raw, ChatBody)
     return GenerationRequest(
         parameters=_chat_parameters(body, context),
-        prompts=[_conversation(body.messages)],
+        prompts=[conversation(body)],
         formatter=partial(ChatFormatter, body, body.model or context.model_id),
         stream=bool(body.stream),
         id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -88,7 +87,6 @@ def _parameters(
 
 def _chat_parameters(body: ChatBody, context: Context) -> Parameters:
     api_token = context.token(body.api_token)
-    refuse(tools=body.tools, functions=body.functions)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "needs `logprobs`", "set `logprobs` to true")
     names = {"inputs": "messages", "num_alternatives": "top_logprobs", "best_of": "n"}
@@ -131,32 +129,6 @@ def _completion_parameters(body: CompletionBody, context: Context) -> Parameters
 
 def _first(value: int | None, default: Any) -> Any:
     return default if value is None else value
-
-
-def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages for the chat template, with parts of type text joined and without fields that were not given."""
-    if not messages:
-        raise invalid("messages", "is empty", "send at least one message")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _message(message: Message, where: str) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        for index, part in enumerate(content):
-            if part.type != "text":
-                raise invalid(
-                    f"{where}.content[{index}].type",
-                    f"{part.type!r} is not supported by this server",
-                    "send parts of type text only",
-                )
-            if part.text is None:
-                raise invalid(f"{where}.content[{index}].text", "is required")
-        content = "".join(part.text or "" for part in content)
-    if content is None and not message.tool_calls:
-        raise invalid(f"{where}.content", "is required")
-    made: dict[str, Any] = msgspec.to_builtins(message)
-    return made if content is None else made | {"content": content}
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
