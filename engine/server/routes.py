@@ -8,7 +8,8 @@ from typing import Any
 from aiohttp import web
 
 from engine.errors import LoraxError
-from engine.server import native, openai
+from engine.server import anthropic, native, openai
+from engine.server.anthropic import routes as anthropic_routes
 from engine.server.formats import Format
 from engine.server.inference import handler_of
 from engine.server.native import alias_routes
@@ -23,17 +24,27 @@ FORMATS: Mapping[str, Format] = {
     "/generate_stream": native.GENERATE_STREAM,
     "/v1/chat/completions": openai.CHAT_COMPLETIONS,
     "/v1/completions": openai.COMPLETIONS,
+    "/v1/responses": openai.RESPONSES,
+    "/v1/messages": anthropic.MESSAGES,
 }
 
 
 def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
     """The routes of `formats`, and those that do not generate."""
     posts = [web.post(path, handler_of(format)) for path, format in formats.items()]
-    return [*posts, *native_routes.routes(), *alias_routes.routes(), *openai_routes.routes()]
+    return [
+        *posts,
+        *native_routes.routes(),
+        *alias_routes.routes(),
+        *openai_routes.routes(),
+        *anthropic_routes.routes(),
+    ]
 
 
 def error_body(formats: Mapping[str, Format], path: str, error: LoraxError) -> Any:
     """The body of an error at `path`: in the format of that path, else in OpenAI's below /v1/, else in LoRAX's."""
     if (format := formats.get(path)) is not None:
         return format.error_body(error)
+    if path == anthropic_routes.COUNT:
+        return anthropic.error_body(error)
     return openai.error_body(error) if path.startswith("/v1/") else native.error_body(error)
