@@ -176,7 +176,7 @@ def _choice(given: dict[str, Any] | None) -> tuple[Any, bool]:
     kind, parallel = given.get("type"), given.get("disable_parallel_tool_use") is not True
     if kind == "tool":
         return {"type": "function", "function": {"name": given.get("name")}}, parallel
-    if kind not in _CHOICES:
+    if not isinstance(kind, str) or kind not in _CHOICES:
         raise invalid(
             "tool_choice.type", "is not supported by this server", "send auto, any, tool or none"
         )

@@ -285,6 +285,39 @@ def _accepts(grammar: str, text: Text, answer: str) -> bool:
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
+@pytest.mark.parametrize(
+    "family", ["hermes", "mistral", "mistral_args", "qwen3_coder", "granite"], indirect=True
+)
+async def test_strict_tools_leave_text_free(
+    openai: AsyncOpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: FakeBackend,
+    text: Text,
+    family: str,
+) -> None:
+    grammars = _record(monkeypatch)
+    backend.say("x")
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    await chat(openai, tools=[strict, CLOCK])
+    await chat(openai)
+    grammar, without = grammars
+    assert grammar is not None and without is None
+    begin, call, separator, end = LISTS[family]
+    one = f"{begin}{call}{end}"
+    for answer in (
+        "",
+        "No, <b>\n",
+        one,
+        f"So: {one}",
+        f"{begin}{call}{separator}{call}{end}",
+        f"{one} Done.",
+    ):
+        assert _accepts(grammar, text, answer), answer
+    bad = one.replace("2", '"two"') if family != "qwen3_coder" else one.replace("\n2\n", "\ntwo\n")
+    assert not _accepts(grammar, text, bad)
+    assert not _accepts(grammar, text, one.replace("get_weather", "other"))
+
+
 @pytest.mark.parametrize("family", ["qwen3", "deepseek"], indirect=True)
 async def test_required_calls_may_be_thought_about(
     openai: AsyncOpenAI,
