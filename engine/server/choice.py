@@ -98,4 +98,5 @@ class Choice:
             usage=usage or Usage(len(self.request.tokens), self.cached_tokens, num_tokens),
             mean_logprob=self.logprobs / max(1, num_tokens),
             seed=self.seed,
+            stop=self.stops.matched,
         )

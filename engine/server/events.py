@@ -47,6 +47,7 @@ class Finish(Struct):
     usage: Usage
     mean_logprob: float
     seed: int | None  # None: greedy
+    stop: str | None = None  # the stop sequence that ended it
 
 
 Event = Token | PromptLogprobs | Finish

@@ -148,7 +148,10 @@ async def reading_of(
     family = None if use is None else _family(use, template, insisted)
     shown = text.special_tokens([*(marks or ()), *(family.marks if family else ())])
     reading = Reading(use, family, marks, opened, frozenset(shown.values()))
-    if use is None or family is None or not use.required:
+    if use is None or family is None:
+        return reading, parameters
+    strict = family.begin is not None and any(tool.strict for tool in use.tools)
+    if not use.required and (not strict or parameters.grammar is not None):
         return reading, parameters
     if parameters.grammar is not None:
         raise invalid(
@@ -163,7 +166,8 @@ async def reading_of(
         template=template,
     )
     thoughts = None if marks is None else (marks, opened)
-    grammar = grammar_of(family.grammar, wanted, thoughts)
+    free = None if use.required else family.begin
+    grammar = grammar_of(family.grammar, wanted, thoughts, free)
     await text.in_thread(lambda: check(grammar, "tools"))
     return reading, replace(parameters, grammar=grammar)
 

@@ -8,7 +8,8 @@ from typing import Any
 from aiohttp import web
 
 from engine.errors import LoraxError
-from engine.server import native, openai
+from engine.server import anthropic, native, openai
+from engine.server.anthropic import routes as anthropic_routes
 from engine.server.formats import Format
 from engine.server.inference import handler_of
 from engine.server.native import adapter_routes, alias_routes
@@ -24,6 +25,8 @@ FORMATS: Mapping[str, Format] = {
     "/generate_stream": native.GENERATE_STREAM,
     "/v1/chat/completions": openai.CHAT_COMPLETIONS,
     "/v1/completions": openai.COMPLETIONS,
+    "/v1/responses": openai.RESPONSES,
+    "/v1/messages": anthropic.MESSAGES,
 }
 
 
@@ -37,6 +40,7 @@ def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
         *adapter_routes.routes(),
         *openai_routes.routes(),
         *lora_routes.routes(),
+        *anthropic_routes.routes(),
     ]
 
 
@@ -44,4 +48,6 @@ def error_body(formats: Mapping[str, Format], path: str, error: LoraxError) -> A
     """The body of an error at `path`: in the format of that path, else in OpenAI's below /v1/, else in LoRAX's."""
     if (format := formats.get(path)) is not None:
         return format.error_body(error)
+    if path == anthropic_routes.COUNT:
+        return anthropic.error_body(error)
     return openai.error_body(error) if path.startswith("/v1/") else native.error_body(error)

@@ -114,12 +114,21 @@ def test_bad_intervals(server: FakeServer, given: str) -> None:
     assert result.exit_code == 2 and "--interval" in result.stderr
 
 
+# A shell lets background processes ignore Ctrl-C, and their children with them.
+PROGRAM = """\
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lorax_cli.app import main
+main()
+"""
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_watch_without_a_terminal(server: FakeServer, as_json: bool) -> None:
     """A line each time, until Ctrl-C."""
     words = ["cache", "--watch", "--interval", "0.1", *(["--json"] if as_json else [])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lorax_cli", *words],
+        [sys.executable, "-c", PROGRAM, *words],
         env={**os.environ, "LORAX_URL": server.url},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

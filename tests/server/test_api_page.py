@@ -10,10 +10,12 @@ import pytest
 
 from engine.errors import ConfigError, ModelError, error_classes
 from engine.metrics import Metrics
+from engine.server.anthropic import schemas as anthropic
 from engine.server.app import HTTP_ERRORS
 from engine.server.merged import MergedAdapters
 from engine.server.native import schemas as native
 from engine.server.openai import schemas as openai
+from engine.server.openai.responses import schemas as responses
 from engine.server.routes import routes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -32,6 +34,8 @@ STRUCTS = [
     openai.CompletionBody,
     openai.LoadLoraBody,
     openai.UnloadLoraBody,
+    responses.ResponsesBody,
+    anthropic.MessagesBody,
     native.Details,
     native.OutputToken,
     native.StreamAnswer,

@@ -196,24 +196,28 @@ def test_a_parser_needs_no_server(path: str, body: dict[str, object]) -> None:
 def test_a_formatter_needs_no_server(path: str, text: Text) -> None:
     """A token, as the bytes of a stream; and then the error that ends it."""
     body = {"inputs": "x", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    body |= {"input": "x", "max_tokens": 9}
+    if path == "/v1/responses":
+        del body["prompt"]
     asked = FORMATS[path].parse(json.dumps(body).encode(), context())
     generation = SimpleNamespace(
-        id="a", num_choices=1, parameters=asked.parameters, reading=Reading()
+        id="a", num_choices=1, parameters=asked.parameters, reading=Reading(), prompt_tokens=1
     )
     formatter: Formatter = asked.formatter(generation, text)  # type: ignore[arg-type]
     token = Token(
         choice=0, id=40, text="word", delta="word", logprob=None, alternatives=None, special=False
     )
     for sent in (formatter.events([token]), formatter.failure(EngineDead("gone"))):
-        events = [part.removeprefix(b"data:") for part in sent.split(b"\n\n")]
+        events = [part.rpartition(b"data:")[2] for part in sent.split(b"\n\n")]
         assert events.pop() == b"" and all(map(json.loads, events))
     assert b"word" in formatter.events([token]) and b"gone" in sent
-    assert json.loads(events[0]) == FORMATS[path].error_body(EngineDead("gone"))
+    if path != "/v1/responses":  # there the event has the whole response
+        assert json.loads(events[0]) == FORMATS[path].error_body(EngineDead("gone"))
 
 
 def test_parsers_and_formatters_know_nothing_of_http() -> None:
     program = (
-        "import sys, engine.server.native, engine.server.openai\n"
+        "import sys, engine.server.native, engine.server.openai, engine.server.anthropic\n"
         "print([name for name in ('aiohttp', 'torch', 'transformers') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""OpenAI's API: the response formats of chat completions and completions; the list of models in `routes`.
+"""OpenAI's API: the response formats of chat completions, completions and responses; the list of models in `routes`.
 
 `model` names the base model or an adapter.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from engine.server.formats import Format
 from engine.server.openai.format import error_body
 from engine.server.openai.parse import parse_chat, parse_completion
+from engine.server.openai.responses.format import responses_error_body
+from engine.server.openai.responses.parse import parse_responses
 
-__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "error_body"]
+__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "RESPONSES", "error_body"]
 
 CHAT_COMPLETIONS = Format(parse_chat, error_body)
 COMPLETIONS = Format(parse_completion, error_body)
+RESPONSES = Format(parse_responses, responses_error_body)

@@ -21,7 +21,7 @@ def parse_chat(raw: bytes | bytearray, context: Context, /) -> GenerationRequest
     """Of /v1/chat/completions. See `Parser`."""
     body = decode(raw, ChatBody)
     return GenerationRequest(
-        parameters=_chat_parameters(body, context),
+        parameters=chat_parameters(body, context),
         prompts=[conversation(body)],
         formatter=partial(ChatFormatter, body, body.model or context.model_id),
         stream=bool(body.stream),
@@ -85,7 +85,8 @@ def _parameters(
     return Parameters(**shared | own)
 
 
-def _chat_parameters(body: ChatBody, context: Context) -> Parameters:
+def chat_parameters(body: ChatBody, context: Context) -> Parameters:
+    """The parameters of a chat completion. Raises InvalidRequest."""
     api_token = context.token(body.api_token)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "needs `logprobs`", "set `logprobs` to true")

@@ -43,6 +43,7 @@ class Family:
     signs: tuple[str, ...]
     marks: tuple[str, ...]
     grammar: grammars.Writer
+    begin: str | None = None  # the mark before a call; None: calls are the whole answer
     new_id: Callable[[], str] = _long_id
 
 
@@ -53,6 +54,7 @@ FAMILIES = (
         signs=("[TOOL_CALLS]",),
         marks=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
         grammar=grammars.mistral,
+        begin="[TOOL_CALLS]",
         new_id=_short_id,
     ),
     Family(
@@ -61,6 +63,7 @@ FAMILIES = (
         signs=("<function=",),
         marks=("<tool_call>", "</tool_call>"),
         grammar=grammars.qwen_xml,
+        begin="<tool_call>",
     ),
     Family(
         "granite",
@@ -68,6 +71,7 @@ FAMILIES = (
         signs=("<|tool_call|>", "<|tool|>"),
         marks=("<|tool_call|>", "<|/tool_call|>", "<tool_call>", "</tool_call>"),
         grammar=grammars.granite,
+        begin="<|tool_call|>",
     ),
     Family(
         "hermes",
@@ -75,6 +79,7 @@ FAMILIES = (
         signs=("<tool_call>",),
         marks=("<tool_call>", "</tool_call>"),
         grammar=grammars.hermes,
+        begin="<tool_call>",
     ),
     Family(
         "llama3_json",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.server.reasoning import Marks
@@ -96,10 +96,23 @@ def qwen_xml(wanted: Wanted) -> Rules:
     return Rules(f"call{more}", [call, *_choice("object", calls), *rules])
 
 
-def grammar_of(writer: Writer, wanted: Wanted, thoughts: tuple[Marks, bool] | None) -> str:
-    """The grammar of an answer. `thoughts`: the marks of reasoning, and whether it has begun."""
+def grammar_of(
+    writer: Writer,
+    wanted: Wanted,
+    thoughts: tuple[Marks, bool] | None,
+    free: str | None = None,
+) -> str:
+    """The grammar of an answer. `thoughts`: the marks of reasoning, and whether it has begun. `free`: the mark before
+    which any text may come; the answer may have no call then."""
+    token = wanted.token
+    if free is not None:
+        wanted = replace(wanted, token=lambda mark: "begin" if mark == free else token(mark))
     rules = writer(wanted)
     start, others = rules.start, list(rules.others)
+    if free is not None:
+        start = f"({start})* /(.|\\n)*/"
+        lazy = "[lazy]" if token(free).startswith('"') else ""
+        others += [f"begin{lazy}: /(.|\\n)*/ {token(free)}"]
     if thoughts is not None:
         (begin, end), begun = thoughts
         begin, end = wanted.token(begin), wanted.token(end)
@@ -182,7 +195,7 @@ def _inner(outer: Mapping[str, Any], schema: Any) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps({'x-guidance': _COMPACT, **(schema or _ANY)})}"
+    return f"%json {json.dumps({**(schema or _ANY), 'x-guidance': _COMPACT})}"
 
 
 def _text(text: str) -> str:

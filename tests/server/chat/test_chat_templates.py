@@ -24,7 +24,7 @@ from engine.server.text import Text
 from tests.server.fake import FakeBackend, Json
 from tests.server.own import read
 
-TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
+TEMPLATES = Path(__file__).parents[2] / "data" / "templates"
 FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 TEXT_ARGUMENTS = {"deepseek"}  # templates that join arguments to text
 

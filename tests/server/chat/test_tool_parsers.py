@@ -23,7 +23,7 @@ from engine.server.tools.machine import (
 )
 from engine.server.tools.pythonic import calls_of
 from engine.settings import settings
-from tests.server.test_chat_templates import FAMILIES, TEMPLATES
+from tests.server.chat.test_chat_templates import FAMILIES, TEMPLATES
 
 SCHEMA = {
     "type": "object",

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from aiohttp.test_utils import TestClient
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
-from transformers import AutoTokenizer
 
 from engine.server.text import Text
-from engine.server.tools.families import FAMILIES as CALL_FAMILIES
-from tests.engine_info import INFO
-from tests.server.fake import FakeBackend, Json, Start, write_tokenizer
+from tests.server.chat.test_chat_templates import CLOCK, TEMPLATES, USER, WEATHER
+from tests.server.chat.test_tool_parsers import ARGUMENTS, HERMES, LISTED, LLAMA, PYTHON, XML
+from tests.server.fake import FakeBackend, Json, Start
 from tests.server.own import read
-from tests.server.test_chat_templates import CLOCK, TEMPLATES, USER, WEATHER
-from tests.server.test_tool_parsers import ARGUMENTS, HERMES, LISTED, LLAMA, PYTHON, XML
 
 Said = list[tuple[str, Json]]
 WEATHER_ASKED: Json = json.loads(ARGUMENTS)
 ONE: Said = [("get_weather", WEATHER_ASKED)]
 BOTH: Said = [*ONE, ("clock", {})]
-MARKS = sorted({mark for family in CALL_FAMILIES for mark in family.marks})
 XML_WITHOUT_LIST = XML.replace('<parameter=near>\n[{"a": [1]}]\n</parameter>\n', "")
 # Template -> an answer and its calls.
 ANSWERS: dict[str, tuple[str, Said]] = {
@@ -44,44 +38,6 @@ ANSWERS: dict[str, tuple[str, Said]] = {
     "granite": (f"<|tool_call|>{LISTED}", BOTH),
     "phi4_mini": (f"<|tool_call|>{LISTED}<|/tool_call|>", BOTH),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer of `fake`, with the marks of calls as special tokens."""
-    made = write_tokenizer(tmp_path_factory.mktemp("tools"))
-    tokenizer = AutoTokenizer.from_pretrained(made)
-    tokenizer.add_special_tokens({"additional_special_tokens": [*MARKS, "[THINK]", "[/THINK]"]})
-    tokenizer.save_pretrained(made)
-    return made
-
-
-@pytest.fixture
-def family(request: pytest.FixtureRequest) -> str:
-    return str(getattr(request, "param", "hermes"))
-
-
-@pytest.fixture
-def text(folder: Path, family: str) -> Iterator[Text]:
-    made = Text(str(folder), str(TEMPLATES / f"{family}.jinja"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def backend(text: Text) -> FakeBackend:
-    info = msgspec.structs.replace(
-        INFO, max_input_length=4000, max_total_tokens=6000, vocab_size=500
-    )
-    return FakeBackend(text, info=info)
-
-
-@pytest.fixture
-async def openai(start: Start) -> AsyncIterator[AsyncOpenAI]:
-    client = await start()
-    made = AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="EMPTY", max_retries=0)
-    yield made
-    await made.close()
 
 
 async def chat(openai: AsyncOpenAI, **given: Any) -> Any:
@@ -327,6 +283,39 @@ def _accepts(grammar: str, text: Text, answer: str) -> bool:
     assert not matcher.is_error(), matcher.get_error()
     ids = text._tokenizer.encode(answer, add_special_tokens=False).ids
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    "family", ["hermes", "mistral", "mistral_args", "qwen3_coder", "granite"], indirect=True
+)
+async def test_strict_tools_leave_text_free(
+    openai: AsyncOpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: FakeBackend,
+    text: Text,
+    family: str,
+) -> None:
+    grammars = _record(monkeypatch)
+    backend.say("x")
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    await chat(openai, tools=[strict, CLOCK])
+    await chat(openai)
+    grammar, without = grammars
+    assert grammar is not None and without is None
+    begin, call, separator, end = LISTS[family]
+    one = f"{begin}{call}{end}"
+    for answer in (
+        "",
+        "No, <b>\n",
+        one,
+        f"So: {one}",
+        f"{begin}{call}{separator}{call}{end}",
+        f"{one} Done.",
+    ):
+        assert _accepts(grammar, text, answer), answer
+    bad = one.replace("2", '"two"') if family != "qwen3_coder" else one.replace("\n2\n", "\ntwo\n")
+    assert not _accepts(grammar, text, bad)
+    assert not _accepts(grammar, text, one.replace("get_weather", "other"))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseek"], indirect=True)

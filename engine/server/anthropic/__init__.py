@@ -1,0 +1,14 @@
+"""Anthropic's API: the response format of messages; the count of their tokens in `routes`.
+
+`model` names the base model or an adapter.
+"""
+
+from __future__ import annotations
+
+from engine.server.anthropic.format import error_body
+from engine.server.anthropic.parse import parse_messages
+from engine.server.formats import Format
+
+__all__ = ["MESSAGES", "error_body"]
+
+MESSAGES = Format(parse_messages, error_body)

@@ -1,0 +1,1 @@
+"""POST /v1/responses: text and function tools, without state."""
