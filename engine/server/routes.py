@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.errors import LoraxError
-from engine.server import anthropic, native, openai
+from engine.server import anthropic, native, openai, openapi
 from engine.server.anthropic import routes as anthropic_routes
 from engine.server.formats import Format
 from engine.server.inference import handler_of
@@ -41,6 +41,7 @@ def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
         *openai_routes.routes(),
         *lora_routes.routes(),
         *anthropic_routes.routes(),
+        *openapi.routes(),
     ]
 
 

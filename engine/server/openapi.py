@@ -1,0 +1,276 @@
+"""The OpenAPI 3.1 document of the server and a page that shows it, both from the types of the routes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from html import escape
+from typing import Any, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+import engine
+from engine.server.anthropic import schemas as anthropic_schemas
+from engine.server.native import schemas
+from engine.server.openai import schemas as openai_schemas
+from engine.server.openai.responses import schemas as responses_schemas
+from engine.server.responses import json_response
+
+REFS = "#/components/schemas/{name}"
+ERRORS = ("400", "401", "403", "404", "409", "413", "422", "424", "429", "500", "503")
+
+
+class Operation(NamedTuple):
+    """One route. `answer` is a type, or None for an answer that its summary describes."""
+
+    tag: str
+    summary: str
+    body: Any = None
+    answer: Any = None
+    event: Any = None  # of a stream
+    status: str = "200"
+    is_text: bool = False
+
+
+def _openai(name: str, choice: type[msgspec.Struct]) -> Any:
+    """OpenAI's answer or chunk with choices of this type. (msgspec describes no union of structs.)"""
+    fields = [
+        (one.name, list[choice] if one.name == "choices" else one.type, one.default)  # type: ignore[valid-type]
+        for one in msgspec.structs.fields(openai_schemas.OpenAIAnswer)
+    ]
+    return msgspec.defstruct(
+        name,
+        [
+            (one, kind) if default is msgspec.NODEFAULT else (one, kind, default)
+            for one, kind, default in fields
+        ],
+    )
+
+
+_GENERATE, _OPENAI, _ANTHROPIC = "Generate", "OpenAI", "Anthropic"
+_ADAPTERS, _SERVER = "Adapters", "Server"
+
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("POST", "/generate"): Operation(
+        _GENERATE, "Generate text", schemas.GenerateBody, schemas.GenerateAnswer
+    ),
+    ("POST", "/generate_stream"): Operation(
+        _GENERATE, "Generate a stream of tokens", schemas.GenerateBody, event=schemas.StreamAnswer
+    ),
+    ("POST", "/"): Operation(
+        _GENERATE,
+        "Generate text, as a stream if the body says so",
+        schemas.GenerateBody,
+        list[schemas.GenerateAnswer],
+        schemas.StreamAnswer,
+    ),
+    ("POST", "/invocations"): Operation(
+        _GENERATE,
+        "As POST /, for SageMaker",
+        schemas.GenerateBody,
+        list[schemas.GenerateAnswer],
+        schemas.StreamAnswer,
+    ),
+    ("POST", "/tokenize"): Operation(_GENERATE, "The tokens of a text", schemas.TokenizeBody),
+    ("POST", "/v1/chat/completions"): Operation(
+        _OPENAI,
+        "Chat completion",
+        openai_schemas.ChatBody,
+        _openai("ChatAnswer", openai_schemas.ChatChoice),
+        _openai("ChatChunk", openai_schemas.ChatChunkChoice),
+    ),
+    ("POST", "/v1/completions"): Operation(
+        _OPENAI,
+        "Completion",
+        openai_schemas.CompletionBody,
+        _openai("CompletionAnswer", openai_schemas.CompletionChoice),
+        _openai("CompletionChunk", openai_schemas.CompletionChoice),
+    ),
+    ("POST", "/v1/responses"): Operation(
+        _OPENAI, "Response, stateless", responses_schemas.ResponsesBody
+    ),
+    ("GET", "/v1/models"): Operation(_OPENAI, "The base model, aliases and adapters"),
+    ("GET", "/v1/models/{id}"): Operation(_OPENAI, "One model"),
+    ("POST", "/v1/load_lora_adapter"): Operation(
+        _OPENAI, "vLLM's: load an adapter under a name", openai_schemas.LoadLoraBody, is_text=True
+    ),
+    ("POST", "/v1/unload_lora_adapter"): Operation(
+        _OPENAI, "vLLM's: unload that name", openai_schemas.UnloadLoraBody, is_text=True
+    ),
+    ("POST", "/v1/messages"): Operation(
+        _ANTHROPIC, "Message", anthropic_schemas.MessagesBody, anthropic_schemas.OutMessage
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        _ANTHROPIC, "Tokens of a conversation", anthropic_schemas.CountBody
+    ),
+    ("GET", "/adapters"): Operation(_ADAPTERS, "All adapters that the client may see"),
+    ("GET", "/adapters/{id}"): Operation(_ADAPTERS, "One adapter", answer=schemas.AdapterEntry),
+    ("POST", "/adapters/load"): Operation(
+        _ADAPTERS, "Load into host memory", schemas.AdapterBody, schemas.AdapterEntry
+    ),
+    ("POST", "/adapters/prefetch"): Operation(
+        _ADAPTERS, "Begin to load", schemas.AdapterBody, status="202"
+    ),
+    ("POST", "/adapters/pin"): Operation(
+        _ADAPTERS, "Keep on the device, or no longer", schemas.PinBody, schemas.AdapterEntry
+    ),
+    ("POST", "/adapters/unload"): Operation(
+        _ADAPTERS, "Free when no request uses it", schemas.AdapterBody
+    ),
+    ("GET", "/adapters/aliases"): Operation(_ADAPTERS, "All aliases"),
+    ("GET", "/adapters/aliases/{name}"): Operation(_ADAPTERS, "One alias"),
+    ("PUT", "/adapters/aliases/{name}"): Operation(
+        _ADAPTERS, "Let a name stand for an adapter", schemas.AdapterBody
+    ),
+    ("DELETE", "/adapters/aliases/{name}"): Operation(_ADAPTERS, "Remove an alias"),
+    ("GET", "/cache"): Operation(_ADAPTERS, "The tiers: device, host memory, disk"),
+    ("GET", "/"): Operation(_SERVER, "Health", is_text=True),
+    ("GET", "/health"): Operation(_SERVER, "Health", is_text=True),
+    ("GET", "/ping"): Operation(_SERVER, "Health", is_text=True),
+    ("GET", "/startup"): Operation(_SERVER, "Ready when it has generated a token", is_text=True),
+    ("GET", "/info"): Operation(_SERVER, "The model, its limits and the memory plan"),
+    ("GET", "/metrics"): Operation(_SERVER, "Prometheus metrics", is_text=True),
+    ("GET", "/openapi.json"): Operation(_SERVER, "This document"),
+    ("GET", "/api-doc/openapi.json"): Operation(_SERVER, "This document, where LoRAX has it"),
+    ("GET", "/docs"): Operation(_SERVER, "This document as a page", is_text=True),
+}
+
+_SHAPES = {  # of errors, by the first part of a path
+    "native": {"error": {"type": "string"}, "error_type": {"type": "string"}},
+    "v1": {"error": {"type": "object"}},
+}
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """The OpenAPI document."""
+    used = [kind for one in OPERATIONS.values() for kind in one[2:5] if kind is not None]
+    _, components = msgspec.json.schema_components(used, ref_template=REFS)
+    for name, fields in _SHAPES.items():
+        components[f"Error_{name}"] = {
+            "type": "object",
+            "properties": fields,
+            "required": list(fields),
+        }
+    paths: dict[str, dict[str, Any]] = {}
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "LoRAX",
+            "version": engine.__version__,
+            "description": "One base model, many LoRA adapters.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _operation(path: str, operation: Operation) -> dict[str, Any]:
+    shape = REFS.format(name="Error_v1" if path.startswith("/v1/") else "Error_native")
+    content: dict[str, Any] = {}
+    if operation.is_text:
+        content["text/plain"] = {"schema": {"type": "string"}}
+    elif operation.answer is not None or operation.event is None:
+        content["application/json"] = {"schema": _schema(operation.answer)}
+    if operation.event is not None:
+        content["text/event-stream"] = {"schema": _schema(operation.event)}
+    answers = {operation.status: {"description": "Success", "content": content}}
+    answers |= {
+        status: {
+            "description": "Error",
+            "content": {"application/json": {"schema": {"$ref": shape}}},
+        }
+        for status in ERRORS
+    }
+    made: dict[str, Any] = {
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "responses": answers,
+    }
+    if "{" in path:
+        name = path.partition("{")[2].rstrip("}")
+        made["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if operation.body is not None:
+        made["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _schema(operation.body)}},
+        }
+    return made
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    if kind is None:
+        return {}
+    (schema,), _ = msgspec.json.schema_components([kind], ref_template=REFS)
+    return schema
+
+
+@functools.cache
+def page() -> str:
+    """The document as HTML, without scripts and without files of others."""
+    schemas_of = document()["components"]["schemas"]
+    parts = [f"<h1>LoRAX {escape(engine.__version__)}</h1>"]
+    for tag in dict.fromkeys(one.tag for one in OPERATIONS.values()):
+        parts.append(f"<h2>{tag}</h2>")
+        for (method, path), one in OPERATIONS.items():
+            if one.tag == tag:
+                parts.append(
+                    f"<h3><code>{method} {escape(path)}</code></h3><p>{escape(one.summary)}</p>"
+                )
+                parts.append(_fields("Body", one.body, schemas_of))
+                parts.append(_fields("Answer", one.answer, schemas_of))
+    style = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}td{padding:0 1rem 0 0}"
+    head = f'<meta charset="utf-8"><title>LoRAX</title><style>{style}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
+
+
+def _fields(title: str, kind: Any, schemas_of: Mapping[str, Any]) -> str:
+    schema = _schema(kind)
+    schema = schemas_of.get(str(schema.get("$ref", "")).rpartition("/")[2], schema)
+    fields = schema.get("properties")
+    if not fields:
+        return ""
+    needed = schema.get("required", ())
+    rows = (
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(_type(one))}</td>"
+        f"<td>{'required' if name in needed else ''}</td></tr>"
+        for name, one in fields.items()
+    )
+    return f"<details><summary>{title}</summary><table>{''.join(rows)}</table></details>"
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type(one) for one in schema["anyOf"])
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items') or {})}"
+    return str(schema.get("type", "any"))
+
+
+async def show_document(request: web.Request) -> web.StreamResponse:
+    """GET /openapi.json, /api-doc/openapi.json."""
+    return json_response(document())
+
+
+async def show_page(request: web.Request) -> web.StreamResponse:
+    """GET /docs."""
+    return web.Response(text=page(), content_type="text/html")
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.get("/openapi.json", show_document),
+        web.get("/api-doc/openapi.json", show_document),
+        web.get("/docs", show_page),
+    ]
