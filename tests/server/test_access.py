@@ -21,7 +21,7 @@ from engine.messages import TenantRef
 from engine.server import keys
 from engine.server.app import build_app
 from engine.server.keys import Tenant
-from engine.server.routes import routes
+from engine.server.routes import FORMATS, routes
 from engine.server.salts import salt_of
 from engine.server.text import Text
 from tests.adapters.fake_hub import FakeHub, Repo
@@ -34,6 +34,7 @@ KEYED: dict[str, object] = {"api_key": (KEY,)}
 BODY: Json = {
     "inputs": "x",
     "prompt": "x",
+    "input": "x",
     "messages": [{"role": "user", "content": "x"}],
     "adapter_id": "org/a",
     "model": "org/a",
@@ -45,15 +46,20 @@ BODY: Json = {
 }
 FREE = [("GET", "/health"), ("GET", "/ping"), ("GET", "/")]
 EVERY = [(one.method, one.path.partition("{")[0] + "x" * ("{" in one.path)) for one in routes()]
-GENERATES = ["/generate", "/generate_stream", "/", "/v1/completions", "/v1/chat/completions"]
+GENERATES = list(FORMATS)
 NO_ROUTES = [("GET", "/nowhere"), ("GET", "/health/"), ("POST", "/health"), ("OPTIONS", "/info")]
+
+
+def fitting(path: str, body: Json) -> Json:
+    """`body` without `prompt` where that means something else."""
+    return body if path != "/v1/responses" else {k: v for k, v in body.items() if k != "prompt"}
 
 
 async def ask(
     client: TestClient, method: str, path: str, headers: dict[str, str] | None = None
 ) -> tuple[int, Any, str]:
     """Status, headers and text of an answer."""
-    sent = {"json": BODY} if method in ("POST", "PUT") else {}
+    sent = {"json": fitting(path, BODY)} if method in ("POST", "PUT") else {}
     async with client.request(method, path, headers=headers or {}, **sent) as response:
         return response.status, response.headers, await response.text()
 
@@ -88,11 +94,17 @@ async def test_refused_on_every_route(
         status, answered, text = await ask(client, method, path, headers)
         assert (status, answered["WWW-Authenticate"]) == (401, "Bearer"), (method, path)
         error = json.loads(text)
-        v1 = path.startswith("/v1/")
-        assert (error["error"]["code"] if v1 else error["error_type"]) == "unauthorized"
+        if path.startswith("/v1/messages"):
+            assert error["error"]["type"] == "authentication_error"
+        elif path.startswith("/v1/"):
+            assert error["error"]["code"] == "unauthorized"
+        else:
+            assert error["error_type"] == "unauthorized"
         assert KEY not in text and OTHER not in text
     for path in GENERATES:  # a key in the body is no key
-        response = await client.post(path, json=BODY | {"api_token": KEY}, headers=headers)
+        response = await client.post(
+            path, json=fitting(path, BODY) | {"api_token": KEY}, headers=headers
+        )
         assert response.status == 401
     assert not backend.acquired and not backend.requests
     assert KEY not in caplog.text and OTHER not in caplog.text
@@ -141,7 +153,7 @@ async def test_the_key_is_not_a_token(start: Start, backend: FakeBackend) -> Non
         given = {} if in_body is None else {"api_token": in_body}
         body = BODY | given | {"parameters": BODY["parameters"] | given}
         for path in GENERATES:
-            await (await client.post(path, json=body, headers=headers)).read()
+            await (await client.post(path, json=fitting(path, body), headers=headers)).read()
         await client.put("/adapters/aliases/prod", json=body, headers=headers)
         assert {token for _, token in backend.acquired} == {expected}, headers
         assert len(backend.acquired) == len(GENERATES) + 1
@@ -156,7 +168,9 @@ async def test_a_key_in_the_place_of_a_token(start: Start, backend: FakeBackend)
         ({}, BEARER | {"x-adapter-token": f" {KEY} "}, "x-adapter-token"),
     ):
         body = BODY | given | {"parameters": BODY["parameters"] | given}
-        answers = [await client.post(path, json=body, headers=headers) for path in GENERATES]
+        answers = [
+            await client.post(path, json=fitting(path, body), headers=headers) for path in GENERATES
+        ]
         answers.append(await client.put("/adapters/aliases/prod", json=body, headers=headers))
         for answer in answers:
             text = await answer.text()

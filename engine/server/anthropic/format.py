@@ -27,11 +27,12 @@ ERROR_TYPES = {
 
 
 def error_body(error: LoraxError) -> dict[str, Any]:
-    """`{"type": "error", "error": {type, message}}`."""
+    """`{"type": "error", "error": {type, message, param}}`; `param` is ours."""
     kind = ERROR_TYPES.get(
         error.status, "invalid_request_error" if error.status < 500 else "api_error"
     )
-    return {"type": "error", "error": {"type": kind, "message": printable(str(error))}}
+    told = {"type": kind, "message": printable(str(error)), "param": error.field}
+    return {"type": "error", "error": told}
 
 
 class MessagesFormatter:
