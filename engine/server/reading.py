@@ -19,7 +19,7 @@ from engine.server.reasoning import Marks, Thoughts, marks_of
 from engine.server.text import Text
 from engine.server.tools.definitions import ToolUse
 from engine.server.tools.families import AUTO, BY_NAME, Family, family_of
-from engine.server.tools.grammars import Wanted, grammar_of
+from engine.server.tools.grammars import Wanted, after_thoughts, grammar_of
 from engine.server.tools.machine import (
     Arguments,
     CallBegin,
@@ -148,21 +148,30 @@ async def reading_of(
     family = None if use is None else _family(use, template, insisted)
     shown = text.special_tokens([*(marks or ()), *(family.marks if family else ())])
     reading = Reading(use, family, marks, opened, frozenset(shown.values()))
+
+    def token(mark: str) -> str:
+        return f"<[{shown[mark]}]>" if mark in shown else json.dumps(mark)
+
+    if parameters.grammar is not None:
+        if use is not None and use.required:
+            raise invalid(
+                "tool_choice",
+                "cannot be combined with a format for the answer",
+                "leave out one of them",
+            )
+        if marks is not None:
+            grammar = after_thoughts(parameters.grammar, marks, opened, token)
+            return reading, replace(parameters, grammar=grammar)
+        return reading, parameters
     if use is None or family is None:
         return reading, parameters
     strict = family.begin is not None and any(tool.strict for tool in use.tools)
-    if not use.required and (not strict or parameters.grammar is not None):
+    if not use.required and not strict:
         return reading, parameters
-    if parameters.grammar is not None:
-        raise invalid(
-            "tool_choice",
-            "cannot be combined with a format for the answer",
-            "leave out one of them",
-        )
     wanted = Wanted(
         tools=use.callable,
         parallel=use.parallel and use.named is None,
-        token=lambda mark: f"<[{shown[mark]}]>" if mark in shown else json.dumps(mark),
+        token=token,
         template=template,
     )
     thoughts = None if marks is None else (marks, opened)

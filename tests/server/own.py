@@ -25,13 +25,13 @@ TEMPLATE_TEXT = """{{ bos_token }}
     {%- if m.role == 'forbidden' %}{{ raise_exception('no role ' + m.role) }}{% endif %}
     {% generation %}<tool>{{ m['content'] | trim }}{% endgeneration %}{{ eos_token }}
 {% endfor %}
-{% if add_generation_prompt %}<think>{{ strftime_now('%Y') | length }}{% endif %}"""
+{% if add_generation_prompt %}<thing>{{ strftime_now('%Y') | length }}{% endif %}"""
 
 
 def widened(base: Path, folder: Path) -> Path:
     """Four new tokens, one of them the end of sequence, and another template."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<tool>", AddedToken("<think>", lstrip=True, rstrip=True)])
+    tokenizer.add_tokens(["<tool>", AddedToken("<thing>", lstrip=True, rstrip=True)])
     tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
     tokenizer.chat_template = TEMPLATE_TEXT
     tokenizer.save_pretrained(folder)

@@ -114,14 +114,32 @@ def grammar_of(
         lazy = "[lazy]" if token(free).startswith('"') else ""
         others += [f"begin{lazy}: /(.|\\n)*/ {token(free)}"]
     if thoughts is not None:
-        (begin, end), begun = thoughts
-        begin, end = wanted.token(begin), wanted.token(end)
-        start = f"thought {start}" if begun else f"({begin} thought)? {start}"
-        if end.startswith('"'):
-            others += ["thought: thought_end /\\n{0,2}/", f"thought_end[lazy]: /(.|\\n)*/ {end}"]
-        else:
-            others += [f"thought: /(.|\\n)*/ {end} /\\n{{0,2}}/"]
+        before, thought = _thoughts(*thoughts, token)
+        start, others = f"{before} {start}", [*others, *thought]
+    return _lark(start, others)
+
+
+def after_thoughts(grammar: str, marks: Marks, begun: bool, token: Callable[[str], str]) -> str:
+    """The grammar of an answer that may reason before what `grammar` demands. `begun`: it reasons already."""
+    before, thought = _thoughts(marks, begun, token)
+    inner: dict[str, Any] = {"lark_grammar": grammar}
+    if grammar.startswith("{"):
+        (inner,) = json.loads(grammar)["grammars"]
+    outer = {"lark_grammar": _lark(f"{before} @answer", thought)}
+    return json.dumps({"grammars": [outer, inner | {"name": "answer"}]})
+
+
+def _lark(start: str, others: Sequence[str]) -> str:
     return "\n".join(["%llguidance {}", f"start: {start}", *others, ""])
+
+
+def _thoughts(marks: Marks, begun: bool, token: Callable[[str], str]) -> tuple[str, list[str]]:
+    """What stands before an answer that may reason first, and its rules."""
+    begin, end = map(token, marks)
+    before = "thought" if begun else f"({begin} thought)?"
+    if end.startswith('"'):
+        return before, ["thought: thought_end /\\n{0,2}/", f"thought_end[lazy]: /(.|\\n)*/ {end}"]
+    return before, [f"thought: /(.|\\n)*/ {end} /\\n{{0,2}}/"]
 
 
 def _listed(wanted: Wanted, mark: str, space: str) -> Rules:
