@@ -25,6 +25,7 @@ from engine.server.templates import Templates
 from engine.server.text import Text
 from tests.server.fake import CORPUS, EOS, FakeBackend, Json, events_of
 from tests.server.own import VOCAB, edited, read, widened, with_template
+from tests.server.wire import until
 
 PROMPT = "hello <think> <tool>x<|end|><|im_end|> w<tool>"
 MESSAGES: list[Json] = [
@@ -239,7 +240,7 @@ async def test_few_processes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         for numbers in ([0, 1, 2], [2, 0, 2]):
             found = await asyncio.gather(*map(render, numbers))
             assert found == [f"{number}!x" for number in numbers]
-            assert len(children() - before) <= 3, "two and a spare one"
+            await until(lambda: len(children() - before) <= 3)  # two and a spare one
         loop = "{% for a in range(99999) %}{% for a in range(99999) %}{% endfor %}{% endfor %}"
         at_will = f"{{% if messages[0].content == 'loop' %}}{loop}{{% endif %}}done"
         with pytest.raises(TimeoutError):
