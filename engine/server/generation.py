@@ -40,6 +40,7 @@ from engine.server.salts import salt_of
 from engine.server.static import acquire, own_text
 from engine.server.stops import StopMatcher
 from engine.server.text import Text
+from engine.server.token_rules import check_rules
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
@@ -326,6 +327,7 @@ class Generator:
     async def _check(self, num_prompts: int, parameters: Parameters, tenant: Tenant | None) -> None:
         """Everything that depends neither on the adapter nor on a prompt. Raises InvalidRequest."""
         check(parameters, self.limits)
+        check_rules(parameters)
         priority_of(parameters, tenant.priority if tenant else 0)
         if num_prompts * parameters.best_of > self.limits.max_sequences:
             raise invalid(
@@ -364,13 +366,14 @@ class Generator:
         behind = 0
         for tokens in generation.prompts:
             new = parameters.max_new_tokens or self.limits.max_total_tokens - len(tokens)
+            ends = parameters.ends(text.eos_token_ids)
             for seed in parameters.seeds():
                 request = Request(
                     id=f"{generation.id}-{len(made)}",
                     tokens=tokens,
-                    sampling=parameters.sampling(seed, self.limits),
+                    sampling=parameters.sampling(seed, self.limits, ends),
                     max_new_tokens=new,
-                    eos_token_ids=[] if parameters.ignore_eos else text.eos_token_ids,
+                    eos_token_ids=ends,
                     adapter=lease.image if lease else None,
                     cache_salt=salt,
                     arrival=generation.timings.received,
