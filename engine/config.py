@@ -332,7 +332,13 @@ class ServerConfig:
             least=0,
         ),
     ] = 90.0
-    max_best_of: Annotated[int, Option("Maximum `best_of` and `n` of a request.", least=1)] = 2
+    max_best_of: Annotated[int, Option("Maximum `best_of` of a request.", least=1)] = 2
+    max_n: Annotated[int, Option("Maximum `n` of a request.", least=1)] = 128
+    watermark_gamma: Annotated[
+        float,
+        Option("Fraction of the vocabulary that `watermark` favours.", least=0.01, most=0.99),
+    ] = 0.5
+    watermark_delta: Annotated[float, Option("Added to their logits.", least=0, most=100)] = 2.0
     max_stop_sequences: Annotated[int, Option("Maximum stop sequences of a request.", least=0)] = 4
     max_num_alternatives: Annotated[
         int, Option("Maximum `top_logprobs` of a request.", least=0)

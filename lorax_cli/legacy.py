@@ -73,7 +73,6 @@ LEGACY: tuple[LegacyFlag, ...] = (
     *_unused("use --attention-backend", "--backend"),
     *_unused("the device determines the kernels", "--disable-custom-kernels", takes_value=False),
     *_unused("one LoRA kernel serves all ranks", "--disable-sgmv", takes_value=False),
-    *_unused("watermarks are not supported", "--watermark-gamma", "--watermark-delta"),
     *_unused("tracing is not supported yet", "--otlp-endpoint"),
     *_unused(_SPECULATION, "--speculation-max-batch-size"),
     *_unused("`/info` describes a running server", "--env", takes_value=False),

@@ -61,13 +61,16 @@ class Choice:
         special = id in text.special_ids and id not in self.shown
         special = special or (ends and id in self.request.eos_token_ids)
         piece = "" if special else self.stream.push(id)
-        delta = self.stops.push(piece) if piece else ""
         self.num_tokens += 1
+        stoppable = self.num_tokens > self.request.sampling.min_tokens
+        delta = self.stops.push(piece) if piece and stoppable else piece
         self.logprobs += output.logprob or 0.0
         if delta:
             self.parts.append(delta)
         own = text.token_text(id) if special else piece
-        if special and own in self.stops.stops:  # a stop sequence may name a special token
+        if (
+            special and stoppable and own in self.stops.stops
+        ):  # a stop sequence may name a special token
             delta = self._end()
             self.stops.matched = own
         return Token(

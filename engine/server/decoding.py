@@ -42,6 +42,7 @@ def _decoder(cls: Any) -> msgspec.json.Decoder[Any]:
 
 def _decode(body: Body, cls: type[S]) -> S:
     try:
+        str(body, "utf-8")  # msgspec does not check what it skips
         struct: Any = cls
         found: S = _decoder(struct).decode(body)
         return found

@@ -16,15 +16,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-from engine.adapters.ref import AdapterRef
 from engine.backend import Backend, Lease, Reader
 from engine.config import EngineConfig
-from engine.errors import LoraxError, Overloaded
+from engine.errors import LoraxError
 from engine.messages import Request, Update
 from engine.metrics import Metrics
 from engine.server.adapter_texts import AdapterTexts
@@ -34,6 +32,7 @@ from engine.server.choice import Choice
 from engine.server.events import Event, Finish, FinishedChoice, PromptLogprobs, Token
 from engine.server.grammars import Checks
 from engine.server.keys import Tenant
+from engine.server.open_requests import OpenRequests
 from engine.server.parameters import Limits, Parameters, check, invalid, priority_of
 from engine.server.prompts import Prompt, tokenized_all
 from engine.server.reading import Reading, reading_of
@@ -41,6 +40,7 @@ from engine.server.salts import salt_of
 from engine.server.static import acquire, own_text
 from engine.server.stops import StopMatcher
 from engine.server.text import Text
+from engine.server.token_rules import check_rules
 from engine.server.waiting import Waiter
 
 log = logging.getLogger(__name__)
@@ -252,13 +252,14 @@ class Generator:
     checks: Checks = field(default_factory=Checks)
     limits: Limits = field(init=False)
     texts: AdapterTexts = field(init=False)
-    _requests: Counter[AdapterRef] = field(default_factory=Counter)  # open ones
+    requests: OpenRequests = field(init=False)
     use: AdapterUse = field(init=False)
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # the engine has no sequence
     num_open: int = 0  # sequences that the engine has not dropped
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.backend.info, self.config)
+        self.requests = OpenRequests(self.config.adapters.max_requests_per_adapter)
         self.texts = AdapterTexts(self.text)
         self.use = AdapterUse(self.backend, self.metrics)
         self.idle.set()
@@ -288,10 +289,10 @@ class Generator:
         timings = Timings(time.monotonic())
         await self._check(len(prompts), parameters, tenant)
         started = time.monotonic()
-        adapter, lease = None, None
+        adapter, lease, counted = None, None, ExitStack()
         if parameters.adapter is not None:
             adapter = self.aliases.resolve(parameters.adapter)
-            self._count(adapter)
+            counted.enter_context(self.requests.counted(adapter))
         generation: Generation | None = None
         try:
             if adapter is not None:
@@ -323,12 +324,12 @@ class Generator:
                 await generation.close()
             elif lease is not None:
                 lease.release()
-            if adapter is not None:
-                self._uncount(adapter)
+            counted.close()
 
     async def _check(self, num_prompts: int, parameters: Parameters, tenant: Tenant | None) -> None:
         """Everything that depends neither on the adapter nor on a prompt. Raises InvalidRequest."""
         check(parameters, self.limits)
+        check_rules(parameters)
         priority_of(parameters, tenant.priority if tenant else 0)
         if num_prompts * parameters.best_of > self.limits.max_sequences:
             raise invalid(
@@ -339,22 +340,6 @@ class Generator:
             )
         if parameters.grammar is not None:
             await self.checks.check(parameters.grammar, parameters.name("grammar"))
-
-    def _count(self, adapter: AdapterRef) -> None:
-        """One more request for an adapter. Raises Overloaded beyond --max-requests-per-adapter."""
-        most, number = self.config.adapters.max_requests_per_adapter, self._requests[adapter]
-        if most is not None and number >= most:
-            raise Overloaded(
-                f"{number} requests for {adapter.name} are open, which is the limit",
-                field="adapter_id",
-                hint="try again, or start the server with a larger --max-requests-per-adapter",
-            )
-        self._requests[adapter] = number + 1
-
-    def _uncount(self, adapter: AdapterRef) -> None:
-        self._requests[adapter] -= 1
-        if not self._requests[adapter]:
-            del self._requests[adapter]
 
     def _choices(
         self, generation: Generation, lease: Lease | None, tenant: Tenant | None
@@ -367,13 +352,14 @@ class Generator:
         behind, shown = 0, generation.reading.shown
         for tokens in generation.prompts:
             new = parameters.max_new_tokens or self.limits.max_total_tokens - len(tokens)
+            ends = parameters.ends(text.eos_token_ids)
             for seed in parameters.seeds():
                 request = Request(
                     id=f"{generation.id}-{len(made)}",
                     tokens=tokens,
-                    sampling=parameters.sampling(seed, self.limits),
+                    sampling=parameters.sampling(seed, self.limits, ends),
                     max_new_tokens=new,
-                    eos_token_ids=[] if parameters.ignore_eos else text.eos_token_ids,
+                    eos_token_ids=ends,
                     adapter=lease.image if lease else None,
                     cache_salt=salt,
                     arrival=generation.timings.received,

@@ -19,21 +19,25 @@ from engine.messages import EngineInfo, SamplingParams
 BASE_NAMES = ("base", "__base_model__")  # adapter names that mean: no adapter
 GREEDY_BELOW = 1e-5  # lower temperatures mean greedy: dividing by them would overflow
 MAX_SEED = 2**64 - 1
+MAX_TOP_K = 2**31 - 1
 LOWEST_PRIORITY = -1000
 MAX_CACHE_SALT = 256  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of this server."""
+    """The limits of this server, and the strength of its watermark."""
 
     max_input_length: int
     max_total_tokens: int
     vocab_size: int
     max_best_of: int
+    max_n: int
     max_stop_sequences: int
     max_num_alternatives: int
     max_sequences: int  # of one request: prompts x choices
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
 
     @classmethod
     def of(cls, info: EngineInfo, config: EngineConfig) -> Limits:
@@ -42,9 +46,12 @@ class Limits:
             max_total_tokens=info.max_total_tokens,
             vocab_size=info.vocab_size,
             max_best_of=config.server.max_best_of,
+            max_n=config.server.max_n,
             max_stop_sequences=config.server.max_stop_sequences,
             max_num_alternatives=config.server.max_num_alternatives,
             max_sequences=config.server.max_concurrent_requests,
+            watermark_gamma=config.server.watermark_gamma,
+            watermark_delta=config.server.watermark_delta,
         )
 
 
@@ -67,7 +74,11 @@ class Parameters:
     presence_penalty: float | None = None
     seed: int | None = None
     max_new_tokens: int | None = None  # None: as many as fit
+    min_new_tokens: int | None = None  # before these, nothing but `max_new_tokens` ends the output
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()  # they end the output as end-of-sequence tokens do
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token -> added to its logit
+    watermark: bool = False
     grammar: str | None = None  # llguidance's, for the whole output; see `engine.grammar`
     keep_stop: bool = False  # the text includes the stop sequence
     ignore_eos: bool = False
@@ -88,22 +99,32 @@ class Parameters:
     def greedy(self) -> bool:
         return not self.sample or (self.temperature is not None and self.temperature < GREEDY_BELOW)
 
-    def sampling(self, seed: int, limits: Limits) -> SamplingParams:
-        """For the engine, with the `seed` of one choice."""
+    def ends(self, eos_token_ids: Sequence[int]) -> list[int]:
+        """The tokens that end the output. `eos_token_ids`: of the model or the adapter."""
+        found = () if self.ignore_eos else eos_token_ids
+        return list(dict.fromkeys([*found, *self.stop_token_ids]))
+
+    def sampling(self, seed: int, limits: Limits, ends: Sequence[int] = ()) -> SamplingParams:
+        """For the engine, with the `seed` of one choice; `ends` are the tokens that end the output."""
         off = self.greedy
         return SamplingParams(
             temperature=0.0 if off else _or(self.temperature, 1.0),
-            top_k=0 if off else min(self.top_k or 0, limits.vocab_size),
+            top_k=0 if off else max(0, min(self.top_k or 0, limits.vocab_size)),
             top_p=1.0 if off else _or(self.top_p, 1.0),
             typical_p=1.0 if off else _or(self.typical_p, 1.0),
             min_p=0.0 if off else _or(self.min_p, 0.0),
             repetition_penalty=_or(self.repetition_penalty, 1.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             presence_penalty=_or(self.presence_penalty, 0.0),
-            seed=seed & (2**63 - 1),
+            seed=_signed(seed),
             logprobs=self.logprobs or self.prompt_logprobs,
             num_alternatives=self.num_alternatives or 0,
             prompt_logprobs=self.prompt_logprobs,
+            logit_bias=dict(self.logit_bias),
+            min_tokens=self.min_new_tokens or 0,
+            delayed=tuple(ends) if self.min_new_tokens else (),
+            watermark_gamma=limits.watermark_gamma if self.watermark else 0.0,
+            watermark_delta=limits.watermark_delta if self.watermark else 0.0,
         )
 
     def seeds(self) -> list[int]:
@@ -128,6 +149,11 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+def _signed(seed: int) -> int:
+    """All 64 bits of `seed`, as a signed number."""
+    return (seed & MAX_SEED ^ 2**63) - 2**63
+
+
 def _mix(seed: int, index: int) -> int:
     """SplitMix64 (Steele et al. 2014): the `index`-th number after `seed`."""
     z = (seed + index * 0x9E3779B97F4A7C15) & MAX_SEED
@@ -139,14 +165,20 @@ def _mix(seed: int, index: int) -> int:
 _Check = tuple[str, Callable[[Any], bool], str, str | None]
 _CHECKS: tuple[_Check, ...] = (
     ("temperature", lambda v: v >= 0, "must be 0 or more", "0 is greedy"),
-    ("top_k", lambda v: v > 0, "must be 1 or more", "leave it out to disable it"),
+    (
+        "top_k",
+        lambda v: -1 <= v <= MAX_TOP_K,
+        f"must be between 0 and {MAX_TOP_K}",
+        "0 disables it",
+    ),
     ("top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1", None),
-    ("typical_p", lambda v: 0 < v < 1, "must be between 0 and 1", "leave it out to disable it"),
+    ("typical_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1", "1 disables it"),
     ("min_p", lambda v: 0 <= v <= 1, "must be between 0 and 1", "0 disables it"),
     ("repetition_penalty", lambda v: v > 0, "must be above 0", "1 disables it"),
     ("frequency_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 disables it"),
     ("presence_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2", "0 disables it"),
     ("max_new_tokens", lambda v: v > 0, "must be 1 or more", "leave it out for as many as fit"),
+    ("min_new_tokens", lambda v: v >= 0, "must be 0 or more", "leave it out for none"),
     ("best_of", lambda v: v > 0, "must be 1 or more", None),
 )
 
@@ -157,7 +189,10 @@ def check(parameters: Parameters, limits: Limits) -> None:
         value = getattr(parameters, what)
         if value is not None and not allowed(value):
             raise invalid(parameters.name(what), f"{rule}, not {value}", hint)
-    _check_most(parameters, "best_of", limits.max_best_of, "--max-best-of")
+    if parameters.name("best_of") == "n":
+        _check_most(parameters, "best_of", limits.max_n, "--max-n")
+    else:
+        _check_most(parameters, "best_of", limits.max_best_of, "--max-best-of")
     alternatives = parameters.num_alternatives
     if alternatives is not None and alternatives < 0:
         raise invalid(parameters.name("num_alternatives"), f"must be 0 or more, not {alternatives}")

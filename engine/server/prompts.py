@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from engine.server.conversation import Conversation
 from engine.server.parameters import Limits, Parameters, check_prompt, invalid
 from engine.server.text import Text
+from engine.server.token_rules import check_ids
 
 NORMALISED = 4  # a tokenizer normalises at most this many characters to one
 
@@ -18,6 +19,7 @@ async def tokenized(
     prompt: Prompt, parameters: Parameters, limits: Limits, text: Text, vocab_size: int
 ) -> list[int]:
     """The tokens of one prompt; raises InvalidRequest if they do not fit. `vocab_size` 0: the base model's."""
+    check_ids(parameters, vocab_size or limits.vocab_size)
     most = limits.max_input_length * NORMALISED * text.longest_token
 
     def check_length(characters: int) -> None:

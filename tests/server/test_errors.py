@@ -31,12 +31,12 @@ HELLO: Any = [{"role": "user", "content": "Hello"}]
 NATIVE: list[tuple[Json, str]] = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"top_k": 0}, "top_k"),
+    ({"top_k": -2}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
     ({"top_p": 0}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"typical_p": 0}, "typical_p"),
-    ({"typical_p": 1}, "typical_p"),
+    ({"typical_p": 1.5}, "typical_p"),
     ({"min_p": 1.5}, "min_p"),
     ({"min_p": -1}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -60,7 +60,7 @@ NATIVE: list[tuple[Json, str]] = [
     ({"seed": 2**64}, "seed"),
     ({"return_k_alternatives": 0}, "return_k_alternatives"),
     ({"return_k_alternatives": 21}, "return_k_alternatives"),
-    ({"watermark": True}, "watermark"),
+    ({"min_new_tokens": -1}, "min_new_tokens"),
     ({"response_format": {}}, "response_format.type"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_object", "schema": {"not": {}}}}, "response_format"),
@@ -181,7 +181,7 @@ CHAT: list[tuple[Json, str]] = [
     ({"temperature": -1}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"n": 0}, "n"),
-    ({"n": 5}, "n"),
+    ({"n": 129}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_completion_tokens": 1000}, "max_completion_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
@@ -192,7 +192,7 @@ CHAT: list[tuple[Json, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {}}},
         "response_format.json_schema.schema",
@@ -251,7 +251,7 @@ COMPLETION: list[tuple[Json, str]] = [
     ({"prompt": {"a": 5}}, "prompt"),
     ({"prompt": ["a"] * 2000}, "prompt"),
     ({"prompt": [5] * 201}, "prompt"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
 ]
 
 

@@ -157,7 +157,7 @@ async def test_extras(openai: AsyncOpenAI, backend: FakeBackend) -> None:
     sampling = request.sampling
     assert (sampling.top_k, sampling.top_p, sampling.min_p) == (7, 0.5, 0.2)
     assert (sampling.typical_p, sampling.repetition_penalty) == (0.9, 1.1)
-    assert sampling.presence_penalty == 1.0 and sampling.seed >= 0
+    assert sampling.presence_penalty == 1.0 and sampling.seed == -3
     assert request.eos_token_ids == []
 
 

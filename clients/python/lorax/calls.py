@@ -103,6 +103,7 @@ def generate(
     min_p: float | None = None,
     cache_salt: str | None = None,
     priority: int | None = None,
+    min_new_tokens: int | None = None,
 ) -> Call[Response]:
     """The text that follows `prompt`. `lorax.types.Parameters` says what the arguments mean."""
     parameters = Parameters(
@@ -112,6 +113,7 @@ def generate(
         api_token=api_token,
         do_sample=do_sample,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         ignore_eos_token=ignore_eos_token,
         best_of=best_of,
         repetition_penalty=repetition_penalty,
@@ -166,6 +168,7 @@ def generate_stream(
     min_p: float | None = None,
     cache_salt: str | None = None,
     priority: int | None = None,
+    min_new_tokens: int | None = None,
 ) -> Call[None]:
     """The tokens that follow `prompt`, as they come. Closing the iterator cancels the request.
 
@@ -178,6 +181,7 @@ def generate_stream(
         api_token=api_token,
         do_sample=do_sample,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         ignore_eos_token=ignore_eos_token,
         repetition_penalty=repetition_penalty,
         return_full_text=return_full_text,

@@ -97,6 +97,7 @@ class Parameters(BaseModel):
     api_token: str | None = Field(default=None, repr=False)  # for private adapters
     do_sample: bool = False  # else greedy, unless another parameter turns sampling on
     max_new_tokens: int | None = None  # None: as many as fit
+    min_new_tokens: int | None = None  # the answer does not end before
     ignore_eos_token: bool = False  # continue after an end-of-sequence token
     repetition_penalty: float | None = None  # 1 disables it; counts prompt and answer
     frequency_penalty: float | None = None  # 0 disables it; counts the answer
@@ -124,12 +125,13 @@ class Parameters(BaseModel):
     @property
     def samples(self) -> bool:
         """Whether the server samples, rather than take the most likely token."""
-        filters = (self.top_k, self.top_p, self.typical_p, self.min_p)
-        return (
-            self.do_sample
-            or self.temperature not in (None, 0, 1)
-            or any(value is not None for value in filters)
+        filters = (
+            self.top_k not in (None, 0, -1),
+            self.top_p not in (None, 1),
+            self.typical_p not in (None, 1),
+            self.min_p not in (None, 0),
         )
+        return self.do_sample or self.temperature not in (None, 0, 1) or any(filters)
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -146,16 +148,17 @@ class Parameters(BaseModel):
 
 _PARAMETER_RULES: Rules = (
     ("max_new_tokens", lambda v: v > 0, "must be 1 or more"),
+    ("min_new_tokens", lambda v: v >= 0, "must be 0 or more"),
     ("repetition_penalty", lambda v: v > 0, "must be above 0"),
     ("frequency_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2"),
     ("presence_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2"),
     ("stop", all, "has an empty sequence"),
     ("seed", lambda v: v >= 0, "must be 0 or more"),
     ("temperature", lambda v: v >= 0, "must be 0 or more"),
-    ("top_k", lambda v: v > 0, "must be 1 or more"),
+    ("top_k", lambda v: v >= -1, "must be 0 or more"),
     ("top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
     ("min_p", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
-    ("typical_p", lambda v: 0 < v < 1, "must be above 0 and below 1"),
+    ("typical_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
     ("truncate", lambda v: v > 0, "must be 1 or more"),
     ("best_of", lambda v: v > 0, "must be 1 or more"),
     ("return_k_alternatives", lambda v: v > 0, "must be 1 or more"),

@@ -36,19 +36,23 @@ CASES: list[tuple[dict[str, Any], bool]] = [
     ({"temperature": 0}, True),
     ({"temperature": -0.1}, False),
     ({"top_k": 1}, True),
-    ({"top_k": 0}, False),
+    ({"top_k": 0}, True),
+    ({"top_k": -2}, False),
     ({"top_p": 1}, True),
     ({"top_p": 0}, False),
     ({"top_p": 1.1}, False),
     ({"min_p": 0}, True),
     ({"min_p": 1.1}, False),
     ({"typical_p": 0.5}, True),
-    ({"typical_p": 1}, False),
+    ({"typical_p": 1}, True),
+    ({"typical_p": 1.1}, False),
     ({"typical_p": 0}, False),
     ({"truncate": 1}, True),
     ({"truncate": 0}, False),
     ({"max_new_tokens": 1}, True),
     ({"max_new_tokens": 0}, False),
+    ({"min_new_tokens": 0}, True),
+    ({"min_new_tokens": -1}, False),
     ({"return_k_alternatives": 1}, True),
     ({"return_k_alternatives": 0}, False),
     ({"stop": ["x"]}, True),
@@ -86,7 +90,7 @@ def test_fields_are_the_servers() -> None:
         (Request, schemas.GenerateBody),
     ):
         names = {field.encode_name for field in msgspec.structs.fields(struct)}
-        assert names - {"apply_chat_template"} == set(model.model_fields)
+        assert names - {"apply_chat_template", "grammar", "top_n_tokens"} == set(model.model_fields)
 
 
 def test_requests() -> None:

@@ -39,13 +39,14 @@ def _parameters(
     api_token = context.token(given.api_token)
     if not body.inputs:
         raise invalid("inputs", "is empty", "send some text")
-    refuse(watermark=given.watermark)
-    filters = (given.top_k, given.top_p, given.typical_p, given.min_p)
-    sample = (
-        bool(given.do_sample)
-        or given.temperature not in (None, 0, 1)
-        or any(value is not None for value in filters)
+    refuse(grammar=given.grammar, top_n_tokens=given.top_n_tokens)
+    filters = (
+        given.top_k not in (None, 0, -1),
+        given.top_p not in (None, 1),
+        given.typical_p not in (None, 1),
+        given.min_p not in (None, 0),
     )
+    sample = bool(given.do_sample) or given.temperature not in (None, 0, 1) or any(filters)
     best_of = 1 if given.best_of is None else given.best_of
     _check(given, best_of, sample=sample, stream=stream)
     details = bool(given.details or given.decoder_input_details)
@@ -65,6 +66,8 @@ def _parameters(
         presence_penalty=given.presence_penalty,
         seed=given.seed,
         max_new_tokens=given.max_new_tokens,
+        min_new_tokens=given.min_new_tokens,
+        watermark=bool(given.watermark),
         stop=given.stop or (),
         keep_stop=True,
         ignore_eos=bool(given.ignore_eos_token),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.messages import AdapterPhase, Tier
@@ -27,6 +29,7 @@ class GenerateParameters(Struct, frozen=True):
     min_p: float | None = None
     do_sample: bool | None = None
     max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = None
     stop: list[str] | None = None
@@ -38,6 +41,8 @@ class GenerateParameters(Struct, frozen=True):
     apply_chat_template: bool | None = None  # ignored, as by LoRAX
     seed: int | None = None
     response_format: ResponseFormat | None = None
+    grammar: Any = None  # of TGI; refused, as the next
+    top_n_tokens: int | None = None
 
 
 class GenerateBody(Struct, frozen=True):

@@ -6,6 +6,7 @@ import uuid
 from functools import partial
 from typing import Any
 
+from engine.adapters.ref import AdapterRef
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
 from engine.server.grammars import grammar_of, guided
@@ -13,8 +14,10 @@ from engine.server.openai.chat import ChatFormatter
 from engine.server.openai.format import CompletionFormatter
 from engine.server.openai.messages import conversation
 from engine.server.openai.schemas import ChatBody, CompletionBody, OpenAIBody
+from engine.server.openai.unserved import refuse_unserved
 from engine.server.parameters import Parameters, invalid, refuse
 from engine.server.prompts import Prompt
+from engine.server.token_rules import biases_of
 
 
 def parse_chat(raw: bytes | bytearray, context: Context, /) -> GenerationRequest:
@@ -47,7 +50,7 @@ def _parameters(
     body: OpenAIBody, context: Context, api_token: str | None, names: dict[str, str], **own: Any
 ) -> Parameters:
     """The parameters of both formats, and `own` of one. Without a temperature OpenAI samples at 1."""
-    refuse(logit_bias=body.logit_bias)
+    refuse_unserved(body)
     structured = guided(
         body.structured_outputs,
         body.guided_json,
@@ -57,11 +60,9 @@ def _parameters(
     )
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "needs `stream`", "leave it out, or set `stream`")
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    stop = [body.stop] if isinstance(body.stop, str) and body.stop else body.stop
     shared: dict[str, Any] = {
-        "adapter": context.adapter(
-            body.model, body.adapter_source, body.merged_adapters, field="model"
-        ),
+        "adapter": _adapter(body, context),
         "api_token": api_token,
         "cache_salt": body.cache_salt,
         "priority": body.priority,
@@ -76,13 +77,30 @@ def _parameters(
         "presence_penalty": body.presence_penalty,
         "seed": body.seed,
         "max_new_tokens": body.max_tokens,
+        "min_new_tokens": body.min_tokens,
         "stop": stop or (),
-        "ignore_eos": bool(body.ignore_eos_token),
+        "stop_token_ids": body.stop_token_ids or (),
+        "logit_bias": biases_of(body.logit_bias),
+        "keep_stop": bool(body.include_stop_str_in_output),
+        "ignore_eos": bool(body.ignore_eos_token or body.ignore_eos),
         "grammar": grammar_of(body.response_format, structured),
-        "names": {"grammar": "response_format" if structured is None else "structured_outputs"}
+        "names": {"min_new_tokens": "min_tokens"}
+        | {"grammar": "response_format" if structured is None else "structured_outputs"}
         | names,
     }
     return Parameters(**shared | own)
+
+
+def _adapter(body: OpenAIBody, context: Context) -> AdapterRef | None:
+    """The adapter that `model` names, or LoRAX's field `adapter_id`. Raises InvalidRequest if they differ."""
+    source, merged = body.adapter_source, body.merged_adapters
+    if not body.adapter_id:
+        return context.adapter(body.model, source, merged, field="model")
+    found = context.adapter(body.adapter_id, source, merged)
+    named = context.adapter(body.model, source, field="model") if body.model else None
+    if named is not None and named != found:
+        raise invalid("adapter_id", "and `model` name two adapters", "leave one out")
+    return found
 
 
 def chat_parameters(body: ChatBody, context: Context) -> Parameters:

@@ -8,6 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from engine.server.grammars import ResponseFormat, Schema, StructuredOutputs
 from engine.server.merged import MergedAdapters
+from engine.server.openai.unserved import Unserved
 
 # -- requests
 
@@ -43,7 +44,7 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class OpenAIBody(Struct, frozen=True, kw_only=True):
+class OpenAIBody(Unserved, frozen=True, kw_only=True):
     """Fields of both routes. `model` names the adapter; the fields from `repetition_penalty` on are ours."""
 
     model: str | None = None
@@ -57,7 +58,10 @@ class OpenAIBody(Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
@@ -69,6 +73,8 @@ class OpenAIBody(Struct, frozen=True, kw_only=True):
     typical_p: float | None = None
     min_p: float | None = None
     ignore_eos_token: bool | None = None
+    ignore_eos: bool | None = None
+    adapter_id: str | None = None
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None

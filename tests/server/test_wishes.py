@@ -1,0 +1,169 @@
+"""Wishes that change an answer are served, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from engine.config import EngineConfig, ServerConfig
+from tests.server.conftest import Start
+from tests.server.fake import EOS, FakeBackend
+
+HELLO = {"model": "base", "prompt": "Hello"}
+
+
+async def complete(client: TestClient, **given: Any) -> tuple[int, Any]:
+    answer = await client.post("/v1/completions", json={**HELLO, **given})
+    return answer.status, await answer.json()
+
+
+async def generate(client: TestClient, **given: Any) -> tuple[int, Any]:
+    answer = await client.post("/generate", json={"inputs": "Hello", "parameters": given})
+    return answer.status, await answer.json()
+
+
+async def test_biases_and_the_tokens_that_end_an_answer(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    status, _ = await complete(
+        client, logit_bias={"5": -100, "17": 2.5}, min_tokens=3, stop_token_ids=[9, EOS]
+    )
+    assert status == 200
+    (request,) = backend.requests
+    sampling = request.sampling
+    assert sampling.logit_bias == {5: -100.0, 17: 2.5}
+    ends = {*backend.text.eos_token_ids, 9}
+    assert set(request.eos_token_ids) == ends and len(request.eos_token_ids) == len(ends)
+    assert (sampling.min_tokens, set(sampling.delayed)) == (3, ends)
+
+
+async def test_stop_tokens_end_where_end_of_sequence_does_not(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    await complete(client, stop_token_ids=[9], ignore_eos=True)
+    assert backend.requests[0].eos_token_ids == [9]
+
+
+async def test_a_stop_sequence_counts_after_the_minimum(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    backend.say("one stop two stop three")
+    _, free = await complete(client, stop=[" two"])
+    assert free["choices"][0]["text"] == "one stop"
+    least = free["usage"]["completion_tokens"] + 1
+    _, later = await complete(client, stop=["stop"], min_tokens=least, max_tokens=100)
+    assert later["choices"][0]["text"] == "one stop two "
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 100.5}}, "logit_bias"),
+        ({"logit_bias": {str(id): 1 for id in range(1025)}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [3] * 129}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": 5, "guided_regex": "a"}, "min_tokens"),
+        ({"stop_token_ids": [5], "guided_regex": "a"}, "stop_token_ids"),
+        ({"top_k": 2**70}, "top_k"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"n": 129}, "n"),
+        ({"best_of": 5}, "best_of"),
+        ({"schema": {"type": "object"}}, "schema"),
+        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"grammar": "start: 'a'"}, "grammar"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"model": "one", "adapter_id": "two"}, "adapter_id"),
+    ],
+)
+async def test_refused_by_name(client: TestClient, given: dict[str, Any], field: str) -> None:
+    status, body = await complete(client, **given)
+    assert 400 <= status < 500
+    named = body["error"]["message"] if field == "adapter_id" else body["error"]["param"]
+    assert field in named
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"top_k": -1},
+        {"top_k": 0},
+        {"typical_p": 1},
+        {"stop": ""},
+        {"stop": []},
+        {"logit_bias": {}},
+        {"grammar": ""},
+        {"skip_special_tokens": True},
+        {"use_beam_search": False},
+        {"modalities": ["text"]},
+        {"min_tokens": 0},
+    ],
+)
+async def test_values_that_mean_off(
+    client: TestClient, backend: FakeBackend, given: dict[str, Any]
+) -> None:
+    await complete(client, seed=1)
+    status, _ = await complete(client, seed=1, **given)
+    assert status == 200
+    plain, same = backend.requests
+    assert (same.sampling, same.eos_token_ids) == (plain.sampling, plain.eos_token_ids)
+
+
+@pytest.mark.parametrize("given", [{"top_k": 0}, {"top_p": 1}, {"typical_p": 1}, {"min_p": 0}])
+async def test_a_filter_that_is_off_does_not_sample(
+    client: TestClient, backend: FakeBackend, given: dict[str, Any]
+) -> None:
+    status, _ = await generate(client, **given)
+    assert status == 200
+    assert backend.requests[0].sampling.temperature == 0
+
+
+async def test_adapter_id_names_the_adapter(client: TestClient, backend: FakeBackend) -> None:
+    assert (await complete(client, adapter_id="mine"))[0] == 200
+    assert (await complete(client, model="mine", adapter_id="mine"))[0] == 200
+    assert [ref.name for ref, _ in backend.acquired] == ["mine", "mine"]
+
+
+async def test_every_bit_of_a_seed_counts(client: TestClient, backend: FakeBackend) -> None:
+    for seed in (5, 5 + 2**63, 2**64 - 1):
+        await complete(client, seed=seed)
+    seeds = [request.sampling.seed for request in backend.requests]
+    assert [seed % 2**64 for seed in seeds] == [5, 5 + 2**63, 2**64 - 1]
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
+async def test_n_has_a_limit_of_its_own(client: TestClient) -> None:
+    status, body = await complete(client, n=128, max_tokens=1)
+    assert status == 200 and len(body["choices"]) == 128
+
+
+async def test_text_that_is_not_utf_8_is_refused_anywhere(client: TestClient) -> None:
+    raw = b'{"prompt": "Hello", "model": "base", "unknown\xff": 1}'
+    answer = await client.post("/v1/completions", data=raw)
+    assert answer.status == 400
+
+
+async def test_the_watermark_and_the_minimum_of_lorax(start: Start, backend: FakeBackend) -> None:
+    server = ServerConfig(watermark_gamma=0.25, watermark_delta=3.0)
+    client = await start(config=EngineConfig(server=server))
+    assert (await generate(client, watermark=True, min_new_tokens=2))[0] == 200
+    assert (await generate(client))[0] == 200
+    marked, plain = (request.sampling for request in backend.requests)
+    assert (marked.watermark_gamma, marked.watermark_delta) == (0.25, 3.0)
+    assert (marked.min_tokens, set(marked.delayed)) == (2, set(backend.text.eos_token_ids))
+    assert (plain.watermark_gamma, plain.min_tokens, plain.delayed) == (0, 0, ())
+
+
+@pytest.mark.parametrize("name", ["grammar", "top_n_tokens"])
+async def test_lorax_refuses_fields_of_tgi(client: TestClient, name: str) -> None:
+    status, body = await generate(client, **{name: 2})
+    assert (status, body["field"]) == (422, name)
