@@ -15,6 +15,7 @@ from engine.server.front import FRONT, Front
 from engine.server.generation import Generation
 from engine.server.keys import Tenant
 from engine.server.responses import json_response
+from engine.server.times import times_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -102,6 +103,7 @@ async def _respond(
             return await _stream(request, generation, formatter, headers)
         answer = formatter.answer(await generation.collect())
         _observe(front, generation)
+        headers |= times_of(generation)
     return json_response(answer.body, headers={**headers, **answer.headers}), None
 
 

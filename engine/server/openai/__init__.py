@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from engine.server.formats import Format
-from engine.server.openai.format import error_body
+from engine.server.openai.format import error_body, status_of
 from engine.server.openai.parse import parse_chat, parse_completion
 
-__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "error_body"]
+__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "error_body", "status_of"]
 
-CHAT_COMPLETIONS = Format(parse_chat, error_body)
-COMPLETIONS = Format(parse_completion, error_body)
+CHAT_COMPLETIONS = Format(parse_chat, error_body, status_of)
+COMPLETIONS = Format(parse_completion, error_body, status_of)
