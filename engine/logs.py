@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 
@@ -14,20 +15,24 @@ LIBRARIES = ("aiohttp", "asyncio")  # their warnings and errors are logged too
 
 
 class JsonFormatter(logging.Formatter):
-    """{"timestamp", "level", "process", "target", "message"}, and "exception" if there is one."""
+    """{"timestamp", "level", "process", "target", "message"}, "exception" if there is one, and the `fields` of a record
+    that has some."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
         self.role = role
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line: dict[str, Any] = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
             "process": f"{self.role}[{record.process}]",
             "target": record.name,
             "message": printable(record.getMessage()),
         }
+        given: dict[str, Any] = getattr(record, "fields", {})
+        for name, value in given.items():
+            line.setdefault(name, printable(value) if isinstance(value, str) else value)
         if record.exc_info:
             line["exception"] = printable(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()

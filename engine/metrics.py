@@ -35,6 +35,7 @@ _TOTAL = re.compile(rf"\b({'|'.join(_PLAIN_COUNTERS)})_total\b")
 _FAILURES = {
     "malformed_request": "bad_request",
     "request_too_large": "bad_request",
+    "unsupported_encoding": "bad_request",
     "adapter_not_found": "download_adapter",
     "adapter_forbidden": "download_adapter",
     "adapter_load_failed": "download_adapter",

@@ -27,7 +27,7 @@ from engine.server.formats import Format
 from engine.server.front import FRONT, Front
 from engine.server.protocol import REFUSED, Deadlines, Runner
 from engine.server.refusals import HTTP_ERRORS, routing_error
-from engine.server.routes import FORMATS, error_body, routes
+from engine.server.routes import FORMATS, describe_error, routes
 from engine.server.text import Text
 
 __all__ = ["HTTP_ERRORS", "build_app", "run", "runner_of"]
@@ -74,7 +74,7 @@ def build_app(
         metrics=metrics,
         bodies=bodies,
         keep_alive_s=keep_alive_s,
-        error_body=functools.partial(error_body, formats),
+        describe_error=functools.partial(describe_error, formats),
     )
     app.add_routes(routes(formats))
     app.on_response_prepare.append(sign)

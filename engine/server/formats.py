@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 from engine.adapters.ref import AdapterRef
@@ -145,3 +146,4 @@ class Format:
 
     parse: Parser
     error_body: Callable[[LoraxError], Any]  # of an error without a stream; encoded as JSON
+    status_of: Callable[[LoraxError], int] = attrgetter("status")  # of such an error

@@ -28,7 +28,8 @@ from engine.server.text import Text
 
 @dataclass(slots=True)
 class Front:
-    """The parts that routes need. `error_body` gives the body of an error at a path, in the format of that path."""
+    """The parts that routes need. `describe_error` gives status and body of an error at a path, in the format of
+    that path."""
 
     backend: Backend
     text: Text
@@ -36,7 +37,7 @@ class Front:
     metrics: Metrics
     bodies: Bodies
     keep_alive_s: float
-    error_body: Callable[[str, LoraxError], Any]
+    describe_error: Callable[[str, LoraxError], tuple[int, Any]]
     generator: Generator = field(init=False)
     aliases: Aliases = field(init=False)
     keys: Keys = field(init=False)
@@ -59,7 +60,7 @@ class Front:
 
     def error_response(self, path: str, error: LoraxError) -> web.Response:
         """The answer to a request for `path` that failed."""
-        return error_response(error, self.error_body(path, error))
+        return error_response(*self.describe_error(path, error))
 
 
 FRONT = web.AppKey("front", Front)

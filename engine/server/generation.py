@@ -97,6 +97,7 @@ class Generation:
         self.prompts = prompts  # tokens of every prompt
         self.timings = timings
         self.adapter_source = lease.image.source if lease is not None else ""
+        self.is_private = lease is not None and bool(lease.image.tenant)
         self.finished: dict[int, Finish] = {}
         self._owner = owner
         self._lease = lease

@@ -14,7 +14,9 @@ from engine.server.formats import Format, Formatter, GenerationRequest
 from engine.server.front import FRONT, Front
 from engine.server.generation import Generation
 from engine.server.keys import Tenant
+from engine.server.request_log import log_request
 from engine.server.responses import json_response
+from engine.server.times import times_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -31,11 +33,11 @@ def handler_of(format: Format) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         front = request.app[FRONT]
-        admission = _Admission(front, request.get(TENANT))
+        admission = _Admission(front, request.get(TENANT), request.path)
         front.metrics.request()
         try:
             asked = await _parse(request, format, admission)
-            response, error = await _respond(request, asked)
+            response, error = await _respond(request, asked, admission)
             admission.failed = None if error is None else error.error_type
             return response
         except LoraxError as error:
@@ -61,6 +63,8 @@ class _Admission:
 
     front: Front
     tenant: Tenant | None
+    route: str
+    generation: Generation | None = None  # once it is open
     failed: str | None = "dropped"  # type of the error; None: answered in full
     admitted: bool = False
     start: float = field(default_factory=time.monotonic)
@@ -74,8 +78,11 @@ class _Admission:
     def end(self) -> None:
         if self.admitted:
             self.front.places.leave(self.tenant)
+        seconds = time.monotonic() - self.start
+        tenant = self.tenant.name if self.tenant else ""
+        log_request(self.route, tenant, self.generation, self.failed, seconds)
         if self.failed is None:
-            self.front.metrics.success(time.monotonic() - self.start)
+            self.front.metrics.success(seconds)
         else:
             self.front.metrics.failure(self.failed)
 
@@ -90,18 +97,20 @@ async def _parse(request: web.Request, format: Format, admission: _Admission) ->
 
 
 async def _respond(
-    request: web.Request, asked: GenerationRequest
+    request: web.Request, asked: GenerationRequest, admission: _Admission
 ) -> tuple[web.StreamResponse, LoraxError | None]:
     """Generates and answers. The error is of a stream that failed after its status was sent."""
     front = request.app[FRONT]
     prompts, parameters, tenant = asked.prompts, asked.parameters, request.get(TENANT)
     async with front.generator.open(prompts, parameters, asked.id, tenant) as generation:
+        admission.generation = generation
         formatter = asked.formatter(generation, generation.text)
         headers = {**_headers(front, generation), **asked.headers}
         if asked.stream:
             return await _stream(request, generation, formatter, headers)
         answer = formatter.answer(await generation.collect())
         _observe(front, generation)
+        headers |= times_of(generation)
     return json_response(answer.body, headers={**headers, **answer.headers}), None
 
 

@@ -9,7 +9,6 @@ import msgspec
 from aiohttp import web
 
 import engine
-from engine.errors import LoraxError
 
 SERVER = f"lorax/{engine.__version__}"
 RETRY_AFTER_S = 1
@@ -26,11 +25,11 @@ def json_response(
     )
 
 
-def error_response(error: LoraxError, body: Any) -> web.Response:
-    """The answer to a request that failed with `error`, which `body` describes."""
+def error_response(status: int, body: Any) -> web.Response:
+    """The answer to a request that failed."""
     headers = {"Server": SERVER}
-    if error.status == 429:
+    if status == 429:
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    if error.status == 401:
+    if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return json_response(body, error.status, headers)
+    return json_response(body, status, headers)

@@ -45,10 +45,12 @@ def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
     ]
 
 
-def error_body(formats: Mapping[str, Format], path: str, error: LoraxError) -> Any:
-    """The body of an error at `path`: in the format of that path, else in OpenAI's below /v1/, else in LoRAX's."""
-    if (format := formats.get(path)) is not None:
-        return format.error_body(error)
+def describe_error(formats: Mapping[str, Format], path: str, error: LoraxError) -> tuple[int, Any]:
+    """Status and body of an error at `path`: in the format of that path, else in OpenAI's below /v1/, else in
+    LoRAX's."""
     if path == anthropic_routes.COUNT:
-        return anthropic.error_body(error)
-    return openai.error_body(error) if path.startswith("/v1/") else native.error_body(error)
+        default = anthropic.MESSAGES
+    else:
+        default = openai.COMPLETIONS if path.startswith("/v1/") else native.GENERATE
+    format = formats.get(path, default)
+    return format.status_of(error), format.error_body(error)

@@ -620,9 +620,9 @@ async def test_vllm_refusals(client: TestClient, backend: FakeBackend) -> None:
     assert (await lora(client, "load", lora_name="x", lora_path="a\x00"))[0] == 400
     backend.adapter_errors["org/bad"] = AdapterIncompatible("rank", hint="another")
     status, error = await lora(client, "load", lora_name="x", lora_path="org/bad")
-    assert (status, error["code"]) == (422, "adapter_incompatible"), "truer than vLLM's 500"
+    assert (status, error["code"]) == (400, "adapter_incompatible"), "truer than vLLM's 500"
     assert (await get(client, "/adapters/aliases"))[1] == {"aliases": []}
-    assert (await lora(client, "load", lora_name=5))[0] == 422
+    assert (await lora(client, "load", lora_name=5))[0] == 400
 
 
 async def test_vllm_of_two_at_once_one_has_the_name(

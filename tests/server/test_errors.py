@@ -158,7 +158,7 @@ async def test_merged_adapters(
     assert native["field"] == f"merged_adapters.{field}" and native["field"] in native["error"]
     response = await client.post("/v1/completions", json={"prompt": "x", "merged_adapters": merged})
     error = (await response.json())["error"]
-    assert (response.status, error["param"]) == (422, native["field"])
+    assert (response.status, error["param"]) == (400, native["field"])
     assert error["message"] == native["error"]
     assert not backend.requests
 
@@ -172,7 +172,7 @@ async def test_merged_adapters_and_an_adapter(client: TestClient, backend: FakeB
     chat: Json = {"messages": [{"role": "user", "content": "x"}], "model": "a"}
     response = await client.post("/v1/chat/completions", json=chat | {"merged_adapters": TWO})
     error = (await response.json())["error"]
-    assert (response.status, error["param"]) == (422, "merged_adapters")
+    assert (response.status, error["param"]) == (400, "merged_adapters")
     assert "`model`" in error["message"]
     assert not backend.requests
 
@@ -269,7 +269,7 @@ async def test_openai_parameters(
     asked = {"messages": HELLO, "prompt": "Hello", "stream": stream}
     response = await client.post(f"/v1/{path}", json=asked | given)
     body = await response.json()
-    assert response.status == 422, body
+    assert response.status == 400, body
     error = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["param"]) == ("invalid_request_error", field)
@@ -300,7 +300,7 @@ async def test_adapter_errors(
     for stream in (False, True):
         body = {"messages": HELLO, "model": "bad", "stream": stream}
         response = await client.post("/v1/chat/completions", json=body)
-        assert response.status == status
+        assert response.status == (400 if status == 422 else status)
         found = (await response.json())["error"]
         assert found["code"] == kind
         assert found["param"] == (None if status == 503 else "model")

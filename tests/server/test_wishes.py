@@ -8,6 +8,9 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.config import EngineConfig, ServerConfig
+from engine.server.events import Token
+from engine.server.openai.logprobs import completion
+from engine.server.text import Text
 from tests.server.conftest import Start
 from tests.server.fake import EOS, FakeBackend
 
@@ -167,3 +170,24 @@ async def test_the_watermark_and_the_minimum_of_lorax(start: Start, backend: Fak
 async def test_lorax_refuses_fields_of_tgi(client: TestClient, name: str) -> None:
     status, body = await generate(client, **{name: 2})
     assert (status, body["field"]) == (422, name)
+
+
+async def test_headers_of_lorax_on_every_route(client: TestClient) -> None:
+    plain = await client.post("/generate", json={"inputs": "Hello"})
+    asked = await client.post("/v1/completions", json=HELLO)
+    names = {name for name in plain.headers if name.startswith("x-")}
+    assert names - set(asked.headers) == {"x-compute-characters"}
+    usage = (await asked.json())["usage"]
+    assert asked.headers["x-total-tokens"] == str(usage["total_tokens"])
+
+
+def test_tokens_of_one_text_keep_the_best(text: Text) -> None:
+    halves = [id for id in range(400) if "\ufffd" in text.token_text(id)][:3]
+    assert len(halves) == 3
+    token = Token(0, halves[0], "", "", -3.0, [(halves[1], -0.5), (halves[2], -1.0)], False)
+    log = completion(text, [(0, token)], "")
+    assert all(name.startswith("bytes:\\x") for name in log.tokens)
+    (top,) = log.top_logprobs
+    assert top is not None and sorted(top.values()) == [-3.0, -1.0, -0.5]
+    token = Token(0, 20, "", "", -3.0, [(20, -0.5)], False)
+    assert completion(text, [(0, token)], "").top_logprobs == [{text.token_text(20): -0.5}]

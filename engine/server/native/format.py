@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,7 +108,7 @@ class NativeFormatter:
                     )
                     for other in others
                 ]
-        return Answer([made] if self._in_list else made, _times(self._generation))
+        return Answer([made] if self._in_list else made)
 
     def _tokens(self, choice: FinishedChoice) -> list[OutputToken]:
         return [_token(self._text, token) for token in choice.tokens]
@@ -135,34 +134,3 @@ def _token(text: Text, token: Token) -> OutputToken:
             AlternativeToken(id, text.token_text(id), logprob) for id, logprob in token.alternatives
         ]
     return shown
-
-
-def _times(generation: Generation) -> dict[str, str]:
-    """Headers: times in whole milliseconds, as LoRAX; times per token with three decimals."""
-    timings = generation.timings
-    now = time.monotonic()
-    admitted = timings.admitted or timings.validated
-    finished = timings.finished or now
-    first = timings.first_token or finished
-    count = generation.generated_tokens
-
-    def ms(seconds: float) -> str:
-        return str(round(max(0.0, seconds) * 1000))
-
-    def fine(seconds: float) -> str:
-        return f"{max(0.0, seconds) * 1000:.3f}"
-
-    return {
-        "x-compute-time": ms(now - timings.received),
-        "x-total-time": ms(now - timings.received),
-        "x-validation-time": ms(timings.validated - timings.received),
-        "x-queue-time": ms(admitted - timings.validated),
-        "x-inference-time": ms(finished - admitted),
-        "x-time-per-token": fine((finished - admitted) / max(1, count)),
-        "x-time-to-first-token": fine(first - admitted),
-        "x-time-per-output-token": fine((finished - first) / max(1, count - 1)),
-        "x-prompt-tokens": str(generation.prompt_tokens),
-        "x-generated-tokens": str(count),
-        "x-skipped-tokens": "0",
-        "x-total-tokens": str(generation.prompt_tokens + count),
-    }

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from engine.server.formats import Format
-from engine.server.openai.format import error_body
+from engine.server.openai.format import error_body, status_of
 from engine.server.openai.parse import parse_chat, parse_completion
 from engine.server.openai.responses.format import responses_error_body
 from engine.server.openai.responses.parse import parse_responses
 
-__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "RESPONSES", "error_body"]
+__all__ = ["CHAT_COMPLETIONS", "COMPLETIONS", "RESPONSES", "error_body", "status_of"]
 
-CHAT_COMPLETIONS = Format(parse_chat, error_body)
-COMPLETIONS = Format(parse_completion, error_body)
-RESPONSES = Format(parse_responses, responses_error_body)
+CHAT_COMPLETIONS = Format(parse_chat, error_body, status_of)
+COMPLETIONS = Format(parse_completion, error_body, status_of)
+RESPONSES = Format(parse_responses, responses_error_body, status_of)

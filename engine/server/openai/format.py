@@ -54,6 +54,11 @@ def error_body(error: LoraxError) -> dict[str, Any]:
     }
 
 
+def status_of(error: LoraxError) -> int:
+    """OpenAI's API answers 400 for what others call 422."""
+    return 400 if error.status == 422 else error.status
+
+
 @dataclass(slots=True)
 class GrowingChoice:
     """One choice as its events arrive."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from engine.server.events import Finish, Token
 from engine.server.openai.schemas import (
@@ -81,18 +81,35 @@ def completion(
     """For /v1/completions. The answer follows `echoed`, the text of an echoed `prompt`."""
     made = CompletionLogprobs([], [], [], prompt_offsets(text, [id for id, _ in prompt], echoed))
     for id, logprob in prompt:
-        name = text.token_text(id)
+        name = _name(text, id)
         made.tokens.append(name)
         made.token_logprobs.append(None if logprob is None else _finite(logprob))
         made.top_logprobs.append(None if logprob is None else {name: _finite(logprob)})
     for start, token in tokens:
-        name = text.token_text(token.id)
-        top = {text.token_text(id): _finite(logprob) for id, logprob in token.alternatives or ()}
-        made.tokens.append(name)
+        made.tokens.append(_name(text, token.id))
         made.token_logprobs.append(_finite(token.logprob))
-        made.top_logprobs.append(top | {name: _finite(token.logprob)})
+        made.top_logprobs.append(
+            _top(text, [*(token.alternatives or ()), (token.id, token.logprob)])
+        )
         made.text_offset.append(len(echoed) + start)
     return made
+
+
+def _name(text: Text, id: int) -> str:
+    """A token's text; of a part of a character, its bytes as OpenAI writes them: `bytes:\\xf0\\x9f`."""
+    name, raw = text.token_text(id), text.token_bytes(id)
+    if name.encode() == raw:
+        return name
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _top(text: Text, tokens: Iterable[tuple[int, float | None]]) -> dict[str, float]:
+    """By name; of tokens with the same name the most likely one counts."""
+    found: dict[str, float] = {}
+    for id, logprob in tokens:
+        name = _name(text, id)
+        found[name] = max(found.get(name, LEAST), _finite(logprob))
+    return found
 
 
 def prompt_offsets(text: Text, ids: Sequence[int], shown: str) -> list[int]:

@@ -222,7 +222,7 @@ async def test_count_tokens(
         counts.add(count)
     assert len(counts) == 2
     response = await client.post("/v1/messages/count_tokens", json={"messages": []})
-    assert response.status == 422 and (await response.json())["type"] == "error"
+    assert response.status == 400 and (await response.json())["type"] == "error"
     response = await client.post(
         "/v1/messages/count_tokens", json={"messages": [USER], "model": "missing"}
     )
@@ -275,7 +275,7 @@ REFUSED: list[tuple[Json, str]] = [
 async def test_refused_by_name(
     client: TestClient, backend: FakeBackend, given: Json, name: str
 ) -> None:
-    found = await ask(client, 422, **given)
+    found = await ask(client, 400, **given)
     assert found["type"] == "error" and found["error"]["type"] == "invalid_request_error"
     assert name in found["error"]["message"]
     assert not backend.requests

@@ -185,7 +185,7 @@ async def test_refused_by_name(start: Start, backend: FakeBackend, given: Json, 
     client: TestClient = await start()
     response = await client.post("/v1/responses", json={"input": "x"} | given)
     error = (await response.json())["error"]
-    assert (response.status, error["param"]) == (422, field), error
+    assert (response.status, error["param"]) == (400, field), error
     assert error["type"] == "invalid_request_error"
     assert not backend.requests
 
