@@ -200,3 +200,10 @@ def test_tokens_of_one_text_keep_the_best(text: Text) -> None:
     assert top is not None and sorted(top.values()) == [-3.0, -1.0, -0.5]
     token = Token(0, 20, "", "", -3.0, [(20, -0.5)], False)
     assert completion(text, [(0, token)], "").top_logprobs == [{text.token_text(20): -0.5}]
+
+
+async def test_version_and_routes_of_encoders(client: TestClient) -> None:
+    assert set(await (await client.get("/version")).json()) == {"version"}
+    for path in ("/embed", "/classify", "/classify_batch", "/v1/embeddings"):
+        answer = await client.post(path, json={"inputs": "x"})
+        assert answer.status == 404 and "generates text" in await answer.text()
