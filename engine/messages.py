@@ -212,6 +212,9 @@ class StepResult(Struct, frozen=True):
     prompt_logprobs: dict[int, list[float]]  # by chunk: of tokens start + 1 .. start + count
     resident: list[int]  # slots whose copies have completed since the last result
     pooled: dict[int, list[float]] = {}  # by chunk: vector
+    prompt_tops: dict[
+        int, list[tuple[int, float]]
+    ] = {}  # as prompt_logprobs: the most likely token there
 
 
 class Usage(Struct, frozen=True):
@@ -232,6 +235,7 @@ class Update(Struct, frozen=True):
     admitted: float | None = None  # time.monotonic() of first admission, once
     cached_tokens: int = 0  # of the prompt, found in the prefix cache; with `admitted`
     prompt_logprobs: list[float] | None = None  # with the first token, if requested
+    prompt_tops: list[tuple[int, float]] = []  # with them: the most likely token there
     pooled: list[float] | None = None  # with `finish`, for kinds that pool
 
     @property

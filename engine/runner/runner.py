@@ -126,9 +126,10 @@ class Runner:
         return StepResult(
             step=launched.step,
             outputs=launched.sampled.outputs() if launched.sampled is not None else [],
-            prompt_logprobs={i: logprobs.tolist() for i, logprobs in launched.prompt.items()},
+            prompt_logprobs={i: scores[0].tolist() for i, scores in launched.prompt.items()},
             resident=launched.resident,
             pooled={i: vector.tolist() for i, vector in launched.pooled.items()},
+            prompt_tops={i: _tops(scores) for i, scores in launched.prompt.items()},
         )
 
     def abandon(self) -> None:
@@ -205,7 +206,8 @@ class Runner:
         return out, self._prompt_logprobs(chunks, logits[count:])
 
     def _prompt_logprobs(self, chunks: list[Chunk], logits: Tensor) -> dict[int, Tensor]:
-        """Log-probability of the prompt token after each position, for the chunks that need scores."""
+        """For the chunks that need scores, `[3, positions]`: the log-probability of the prompt token after each
+        position, and the most likely token there with its own."""
         found: dict[int, Tensor] = {}
         first = 0
         for i, chunk in enumerate(chunks):
@@ -214,6 +216,13 @@ class Runner:
                 count, start = chunk.count - chunk.sample, chunk.start + 1
                 after = self.rows.tokens[chunk.row, start : start + count].long()
                 rows = logits[first : first + count].float().log_softmax(-1)
-                found[i] = self.readback.fetch(rows.gather(1, after[:, None])[:, 0])
+                best, tops = rows.max(-1)  # ids are exact in float32: vocabularies are below 2**24
+                own = rows.gather(1, after[:, None])[:, 0]
+                found[i] = self.readback.fetch(torch.stack([own, tops.float(), best]))
                 first += chunk.count
         return found
+
+
+def _tops(scores: Tensor) -> list[tuple[int, float]]:
+    """The most likely token after each position, and its log-probability."""
+    return list(zip(scores[1].long().tolist(), scores[2].tolist(), strict=True))

@@ -61,9 +61,10 @@ def _update(
     if not sequence.announced:
         admitted, cached = sequence.admitted, sequence.cached_tokens
         sequence.announced = admitted is not None
-    prompt_logprobs = None
+    prompt_logprobs, prompt_tops = None, []
     if output is not None and sequence.prompt_logprobs is not None:
         prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        prompt_tops, sequence.prompt_tops = sequence.prompt_tops, []
     return Update(
         id=sequence.request.id,
         tokens=[output] if output is not None else [],
@@ -73,5 +74,6 @@ def _update(
         admitted=admitted,
         cached_tokens=cached,
         prompt_logprobs=prompt_logprobs,
+        prompt_tops=prompt_tops,
         pooled=sequence.pooled if finish == "pooled" else None,
     )

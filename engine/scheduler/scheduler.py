@@ -321,7 +321,9 @@ class Scheduler:
             self._admission.wake()  # others may have waited for these blocks
             if chunk.scores and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += result.prompt_logprobs.get(index, [])
+                sequence.prompt_tops += result.prompt_tops.get(index, [])
                 del sequence.prompt_logprobs[sequence.prompt_length - 1 :]
+                del sequence.prompt_tops[sequence.prompt_length - 1 :]
             if chunk.pooled:
                 sequence.add_pooled(result.pooled[index])
             if sampled is not None:

@@ -53,6 +53,7 @@ class Sequence:
     admitted: float | None = None  # time of the first admission
     announced: bool = False  # an update carried `admitted`
     prompt_logprobs: list[float] | None = None  # collected so far; None: not requested, or sent
+    prompt_tops: list[tuple[int, float]] = field(default_factory=list)  # with them
     pooled: list[float] | None = None  # sum of the vectors so far
 
     @property

@@ -73,7 +73,7 @@ class BlockTables:
         sequence.blocks = []
         sequence.capacity = sequence.computed = sequence.committed = sequence.registered = 0
         if sequence.prompt_logprobs is not None:
-            sequence.prompt_logprobs = []
+            sequence.prompt_logprobs, sequence.prompt_tops = [], []
         sequence.pooled = None
         sequence.preemptions += 1
         self.num_drops += 1

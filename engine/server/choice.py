@@ -36,7 +36,7 @@ class Choice:
             raise from_wire(update.error)
         self.cached_tokens += update.cached_tokens
         if update.prompt_logprobs is not None:
-            events.append(PromptLogprobs(self.index, update.prompt_logprobs))
+            events.append(PromptLogprobs(self.index, update.prompt_logprobs, update.prompt_tops))
         ends = update.finish == "eos"
         token: Token | None = None
         for index, output in enumerate(update.tokens, 1):

@@ -35,6 +35,7 @@ class PromptLogprobs(Struct):
 
     choice: int
     logprobs: list[float]
+    tops: list[tuple[int, float]]  # the most likely token of each of these positions
 
 
 class Finish(Struct):
@@ -59,4 +60,4 @@ class FinishedChoice:
 
     finish: Finish
     tokens: list[Token]
-    prompt_logprobs: list[float] | None  # None: not asked for
+    prompt: PromptLogprobs | None  # None: not asked for

@@ -148,15 +148,15 @@ class Generation:
     async def collect(self) -> list[FinishedChoice]:
         """Waits for the end; every choice, in order. Raises as `next`."""
         tokens: list[list[Token]] = [[] for _ in range(self.num_choices)]
-        logprobs: dict[int, list[float]] = {}
+        prompts: dict[int, PromptLogprobs] = {}
         while (events := await self.next()) is not None:
             for event in events:
                 if isinstance(event, Token):
                     tokens[event.choice].append(event)
                 elif isinstance(event, PromptLogprobs):
-                    logprobs[event.choice] = event.logprobs
+                    prompts[event.choice] = event
         return [
-            FinishedChoice(self.finished[index], tokens[index], logprobs.get(index))
+            FinishedChoice(self.finished[index], tokens[index], prompts.get(index))
             for index in range(self.num_choices)
         ]
 

@@ -58,6 +58,7 @@ class Outcome:
     usage: Usage | None = None
     error: dict[str, object] | None = None
     prompt_logprobs: list[float] | None = None
+    prompt_tops: list[tuple[int, float]] = field(default_factory=list)
     pooled: list[float] | None = None
 
     @property
@@ -109,6 +110,7 @@ class Harness:
                 outcome.usage = update.usage or outcome.usage
                 outcome.error = update.error or outcome.error
                 outcome.prompt_logprobs = update.prompt_logprobs or outcome.prompt_logprobs
+                outcome.prompt_tops += update.prompt_tops
                 outcome.pooled = update.pooled or outcome.pooled
             if check:
                 self.engine.scheduler.check()

@@ -265,6 +265,7 @@ class FakeBackend:
                 cached_tokens=0 if index else 2,
                 admitted=time.monotonic() if index == 0 else None,
                 prompt_logprobs=prompt if index == 0 and request.sampling.prompt_logprobs else None,
+                prompt_tops=[(4, -0.05)] * len(prompt),
             )
 
     async def acquire(

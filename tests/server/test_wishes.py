@@ -181,6 +181,15 @@ async def test_headers_of_lorax_on_every_route(client: TestClient) -> None:
     assert asked.headers["x-total-tokens"] == str(usage["total_tokens"])
 
 
+async def test_an_echoed_prompt_has_the_true_top(client: TestClient, text: Text) -> None:
+    """What lm-evaluation-harness takes for greedy is what the model would have said."""
+    _, body = await complete(client, echo=True, logprobs=1, max_tokens=1)
+    first, *tops = body["choices"][0]["logprobs"]["top_logprobs"]
+    assert first is None
+    number = body["usage"]["prompt_tokens"] - 1
+    assert number and all(top[text.token_text(4)] == -0.05 for top in tops[:number])
+
+
 def test_tokens_of_one_text_keep_the_best(text: Text) -> None:
     halves = [id for id in range(400) if "\ufffd" in text.token_text(id)][:3]
     assert len(halves) == 3
@@ -191,3 +200,10 @@ def test_tokens_of_one_text_keep_the_best(text: Text) -> None:
     assert top is not None and sorted(top.values()) == [-3.0, -1.0, -0.5]
     token = Token(0, 20, "", "", -3.0, [(20, -0.5)], False)
     assert completion(text, [(0, token)], "").top_logprobs == [{text.token_text(20): -0.5}]
+
+
+async def test_version_and_routes_of_encoders(client: TestClient) -> None:
+    assert set(await (await client.get("/version")).json()) == {"version"}
+    for path in ("/embed", "/classify", "/classify_batch", "/v1/embeddings"):
+        answer = await client.post(path, json={"inputs": "x"})
+        assert answer.status == 404 and "generates text" in await answer.text()

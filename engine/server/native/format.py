@@ -114,10 +114,10 @@ class NativeFormatter:
         return [_token(self._text, token) for token in choice.tokens]
 
     def _prefill(self, choice: FinishedChoice) -> list[PrefillToken]:
-        if choice.prompt_logprobs is None:
+        if choice.prompt is None:
             return []
         prompt = self._generation.prompt_of(choice.finish.choice)
-        logprobs: list[float | None] = [None, *choice.prompt_logprobs]
+        logprobs: list[float | None] = [None, *choice.prompt.logprobs]
         return [
             PrefillToken(id, self._text.token_text(id), logprob)
             for id, logprob in zip(prompt, logprobs, strict=False)

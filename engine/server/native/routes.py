@@ -12,8 +12,10 @@ from engine.server.decoding import decode
 from engine.server.front import FRONT
 from engine.server.native.schemas import TokenizeBody
 from engine.server.parameters import Parameters, invalid
+from engine.server.refusals import refused
 from engine.server.responses import json_response
 
+ENCODERS = ("/embed", "/classify", "/classify_batch", "/v1/embeddings")
 MAX_TOKENIZED = 1 << 20  # characters of POST /tokenize; they take about 200 MB
 
 
@@ -122,8 +124,24 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 
+async def version(_: web.Request) -> web.StreamResponse:
+    """GET /version."""
+    return json_response({"version": engine.__version__})
+
+
+async def no_encoder(_: web.Request) -> web.StreamResponse:
+    """POST to the routes of models that embed or classify."""
+    raise refused(
+        404,
+        "this model generates text; it neither embeds nor classifies",
+        "use /generate or /v1/chat/completions",
+    )
+
+
 def routes() -> list[web.RouteDef]:
     return [
+        *(web.post(path, no_encoder) for path in ENCODERS),
+        web.get("/version", version),
         web.post("/tokenize", tokenize),
         web.get("/", health),
         web.get("/health", health),

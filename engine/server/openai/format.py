@@ -65,7 +65,7 @@ class GrowingChoice:
 
     index: int
     log: logprobs.TokenLog | None  # None: the client wants no log-probabilities
-    prompt_logprobs: Sequence[float] = ()
+    prompt: PromptLogprobs | None = None
     finish: Finish | None = None
     begun: bool = False  # a chunk was sent
 
@@ -76,7 +76,7 @@ class GrowingChoice:
                 self.log.push(event)
             return event.delta
         if isinstance(event, PromptLogprobs):
-            self.prompt_logprobs = event.logprobs
+            self.prompt = event
             return ""
         self.finish = event
         if self.log is not None:
@@ -156,7 +156,7 @@ class OpenAIFormatter(ABC, Generic[B]):
             for token in finished.tokens:
                 choice.log.push(token)
             choice.log.end(finished.finish)
-        choice.prompt_logprobs = finished.prompt_logprobs or ()
+        choice.prompt = finished.prompt
         return choice
 
     def _answer(self, object: str, choices: list[Any], usage: Any) -> OpenAIAnswer:
@@ -235,7 +235,8 @@ class CompletionFormatter(OpenAIFormatter[CompletionBody]):
             self._text,
             choice.ready(),
             self._echo(choice.index),
-            list(zip(prompt, [None, *choice.prompt_logprobs], strict=False)),
+            prompt,
+            choice.prompt if prompt else None,
         )
 
 

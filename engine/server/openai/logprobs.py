@@ -5,7 +5,7 @@ from __future__ import annotations
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 
-from engine.server.events import Finish, Token
+from engine.server.events import Finish, PromptLogprobs, Token
 from engine.server.openai.schemas import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -76,15 +76,20 @@ def completion(
     text: Text,
     tokens: Sequence[LoggedToken],
     echoed: str,
-    prompt: Sequence[tuple[int, float | None]] = (),
+    prompt: Sequence[int] = (),
+    scores: PromptLogprobs | None = None,
 ) -> CompletionLogprobs:
-    """For /v1/completions. The answer follows `echoed`, the text of an echoed `prompt`."""
-    made = CompletionLogprobs([], [], [], prompt_offsets(text, [id for id, _ in prompt], echoed))
-    for id, logprob in prompt:
-        name = _name(text, id)
-        made.tokens.append(name)
-        made.token_logprobs.append(None if logprob is None else _finite(logprob))
-        made.top_logprobs.append(None if logprob is None else {name: _finite(logprob)})
+    """For /v1/completions. The answer follows `echoed`, the text of an echoed `prompt`, whose tokens
+    but the first have `scores`."""
+    made = CompletionLogprobs([], [], [], prompt_offsets(text, prompt, echoed))
+    made.tokens += [_name(text, id) for id in prompt]
+    if prompt:
+        made.token_logprobs.append(None)
+        made.top_logprobs.append(None)
+    if scores is not None:
+        for id, logprob, top in zip(prompt[1:], scores.logprobs, scores.tops, strict=True):
+            made.token_logprobs.append(_finite(logprob))
+            made.top_logprobs.append(_top(text, [top, (id, logprob)]))
     for start, token in tokens:
         made.tokens.append(_name(text, token.id))
         made.token_logprobs.append(_finite(token.logprob))
