@@ -241,7 +241,8 @@ def test_more_connections_than_files() -> None:
         _, told = running.communicate(timeout=30)
         assert running.returncode == 0
         assert "allows only" in told and "closing the one that waited longest" in told
-        assert len(told) < 4000
+        complaints = [line for line in told.splitlines() if "request_log" not in line]
+        assert sum(map(len, complaints)) < 4000
 
 
 def test_no_descriptor_is_left() -> None:
@@ -254,7 +255,8 @@ def test_no_descriptor_is_left() -> None:
         _, told = running.communicate(timeout=30)
         assert running.returncode == 0
         assert told.count("cannot accept connections") == 1
-        assert len(told) < 4000
+        complaints = [line for line in told.splitlines() if "request_log" not in line]
+        assert sum(map(len, complaints)) < 4000
 
 
 def test_the_limit_is_raised() -> None:
