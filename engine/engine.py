@@ -53,6 +53,7 @@ class Engine:
         grammars = Grammars(partial(tokenizer_json, built.model.folder), self.spec.vocab)
         buffers = MaskBuffers(built.plan.max_rows, self.spec.vocab, self.platform.device)
         self.structured = Structured(grammars, buffers)
+        self._updates: list[Update] = []  # not taken yet
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         self.info = info_of(config, built)
         self._refusals = num_refusals()  # read again only after a failed step: it is slow
@@ -63,23 +64,30 @@ class Engine:
 
         A step that does not fit into the device's memory is rolled back; the next steps retry it in parts.
         """
-        updates = self.structured.add_ready(self.scheduler.add)
+        self._updates += self.structured.add_ready(self.scheduler.add)
         plan = self.scheduler.plan()
-        if plan is not None and (reason := self._launch(plan, updates)) is not None:
-            updates += self._roll_back(reason)
+        if plan is not None and (reason := self._launch(plan)) is not None:
+            self._roll_back(reason)
         elif len(self.runner.launched) > (0 if plan is None else self.run_ahead):
-            updates += self.scheduler.commit(self.runner.collect())
-        else:
-            updates += self.scheduler.take_updates()
+            self._commit()
+        return self._take_updates()
+
+    def _commit(self) -> None:
+        """Waits for the oldest step. What it brings is kept until it is taken: a later failure does not lose it."""
+        self._updates += self.scheduler.commit(self.runner.collect())
+
+    def _take_updates(self) -> list[Update]:
+        updates = self._updates + self.scheduler.take_updates()
+        self._updates = []
         if self.structured.any:
             self.structured.ended(updates)
         return updates
 
-    def _launch(self, plan: StepPlan, updates: list[Update]) -> str | None:
+    def _launch(self, plan: StepPlan) -> str | None:
         """Starts the step. Returns None, or the reason if the step does not fit into the device's memory."""
         try:
             self.runner.forward(plan)
-            self.runner.sample(self._masks(updates) if self.structured.any else None)
+            self.runner.sample(self._masks() if self.structured.any else None)
         except RuntimeError as error:
             reason = out_of_memory(error, self._refusals)
             self._refusals = num_refusals()
@@ -88,17 +96,16 @@ class Engine:
             return reason  # the error itself would keep the step's activations alive
         return None
 
-    def _masks(self, updates: list[Update]) -> Masks | None:
+    def _masks(self) -> Masks | None:
         """The masks of the rows with a grammar in the step that was launched. None: there are none.
 
-        Masks depend on the tokens before, so the steps before are committed first; their updates are appended. The
-        forward pass runs meanwhile.
+        Masks depend on the tokens before, so the steps before are committed first. The forward pass runs meanwhile.
         """
         flight = self.scheduler.flights[-1]
         if not any(one is not None and one.request.grammar for one in flight.sampled()):
             return None
         while self.runner.launched:
-            updates += self.scheduler.commit(self.runner.collect())
+            self._commit()
         rows = [
             Constrained(at, one.request.id, one.tokens, one.prompt_length)
             for at, one in enumerate(flight.sampled())
@@ -106,11 +113,10 @@ class Engine:
         ]
         return self.structured.masks(rows, lambda id, error: self.scheduler.fail([id], error))
 
-    def _roll_back(self, reason: str) -> list[Update]:
+    def _roll_back(self, reason: str) -> None:
         """Undoes the last planned step and commits those before it. Raises OutOfMemory if no request was in it."""
-        updates: list[Update] = []
         while self.runner.launched:
-            updates += self.scheduler.commit(self.runner.collect())
+            self._commit()
         self.runner.abandon()
         empty_cache(self.platform.device)
         error = OutOfMemory(
@@ -125,7 +131,6 @@ class Engine:
             STEP_REMEDY,
             reason,
         )
-        return updates + self.scheduler.take_updates()
 
     @property
     def stats(self) -> EngineStats:
@@ -183,9 +188,7 @@ class Engine:
                 f"the device is in an unrecoverable state: {first_line(broken)}"
             ) from broken
         self.scheduler.fail(None, error)
-        updates = self.scheduler.take_updates()
-        self.structured.ended(updates)
-        return updates
+        return self._take_updates()
 
     def close(self) -> None:
         """Frees the memory."""

@@ -176,6 +176,40 @@ def test_lost_steps_leave_the_matchers_right(house: Harness) -> None:
     valid(house.run([asked("next", JSON, 5)])["next"])
 
 
+def test_a_failed_launch_loses_no_update(house: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before is committed for the masks; then the sampling fails. What the step brought is still told."""
+    requests = [asked("grammar", JSON, 1), asked("short", new=3), asked("long", new=40)]
+    for one in requests:
+        house.engine.submit(one)
+    runner, launched = house.engine.runner, house.engine.runner.sample
+    count = 0
+
+    def sample(masks: Any = None) -> None:
+        nonlocal count
+        count += masks is not None
+        if count >= 3 and masks is not None:
+            runner._forwarded = None
+            raise RuntimeError("injected")
+        launched(masks)
+
+    monkeypatch.setattr(runner, "sample", sample)
+    updates = []
+    try:
+        while house.engine.has_work:
+            updates += house.engine.step()
+    except RuntimeError:
+        updates += house.engine.fail(GenerationError("injected"))
+    monkeypatch.setattr(runner, "sample", launched)
+    while house.engine.has_work:
+        updates += house.engine.step()
+    last = {update.id: update for update in updates if update.is_last}
+    assert last.keys() == {"grammar", "short", "long"} and count == 3
+    for id, update in last.items():
+        if update.usage is not None:
+            told = sum(len(one.tokens) for one in updates if one.id == id)
+            assert told == update.usage.generated_tokens
+
+
 def test_a_cancelled_request_that_waits_for_its_grammar(house: Harness) -> None:
     slow = LLMatcher.grammar_from_regex(r"[a-z]{3,9}( [a-z]{3,9}){2,50}")
     house.engine.submit(asked("gone", slow))
