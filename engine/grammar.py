@@ -81,6 +81,11 @@ def of_lark(grammar: str) -> str:
     return LLMatcher.grammar_from_lark(grammar)
 
 
+def digest_of(grammar: str) -> bytes:
+    """Its identity in caches."""
+    return hashlib.blake2b(grammar.encode("utf-8", "surrogatepass")).digest()
+
+
 def check(grammar: str, field: str) -> None:
     """Raises InvalidRequest for a grammar that is too large, wrong, or not supported. Takes a while."""
     from llguidance import LLMatcher
@@ -158,7 +163,7 @@ class Grammars:
     def open(self, id: str, grammar: str, eos: Iterable[int]) -> None:
         """Starts to compile the grammar of a request, unless it is compiled. `eos`: the tokens that end its output."""
         ends = tuple(sorted(token for token in eos if token < self._vocab))
-        digest = hashlib.blake2b(grammar.encode("utf-8", "surrogatepass")).digest()
+        digest = digest_of(grammar)
         compiled = self._compiled.get((ends, digest))
         if compiled is None:
             if self._threads is None:

@@ -300,12 +300,12 @@ class AdapterStatus(Struct, frozen=True):
     source: str
     digest: bytes | None
     state: AdapterPhase  # listed: not requested yet, or no longer in host memory
-    data_bytes: int
-    stacked_rank: int
-    targets: list[str]
-    base_model: str | None
-    leases: int  # open requests that use it
-    seconds: dict[str, float]  # stage -> seconds of the last load: fetch, parse
+    data_bytes: int = 0
+    stacked_rank: int = 0
+    targets: list[str] = []
+    base_model: str | None = None
+    leases: int = 0  # open requests that use it
+    seconds: dict[str, float] = {}  # stage -> seconds of the last load: fetch, parse
     error: dict[str, Any] | None = None
     tenant: bytes = b""  # digest of the token whose holder may see it; empty: everybody
     merged: bool = (

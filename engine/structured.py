@@ -30,7 +30,7 @@ class Structured:
         return bool(self._waiting or self._cancelled)
 
     def submit(self, request: Request) -> None:
-        """The request waits for its grammar; `ready` returns it."""
+        """The request waits for its grammar; `add_ready` passes it on."""
         self._grammars.open(request.id, request.grammar, request.eos_token_ids)
         self._waiting[request.id] = request
 

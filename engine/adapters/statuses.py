@@ -44,18 +44,7 @@ def status_of(
 
 def listed(name: str, source: str) -> AdapterStatus:
     """An adapter that its source names and that no request has named yet."""
-    return AdapterStatus(
-        name=name,
-        source=source,
-        digest=None,
-        state="listed",
-        data_bytes=0,
-        stacked_rank=0,
-        targets=[],
-        base_model=None,
-        leases=0,
-        seconds={},
-    )
+    return AdapterStatus(name, source, digest=None, state="listed")
 
 
 def count_load(counts: TierCounts, adapter: AdapterState) -> None:

@@ -20,7 +20,7 @@ class TierShares:
         self._leases: Counter[tuple[str, bytes]] = Counter()  # by tenant and digest
 
     def may_take(self, tenant: str, share: float, num_bytes: int) -> bool:
-        """Whether a tenant with this share of the tier, from 0 to 1, may take so many bytes more."""
+        """Whether a tenant may take `num_bytes` more. `share`: its part of the tier, from 0 to 1."""
         if self._bytes[tenant] + num_bytes <= share * self._capacity or share >= 1:
             return True
         return self._bytes.total() + num_bytes <= (1 - RESERVED) * self._capacity

@@ -93,7 +93,7 @@ class Versions:
     ) -> tuple[Version, float]:
         """The version for the holder of the token, and the seconds for which it is valid.
 
-        `tenant`: who waits for the source. `fresh`: resolve it now. Raises as `Registry.resolve`.
+        `tenant`: whose call of the source it is. `fresh`: resolve it now. Raises as `Registry.resolve`.
         """
         sources = self._registry.sources
         candidates = self._registry.candidates(ref)

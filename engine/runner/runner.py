@@ -45,7 +45,7 @@ class _Forwarded:
 
 
 class Runner:
-    """`launch` starts a step, `collect` waits for its result. On a CPU, `launch` does all the work.
+    """`forward` and `sample` start a step, `collect` waits for its result. On a CPU, they do all the work.
 
     A step may be launched before the previous one is collected: it reads the previous step's tokens on the device.
     """
@@ -72,11 +72,6 @@ class Runner:
         """Captures the CUDA graphs. `stacked_rank`: largest of an adapter; `max_tokens`: of a step."""
         self.graphs = StepGraphs(self.model, self.builder, stacked_rank, max_tokens)
         self.graphs.capture()
-
-    def launch(self, plan: StepPlan) -> None:
-        """Starts a step: its forward pass, then its sampling."""
-        self.forward(plan)
-        self.sample()
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
+from engine.adapters.versions import Lru
 from engine.errors import InvalidRequest
-from engine.grammar import check, of_json_schema, of_lark, of_regex
+from engine.grammar import check, digest_of, of_json_schema, of_lark, of_regex
 from engine.server.parameters import invalid
 
 MAX_CHOICES = 1024
@@ -151,25 +150,31 @@ class Checks:
     """Checks grammars in threads and remembers the results. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[bytes, Mapping[str, Any] | None] = OrderedDict()
+        self._known: Lru[tuple[bytes, str], _Verdict] = Lru(MAX_CHECKED)
         self._turns = asyncio.Semaphore(THREADS)
 
     async def check(self, grammar: str, field: str) -> None:
         """Raises InvalidRequest for a grammar that cannot be served."""
-        digest = hashlib.blake2b(grammar.encode("utf-8", "surrogatepass")).digest()
-        if digest not in self._known:
+        key = digest_of(grammar), field  # messages name the field
+        verdict = self._known.get(key)
+        if verdict is None:
             async with self._turns:
-                self._known[digest] = await asyncio.to_thread(_problem, grammar, field)
-            if len(self._known) > MAX_CHECKED:
-                self._known.popitem(last=False)
-        problem = self._known.get(digest)
-        if problem is not None:
-            raise InvalidRequest(problem["message"], field=field, hint=problem["hint"])
+                verdict = await asyncio.to_thread(_verdict, grammar, field)
+            self._known.put(key, verdict)
+        if verdict.problem is not None:
+            raise InvalidRequest(verdict.problem, field=field, hint=verdict.hint)
 
 
-def _problem(grammar: str, field: str) -> dict[str, Any] | None:
+class _Verdict(NamedTuple):
+    """`problem` None: the grammar can be served."""
+
+    problem: str | None = None
+    hint: str | None = None
+
+
+def _verdict(grammar: str, field: str) -> _Verdict:
     try:
         check(grammar, field)
     except InvalidRequest as error:
-        return error.to_wire()
-    return None
+        return _Verdict(error.message, error.hint)
+    return _Verdict()

@@ -54,7 +54,7 @@ class Pins:
         self, name: str, source: str | None, tenants: Collection[bytes]
     ) -> list[AdapterImageRef]:
         """Ends the pins that a name means to these tenants; returns their images."""
-        leases = {key: lease for key, lease in self._pins.items()}
+        leases = dict(self._pins)
         gone = [
             key for key, lease in leases.items() if is_meant(lease.image, name, source, tenants)
         ]

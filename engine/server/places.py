@@ -7,7 +7,7 @@ from collections import Counter
 from engine.errors import Overloaded
 from engine.server.keys import Tenant
 
-RESERVED = 10  # one of so many places is for tenants that hold less than their share
+RESERVED = 10  # a tenth of the places is for tenants that hold less than their share
 
 
 class Places:

@@ -78,17 +78,7 @@ class Prefetches:
 
 def _status(key: Key, state: AdapterPhase, error: LoraxError | None = None) -> AdapterStatus:
     ref, tenant = key
+    wire = error.to_wire() if error else None
     return AdapterStatus(
-        name=ref.name,
-        source=ref.source or "",
-        digest=None,
-        state=state,
-        data_bytes=0,
-        stacked_rank=0,
-        targets=[],
-        base_model=None,
-        leases=0,
-        seconds={},
-        error=error.to_wire() if error else None,
-        tenant=tenant,
+        ref.name, ref.source or "", digest=None, state=state, error=wire, tenant=tenant
     )

@@ -105,7 +105,7 @@ async def test_close_ends_every_wait() -> None:
 
 
 async def test_a_tenant_with_its_share_leaves_a_quarter_to_others() -> None:
-    """It waits, and holds up nobody; once somebody gives back, it may take that."""
+    """It waits without delaying others, until enough has been given back."""
     many, few = TenantRef("many", 0.5), TenantRef("few", 0.5)
     room = Room(HostTier(8 * IMAGE_ALIGN), 60.0)
     taken = [await room.reserve("x", IMAGE_ALIGN, many) for _ in range(6)]

@@ -130,7 +130,8 @@ class Twins:
         if plan is not None:
             self.plans.append(plan)
             for twin in (self.padded, self.plain):
-                twin.engine.runner.launch(plan)
+                twin.engine.runner.forward(plan)
+                twin.engine.runner.sample()
             self.in_flight += 1
         while self.in_flight > (ahead if plan is not None else 0):
             scheduler.commit(self._collect())

@@ -68,3 +68,13 @@ async def test_every_choice_has_the_grammar(client: TestClient, backend: FakeBac
     body = {"prompt": ["x", "y"], "n": 2, "response_format": {"type": "json_object"}}
     assert (await client.post("/v1/completions", json=body)).status == 200
     assert [one.grammar for one in backend.requests[-4:]] == [ANY] * 4
+
+
+async def test_a_refusal_names_the_field_of_its_own_request(client: TestClient) -> None:
+    """Also when the same grammar was refused in another field before."""
+    for field in ("response_format", "structured_outputs", "response_format"):
+        given = {"regex": "(?=a)"} | ({"type": "regex"} if field == "response_format" else {})
+        response = await client.post("/v1/completions", json={"prompt": "x", field: given})
+        error = (await response.json())["error"]
+        assert response.status == 400 and error["param"] == field
+        assert f"`{field}`" in error["message"]

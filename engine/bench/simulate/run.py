@@ -25,7 +25,7 @@ from engine.scheduler import BlockPool, Scheduler, SchedulerLimits
 from engine.scheduler.slots import SlotTable
 
 RUN_AHEAD = 1  # steps launched before the oldest is read back
-RESERVED = 10  # one of so many places is for tenants that hold less than their share
+RESERVED = 10  # a tenth of the places is for tenants that hold less than their share
 POLL_S = 0.001  # between two looks at a scheduler that waits for time to pass
 SAMPLING = SamplingParams()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +11,8 @@ from engine.server.anthropic.format import MessagesFormatter
 from engine.server.anthropic.schemas import CountBody, InBlock, InMessage, MessagesBody
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
-from engine.server.openai.messages import conversation
-from engine.server.openai.parse import chat_parameters
 from engine.server.openai.schemas import CalledFunction, CalledTool, ChatBody, Message
-from engine.server.openai.translation import named
+from engine.server.openai.translation import translated
 from engine.server.parameters import invalid, refuse
 
 ROLES = ("user", "assistant")
@@ -41,9 +38,7 @@ def parse_messages(raw: bytes | bytearray, context: Context, /) -> GenerationReq
         cache_salt=body.cache_salt,
         priority=body.priority,
     )
-    with named(*_RENAMED):
-        parameters = replace(chat_parameters(chat, context), names=_NAMES)
-        prompt = conversation(chat)
+    parameters, prompt = translated(chat, context, _NAMES, *_RENAMED)
     return GenerationRequest(
         parameters=parameters,
         prompts=[prompt],
@@ -56,10 +51,7 @@ def parse_messages(raw: bytes | bytearray, context: Context, /) -> GenerationReq
 def parse_count(raw: bytes | bytearray, context: Context, /) -> GenerationRequest:
     """Of /v1/messages/count_tokens; nothing is generated. See `Parser`."""
     body = decode(raw, CountBody)
-    with named(*_RENAMED):
-        chat = chat_of(body)
-        parameters = replace(chat_parameters(chat, context), names=_NAMES)
-        prompt = conversation(chat)
+    parameters, prompt = translated(chat_of(body), context, _NAMES, *_RENAMED)
     return GenerationRequest(
         parameters=parameters,
         prompts=[prompt],

@@ -30,7 +30,7 @@ async def entries(front: Front, tenants: Collection[bytes]) -> list[AdapterEntry
     listed = {one.digest for one in every}
     for name, digest, num_bytes in front.backend.stats.resident:
         if digest not in listed and name != PRIVATE:  # unloaded, but a request still uses it
-            found.append(_entry(front, _resident(name, digest, num_bytes)))
+            found.append(_entry(front, _status(name, "", digest, num_bytes)))
     return sorted(found, key=lambda one: (one.id, one.source, STATES.index(one.state)))
 
 
@@ -104,21 +104,6 @@ def _iso(seconds: float | None) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
-def _resident(name: str, digest: bytes, num_bytes: int) -> AdapterStatus:
-    return _status(name, "", digest, num_bytes)
-
-
 def _status(name: str, source: str, digest: bytes, num_bytes: int) -> AdapterStatus:
     """What is known without the exchange."""
-    return AdapterStatus(
-        name=name,
-        source=source,
-        digest=digest,
-        state="listed",
-        data_bytes=num_bytes,
-        stacked_rank=0,
-        targets=[],
-        base_model=None,
-        leases=0,
-        seconds={},
-    )
+    return AdapterStatus(name, source, digest, state="listed", data_bytes=num_bytes)

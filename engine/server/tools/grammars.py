@@ -23,7 +23,7 @@ _ANY = {"type": "object"}
 class Wanted:
     """The calls that an answer must have: one of `tools`, with `parallel` any number of them.
 
-    `token`: a mark as a terminal, because special tokens are no text. `template`: the chat template.
+    `token`: a mark as a terminal, because special tokens are not text. `template`: the chat template.
     """
 
     tools: Sequence[Tool]

@@ -196,7 +196,7 @@ class Mistral(Marked):
         yield from self._arguments(name, extent)
 
     def _name(self, char: str) -> Reading[str]:
-        """Reads a name or an id and the character behind it."""
+        """Reads a name or an id and the character after it."""
         name = ""
         while _NAME_CHARACTERS.fullmatch(char):
             name += char

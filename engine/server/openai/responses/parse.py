@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from engine.server.decoding import decode
 from engine.server.formats import Context, GenerationRequest
 from engine.server.grammars import ResponseFormat
-from engine.server.openai.messages import conversation
-from engine.server.openai.parse import chat_parameters
 from engine.server.openai.responses.format import ResponsesFormatter
 from engine.server.openai.responses.schemas import Item, Part, ResponsesBody
 from engine.server.openai.schemas import CalledFunction, CalledTool, ChatBody, Message
-from engine.server.openai.translation import named
+from engine.server.openai.translation import translated
 from engine.server.parameters import invalid
 
 LOGPROBS = "message.output_text.logprobs"
@@ -54,9 +51,7 @@ def parse_responses(raw: bytes | bytearray, context: Context, /) -> GenerationRe
         cache_salt=body.cache_salt,
         priority=body.priority,
     )
-    with named(*_RENAMED):
-        parameters = replace(chat_parameters(chat, context), names=_NAMES)
-        prompt = conversation(chat)
+    parameters, prompt = translated(chat, context, _NAMES, *_RENAMED)
     return GenerationRequest(
         parameters=parameters,
         prompts=[prompt],
