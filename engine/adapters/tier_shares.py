@@ -23,6 +23,8 @@ class TierShares:
         """Whether a tenant may take `num_bytes` more. `share`: its part of the tier, from 0 to 1."""
         if self._bytes[tenant] + num_bytes <= share * self._capacity or share >= 1:
             return True
+        if not self._bytes:  # else an image above both limits could never be loaded
+            return True
         return self._bytes.total() + num_bytes <= (1 - RESERVED) * self._capacity
 
     def take(self, tenant: str, digest: bytes, num_bytes: int) -> None:

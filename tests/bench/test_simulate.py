@@ -284,6 +284,7 @@ def test_a_flooding_tenant_takes_nobodys_share(traffic: Traffic, tenancy: Tenanc
 
 def test_shares_of_the_host_cache() -> None:
     shares = TierShares(1000)
+    assert shares.may_take("few", 0.5, 900), "nobody holds anything"
     for digest in (b"a", b"b", b"c"):
         assert shares.may_take("many", 0.5, 250)
         shares.take("many", digest, 250)
