@@ -372,7 +372,7 @@ def parse(raw: bytes | bytearray, context: Context, /) -> GenerationRequest:
 
 
 async def test_a_response_format(start: Start, backend: FakeBackend) -> None:
-    formats = {**FORMATS, "/say": Format(parse, lambda error: error.error_type)}
+    formats = {**FORMATS, "/say": Format(parse, None, lambda error: error.error_type)}
     client: TestClient = await start(formats=formats)
     backend.say("so be it")
     answer = await client.post("/say", json={"say": "x", "as": "me/lora"})

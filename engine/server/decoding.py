@@ -1,4 +1,4 @@
-"""JSON bodies as msgspec structs. Fields that a struct does not have are ignored, as LoRAX does.
+"""JSON bodies as msgspec structs. Fields that a struct does not have are ignored, as LoRAX does, and can be named.
 
 Types are strict, except that an integer is accepted for a float. Errors name the field.
 """
@@ -6,33 +6,18 @@ Types are strict, except that an integer is accepted for a float. Errors name th
 from __future__ import annotations
 
 import functools
-import logging
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Struct
 
 from engine.errors import InvalidRequest, MalformedRequest
 
-log = logging.getLogger(__name__)
-
-MAX_NAMES, MAX_NAME = 20, 100  # ignored fields in one log line, and characters of each
+MAX_NAMES, MAX_NAME = 20, 100  # of ignored fields that are named, and characters of each
 
 Body = bytes | bytearray
 S = TypeVar("S", bound=Struct)
-
-
-def decode(body: Body, cls: type[S], nested: Mapping[str, type[Struct]] | None = None) -> S:
-    """The body as `cls`; logs the fields that it ignores, those of `nested` objects (field -> struct) included.
-
-    Raises MalformedRequest if the body is not a JSON object, InvalidRequest if a field is missing or of the wrong type.
-    """
-    found = _decode(body, cls)
-    if log.isEnabledFor(logging.DEBUG) and (names := _ignored(body, cls, nested or {})):
-        log.debug("ignored unknown fields: %s", ", ".join(names))
-    return found
 
 
 @functools.cache
@@ -40,7 +25,9 @@ def _decoder(cls: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(cls)
 
 
-def _decode(body: Body, cls: type[S]) -> S:
+def decode(body: Body, cls: type[S]) -> S:
+    """Raises MalformedRequest if the body is not a JSON object, InvalidRequest if a field is missing or of the wrong
+    type."""
     try:
         str(body, "utf-8")  # msgspec does not check what it skips
         struct: Any = cls
@@ -66,15 +53,32 @@ def _decode(body: Body, cls: type[S]) -> S:
         raise MalformedRequest("the body is nested too deeply") from None
 
 
-def _ignored(body: Body, cls: type[Struct], nested: Mapping[str, type[Struct]]) -> list[str]:
-    """The first names in a body that `cls`, or the struct of a nested object, does not have."""
-    given = msgspec.json.decode(body)
-    names = [name for name in given if name not in _fields(cls)]
-    for field, inner in nested.items():
-        if isinstance(given.get(field), dict):
-            names += [name for name in given[field] if name not in _fields(inner)]
-    return [name[:MAX_NAME].encode("unicode_escape").decode() for name in names[:MAX_NAMES]]
+def ignored_fields(body: Body, cls: type[Struct]) -> list[str]:
+    """The first names in a body that `cls`, or a struct directly in it, does not have; printable ASCII."""
+    names = _unknown(body, cls)
+    return [
+        name.removeprefix("parameters.")[:MAX_NAME].encode("unicode_escape").decode()
+        for name in names[:MAX_NAMES]
+    ]
 
 
-def _fields(cls: type[Struct]) -> set[str]:
-    return {field.encode_name for field in msgspec.structs.fields(cls)}
+def _unknown(body: Body | msgspec.Raw, cls: type[Struct]) -> list[str]:
+    given: dict[str, msgspec.Raw] = _decoder(dict[str, msgspec.Raw]).decode(body)
+    fields = _fields(cls)
+    names = [name for name in given if name not in fields]
+    for field, inner in fields.items():
+        if inner is not None and memoryview(given.get(field, b""))[:1] == b"{":
+            names += [f"{field}.{name}" for name in _unknown(given[field], inner)]
+    return names
+
+
+@functools.cache
+def _fields(cls: type[Struct]) -> dict[str, type[Struct] | None]:
+    """Field -> the struct that it holds, or None."""
+    hints = get_type_hints(cls)
+    found: dict[str, type[Struct] | None] = {}
+    for field in msgspec.structs.fields(cls):
+        kinds = (hints[field.name], *get_args(hints[field.name]))
+        structs = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Struct)]
+        found[field.encode_name] = structs[0] if structs else None
+    return found

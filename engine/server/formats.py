@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
+from msgspec import Struct
+
 from engine.adapters.ref import AdapterRef
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, LoraxError
@@ -145,5 +147,8 @@ class Format:
     """One response format."""
 
     parse: Parser
+    body: (
+        type[Struct] | None
+    )  # of a body; names the fields that the parser ignores. None: it ignores none
     error_body: Callable[[LoraxError], Any]  # of an error without a stream; encoded as JSON
     status_of: Callable[[LoraxError], int] = attrgetter("status")  # of such an error

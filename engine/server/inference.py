@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
 from engine.errors import LoraxError
 from engine.server.access import TENANT, context_of
+from engine.server.decoding import ignored_fields
 from engine.server.formats import Format, Formatter, GenerationRequest
 from engine.server.front import FRONT, Front
 from engine.server.generation import Generation
@@ -20,6 +21,7 @@ from engine.server.times import times_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+IGNORED_FIELDS = "x-lorax-ignored-fields"
 KEEP_ALIVE = b": keep-alive\n\n"
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -93,7 +95,10 @@ async def _parse(request: web.Request, format: Format, admission: _Admission) ->
     context = context_of(request)
     async with front.bodies.read(request) as body:
         admission.begin()
-        return format.parse(body, context)
+        asked = format.parse(body, context)
+        if format.body is not None and (names := ignored_fields(body, format.body)):
+            asked = replace(asked, headers={**asked.headers, IGNORED_FIELDS: ", ".join(names)})
+        return asked
 
 
 async def _respond(

@@ -81,7 +81,7 @@ def error_body(error: LoraxError) -> object:
     return {"sorry": error.error_type, "about": error.field}
 
 
-SHOUT = Format(parse, error_body)
+SHOUT = Format(parse, None, error_body)
 PATH = "/v1/shout"
 
 

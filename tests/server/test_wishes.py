@@ -207,3 +207,37 @@ async def test_version_and_routes_of_encoders(client: TestClient) -> None:
     for path in ("/embed", "/classify", "/classify_batch", "/v1/embeddings"):
         answer = await client.post(path, json={"inputs": "x"})
         assert answer.status == 404 and "generates text" in await answer.text()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "ignored"),
+    [
+        (
+            "/generate",
+            {"inputs": "x", "wrong": 1, "parameters": {"temprature": 1, "top_k": 3}},
+            "wrong, temprature",
+        ),
+        ("/generate", {"inputs": "x", "parameters": None}, None),
+        (
+            "/v1/completions",
+            {"prompt": "x", "user": "me", "stream_options": None, "\u00e9\r\n": [{}]},
+            r"user, \xe9\r\n",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x", "y": 1}], "store": {"a": {}}},
+            "store",
+        ),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "inference_geo": "eu"},
+            "inference_geo",
+        ),
+    ],
+)
+async def test_ignored_fields_are_named(
+    client: TestClient, path: str, body: dict[str, Any], ignored: str | None
+) -> None:
+    response = await client.post(path, json=body)
+    assert response.status == 200, await response.text()
+    assert response.headers.get("x-lorax-ignored-fields") == ignored

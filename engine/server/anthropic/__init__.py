@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from engine.server.anthropic.format import error_body
 from engine.server.anthropic.parse import parse_messages
+from engine.server.anthropic.schemas import MessagesBody
 from engine.server.formats import Format
 from engine.server.openai.format import status_of
 
 __all__ = ["MESSAGES", "error_body"]
 
-MESSAGES = Format(parse_messages, error_body, status_of)
+MESSAGES = Format(parse_messages, MessagesBody, error_body, status_of)

@@ -7,9 +7,10 @@ from functools import partial
 from engine.server.formats import Format
 from engine.server.native.format import error_body
 from engine.server.native.parse import parse
+from engine.server.native.schemas import GenerateBody
 
 __all__ = ["GENERATE", "GENERATE_STREAM", "INVOCATIONS", "error_body"]
 
-GENERATE = Format(partial(parse, stream=False), error_body)
-GENERATE_STREAM = Format(partial(parse, stream=True), error_body)
-INVOCATIONS = Format(partial(parse, stream=None), error_body)
+GENERATE = Format(partial(parse, stream=False), GenerateBody, error_body)
+GENERATE_STREAM = Format(partial(parse, stream=True), GenerateBody, error_body)
+INVOCATIONS = Format(partial(parse, stream=None), GenerateBody, error_body)

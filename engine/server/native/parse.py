@@ -16,7 +16,7 @@ NAMES = {"num_alternatives": "return_k_alternatives", "grammar": "response_forma
 
 def parse(raw: bytes | bytearray, context: Context, /, *, stream: bool | None) -> GenerationRequest:
     """See `Parser`. With `stream` None the body says whether to stream, and an answer is a list of one."""
-    body = decode(raw, GenerateBody, {"parameters": GenerateParameters})
+    body = decode(raw, GenerateBody)
     given = body.parameters or GenerateParameters()
     streamed = bool(body.stream) if stream is None else stream
     return GenerationRequest(
