@@ -159,6 +159,9 @@ def test_text_although_there_are_tools(client: Anthropic, choice: str) -> None:
     given: Any = {"type": choice}
     answer = client.messages.create(model="base", tools=TOOLS, tool_choice=given, **GREEDY)
     assert [one.type for one in answer.content] == ["text"]
+    used: Any = {"tools": TOOLS} if choice == "auto" else {}
+    counted = client.messages.count_tokens(model="base", messages=MESSAGES, **used)
+    assert prompt_of(answer) == counted.input_tokens
 
 
 def test_results_go_back_to_the_model(client: Anthropic) -> None:
@@ -179,7 +182,9 @@ def test_count_tokens(client: Anthropic, given: Any) -> None:
     """As many as the request itself has."""
     counted = client.messages.count_tokens(model="base", messages=MESSAGES, **given)
     answer = client.messages.create(model="base", **GREEDY | given)
-    assert counted.input_tokens == prompt_of(answer) > 0
+    plain = client.messages.count_tokens(model="base", messages=MESSAGES)
+    assert counted.input_tokens == prompt_of(answer)
+    assert (counted.input_tokens > plain.input_tokens) == bool(given)
 
 
 @pytest.mark.parametrize(

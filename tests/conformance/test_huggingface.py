@@ -111,8 +111,11 @@ def test_truncate(client: InferenceClient) -> None:
 
 
 def test_filters_keep_the_greedy_text(client: InferenceClient, server: Server) -> None:
-    text = client.text_generation(PROMPT, max_new_tokens=24, do_sample=True, top_k=1)
-    assert text == server.generates()["generated_text"]
+    answer = client.text_generation(
+        PROMPT, max_new_tokens=24, do_sample=True, top_k=1, seed=3, details=True
+    )
+    assert answer.generated_text == server.generates()["generated_text"]
+    assert answer.details.seed == 3
 
 
 @pytest.mark.parametrize("kind", ["json", "json_object"])

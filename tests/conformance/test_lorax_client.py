@@ -154,8 +154,10 @@ def test_a_drawn_seed_says_the_same_again(client: Client) -> None:
 
 @pytest.mark.parametrize("given", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0}])
 def test_filters_keep_the_greedy_text(client: Client, server: Server, given: Any) -> None:
-    answer = client.generate(PROMPT, max_new_tokens=LONG, do_sample=True, **given)
+    answer = client.generate(PROMPT, max_new_tokens=LONG, do_sample=True, seed=3, **given)
     assert answer.generated_text == server.generates()["generated_text"]
+    assert answer.details is not None
+    assert answer.details.seed == (None if given == {"temperature": 0} else 3)
 
 
 @pytest.mark.parametrize(

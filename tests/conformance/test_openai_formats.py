@@ -76,10 +76,21 @@ def test_json_schema_at_any_temperature(client: OpenAI) -> None:
 
 
 def test_json_object(client: OpenAI) -> None:
-    """The adapter writes JSON and ends; the format keeps it to an object."""
+    """The adapter writes JSON and ends; the format keeps it to an object where chance would not."""
     sentence = [{"role": "user", "content": "While in Lyon, Maria bought 3 apples."}]
-    text = said(client, model="json", messages=sentence, response_format={"type": "json_object"})
-    assert isinstance(json.loads(text), dict)
+    given = GREEDY | {"messages": sentence, "temperature": 1.8, "n": 16, "seed": 1}
+    free, kept = (
+        [
+            one.message.content or ""
+            for one in client.chat.completions.create(
+                model="json", response_format={"type": kind}, **given
+            ).choices
+            if one.finish_reason == "stop"
+        ]
+        for kind in ("text", "json_object")
+    )
+    assert kept and all(isinstance(json.loads(text), dict) for text in kept)
+    assert not all(text.startswith("{") and text.endswith("}") for text in free)
 
 
 def test_text_is_free(client: OpenAI, server: Server) -> None:

@@ -140,9 +140,13 @@ def test_function_call_of_a_stream(client: OpenAI) -> None:
 
 
 def test_no_call(client: OpenAI) -> None:
+    counts = []
     for choice in ("auto", "none"):
         answer = client.responses.create(model="base", tools=TOOLS, tool_choice=choice, **GREEDY)
-        assert [one.type for one in answer.output] == ["message"]
+        assert [one.type for one in answer.output] == ["message"] and answer.usage
+        counts.append(answer.usage.input_tokens)
+    plain = client.responses.create(model="base", **GREEDY).usage
+    assert plain and counts[0] > counts[1] == plain.input_tokens
 
 
 def test_results_go_back_to_the_model(client: OpenAI) -> None:

@@ -91,11 +91,14 @@ def test_required_at_any_temperature(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", None], ids=["auto", "unset"])
-def test_auto_may_be_text(client: OpenAI, choice: Any) -> None:
+def test_auto_may_be_text(client: OpenAI, server: Server, choice: Any) -> None:
     given = {} if choice is None else {"tool_choice": choice}
-    answer = create(client, max_tokens=24, **given).choices[0]
-    assert answer.message.tool_calls is None and answer.message.content
-    assert answer.finish_reason in ("stop", "length")
+    answer = create(client, max_tokens=24, **given)
+    same = server.chat(tools=TOOLS)
+    message = answer.choices[0].message
+    assert message.tool_calls is None and message.content
+    assert message.content == same["choices"][0]["message"]["content"]
+    assert answer.usage.prompt_tokens == same["usage"]["prompt_tokens"]
 
 
 def test_auto_may_be_a_call(client: OpenAI) -> None:
@@ -209,16 +212,19 @@ def test_parse_of_a_pydantic_tool(client: OpenAI, beta: bool) -> None:
     assert isinstance(parsed, Weather) and parsed.city in ("Lyon", "Paris")
 
 
-def test_strict_with_auto(client: OpenAI) -> None:
+def test_strict_with_auto(client: OpenAI, server: Server) -> None:
     """Text is free; a call would follow the schema. The SDK's own schema of a model is accepted."""
-    answer = create(client, tools=[openai.pydantic_function_tool(Weather)], max_tokens=24)
-    assert answer.choices[0].message.content
+    tool: Any = openai.pydantic_function_tool(Weather)
+    assert tool["function"]["strict"] is True
+    answer, plain = (create(client, tools=tools, max_tokens=24) for tools in ([tool], []))
+    assert answer.choices[0].message.content == server.says(tools=[tool]) != ""
+    assert answer.usage.prompt_tokens > plain.usage.prompt_tokens
 
 
 def test_a_tool_without_parameters(client: OpenAI) -> None:
     bare: Any = [{"type": "function", "function": {"name": "now"}}]
     call = create(client, tools=bare, tool_choice="required").choices[0].message.tool_calls[0]
-    assert call.function.name == "now" and isinstance(json.loads(call.function.arguments), dict)
+    assert (call.function.name, call.function.arguments) == ("now", "{}")
 
 
 @pytest.mark.parametrize(
