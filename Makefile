@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu soak-exchange soak-rotation lint format type docs completions build demo-model bench attack clean
+.PHONY: help install demo test test-gpu conformance soak-exchange soak-rotation lint format type docs completions build demo-model bench attack clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test: $(INSTALLED) ## run the tests that need no GPU
 
 test-gpu: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+conformance: $(INSTALLED) ## run published SDKs against a real server (ARGS="--only openai,anthropic")
+	$(BIN)/python -m tools.conformance $(ARGS)
 
 soak-exchange: $(INSTALLED) ## kill the exchange 20 times under load
 	LORAX_KILLS=20 $(BIN)/python -m pytest tests/server/test_exchange_killed.py --timeout 900 $(ARGS)
@@ -79,6 +82,6 @@ attack: $(INSTALLED) ## attack a real server with hostile files and clients (ARG
 	$(BIN)/python -m tools.attack $(ARGS)
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-conformance build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find engine lorax_cli tests tools clients -name __pycache__ -type d -prune -exec rm -rf {} +
 	find engine -name '*.so' -delete

@@ -32,7 +32,7 @@ class StructuredOutputs(Struct, frozen=True):
 
 
 class ResponseFormat(Struct, frozen=True):
-    """OpenAI's and LoRAX's `response_format`, and ours: `regex`, `choice` and `lark`."""
+    """OpenAI's and LoRAX's `response_format`, ours (`regex`, `choice`, `lark`), and TGI's (a type and its `value`)."""
 
     type: str
     schema: Schema | str | None = None
@@ -40,42 +40,47 @@ class ResponseFormat(Struct, frozen=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    value: Any = None
 
 
 def grammar_of(
-    response_format: ResponseFormat | None, structured: StructuredOutputs | None = None
+    response_format: ResponseFormat | None,
+    structured: StructuredOutputs | None = None,
+    *,
+    name: str = "response_format",
 ) -> str | None:
-    """The grammar of a request's output; None: it is free. Raises InvalidRequest."""
+    """The grammar of a request's output; None: it is free. `name`: of the format's field. Raises InvalidRequest."""
     if structured is not None:
         if response_format is not None and response_format.type != "text":
             raise invalid(
                 "structured_outputs", "cannot be combined with `response_format`", "leave one out"
             )
         return _of_structured(structured)
-    return None if response_format is None else _of_format(response_format)
+    return None if response_format is None else _of_format(response_format, name)
 
 
-def _of_format(given: ResponseFormat) -> str | None:
-    where = f"response_format.{given.type}"
+def _of_format(given: ResponseFormat, name: str) -> str | None:
+    where = f"{name}.{given.type}"
     kind = given.type
     if kind == "text":
         return None
-    if kind == "json_object":
-        anything: Schema = {"type": "object"}
-        return _json(anything if given.schema is None else given.schema, "response_format.schema")
+    if kind in ("json_object", "json"):
+        schemas: tuple[Any, ...] = (given.schema, given.value, {"type": "object"})
+        return _json(next(one for one in schemas if one is not None), f"{name}.schema")
     if kind == "json_schema":
-        schema = given.schema if given.json_schema is None else given.json_schema.get("schema")
+        named = given.value if given.json_schema is None else given.json_schema
+        schema = named.get("schema") if isinstance(named, dict) else given.schema
         if schema is None:
             raise invalid(f"{where}.schema", "is required", "send a JSON schema")
         return _json(schema, f"{where}.schema")
     if kind == "regex":
-        return _regex(given.regex, where)
+        return _regex(given.value if given.regex is None else given.regex, where)
     if kind == "choice":
         return _choice(given.choice, where)
     if kind in ("lark", "grammar"):
-        return _lark(given.grammar, "response_format.grammar")
+        return _lark(given.grammar, f"{name}.grammar")
     raise invalid(
-        "response_format.type",
+        f"{name}.type",
         f"{kind[:100]!r} is not supported by this server",
         "use text, json_object, json_schema, regex, choice or lark",
     )
@@ -100,7 +105,7 @@ def _of_structured(given: StructuredOutputs) -> str:
     return makers[name](getattr(given, name), f"structured_outputs.{name}")
 
 
-def _json(schema: Schema | str, where: str) -> str:
+def _json(schema: Any, where: str) -> str:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -113,8 +118,8 @@ def _json(schema: Schema | str, where: str) -> str:
     return of_json_schema(schema)
 
 
-def _regex(regex: str | None, where: str) -> str:
-    if not regex:
+def _regex(regex: Any, where: str) -> str:
+    if not regex or not isinstance(regex, str):
         raise invalid(where, "is required", "give a regular expression in `regex`")
     return of_regex(regex)
 

@@ -28,6 +28,13 @@ FORMATS: list[tuple[dict[str, Any] | None, str]] = [
     ({"type": "choice", "choice": CHOICES}, CHOICE),
     ({"type": "lark", "grammar": LARK}, of_lark(LARK)),
 ]
+# As TGI has them, and `huggingface_hub` sends them: the type and its value.
+TGI: list[tuple[dict[str, Any], str]] = [
+    ({"type": "json", "value": SCHEMA}, OWN),
+    ({"type": "json_object", "value": SCHEMA}, OWN),
+    ({"type": "json_schema", "value": {"name": "x", "schema": SCHEMA}}, OWN),
+    ({"type": "regex", "value": r"\d+"}, of_regex(r"\d+")),
+]
 OPENAI: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"json": SCHEMA}}, OWN),
     ({"structured_outputs": {"json": '{"type": "object"}'}}, ANY),
@@ -42,7 +49,7 @@ OPENAI: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "grammar"), FORMATS)
+@pytest.mark.parametrize(("given", "grammar"), FORMATS + TGI)
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 async def test_response_format(
     client: TestClient, backend: FakeBackend, path: str, given: dict[str, Any] | None, grammar: str
@@ -53,6 +60,35 @@ async def test_response_format(
     response = await client.post(path, json=body)
     assert response.status == 200, await response.text()
     assert backend.requests[-1].grammar == grammar
+
+
+@pytest.mark.parametrize(("given", "grammar"), TGI)
+async def test_grammar_of_tgi(
+    client: TestClient, backend: FakeBackend, given: dict[str, Any], grammar: str
+) -> None:
+    parameters = {"grammar": given, "response_format": {"type": "text"}}
+    response = await client.post("/generate", json={"inputs": "x", "parameters": parameters})
+    assert response.status == 200, await response.text()
+    assert backend.requests[-1].grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"grammar": {"type": "magic", "value": "x"}}, "grammar.type"),
+        ({"grammar": {"type": "regex", "value": "(?=a)"}}, "grammar"),
+        ({"grammar": {"type": "regex", "value": {}}}, "grammar.regex"),
+        ({"grammar": {"type": "json_schema", "value": {}}}, "grammar.json_schema.schema"),
+        ({"grammar": {"type": "json", "value": "{"}}, "grammar.schema"),
+        ({"grammar": {"type": "json"}, "response_format": {"type": "json_object"}}, "grammar"),
+    ],
+)
+async def test_a_refused_grammar_of_tgi(
+    client: TestClient, given: dict[str, Any], field: str
+) -> None:
+    response = await client.post("/generate", json={"inputs": "x", "parameters": given})
+    error = await response.json()
+    assert (response.status, error["field"]) == (422, field), error
 
 
 @pytest.mark.parametrize(("given", "grammar"), OPENAI)

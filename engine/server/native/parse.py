@@ -11,7 +11,7 @@ from engine.server.native.format import NativeFormatter
 from engine.server.native.schemas import GenerateBody, GenerateParameters
 from engine.server.parameters import Parameters, invalid, refuse
 
-NAMES = {"num_alternatives": "return_k_alternatives", "grammar": "response_format"}
+NAMES = {"num_alternatives": "return_k_alternatives"}
 
 
 def parse(raw: bytes | bytearray, context: Context, /, *, stream: bool | None) -> GenerationRequest:
@@ -39,7 +39,8 @@ def _parameters(
     api_token = context.token(given.api_token)
     if not body.inputs:
         raise invalid("inputs", "is empty", "send some text")
-    refuse(grammar=given.grammar, top_n_tokens=given.top_n_tokens)
+    refuse(top_n_tokens=given.top_n_tokens)
+    grammar, grammar_field = _grammar(given)
     filters = (
         given.top_k not in (None, 0, -1),
         given.top_p not in (None, 1),
@@ -72,13 +73,23 @@ def _parameters(
         keep_stop=True,
         ignore_eos=bool(given.ignore_eos_token),
         truncate=given.truncate,
-        grammar=grammar_of(given.response_format),
+        grammar=grammar,
         best_of=best_of,
         logprobs=stream or details or best_of > 1,
         num_alternatives=given.return_k_alternatives,
         prompt_logprobs=bool(given.decoder_input_details),
-        names=NAMES,
+        names=NAMES | {"grammar": grammar_field},
     )
+
+
+def _grammar(given: GenerateParameters) -> tuple[str | None, str]:
+    """The grammar, and its field: LoRAX's, or TGI's."""
+    made = grammar_of(given.response_format)
+    if given.grammar is None:
+        return made, "response_format"
+    if made is not None:
+        raise invalid("grammar", "cannot be combined with `response_format`", "leave one out")
+    return grammar_of(given.grammar, name="grammar"), "grammar"
 
 
 def _check(given: GenerateParameters, best_of: int, *, sample: bool, stream: bool) -> None:

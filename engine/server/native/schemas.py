@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.messages import AdapterPhase, Tier
@@ -41,8 +39,8 @@ class GenerateParameters(Struct, frozen=True):
     apply_chat_template: bool | None = None  # ignored, as by LoRAX
     seed: int | None = None
     response_format: ResponseFormat | None = None
-    grammar: Any = None  # of TGI; refused, as the next
-    top_n_tokens: int | None = None
+    grammar: ResponseFormat | None = None  # of TGI
+    top_n_tokens: int | None = None  # of TGI; refused
 
 
 class GenerateBody(Struct, frozen=True):

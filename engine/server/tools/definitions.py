@@ -13,6 +13,7 @@ from engine.server.parameters import invalid
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 256 << 10  # of JSON, all tools together
 MAX_TOOL_NAME = 64
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 Choice = Literal["auto", "required", "none"]
@@ -21,7 +22,7 @@ Choice = Literal["auto", "required", "none"]
 @dataclass(frozen=True, slots=True)
 class Tool:
     name: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema; empty: none given
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema; empty: any
     description: str | None = None
     strict: bool = False
 
@@ -57,7 +58,10 @@ def tool(
     strict: Any = None,
     schema: str = "parameters",
 ) -> Tool:
-    """One tool. `where`: its place in the body, `schema`: its field's name there. Raises InvalidRequest."""
+    """One tool. `where`: its place in the body, `schema`: its field's name there. Raises InvalidRequest.
+
+    A function without parameters takes none, as OpenAI defines it.
+    """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise invalid(
             f"{where}.name",
@@ -66,7 +70,7 @@ def tool(
         )
     if description is not None and not isinstance(description, str):
         raise invalid(f"{where}.description", "has the wrong type", "send a text")
-    given = {} if parameters is None else parameters
+    given = NO_PARAMETERS if parameters is None else parameters
     if not isinstance(given, dict) or given.get("type", "object") != "object":
         raise invalid(f"{where}.{schema}", "is not the JSON schema of an object", "send one")
     return Tool(name, given, description, strict is True)

@@ -262,6 +262,32 @@ async def test_required_calls_have_a_grammar(
     assert not _accepts(grammar, text, bad)
 
 
+@pytest.mark.parametrize("family", ["hermes"], indirect=True)
+@pytest.mark.parametrize("given", [{}, {"parameters": None}])
+async def test_a_function_without_parameters_takes_none(
+    openai: AsyncOpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: FakeBackend,
+    text: Text,
+    family: str,
+    given: Json,
+) -> None:
+    """As OpenAI defines it; an empty schema allows any."""
+    grammars = _record(monkeypatch)
+    backend.say("x")
+    for function in ({"name": "now"} | given, {"name": "now", "parameters": {}}):
+        tool = {"type": "function", "function": function}
+        await chat(openai, tool_choice="required", tools=[tool])
+    calls = [
+        f'<tool_call>\n{{"name": "now", "arguments": {arguments}}}\n</tool_call>'
+        for arguments in ("{}", '{"a": 1}')
+    ]
+    without, any_ = grammars
+    assert without is not None and any_ is not None
+    assert [_accepts(without, text, call) for call in calls] == [True, False]
+    assert [_accepts(any_, text, call) for call in calls] == [True, True]
+
+
 def _record(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The grammars that generations get from now on."""
     from engine.server import generation
