@@ -22,6 +22,7 @@ class Choice:
     stream: TextStream
     stops: StopMatcher
     shown: frozenset[int] = frozenset()  # special tokens that are text
+    score_only: bool = False  # generated tokens are dropped
     parts: list[str] = field(default_factory=list)
     num_tokens: int = 0
     cached_tokens: int = 0  # of the prompt
@@ -39,8 +40,9 @@ class Choice:
             events.append(PromptLogprobs(self.index, update.prompt_logprobs, update.prompt_tops))
         ends = update.finish == "eos"
         token: Token | None = None
-        for index, output in enumerate(update.tokens, 1):
-            token = self._read(output, ends and index == len(update.tokens))
+        tokens = [] if self.score_only else update.tokens
+        for index, output in enumerate(tokens, 1):
+            token = self._read(output, ends and index == len(tokens))
             events.append(token)
             if self.stops.matched is not None:
                 return self._finish("stop_sequence", None)
@@ -48,6 +50,8 @@ class Choice:
             return None
         if update.finish == "cancelled":
             raise GenerationError("the engine cancelled the request")
+        if self.score_only:
+            return self._finish("length", None)
         tail = self._end()
         if token is not None:
             token.delta += tail

@@ -380,6 +380,7 @@ class Generator:
                         text=text,
                         stream=text.stream(tokens, skip_special=not shown),
                         stops=StopMatcher(parameters.stop, keep=parameters.keep_stop),
+                        score_only=parameters.score_only,
                         shown=shown,
                     )
                 )

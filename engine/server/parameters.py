@@ -87,6 +87,9 @@ class Parameters:
     logprobs: bool = False
     num_alternatives: int | None = None
     prompt_logprobs: bool = False
+    score_only: bool = (
+        False  # only the prompt is answered with: `max_new_tokens` is 1, and that token is dropped
+    )
     special: bool = True  # add special tokens (BOS) to a prompt that is a text
     names: Mapping[str, str] = field(
         default_factory=dict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from engine.server.events import Token
 from engine.server.openai.logprobs import completion
 from engine.server.text import Text
 from tests.server.conftest import Start
-from tests.server.fake import EOS, FakeBackend
+from tests.server.fake import EOS, FakeBackend, events_of
 
 HELLO = {"model": "base", "prompt": "Hello"}
 
@@ -229,7 +230,11 @@ async def test_version_and_routes_of_encoders(client: TestClient) -> None:
         ),
         (
             "/v1/messages",
-            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "inference_geo": "eu"},
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "max_tokens": 2,
+                "inference_geo": "eu",
+            },
             "inference_geo",
         ),
     ],
@@ -240,3 +245,56 @@ async def test_ignored_fields_are_named(
     response = await client.post(path, json=body)
     assert response.status == 200, await response.text()
     assert response.headers.get("x-lorax-ignored-fields") == ignored
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_alone_is_scored(
+    client: TestClient, backend: FakeBackend, stream: bool
+) -> None:
+    """As lm-evaluation-harness asks. The scores are those of a request that generates."""
+    asked = {"prompt": "one two three", "echo": True, "logprobs": 1, "stream": stream}
+    response = await client.post("/v1/completions", json={**asked, "max_tokens": 0})
+    assert response.status == 200, await response.text()
+    if stream:
+        (event, done) = events_of(await response.read())
+        assert done == "[DONE]"
+        (scored,) = json.loads(event)["choices"]
+    else:
+        body = await response.json()
+        assert body["usage"]["completion_tokens"] == 0
+        (scored,) = body["choices"]
+    _, longer = await complete(client, prompt="one two three", echo=True, logprobs=1, max_tokens=3)
+    (whole,) = longer["choices"]
+    number = len(scored["logprobs"]["tokens"])
+    assert number == longer["usage"]["prompt_tokens"] > 1
+    assert scored["text"] == "one two three" and scored["finish_reason"] == "length"
+    assert scored["logprobs"] == {
+        name: values[:number] for name, values in whole["logprobs"].items()
+    }
+
+
+async def test_without_echo_there_must_be_a_token(client: TestClient) -> None:
+    response = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 0})
+    assert response.status == 400 and (await response.json())["error"]["param"] == "max_tokens"
+
+
+async def test_usage_in_every_chunk(client: TestClient) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": True}
+    asked = {"prompt": "Hello", "stream": True, "stream_options": options, "n": 2, "max_tokens": 5}
+    response = await client.post("/v1/completions", json=asked)
+    *chunks, last = [json.loads(event) for event in events_of(await response.read())[:-1]]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and len(set(counts)) > 2
+    assert chunks[-1]["usage"] == last["usage"]
+
+
+async def test_the_end_of_a_prompt(client: TestClient, backend: FakeBackend, text: Text) -> None:
+    tokens = await text.encode("one two three four")
+    _, body = await complete(
+        client, prompt="one two three four", truncate_prompt_tokens=2, echo=True
+    )
+    assert backend.requests[-1].tokens == tokens[-2:]
+    assert body["choices"][0]["text"].startswith(text.decode(tokens[-2:]))
+    asked = {"prompt": "x", "truncate_prompt_tokens": 0}
+    response = await client.post("/v1/completions", json=asked)
+    assert (await response.json())["error"]["param"] == "truncate_prompt_tokens"

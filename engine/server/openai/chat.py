@@ -101,8 +101,8 @@ class ChatFormatter(OpenAIFormatter[ChatBody]):
             tool_calls=calls or msgspec.UNSET,
         )
 
-    def _usage(self) -> OpenAIUsage:
-        usage = super()._usage()
+    def _usage(self, answer: int) -> OpenAIUsage:
+        usage = super()._usage(answer)
         tokens = sum(reader.reasoning_tokens for reader in self._readers)
         usage.completion_tokens_details = ReasoningTokens(tokens)
         return usage

@@ -68,10 +68,12 @@ class GrowingChoice:
     prompt: PromptLogprobs | None = None
     finish: Finish | None = None
     begun: bool = False  # a chunk was sent
+    num_tokens: int = 0  # generated so far
 
     def add(self, event: Event) -> str:
         """The text that `event` brought."""
         if isinstance(event, Token):
+            self.num_tokens += 1
             if self.log is not None:
                 self.log.push(event)
             return event.delta
@@ -102,6 +104,7 @@ class OpenAIFormatter(ABC, Generic[B]):
         self._created = int(time.time())
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
+        self._usage_in_chunks = options is not None and bool(options.continuous_usage_stats)
         self._encode = msgspec.json.Encoder().encode
         self._choices = [self._begin(index) for index in range(generation.num_choices)]
 
@@ -120,11 +123,13 @@ class OpenAIFormatter(ABC, Generic[B]):
     # -- a stream
 
     def events(self, events: list[Event]) -> bytes:
-        usage = None if self._include_usage else msgspec.UNSET
+        usage: Any = None if self._include_usage else msgspec.UNSET
         lines: list[bytes] = []
         for event in events:
             choice = self._choices[event.choice]
             for chunk in self._chunks(choice, event, choice.add(event)):
+                if self._usage_in_chunks:
+                    usage = self._usage(sum(one.num_tokens for one in self._choices))
                 answer = self._answer(self.chunk_object, [chunk], usage)
                 lines += b"data: ", self._encode(answer), b"\n\n"
         return b"".join(lines)
@@ -132,7 +137,9 @@ class OpenAIFormatter(ABC, Generic[B]):
     def end(self) -> bytes:
         last = b""
         if self._include_usage:
-            answer = self._answer(self.chunk_object, [], self._usage())
+            answer = self._answer(
+                self.chunk_object, [], self._usage(self._generation.generated_tokens)
+            )
             last = b"data: " + self._encode(answer) + b"\n\n"
         return last + b"data: [DONE]\n\n"
 
@@ -142,7 +149,8 @@ class OpenAIFormatter(ABC, Generic[B]):
     # -- one answer
 
     def answer(self, choices: Sequence[FinishedChoice]) -> Answer:
-        return Answer(self._answer(self.object, self._whole(choices), self._usage()))
+        usage = self._usage(self._generation.generated_tokens)
+        return Answer(self._answer(self.object, self._whole(choices), usage))
 
     # -- parts
 
@@ -170,8 +178,9 @@ class OpenAIFormatter(ABC, Generic[B]):
             usage=usage,
         )
 
-    def _usage(self) -> OpenAIUsage:
-        prompt, answer = self._generation.prompt_tokens, self._generation.generated_tokens
+    def _usage(self, answer: int) -> OpenAIUsage:
+        """`answer`: generated tokens."""
+        prompt = self._generation.prompt_tokens
         cached = CachedTokens(self._generation.cached_tokens)
         return OpenAIUsage(prompt, answer, prompt + answer, cached)
 
@@ -222,7 +231,7 @@ class CompletionFormatter(OpenAIFormatter[CompletionBody]):
         if not self._body.echo:
             return ""
         prompt = self._prompts[index // self._generation.parameters.best_of]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and not self._generation.parameters.truncate:
             return prompt
         return self._text.decode(self._generation.prompt_of(index))
 

@@ -81,10 +81,11 @@ def _parameters(
         "stop": stop or (),
         "stop_token_ids": body.stop_token_ids or (),
         "logit_bias": biases_of(body.logit_bias),
+        "truncate": body.truncate_prompt_tokens,
         "keep_stop": bool(body.include_stop_str_in_output),
         "ignore_eos": bool(body.ignore_eos_token or body.ignore_eos),
         "grammar": grammar_of(body.response_format, structured),
-        "names": {"min_new_tokens": "min_tokens"}
+        "names": {"min_new_tokens": "min_tokens", "truncate": "truncate_prompt_tokens"}
         | {"grammar": "response_format" if structured is None else "structured_outputs"}
         | names,
     }
@@ -134,6 +135,7 @@ def _completion_parameters(body: CompletionBody, context: Context) -> Parameters
         raise invalid("best_of", "above `n` cannot be streamed", "leave it out, or do not stream")
     names = {"inputs": "prompt", "num_alternatives": "logprobs", "max_new_tokens": "max_tokens"}
     names["best_of"] = "n" if body.best_of is None else "best_of"
+    score_only = body.max_tokens == 0 and bool(body.echo)
     return _parameters(
         body,
         context,
@@ -143,6 +145,8 @@ def _completion_parameters(body: CompletionBody, context: Context) -> Parameters
         logprobs=body.logprobs is not None or best_of > n,
         num_alternatives=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        score_only=score_only,
+        max_new_tokens=1 if score_only else body.max_tokens,
     )
 
 

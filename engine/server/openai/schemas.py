@@ -42,6 +42,7 @@ class Message(Struct, frozen=True, omit_defaults=True):
 
 class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class OpenAIBody(Unserved, frozen=True, kw_only=True):
@@ -61,6 +62,7 @@ class OpenAIBody(Unserved, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
     include_stop_str_in_output: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

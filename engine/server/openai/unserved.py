@@ -18,7 +18,6 @@ REMEDIES = {
     "use_beam_search": "leave it out",
     "bad_words": "send `logit_bias` with -100",
     "allowed_token_ids": "send `structured_outputs` or `logit_bias`",
-    "truncate_prompt_tokens": "shorten the prompt",
     "modalities": "leave it out: this server answers with text",
     "audio": "leave it out: this server answers with text",
 }
@@ -42,7 +41,6 @@ class Unserved(Struct, frozen=True, kw_only=True):
     use_beam_search: Any = None
     bad_words: Any = None
     allowed_token_ids: Any = None
-    truncate_prompt_tokens: Any = None
     modalities: Any = None
     audio: Any = None
 
