@@ -73,6 +73,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         schemas.StreamAnswer,
     ),
     ("POST", "/tokenize"): Operation(_GENERATE, "The tokens of a text", schemas.TokenizeBody),
+    ("POST", "/detokenize"): Operation(_GENERATE, "The text of tokens", schemas.DetokenizeBody),
     ("POST", "/v1/chat/completions"): Operation(
         _OPENAI,
         "Chat completion",

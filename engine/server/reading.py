@@ -144,7 +144,7 @@ async def reading_of(
         return Reading(), parameters
     template, use = text.chat.choose(conversation), conversation.use
     marks = marks_of(template)
-    opened = marks is not None and _opened(conversation, text.ending(tokens[0][-NUM_LAST:]), marks)
+    opened = marks is not None and _opened(conversation, text.written(tokens[0][-NUM_LAST:]), marks)
     family = None if use is None else _family(use, template, insisted)
     shown = text.special_tokens([*(marks or ()), *(family.marks if family else ())])
     reading = Reading(use, family, marks, opened, frozenset(shown.values()))

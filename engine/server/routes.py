@@ -12,7 +12,7 @@ from engine.server import anthropic, native, openai, openapi
 from engine.server.anthropic import routes as anthropic_routes
 from engine.server.formats import Format
 from engine.server.inference import handler_of
-from engine.server.native import adapter_routes, alias_routes
+from engine.server.native import adapter_routes, alias_routes, token_routes
 from engine.server.native import routes as native_routes
 from engine.server.openai import lora_routes
 from engine.server.openai import routes as openai_routes
@@ -36,6 +36,7 @@ def routes(formats: Mapping[str, Format] = FORMATS) -> list[web.RouteDef]:
     return [
         *posts,
         *native_routes.routes(),
+        *token_routes.routes(),
         *alias_routes.routes(),
         *adapter_routes.routes(),
         *openai_routes.routes(),

@@ -253,8 +253,8 @@ class Text:
         found = ((name, self._tokenizer.token_to_id(name)) for name in names)
         return {name: id for name, id in found if id is not None and id in self.special_ids}
 
-    def ending(self, tokens: Sequence[int]) -> str:
-        """The text of the last tokens of a prompt, with special tokens."""
+    def written(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, with special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def decode(self, tokens: Iterable[int], prompt: Sequence[int] = ()) -> str:

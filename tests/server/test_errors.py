@@ -22,7 +22,7 @@ from engine.errors import (
     LoraxError,
     OutOfMemory,
 )
-from engine.server.native.routes import MAX_TOKENIZED
+from engine.server.native.token_routes import MAX_TOKENIZED
 from engine.server.text import Text, TextStream
 from tests.server.fake import FakeBackend, Json, Start
 

@@ -14,6 +14,7 @@ from engine.adapters.ref import AdapterRef
 from engine.config import AdapterConfig, EngineConfig
 from engine.lora.recipe import Recipe
 from engine.messages import EngineStats
+from engine.server.conversation import Conversation
 from engine.server.text import Text
 from tests.server.fake import EOS, FakeBackend, Json, Start, events_of
 
@@ -308,6 +309,39 @@ async def test_tokenize(client: TestClient, text: Text) -> None:
     assert [token["id"] for token in tokens] == await text.encode(SAYING)
     assert all(set(token) == {"id", "text", "start", "stop"} for token in tokens)
     assert tokens[-1]["stop"] == len(SAYING)
+
+
+async def test_tokens_as_of_vllm(client: TestClient, text: Text) -> None:
+    whole = await text.encode(SAYING)
+    asked: dict[str, object] = {"prompt": SAYING, "model": "base", "return_token_strs": True}
+    found = await (await client.post("/tokenize", json=asked)).json()
+    assert found["tokens"] == whole and found["count"] == len(whole)
+    assert found["token_strs"] == [text.token_text(token) for token in whole]
+    bare = await client.post("/tokenize", json={"prompt": SAYING, "add_special_tokens": False})
+    assert (await bare.json())["tokens"] == await text.encode(SAYING, special=False)
+    messages = [{"role": "user", "content": SAYING}]
+    chat = await (await client.post("/tokenize", json={"messages": messages})).json()
+    assert chat["tokens"] == await text.encode_chat(Conversation(messages))
+    back = await client.post("/detokenize", json={"tokens": chat["tokens"], "model": "base"})
+    assert await back.json() == {"prompt": text.written(chat["tokens"])}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/tokenize", {}, "inputs"),
+        ("/tokenize", {"inputs": "x", "prompt": "x"}, "inputs"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [2**40]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+    ],
+)
+async def test_tokens_refused(
+    client: TestClient, path: str, body: dict[str, object], field: str
+) -> None:
+    response = await client.post(path, json=body)
+    assert response.status == 422 and f"`{field}`" in (await response.json())["error"]
 
 
 async def test_health_says_that_adapters_cannot_be_loaded(

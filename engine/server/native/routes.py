@@ -1,4 +1,4 @@
-"""LoRAX's routes that do not generate for a client: tokens, health, facts and metrics."""
+"""LoRAX's routes that do not generate for a client: health, facts and metrics."""
 
 from __future__ import annotations
 
@@ -8,32 +8,12 @@ import engine
 from engine.errors import EngineDead
 from engine.messages import TierStats
 from engine.metrics import CONTENT_TYPE
-from engine.server.decoding import decode
 from engine.server.front import FRONT
-from engine.server.native.schemas import TokenizeBody
-from engine.server.parameters import Parameters, invalid
+from engine.server.parameters import Parameters
 from engine.server.refusals import refused
 from engine.server.responses import json_response
 
 ENCODERS = ("/embed", "/classify", "/classify_batch", "/v1/embeddings")
-MAX_TOKENIZED = 1 << 20  # characters of POST /tokenize; they take about 200 MB
-
-
-async def _tokenize_body(request: web.Request) -> TokenizeBody:
-    async with request.app[FRONT].bodies.read(request) as raw:
-        return decode(raw, TokenizeBody)
-
-
-async def tokenize(request: web.Request) -> web.StreamResponse:
-    """POST /tokenize."""
-    front = request.app[FRONT]
-    body = await _tokenize_body(request)
-    special = body.add_special_tokens is not False
-    if len(body.inputs) > MAX_TOKENIZED:
-        raise invalid(
-            "inputs", f"has more than {MAX_TOKENIZED} characters", "send the text in parts"
-        )
-    return json_response(await front.text.tokenize(body.inputs, special=special))
 
 
 async def health(request: web.Request) -> web.StreamResponse:
@@ -142,7 +122,6 @@ def routes() -> list[web.RouteDef]:
     return [
         *(web.post(path, no_encoder) for path in ENCODERS),
         web.get("/version", version),
-        web.post("/tokenize", tokenize),
         web.get("/", health),
         web.get("/health", health),
         web.get("/ping", health),

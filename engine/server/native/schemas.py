@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.messages import AdapterPhase, Tier
@@ -91,8 +93,19 @@ class AdapterEntry(Struct):
 
 
 class TokenizeBody(Struct, frozen=True):
-    inputs: str
+    """LoRAX's with `inputs`, vLLM's with `prompt` or `messages`."""
+
+    inputs: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    model: str | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Struct, frozen=True):
+    tokens: list[int]
+    model: str | None = None
 
 
 class AlternativeToken(Struct):

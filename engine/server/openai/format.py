@@ -149,8 +149,9 @@ class OpenAIFormatter(ABC, Generic[B]):
     # -- one answer
 
     def answer(self, choices: Sequence[FinishedChoice]) -> Answer:
+        whole = self._whole(choices)
         usage = self._usage(self._generation.generated_tokens)
-        return Answer(self._answer(self.object, self._whole(choices), usage))
+        return Answer(self._answer(self.object, whole, usage))
 
     # -- parts
 

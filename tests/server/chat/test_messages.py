@@ -82,7 +82,7 @@ async def test_text(client: TestClient, backend: FakeBackend, text: Text) -> Non
     backend.say("né 😀 wörld")
     found = await ask(client, system=[{"type": "text", "text": "Be brief."}], temperature=0.5)
     request = backend.requests[0]
-    assert text.ending(request.tokens).startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n")
+    assert text.written(request.tokens).startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n")
     assert found.pop("id").startswith("msg_")
     assert found == {
         "type": "message",
@@ -178,7 +178,7 @@ async def test_the_end(client: TestClient, backend: FakeBackend) -> None:
 
 async def test_a_prefill_is_continued(client: TestClient, backend: FakeBackend, text: Text) -> None:
     await ask(client, messages=[USER, {"role": "assistant", "content": "The sky"}])
-    assert text.ending(backend.requests[0].tokens).endswith("<|im_start|>assistant\nThe sky")
+    assert text.written(backend.requests[0].tokens).endswith("<|im_start|>assistant\nThe sky")
 
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
@@ -187,7 +187,7 @@ async def test_thinking_that_is_not_wanted(
 ) -> None:
     await ask(client, thinking={"type": "disabled"})
     await ask(client, thinking={"type": "enabled", "budget_tokens": 1024})
-    ends = [text.ending(request.tokens).endswith("</think>\n\n") for request in backend.requests]
+    ends = [text.written(request.tokens).endswith("</think>\n\n") for request in backend.requests]
     assert ends == [True, False]
 
 

@@ -34,7 +34,7 @@ async def test_text(openai: AsyncOpenAI, backend: FakeBackend, text: Text) -> No
     assert (found.previous_response_id, found.incomplete_details) == (None, None)
     assert found.metadata == {"a": "b"}
     request = backend.requests[0]
-    prompt = text.ending(request.tokens)
+    prompt = text.written(request.tokens)
     assert prompt.endswith(
         "system\nBe brief.<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n"
     )

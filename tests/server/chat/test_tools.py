@@ -100,7 +100,7 @@ async def test_a_round(
     assert found.choices[0].message.content == "It rains."
     assert found.choices[0].message.tool_calls is None
     assert found.choices[0].finish_reason == "stop"
-    prompt = text.ending(backend.requests[-1].tokens)
+    prompt = text.written(backend.requests[-1].tokens)
     assert "get_weather" in prompt and "rain" in prompt and '\\"city' not in prompt
 
 
@@ -141,7 +141,7 @@ async def test_no_tools_no_calls(openai: AsyncOpenAI, backend: FakeBackend, text
     for one in given:
         found = (await chat(openai, **one)).choices[0]
         assert found.message.tool_calls is None and found.finish_reason == "stop"
-        assert "get_weather" not in text.ending(backend.requests[-1].tokens)
+        assert "get_weather" not in text.written(backend.requests[-1].tokens)
 
 
 @pytest.mark.parametrize("family", ["mistral_args", "qwen3"], indirect=True)
