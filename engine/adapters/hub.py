@@ -134,6 +134,12 @@ class HubSource(Source):
             ) from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
+                if isinstance(error, _Offline):
+                    raise AdapterNotFound(
+                        f"{ref.name} was not downloaded, and the hub is disabled",
+                        field="adapter_id",
+                        hint="check the name, or unset HF_HUB_OFFLINE",
+                    ) from None
                 raise
             logger.warning("%s: using the downloaded copy: %s", ref.name, error.message)
             return cached
@@ -318,7 +324,7 @@ class HubSource(Source):
                     raise _Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise AdapterLoadFailed(
+                raise _Offline(
                     f"the hub is disabled: {first_line(error)}", hint="unset HF_HUB_OFFLINE"
                 ) from None
             except _NETWORK as error:
@@ -386,6 +392,10 @@ def _invalid(ref: AdapterRef) -> AdapterNotFound:
 
 
 _CANDIDATES = [folder + name for folder in FOLDERS for name in WEIGHT_NAMES]
+
+
+class _Offline(AdapterLoadFailed):
+    """The hub is disabled by HF_HUB_OFFLINE."""
 
 
 class _Refusal(Exception):

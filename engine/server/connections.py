@@ -60,7 +60,9 @@ class Connections:
     def __init__(self, limit: int, headroom: int = HEADROOM) -> None:
         self.limit = limit
         self.headroom = headroom
-        self.closing = False  # new connections are closed at once
+        self.closing = False  # the server stops: it takes no more requests
+        self.aborted = False  # new connections are closed at once
+        self._last: set[Abortable] = set()  # that were open when it began to stop, and not waiting
         self._open: set[Abortable] = set()
         self._waiting: OrderedDict[Abortable, None] = OrderedDict()  # longest first
         self._full = ThrottledWarning()
@@ -113,21 +115,26 @@ class Connections:
         return True
 
     def close_waiting(self) -> None:
-        """The server stops: closes connections that wait, and new ones."""
+        """The server stops: closes connections that wait."""
         self.closing = True
         while self.close_longest_waiting():
             pass
+        self._last = set(self._open)
+
+    def came_late(self, connection: Abortable) -> bool:
+        """Whether it was opened after the server began to stop."""
+        return self.closing and connection not in self._last
 
     def abort(self) -> None:
-        """Closes every connection."""
-        self.closing = True
+        """Closes every connection, and new ones."""
+        self.closing = self.aborted = True
         for connection in list(self._open):
             connection.abort()
 
     async def wait_closed(self, timeout: float) -> bool:
-        """Waits until no connection is open; False after `timeout` seconds."""
+        """Waits until those are closed that were open when the server began to stop; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while self._open:
+        while self._last & self._open:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(POLL_S)

@@ -110,7 +110,7 @@ class Connection(web.RequestHandler):
         self._socket_transport = self.transport
         setattr(transport, _RECEIVE_SIZE, READ_BYTES)
         self._connections.add(self)
-        if self._connections.closing:
+        if self._connections.aborted:
             self.abort()
         else:
             self._arm()
@@ -240,7 +240,7 @@ class Connection(web.RequestHandler):
         self, request: HttpRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         early = not self._payload.is_eof() or (self._failed and not self._messages)
-        if early and not resp.prepared:
+        if (early or self._connections.came_late(self)) and not resp.prepared:
             resp.force_close()
         answer, reset = await super().finish_response(request, resp, start_time)
         if early and not reset and not self._connections.closing:
@@ -344,6 +344,8 @@ class Server(web.Server):
         if message.version not in VERSIONS:
             message = message._replace(version=HttpVersion11)
         request = self._make(message, payload, protocol, writer, task)
+        if self.open_connections.came_late(protocol):
+            error = refused(503, "the server is shutting down", "send the request to another server")
         if error is not None:
             request[REFUSED] = error
         request[EXPECTS_CONTINUE] = expected is not None and message.version == HttpVersion11
@@ -372,9 +374,8 @@ class Runner(web.AppRunner):
         return Server(made, self.connections, self._deadlines, self._error_response, options)
 
     async def drain(self, timeout: float) -> bool:
-        """Stops listening, closes connections without a complete request, waits for the rest; False after `timeout`."""
-        for site in self.sites:
-            await site.stop()
+        """Closes connections without a complete request and waits for the rest; False after `timeout`. Requests of new
+        connections, those for health too, are refused with 503."""
         await asyncio.sleep(0)  # requests that have arrived completely start
         if self.server is not None:
             self.server.pre_shutdown()

@@ -31,6 +31,7 @@ HTTP_ERRORS = {
     417: "expectation_failed",
     431: "headers_too_large",
     501: "unknown_method",
+    503: "shutting_down",
     505: "unsupported_version",
 }
 

@@ -296,7 +296,7 @@ def test_hub_offline_mode(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = sum(hub.requests.values())
     assert fetch(source, "org/public").weights.path.exists()
-    with pytest.raises(AdapterLoadFailed):
+    with pytest.raises(AdapterNotFound, match="the hub is disabled"):
         fetch(source, "org/gated")
     assert sum(hub.requests.values()) == before
 

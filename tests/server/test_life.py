@@ -130,13 +130,20 @@ LOCAL = EngineConfig(server=ServerConfig(hostname="127.0.0.1", port=0))
 
 async def test_stopping_lets_open_requests_finish(backend: FakeBackend, text: Text) -> None:
     backend.say("one two")
-    backend.delay = 0.05
+    backend.delay = 0.3
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     running = asyncio.create_task(run(build_app(backend, text, LOCAL), address.set_result))
     url = await asyncio.wait_for(address, 5)
-    async with ClientSession(timeout=ClientTimeout(10)) as session:
+    async with (
+        ClientSession(timeout=ClientTimeout(10)) as session,
+        ClientSession(timeout=ClientTimeout(10)) as new,
+    ):
         response = await session.post(f"{url}/generate_stream", json={"inputs": "x"})
         os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        refused = [await new.get(f"{url}/health"), await new.post(f"{url}/generate", json={})]
+        assert [one.status for one in refused] == [503, 503]
+        assert (await refused[1].json())["error_type"] == "shutting_down"
         events = events_of(await response.read())
         assert json.loads(events[-1])["generated_text"] == "one two"
         await asyncio.wait_for(running, 5)
