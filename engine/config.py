@@ -334,6 +334,10 @@ class ServerConfig:
     ] = 90.0
     max_best_of: Annotated[int, Option("Maximum `best_of` of a request.", least=1)] = 2
     max_n: Annotated[int, Option("Maximum `n` of a request.", least=1)] = 128
+    completion_max_tokens: Annotated[
+        int | None,
+        Option("`max_tokens` of a completion without one; OpenAI's API has 16.", least=1),
+    ] = None
     watermark_gamma: Annotated[
         float,
         Option("Fraction of the vocabulary that `watermark` favours.", least=0.01, most=0.99),

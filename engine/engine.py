@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+import msgspec
+
 from engine.adapters.tiers import HostRegion
 from engine.build import build_shard, info_of, log_start, make_scheduler
 from engine.checkpoint import tokenizer_json
@@ -23,6 +25,7 @@ from engine.ops.layout import ShardLayout
 from engine.runner.faults import empty_cache, first_line, num_refusals, out_of_memory
 from engine.runner.masks import MaskBuffers
 from engine.runner.sampler import Masks
+from engine.step_counts import StepCounts
 from engine.structured import Structured
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class Engine:
         grammars = Grammars(partial(tokenizer_json, built.model.folder), self.spec.vocab)
         buffers = MaskBuffers(built.plan.max_rows, self.spec.vocab, self.platform.device)
         self.structured = Structured(grammars, buffers)
+        self._counts = StepCounts()
         self._updates: list[Update] = []  # not taken yet
         self.run_ahead = int(self.platform.is_cuda) if run_ahead is None else run_ahead
         self.info = info_of(config, built)
@@ -74,7 +78,9 @@ class Engine:
 
     def _commit(self) -> None:
         """Waits for the oldest step. What it brings is kept until it is taken: a later failure does not lose it."""
-        self._updates += self.scheduler.commit(self.runner.collect())
+        result = self.runner.collect()
+        self._counts.committed()
+        self._updates += self.scheduler.commit(result)
 
     def _take_updates(self) -> list[Update]:
         updates = self._updates + self.scheduler.take_updates()
@@ -87,6 +93,8 @@ class Engine:
         """Starts the step. Returns None, or the reason if the step does not fit into the device's memory."""
         try:
             self.runner.forward(plan)
+            size = len(self.scheduler.flights[-1].decode) + len(plan.chunks)
+            self._counts.launched(plan, size)
             self.runner.sample(self._masks() if self.structured.any else None)
         except RuntimeError as error:
             reason = out_of_memory(error, self._refusals)
@@ -118,6 +126,7 @@ class Engine:
         while self.runner.launched:
             self._commit()
         self.runner.abandon()
+        self._counts.failed()
         empty_cache(self.platform.device)
         error = OutOfMemory(
             f"the request does not fit into the device's memory: {reason}", hint=STEP_REMEDY
@@ -134,7 +143,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        return msgspec.structs.replace(self.scheduler.stats(), **self._counts.stats())
 
     @property
     def has_work(self) -> bool:
@@ -187,6 +196,7 @@ class Engine:
             raise EngineDead(
                 f"the device is in an unrecoverable state: {first_line(broken)}"
             ) from broken
+        self._counts.failed()
         self.scheduler.fail(None, error)
         return self._take_updates()
 

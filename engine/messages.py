@@ -269,6 +269,14 @@ class EngineInfo(Struct, frozen=True):
     merged_adapter: MergedAdapter | None = None  # then no other adapter is served
 
 
+class Buckets(Struct, frozen=True):
+    """A histogram: counts of values up to each bound and, as the last one, of larger ones."""
+
+    bounds: list[float] = []
+    counts: list[int] = []
+    total: float = 0.0  # of all values
+
+
 class EngineStats(Struct, frozen=True):
     """Counters and levels of the engine, sent with updates a few times a second."""
 
@@ -291,6 +299,10 @@ class EngineStats(Struct, frozen=True):
     placed: int = 0  # completed, in total
     place_seconds: list[float] = []  # from start to completion, of the newest
     evictions: int = 0
+    step_seconds: Buckets = Buckets()
+    step_sizes: Buckets = Buckets()  # sequences of a step
+    failed_steps: int = 0
+    joined: int = 0  # sequences that joined others in a step, in total
 
 
 class AdapterStatus(Struct, frozen=True):

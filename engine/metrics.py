@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.utils import floatToGoString
 
-from engine.messages import AdapterStatus, EngineStats, Tier, TierStats
+from engine.messages import AdapterStatus, Buckets, EngineStats, Tier, TierStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 200  # adapters with their own label; further ones share the label `other`
@@ -28,6 +35,8 @@ _PLAIN_COUNTERS = (
     "lorax_request_failure",
     "lorax_batch_inference_count",
     "lorax_batch_inference_success",
+    "lorax_batch_inference_failure",
+    "lorax_batch_concat",
 )
 _TOTAL = re.compile(rf"\b({'|'.join(_PLAIN_COUNTERS)})_total\b")
 
@@ -46,6 +55,12 @@ _FAILURES = {
 
 def _linear(most: int, count: int = 100) -> list[float]:
     return [most * (index + 1) / count for index in range(count)]
+
+
+def _cumulative(buckets: Buckets) -> list[tuple[str, float]]:
+    """As Prometheus has them: counts of values up to each bound."""
+    bounds = [*map(floatToGoString, buckets.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(buckets.counts), strict=False)) or [("+Inf", 0)]
 
 
 _Family = GaugeMetricFamily | CounterMetricFamily
@@ -97,8 +112,14 @@ class Metrics:
                 ("input_length", "Tokens of the prompt."),
                 ("generated_tokens", "Generated tokens."),
                 ("max_new_tokens", "The request's max_new_tokens."),
+                ("skipped_tokens", "Generated tokens that needed no step of their own."),
             )
         }
+        self._lengths["input_count"] = histogram(
+            "lorax_request_input_count",
+            "Prompts of a request.",
+            [2.0**power for power in range(11)],
+        )
         self._first = histogram(
             "lorax_time_to_first_token_seconds", "Seconds from request to first token.", WAITS
         )
@@ -241,10 +262,27 @@ class _EngineCollector(_Collector):
         for name, help, value in self._counters():
             yield CounterMetricFamily(name, help, value=value)
         yield from self._by_tier()
-        for name in ("lorax_batch_inference_count", "lorax_batch_inference_success"):
-            steps = CounterMetricFamily(name, "Steps of the engine.", labels=["method"])
-            steps.add_metric(["step"], self.stats.steps)
+        yield from self._of_steps()
+
+    def _of_steps(self) -> Iterator[Metric]:
+        """LoRAX's metrics of batches. A step has prompts and decoding sequences, so there is one method."""
+        stats = self.stats
+        for name, help, label, value, count in (
+            ("inference_count", "Steps of the engine.", "method", "step", stats.steps),
+            ("inference_success", "Steps of the engine.", "method", "step", stats.steps),
+            ("inference_failure", "Steps that failed.", "method", "step", stats.failed_steps),
+            ("concat", "Sequences that joined others.", "reason", "running", stats.joined),
+        ):
+            steps = CounterMetricFamily(f"lorax_batch_{name}", help, labels=[label])
+            steps.add_metric([value], count)
             yield steps
+        for name, help, labels, buckets in (
+            ("inference_duration", "Seconds of a step.", {"method": "step"}, stats.step_seconds),
+            ("next_size", "Sequences of a step.", {}, stats.step_sizes),
+        ):
+            family = HistogramMetricFamily(f"lorax_batch_{name}", help, labels=list(labels))
+            family.add_metric(list(labels.values()), _cumulative(buckets), buckets.total)
+            yield family
 
     def _by_tier(self) -> Iterator[Metric]:
         """Levels and counters of device, host memory and disk; times of loads by stage."""

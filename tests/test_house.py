@@ -40,7 +40,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine.models",),
     ("engine.scheduler", "engine.runner", "engine.lora"),
     ("engine.adapters",),
-    ("engine.build", "engine.backend", "engine.structured"),
+    ("engine.build", "engine.backend", "engine.step_counts", "engine.structured"),
     ("engine.engine",),
     ("engine.server", "engine.process", "engine.bench"),
     ("lorax_cli",),

@@ -134,7 +134,7 @@ class HubSource(Source):
             ) from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
-                if isinstance(error, _Offline):
+                if isinstance(error, hub_client.Offline):
                     raise AdapterNotFound(
                         f"{ref.name} was not downloaded, and the hub is disabled",
                         field="adapter_id",
@@ -143,7 +143,7 @@ class HubSource(Source):
                 raise
             logger.warning("%s: using the downloaded copy: %s", ref.name, error.message)
             return cached
-        except _Refusal as refusal:
+        except hub_client.Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
         private = bool(info.private or info.gated)
         siblings = info.siblings or []
@@ -226,7 +226,7 @@ class HubSource(Source):
                 field="adapter_id",
                 hint=RAISE_LIMIT,
             ) from None
-        except _Refusal as refusal:
+        except hub_client.Refusal as refusal:
             raise self._explain(refusal.error, ref, token) from None
         return open_files(config, weights, roots, version.revision)
 
@@ -240,12 +240,15 @@ class HubSource(Source):
         matter for a public repository: the hub is asked again, without any token."""
         try:
             return self._try(lambda: self._info(ref, self._effective(token)))
-        except _Refusal as refusal:
+        except hub_client.Refusal as refusal:
             if not token or _status(refusal.error) != 401:
                 raise
             try:
                 return self._try(lambda: self._info(ref, False))
-            except (_Refusal, AdapterLoadFailed):  # a refusal stays one, also of a hub that is down
+            except (
+                hub_client.Refusal,
+                AdapterLoadFailed,
+            ):  # a refusal stays one, also of a hub that is down
                 raise refusal from None
 
     def _info(self, ref: AdapterRef, effective: str | bool) -> ModelInfo:
@@ -311,20 +314,20 @@ class HubSource(Source):
         return None
 
     def _try(self, call: Callable[[], T]) -> T:
-        """Repeats the call after transient failures. Raises _Refusal for a permanent one."""
+        """Repeats the call after transient failures. Raises hub_client.Refusal for a permanent one."""
         for attempt in range(1, self._attempts + 1):
             try:
                 return call()
             except (HFValidationError, EntryNotFoundError) as error:
                 if not isinstance(error, LocalEntryNotFoundError):
-                    raise _Refusal(error) from None
+                    raise hub_client.Refusal(error) from None
                 failure: Exception = error
             except HfHubHTTPError as error:
                 if not is_transient(error.response.status_code):
-                    raise _Refusal(error) from None
+                    raise hub_client.Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise _Offline(
+                raise hub_client.Offline(
                     f"the hub is disabled: {first_line(error)}", hint="unset HF_HUB_OFFLINE"
                 ) from None
             except _NETWORK as error:
@@ -392,15 +395,3 @@ def _invalid(ref: AdapterRef) -> AdapterNotFound:
 
 
 _CANDIDATES = [folder + name for folder in FOLDERS for name in WEIGHT_NAMES]
-
-
-class _Offline(AdapterLoadFailed):
-    """The hub is disabled by HF_HUB_OFFLINE."""
-
-
-class _Refusal(Exception):
-    """A permanent failure: another try gives the same answer."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error

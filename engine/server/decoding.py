@@ -67,7 +67,7 @@ def _unknown(body: Body | msgspec.Raw, cls: type[Struct]) -> list[str]:
     fields = _fields(cls)
     names = [name for name in given if name not in fields]
     for field, inner in fields.items():
-        if inner is not None and memoryview(given.get(field, b""))[:1] == b"{":
+        if inner is not None and bytes(memoryview(given.get(field, b""))[:1]) == b"{":
             names += [f"{field}.{name}" for name in _unknown(given[field], inner)]
     return names
 

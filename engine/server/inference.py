@@ -179,5 +179,7 @@ def _observe(front: Front, generation: Generation) -> None:
     metrics.phase("mean_time_per_token", (finished - admitted) / max(1, count))
     metrics.length("input_length", generation.prompt_tokens)
     metrics.length("generated_tokens", count)
+    metrics.length("skipped_tokens", 0)
+    metrics.length("input_count", len(generation.prompts))
     if generation.parameters.max_new_tokens is not None:
         metrics.length("max_new_tokens", generation.parameters.max_new_tokens)

@@ -345,7 +345,9 @@ class Server(web.Server):
             message = message._replace(version=HttpVersion11)
         request = self._make(message, payload, protocol, writer, task)
         if self.open_connections.came_late(protocol):
-            error = refused(503, "the server is shutting down", "send the request to another server")
+            error = refused(
+                503, "the server is shutting down", "send the request to another server"
+            )
         if error is not None:
             request[REFUSED] = error
         request[EXPECTS_CONTINUE] = expected is not None and message.version == HttpVersion11

@@ -54,13 +54,18 @@ class Scene:
         self, fits: Callable[[Batch], bool], *more: Request
     ) -> tuple[dict[str, Outcome], list[int]]:
         """The outcomes, and the sizes of the batches that did not fit."""
-        runner = self.harness.engine.runner
+        runner, before = self.harness.engine.runner, self.harness.engine.stats
         self.harness.engine.scheduler._budget.restore()
         model = SmallMemory(self.harness.engine.model, fits)
         runner.model = model
         outcomes = self.harness.run([*self.requests, *more])
         runner.model = self.harness.engine.model
         stats = self.harness.engine.stats
+        sizes, seconds = stats.step_sizes, stats.step_seconds
+        in_flight = sum(sizes.counts) - sum(seconds.counts)
+        assert 0 <= in_flight <= self.harness.engine.run_ahead and seconds.total > 0
+        assert sizes.total >= sum(sizes.counts)
+        assert stats.failed_steps - before.failed_steps == len(model.refused)
         assert stats.free_blocks == stats.total_blocks and not stats.running
         return outcomes, model.refused
 

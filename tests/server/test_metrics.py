@@ -8,7 +8,7 @@ from aiohttp.test_utils import TestClient
 from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import AdapterStatus, EngineStats
+from engine.messages import AdapterStatus, Buckets, EngineStats
 from engine.metrics import MAX_ADAPTER_LABELS, Metrics
 from tests.server.fake import FakeBackend
 
@@ -23,6 +23,9 @@ LORAX = [
     "lorax_request_generated_tokens_bucket",
     "lorax_request_input_length_bucket",
     "lorax_request_max_new_tokens_bucket",
+    "lorax_request_skipped_tokens_bucket",
+    "lorax_request_input_count_bucket",
+    "lorax_batch_next_size_bucket",
     "lorax_batch_current_size",
     "lorax_batch_current_max_tokens",
     "lorax_queue_length",
@@ -82,6 +85,10 @@ async def test_metrics_of_the_engine(client: TestClient, backend: FakeBackend) -
         arena_bytes=100,
         arena_used=30,
         steps=9,
+        failed_steps=2,
+        joined=4,
+        step_seconds=Buckets([0.01, 0.1], [5, 3, 1], 0.75),
+        step_sizes=Buckets([1.0, 2.0], [2, 7, 0], 16.0),
     )
     for _ in range(2):  # a load is counted once, however often it is scraped
         found = await samples(client)
@@ -96,6 +103,14 @@ async def test_metrics_of_the_engine(client: TestClient, backend: FakeBackend) -
         assert found["lorax_adapters_host"] == 1
         assert found["lorax_adapter_host_bytes"] == 64
         assert found['lorax_batch_inference_count{method="step"}'] == 9
+        assert found['lorax_batch_inference_failure{method="step"}'] == 2
+        assert found['lorax_batch_concat{reason="running"}'] == 4
+        duration = "lorax_batch_inference_duration"
+        for bound, count in (("0.01", 5), ("0.1", 8), ("+Inf", 9)):
+            assert found[f'{duration}_bucket{{le="{bound}",method="step"}}'] == count
+        assert found[f'{duration}_sum{{method="step"}}'] == 0.75
+        assert found['lorax_batch_next_size_bucket{le="1.0"}'] == 2
+        assert found["lorax_batch_next_size_count"] == 9
         assert found['lorax_adapter_load_seconds_count{stage="fetch"}'] == 1
         assert found['lorax_adapter_load_seconds_sum{stage="parse"}'] == 0.1
 

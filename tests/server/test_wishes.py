@@ -273,6 +273,13 @@ async def test_a_prompt_alone_is_scored(
     }
 
 
+async def test_completions_may_have_a_default_length(start: Start, backend: FakeBackend) -> None:
+    client = await start({"completion_max_tokens": 3})
+    for given in ({}, {"max_tokens": 5}):
+        await complete(client, **given)
+    assert [one.max_new_tokens for one in backend.requests] == [3, 5]
+
+
 async def test_without_echo_there_must_be_a_token(client: TestClient) -> None:
     response = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 0})
     assert response.status == 400 and (await response.json())["error"]["param"] == "max_tokens"

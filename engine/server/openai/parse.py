@@ -136,6 +136,7 @@ def _completion_parameters(body: CompletionBody, context: Context) -> Parameters
     names = {"inputs": "prompt", "num_alternatives": "logprobs", "max_new_tokens": "max_tokens"}
     names["best_of"] = "n" if body.best_of is None else "best_of"
     score_only = body.max_tokens == 0 and bool(body.echo)
+    default = context.config.server.completion_max_tokens
     return _parameters(
         body,
         context,
@@ -146,7 +147,7 @@ def _completion_parameters(body: CompletionBody, context: Context) -> Parameters
         num_alternatives=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         score_only=score_only,
-        max_new_tokens=1 if score_only else body.max_tokens,
+        max_new_tokens=1 if score_only else _first(body.max_tokens, default),
     )
 
 
