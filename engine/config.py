@@ -308,22 +308,13 @@ class ServerConfig:
     hostname: Annotated[str, Option("Address to listen on.", env_name="LORAX_HOSTNAME")] = "0.0.0.0"
     port: Annotated[int, Option("Port to listen on. 0: any free port.", least=0, most=65535)] = 3000
     max_concurrent_requests: Annotated[
-        int,
-        Option("Maximum open requests. Further requests get status 429.", least=1),
+        int, Option("Maximum open requests. Further requests get status 429.", least=1)
     ] = 1024
     client_header_timeout_s: Annotated[
-        float,
-        Option(
-            "Maximum seconds to receive the headers of a request. Then the connection is closed.",
-            least=0.1,
-        ),
+        float, Option("Maximum seconds for the headers of a request to arrive.", least=0.1)
     ] = 60.0
     client_body_timeout_s: Annotated[
-        float,
-        Option(
-            "Maximum seconds to receive the body of a request. Then the status is 408.",
-            least=0.1,
-        ),
+        float, Option("Maximum seconds for its body. Then the status is 408.", least=0.1)
     ] = 60.0
     drain_timeout_s: Annotated[
         float,
@@ -378,6 +369,12 @@ class ServerConfig:
             "Origin whose pages may call the server from a browser, or * for all. Repeat for more. Unset: none."
         ),
     ] = ()
+    request_logger_url: Annotated[
+        str | None,
+        Option(
+            "Gets a POST with the texts of each answered request, as LoRAX sends it.", secret=True
+        ),
+    ] = field(default=None, repr=False)
     json_output: Annotated[bool, Option("Log one JSON object per line.")] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Option("Minimum level of log messages.")

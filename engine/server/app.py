@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from aiohttp import web
@@ -80,6 +80,7 @@ def build_app(
     app.on_response_prepare.append(sign)
     app.on_response_prepare.append(functools.partial(_bound_stall, round(stall_s * 1000)))
     app.cleanup_ctx.append(_watch_keys)
+    app.cleanup_ctx.append(_send_reports)
     app.on_cleanup.append(_let_go)
     return app
 
@@ -155,6 +156,13 @@ async def _watch_keys(app: web.Application) -> AsyncIterator[None]:
     if watching is not None:
         watching.cancel()
         await asyncio.wait({watching})
+
+
+async def _send_reports(app: web.Application) -> AsyncIterator[None]:
+    """Sends reports of requests (--request-logger-url)."""
+    reports = app[FRONT].reports
+    async with reports.running() if reports is not None else nullcontext():
+        yield
 
 
 async def _let_go(app: web.Application) -> None:

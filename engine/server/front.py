@@ -22,6 +22,7 @@ from engine.server.parameters import BASE_NAMES
 from engine.server.pins import Pins
 from engine.server.places import Places
 from engine.server.prefetches import Prefetches
+from engine.server.request_reports import RequestReports
 from engine.server.responses import error_response
 from engine.server.text import Text
 
@@ -46,6 +47,7 @@ class Front:
     prefetches: Prefetches = field(init=False)
     loads: Loads = field(default_factory=Loads)
     started: float = field(default_factory=time.time)
+    reports: RequestReports | None = field(init=False, default=None)
     end_by: float | None = None  # by time.monotonic(), set when the server shuts down
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class Front:
         self.generator = Generator(self.backend, self.text, self.config, self.metrics, self.aliases)
         self.pins = Pins(self.generator, self.loads, self.text.first_token)
         self.prefetches = Prefetches(self.backend)
+        if (url := self.config.server.request_logger_url) is not None:
+            self.reports = RequestReports(url, self.backend.info.model_id)
 
     def error_response(self, path: str, error: LoraxError) -> web.Response:
         """The answer to a request for `path` that failed."""

@@ -21,6 +21,7 @@ from engine.server.times import times_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+GATEWAY_TENANT = "x-predibase-tenant"  # a header of LoRAX
 IGNORED_FIELDS = "x-lorax-ignored-fields"
 KEEP_ALIVE = b": keep-alive\n\n"
 STREAM_HEADERS = {
@@ -35,7 +36,8 @@ def handler_of(format: Format) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         front = request.app[FRONT]
-        admission = _Admission(front, request.get(TENANT), request.path)
+        named = "" if front.keys.required else request.headers.get(GATEWAY_TENANT, "")
+        admission = _Admission(front, request.get(TENANT), request.path, named)
         front.metrics.request()
         try:
             asked = await _parse(request, format, admission)
@@ -66,6 +68,7 @@ class _Admission:
     front: Front
     tenant: Tenant | None
     route: str
+    named: str  # the tenant that a gateway names; only logged
     generation: Generation | None = None  # once it is open
     failed: str | None = "dropped"  # type of the error; None: answered in full
     admitted: bool = False
@@ -81,10 +84,12 @@ class _Admission:
         if self.admitted:
             self.front.places.leave(self.tenant)
         seconds = time.monotonic() - self.start
-        tenant = self.tenant.name if self.tenant else ""
+        tenant = self.tenant.name if self.tenant else self.named
         log_request(self.route, tenant, self.generation, self.failed, seconds)
         if self.failed is None:
             self.front.metrics.success(seconds)
+            if self.front.reports is not None and self.generation is not None:
+                self.front.reports.add(self.generation, tenant)
         else:
             self.front.metrics.failure(self.failed)
 

@@ -24,7 +24,7 @@ def log_request(
         return
     fields: Fields = {"route": route}
     if tenant:
-        fields["tenant"] = tenant
+        fields["tenant"] = tenant[:MAX_VALUE]
     if generation is not None:
         fields |= _of(generation)
     fields["total_ms"] = _ms(seconds)
