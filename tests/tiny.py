@@ -9,13 +9,25 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Ernie4_5Config,
     Gemma2Config,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 VOCAB = 160
@@ -67,6 +79,42 @@ CONFIGS: dict[str, Any] = {
         attn_logit_softcapping=5.0,
         final_logit_softcapping=3.0,
     ),
+    "gemma": lambda: GemmaConfig(**(SMALL | {"tie_word_embeddings": True}), head_dim=32),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32),
+    "ministral": lambda: MinistralConfig(
+        **SMALL,
+        head_dim=16,
+        sliding_window=24,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "seed_oss": lambda: SeedOssConfig(**SMALL, head_dim=16),
+    "smollm3": lambda: SmolLM3Config(**SMALL, pad_token_id=2, no_rope_layers=[1, 0, 1]),
+    "arcee": lambda: ArceeConfig(**SMALL),
+    "granite": lambda: GraniteConfig(
+        **SMALL,
+        embedding_multiplier=3.0,
+        logits_scaling=1.7,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+    ),
+    "ernie4_5": lambda: Ernie4_5Config(
+        **(SMALL | {"tie_word_embeddings": True}), head_dim=16, use_bias=True
+    ),
+    "phi3": lambda: Phi3Config(
+        **SMALL,
+        pad_token_id=2,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "glm": lambda: GlmConfig(**SMALL, head_dim=16, pad_token_id=2, attention_bias=True),
+    "glm4": lambda: Glm4Config(**SMALL, head_dim=16, pad_token_id=2, attention_bias=True),
+    "starcoder2": lambda: Starcoder2Config(
+        **(SMALL | {"tie_word_embeddings": True}), sliding_window=24
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=256, eos_token_id=1
     ),
@@ -78,11 +126,39 @@ TARGETS = {
     "mlp": ["gate_proj", "down_proj"],
     "ends": ["k_proj", "o_proj", "lm_head", "embed_tokens"],
 }
-GPT2_TARGETS = {
-    "attention": ["c_attn"],
-    "all": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-    "mlp": ["c_fc"],
-    "ends": ["attn.c_proj", "lm_head", "wte"],
+_UNGATED = {
+    "attention": ["q_proj", "v_proj"],
+    "ends": ["k_proj", "o_proj", "lm_head", "embed_tokens"],
+}
+_FUSED = {
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "mlp": ["gate_up_proj", "down_proj"],
+}
+OTHER_TARGETS: dict[str, dict[str, list[str]]] = {  # by model type
+    "gpt2": {
+        "attention": ["c_attn"],
+        "all": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+        "mlp": ["c_fc"],
+        "ends": ["attn.c_proj", "lm_head", "wte"],
+    },
+    "phi3": {
+        "attention": ["qkv_proj"],
+        "all": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        "mlp": ["gate_up_proj"],
+        "ends": ["o_proj", "lm_head", "embed_tokens"],
+    },
+    "glm": TARGETS | _FUSED,
+    "glm4": TARGETS | _FUSED,
+    "arcee": _UNGATED
+    | {
+        "all": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+        "mlp": ["up_proj", "down_proj"],
+    },
+    "starcoder2": _UNGATED
+    | {
+        "all": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
+        "mlp": ["c_fc", "c_proj"],
+    },
 }
 
 
@@ -115,7 +191,7 @@ def make_adapter(
     The base weights are shared with `model`; call `.unload()` on the result before wrapping `model` again.
     """
     torch.manual_seed(seed)
-    names = GPT2_TARGETS if model.config.model_type == "gpt2" else TARGETS
+    names = OTHER_TARGETS.get(model.config.model_type, TARGETS)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=names[targets], **options
     )

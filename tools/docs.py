@@ -242,7 +242,8 @@ def _own_text() -> list[str]:
         "- The adapter's `eos_token` ends a sequence, as do those of the base model.\n"
         f"- A chat template has up to {MAX_TEMPLATE_BYTES >> 10} KiB. It is a program of a stranger, so it runs in a "
         f"confined process of its own: {CPU_S} s of processor time and {MEMORY_BYTES >> 20} MiB for a conversation. "
-        "One that fails is an error of its request (422, or 400 on /v1), with the field `messages`. Several templates with names have "
+        "One that fails is an error of its request (422, or 400 on /v1), with the field `messages`. "
+        "Several templates with names have "
         f"{MAX_TEMPLATE_BYTES >> 10} KiB together: `tool_use` is used with tools, else `default`.\n"
         "- Without `tokenizer.json`, the base model's tokenizer is used, with a note.",
         "`lorax adapters validate` lists an adapter's own tokens and template.",

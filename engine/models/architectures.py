@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -49,6 +50,8 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
     """The spec of llama and the families like it; `parts` override its defaults."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = dict(config.rope_parameters)
+    rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
     attention = Attention(
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -58,6 +61,7 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
         out_bias=parts.pop("out_bias", False),
         softcap=parts.pop("softcap", 0.0),
         windows=_windows(config),
+        head_norms=parts.pop("head_norms", False),
     )
     return ModelSpec(
         model_type=config.model_type,
@@ -66,8 +70,13 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
         attention=attention,
-        position=Rope(head_dim, dict(config.rope_parameters)),
-        norm=parts.pop("norm", Norm("rms", config.rms_norm_eps)),
+        position=Rope(
+            rotary_dim,
+            rope,
+            interleaved=parts.pop("interleaved", False),
+            without=parts.pop("without", frozenset()),
+        ),
+        norm=parts.pop("norm", None) or Norm("rms", config.rms_norm_eps),
         mlp=parts.pop("mlp", None)
         or Mlp(
             _activation(config.hidden_act),
@@ -115,6 +124,113 @@ def gemma2(config: Any) -> ModelSpec:
     )
 
 
+def qwen3(config: Any) -> ModelSpec:
+    bias = config.attention_bias
+    return _llama(config, qkv_bias=bias, out_bias=bias, head_norms=True)
+
+
+def ministral(config: Any) -> ModelSpec:
+    return _llama(config, qkv_bias=False)
+
+
+def seed_oss(config: Any) -> ModelSpec:
+    return _llama(config, qkv_bias=config.attention_bias, out_bias=config.attention_out_bias)
+
+
+def smollm3(config: Any) -> ModelSpec:
+    without = frozenset(at for at, rotates in enumerate(config.no_rope_layers) if not rotates)
+    bias = config.attention_bias
+    return _llama(config, qkv_bias=bias, out_bias=bias, without=without)
+
+
+def arcee(config: Any) -> ModelSpec:
+    return _llama(
+        config,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        mlp=Mlp(
+            _activation(config.hidden_act),
+            config.intermediate_size,
+            gated=False,
+            bias=config.mlp_bias,
+        ),
+        names=Names(up=("mlp.up_proj",)),
+    )
+
+
+def granite(config: Any) -> ModelSpec:
+    return _llama(
+        config,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        scale=config.attention_multiplier,
+        scales=Scales(
+            embedding=config.embedding_multiplier,
+            residual=config.residual_multiplier,
+            logit_divisor=config.logits_scaling,
+        ),
+    )
+
+
+def ernie4_5(config: Any) -> ModelSpec:
+    return _llama(
+        config,
+        qkv_bias=config.use_bias,
+        out_bias=config.use_bias,
+        mlp=Mlp(_activation(config.hidden_act), config.intermediate_size, bias=config.use_bias),
+        interleaved=True,
+    )
+
+
+def phi3(config: Any) -> ModelSpec:
+    names = Names(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))
+    return _llama(config, qkv_bias=False, names=names)
+
+
+def glm(config: Any) -> ModelSpec:
+    names = Names(up=("mlp.gate_up_proj",))
+    return _llama(config, qkv_bias=config.attention_bias, interleaved=True, names=names)
+
+
+def glm4(config: Any) -> ModelSpec:
+    names = Names(
+        up=("mlp.gate_up_proj",),
+        mlp_norm="post_attention_layernorm",
+        after_attention_norm="post_self_attn_layernorm",
+        after_mlp_norm="post_mlp_layernorm",
+    )
+    return _llama(config, qkv_bias=config.attention_bias, interleaved=True, names=names)
+
+
+def starcoder2(config: Any) -> ModelSpec:
+    return _llama(
+        config,
+        qkv_bias=config.use_bias,
+        out_bias=config.use_bias,
+        norm=Norm("layer", config.norm_epsilon),
+        mlp=Mlp(
+            _activation(config.hidden_act),
+            config.intermediate_size,
+            gated=False,
+            bias=config.use_bias,
+        ),
+        names=Names(up=("mlp.c_fc",), down="mlp.c_proj"),
+    )
+
+
+def gemma(config: Any) -> ModelSpec:
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ModelError("bidirectional attention is not supported for generation")
+    return _llama(
+        config,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        norm=Norm("rms", config.rms_norm_eps, plus_one=True),
+        mlp=Mlp(_activation(config.hidden_act), config.intermediate_size),
+        scales=Scales(embedding=config.hidden_size**0.5),
+    )
+
+
 def gpt2(config: Any) -> ModelSpec:
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise ModelError("gpt2 with scale_attn_by_inverse_layer_idx is not supported")
@@ -155,7 +271,11 @@ def gpt2(config: Any) -> ModelSpec:
 
 
 FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
-    family.__name__: family for family in (llama, mistral, qwen2, gemma2, gpt2)
+    family.__name__: family
+    for family in (
+        *(llama, mistral, ministral, qwen2, qwen3, gemma, gemma2, gpt2, phi3, granite, smollm3),
+        *(glm, glm4, starcoder2, ernie4_5, seed_oss, arcee),
+    )
 }
 
 

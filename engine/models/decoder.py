@@ -31,10 +31,12 @@ class Layer:
             model.linear(layer, QKV),
             model.linear(layer, OUT),
             shape=(attention.heads, attention.kv_heads, attention.head_dim),
-            cos_sin=model.cos_sin,
+            cos_sin=model.cos_sin_of(layer),
             scale=attention.scale,
             softcap=attention.softcap,
             window=attention.window(layer),
+            interleaved=isinstance(spec.position, Rope) and spec.position.interleaved,
+            norms=model.head_norms(),
         )
         self.mlp = Mlp(
             model.linear(layer, UP),
@@ -42,6 +44,7 @@ class Layer:
             mlp.act,
             mlp.gated,
         )
+        self.residual_scale = spec.scales.residual
         self.attention_norm, self.mlp_norm = model.norm(), model.norm()
         self.after_attention = model.norm() if names.after_attention_norm else None
         self.after_mlp = model.norm() if names.after_mlp_norm else None
@@ -55,9 +58,13 @@ class Layer:
         x = self.attention(x, batch)
         if self.after_attention is not None:
             x = self.after_attention(x)
+        if self.residual_scale != 1.0:
+            x = x * self.residual_scale
         x = self.mlp(self.mlp_norm(x, residual), batch.lora)
         if self.after_mlp is not None:
             x = self.after_mlp(x)
+        if self.residual_scale != 1.0:
+            x = x * self.residual_scale
         return x, residual
 
 
@@ -112,6 +119,20 @@ class Decoder:
         self.linears[layer, number] = made
         return made
 
+    def cos_sin_of(self, layer: int) -> Tensor:
+        """The rotations of a layer; of width 0 if it has none."""
+        position = self.spec.position
+        rotates = not isinstance(position, Rope) or layer not in position.without
+        return self.cos_sin if rotates else self.cos_sin[:, :0]
+
+    def head_norms(self) -> tuple[RmsNorm, RmsNorm] | None:
+        """Of q and k."""
+        spec = self.spec
+        if not spec.attention.head_norms:
+            return None
+        width = (spec.attention.head_dim, spec.norm.eps, self.dtype, self.device)
+        return RmsNorm(*width), RmsNorm(*width)
+
     def norm(self) -> RmsNorm | LayerNorm:
         spec = self.spec
         return norm(spec.norm.kind, spec.norm.eps, spec.hidden, self.dtype, self.device)
@@ -143,6 +164,8 @@ class Decoder:
         """
         scales = self.spec.scales
         logits = self.head(hidden, batch.lora_outputs)
+        if scales.logit_divisor != 1.0:
+            logits = logits / scales.logit_divisor
         if scales.softcap:
             capped = scales.softcap * torch.tanh(logits.float() / scales.softcap)
             if logits.shape[1] > self.spec.vocab:  # tokens that only some adapters have

@@ -25,6 +25,7 @@ class Attention:
     out_bias: bool = False
     softcap: float = 0.0  # of the scores; 0: none
     windows: tuple[int, ...] = ()  # sliding window of each layer; 0 or empty: none
+    head_norms: bool = False  # RMS norms of each head of q and of k, before they are rotated
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
@@ -36,6 +37,10 @@ class Rope:
 
     rotary_dim: int
     parameters: dict[str, Any]
+    interleaved: bool = (
+        False  # features 2i and 2i + 1 of a head turn together, else i and i + rotary_dim / 2
+    )
+    without: frozenset[int] = frozenset()  # layers that rotate nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    act: str  # silu | gelu | gelu_tanh | relu
+    act: str  # silu | gelu | gelu_tanh | relu | relu2
     size: int
     gated: bool = True
     bias: bool = False
@@ -62,9 +67,11 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """The factor of the embeddings (1: none) and the softcap of the logits (0: none)."""
+    """Factors (1: none), and the softcap of the logits (0: none)."""
 
     embedding: float = 1.0
+    residual: float = 1.0  # of the outputs of attention and MLP
+    logit_divisor: float = 1.0
     softcap: float = 0.0
 
 
@@ -82,6 +89,8 @@ class Names:
     down: str = "mlp.down_proj"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
     after_attention_norm: str | None = None  # sandwich: norms of the outputs too
     after_mlp_norm: str | None = None
     transposed: bool = False  # linears are stored [in, out] (Conv1D)

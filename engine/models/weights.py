@@ -87,6 +87,9 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         prefix = names.layer.format(layer=number)
         fused(layer.attention.qkv)
         fused(layer.attention.out)
+        if layer.attention.norms is not None:
+            for name, norm in zip((names.q_norm, names.k_norm), layer.attention.norms, strict=True):
+                normed(f"{prefix}.{name}", norm)
         fused(layer.mlp.up)
         fused(layer.mlp.down)
         normed(f"{prefix}.{names.attention_norm}", layer.attention_norm)
