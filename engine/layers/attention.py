@@ -26,7 +26,7 @@ class Attention:
         norms: tuple[RmsNorm, RmsNorm] | None = None,
     ) -> None:
         """`shape` is (heads, kv_heads, head_dim). A `cos_sin` of width 0 rotates nothing; feature j of a head turns
-        with j + half, or, `interleaved`, with its neighbour. `norms`: of each head of q and of k."""
+        with j + half, or, `interleaved`, with its neighbour. `norms`: of q and of k, of each head or of all heads."""
         self.qkv, self.out = qkv, out
         self.heads, self.kv_heads, self.head_dim = shape
         self.cos_sin, self.scale, self.softcap, self.window = cos_sin, scale, softcap, window
@@ -55,5 +55,5 @@ class Attention:
 
 
 def _normed(heads: Tensor, norm: RmsNorm) -> Tensor:
-    """[T, heads, head_dim], each head normalised."""
-    return norm(heads.reshape(-1, heads.shape[-1])).view(heads.shape)
+    """[T, heads, head_dim], normalised in groups as wide as the norm."""
+    return norm(heads.reshape(-1, norm.weight.shape[0])).view(heads.shape)

@@ -50,7 +50,7 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
     """The spec of llama and the families like it; `parts` override its defaults."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rope = dict(config.rope_parameters)
+    rope = dict(parts.pop("rope", config.rope_parameters))
     rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
     attention = Attention(
         heads=heads,
@@ -61,7 +61,7 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
         out_bias=parts.pop("out_bias", False),
         softcap=parts.pop("softcap", 0.0),
         windows=_windows(config),
-        head_norms=parts.pop("head_norms", False),
+        qk_norms=parts.pop("qk_norms", "none"),
     )
     return ModelSpec(
         model_type=config.model_type,
@@ -75,6 +75,7 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
             rope,
             interleaved=parts.pop("interleaved", False),
             without=parts.pop("without", frozenset()),
+            local=parts.pop("local", None),
         ),
         norm=parts.pop("norm", None) or Norm("rms", config.rms_norm_eps),
         mlp=parts.pop("mlp", None)
@@ -87,6 +88,12 @@ def _llama(config: Any, *, qkv_bias: bool, **parts: Any) -> ModelSpec:
         config=config,
         **parts,
     )
+
+
+def _ropes(config: Any) -> dict[str, Any]:
+    """Parts of a family whose layers with a sliding window rotate differently."""
+    kinds = config.rope_parameters
+    return {"rope": kinds["full_attention"], "local": dict(kinds["sliding_attention"])}
 
 
 def llama(config: Any) -> ModelSpec:
@@ -102,7 +109,7 @@ def qwen2(config: Any) -> ModelSpec:
     return _llama(config, qkv_bias=True)
 
 
-def gemma2(config: Any) -> ModelSpec:
+def gemma2(config: Any, **parts: Any) -> ModelSpec:
     if getattr(config, "use_bidirectional_attention", None):
         raise ModelError("bidirectional attention is not supported for generation")
     return _llama(
@@ -121,12 +128,13 @@ def gemma2(config: Any) -> ModelSpec:
             after_attention_norm="post_attention_layernorm",
             after_mlp_norm="post_feedforward_layernorm",
         ),
+        **parts,
     )
 
 
 def qwen3(config: Any) -> ModelSpec:
     bias = config.attention_bias
-    return _llama(config, qkv_bias=bias, out_bias=bias, head_norms=True)
+    return _llama(config, qkv_bias=bias, out_bias=bias, qk_norms="head")
 
 
 def ministral(config: Any) -> ModelSpec:
@@ -231,6 +239,27 @@ def gemma(config: Any) -> ModelSpec:
     )
 
 
+def gemma3_text(config: Any) -> ModelSpec:
+    """Layers with a sliding window have rotations of their own."""
+    return gemma2(config, qk_norms="head", **_ropes(config))
+
+
+def olmo2(config: Any) -> ModelSpec:
+    """Only the outputs of attention and MLP are normalised, and q and k over all heads."""
+    return _llama(
+        config,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        qk_norms="all",
+        names=Names(
+            attention_norm=None,
+            mlp_norm=None,
+            after_attention_norm="post_attention_layernorm",
+            after_mlp_norm="post_feedforward_layernorm",
+        ),
+    )
+
+
 def gpt2(config: Any) -> ModelSpec:
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise ModelError("gpt2 with scale_attn_by_inverse_layer_idx is not supported")
@@ -274,7 +303,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     family.__name__: family
     for family in (
         *(llama, mistral, ministral, qwen2, qwen3, gemma, gemma2, gpt2, phi3, granite, smollm3),
-        *(glm, glm4, starcoder2, ernie4_5, seed_oss, arcee),
+        *(gemma3_text, olmo2, glm, glm4, starcoder2, ernie4_5, seed_oss, arcee),
     )
 }
 

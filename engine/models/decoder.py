@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Layer:
             softcap=attention.softcap,
             window=attention.window(layer),
             interleaved=isinstance(spec.position, Rope) and spec.position.interleaved,
-            norms=model.head_norms(),
+            norms=model.qk_norms(),
         )
         self.mlp = Mlp(
             model.linear(layer, UP),
@@ -45,27 +46,38 @@ class Layer:
             mlp.gated,
         )
         self.residual_scale = spec.scales.residual
-        self.attention_norm, self.mlp_norm = model.norm(), model.norm()
+        self.attention_norm = model.norm() if names.attention_norm else None
+        self.mlp_norm = model.norm() if names.mlp_norm else None
         self.after_attention = model.norm() if names.after_attention_norm else None
         self.after_mlp = model.norm() if names.after_mlp_norm else None
 
     def __call__(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
         """x: output of the previous layer, not yet added to the residual. Returns the same pair for this layer."""
-        if residual is None:
-            residual, x = x, self.attention_norm(x)
-        else:
-            x = self.attention_norm(x, residual)
+        x, residual = _before(self.attention_norm, x, residual)
         x = self.attention(x, batch)
         if self.after_attention is not None:
             x = self.after_attention(x)
         if self.residual_scale != 1.0:
             x = x * self.residual_scale
-        x = self.mlp(self.mlp_norm(x, residual), batch.lora)
+        x, residual = _before(self.mlp_norm, x, residual)
+        x = self.mlp(x, batch.lora)
         if self.after_mlp is not None:
             x = self.after_mlp(x)
         if self.residual_scale != 1.0:
             x = x * self.residual_scale
         return x, residual
+
+
+def _before(
+    norm: RmsNorm | LayerNorm | None, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The input of attention or MLP, and the residual with `x` added."""
+    if norm is None:
+        residual = x if residual is None else residual.add_(x)
+        return residual, residual
+    if residual is None:
+        return norm(x), x
+    return norm(x, residual), residual
 
 
 class Decoder:
@@ -93,10 +105,9 @@ class Decoder:
         self.embedding_scale = torch.tensor(spec.scales.embedding, dtype=dtype).item()
         self.position_table: Tensor | None = None
         if isinstance(spec.position, Rope):
-            table = cos_sin_table(
-                spec.config, spec.position.parameters, spec.position.rotary_dim, spec.max_positions
-            )
-            self.cos_sin = table.to(device)
+            self.cos_sin = self._rotations(spec.position, spec.position.parameters)
+            if spec.position.local is not None:
+                self.local_cos_sin = self._rotations(spec.position, spec.position.local)
         else:
             shape = (spec.max_positions, spec.hidden)
             self.position_table = torch.empty(shape, dtype=dtype, device=device)
@@ -122,16 +133,26 @@ class Decoder:
     def cos_sin_of(self, layer: int) -> Tensor:
         """The rotations of a layer; of width 0 if it has none."""
         position = self.spec.position
-        rotates = not isinstance(position, Rope) or layer not in position.without
-        return self.cos_sin if rotates else self.cos_sin[:, :0]
+        if isinstance(position, Rope):
+            if layer in position.without:
+                return self.cos_sin[:, :0]
+            if position.local is not None and self.spec.attention.window(layer):
+                return self.local_cos_sin
+        return self.cos_sin
 
-    def head_norms(self) -> tuple[RmsNorm, RmsNorm] | None:
-        """Of q and k."""
+    def _rotations(self, position: Rope, parameters: dict[str, Any]) -> Tensor:
         spec = self.spec
-        if not spec.attention.head_norms:
+        table = cos_sin_table(spec.config, parameters, position.rotary_dim, spec.max_positions)
+        return table.to(self.device)
+
+    def qk_norms(self) -> tuple[RmsNorm, RmsNorm] | None:
+        """Of q and k."""
+        attention, eps = self.spec.attention, self.spec.norm.eps
+        if attention.qk_norms == "none":
             return None
-        width = (spec.attention.head_dim, spec.norm.eps, self.dtype, self.device)
-        return RmsNorm(*width), RmsNorm(*width)
+        heads = (1, 1) if attention.qk_norms == "head" else (attention.heads, attention.kv_heads)
+        q, k = (RmsNorm(n * attention.head_dim, eps, self.dtype, self.device) for n in heads)
+        return q, k
 
     def norm(self) -> RmsNorm | LayerNorm:
         spec = self.spec

@@ -25,7 +25,8 @@ class Attention:
     out_bias: bool = False
     softcap: float = 0.0  # of the scores; 0: none
     windows: tuple[int, ...] = ()  # sliding window of each layer; 0 or empty: none
-    head_norms: bool = False  # RMS norms of each head of q and of k, before they are rotated
+    # RMS norms of q and of k, before they are rotated: of each head, or of all heads together.
+    qk_norms: Literal["none", "head", "all"] = "none"
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
@@ -41,6 +42,9 @@ class Rope:
         False  # features 2i and 2i + 1 of a head turn together, else i and i + rotary_dim / 2
     )
     without: frozenset[int] = frozenset()  # layers that rotate nothing
+    local: dict[str, Any] | None = (
+        None  # parameters of layers with a sliding window, if they have others
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,8 @@ class Names:
     out: str = "self_attn.o_proj"
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"  # None: only the outputs are normalised
+    mlp_norm: str | None = "post_attention_layernorm"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     after_attention_norm: str | None = None  # sandwich: norms of the outputs too

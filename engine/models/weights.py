@@ -88,16 +88,19 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         fused(layer.attention.qkv)
         fused(layer.attention.out)
         if layer.attention.norms is not None:
-            for name, norm in zip((names.q_norm, names.k_norm), layer.attention.norms, strict=True):
-                normed(f"{prefix}.{name}", norm)
+            q, k = layer.attention.norms
+            normed(f"{prefix}.{names.q_norm}", q)
+            normed(f"{prefix}.{names.k_norm}", k)
         fused(layer.mlp.up)
         fused(layer.mlp.down)
-        normed(f"{prefix}.{names.attention_norm}", layer.attention_norm)
-        normed(f"{prefix}.{names.mlp_norm}", layer.mlp_norm)
-        if layer.after_attention is not None:
-            normed(f"{prefix}.{names.after_attention_norm}", layer.after_attention)
-        if layer.after_mlp is not None:
-            normed(f"{prefix}.{names.after_mlp_norm}", layer.after_mlp)
+        for name, norm in (
+            (names.attention_norm, layer.attention_norm),
+            (names.mlp_norm, layer.mlp_norm),
+            (names.after_attention_norm, layer.after_attention),
+            (names.after_mlp_norm, layer.after_mlp),
+        ):
+            if norm is not None:
+                normed(f"{prefix}.{name}", norm)
     normed(names.norm, model.final_norm)
     if not spec.tied:
         (head,) = model.head.group.targets
