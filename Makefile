@@ -37,8 +37,8 @@ install: $(INSTALLED) ## make .venv and install everything into it
 demo: $(INSTALLED) ## start a server and ask the base model and every adapter (ONCE=1: then exit)
 	$(BIN)/lorax demo $(if $(filter 1,$(ONCE)),--once) $(ARGS)
 
-test: $(INSTALLED) ## run the tests that need no GPU
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the tests that need no GPU, in two processes (ARGS="...": in one)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 test-gpu: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -134,7 +134,7 @@ class HubSource(Source):
             ) from None
         except AdapterLoadFailed as error:
             if (cached := self._cached(ref, token, tenant_cache)) is None:
-                if isinstance(error, hub_client.Offline):
+                if constants.HF_HUB_OFFLINE:
                     raise AdapterNotFound(
                         f"{ref.name} was not downloaded, and the hub is disabled",
                         field="adapter_id",
@@ -327,7 +327,7 @@ class HubSource(Source):
                     raise hub_client.Refusal(error) from None
                 failure = error
             except OfflineModeIsEnabled as error:
-                raise hub_client.Offline(
+                raise AdapterLoadFailed(
                     f"the hub is disabled: {first_line(error)}", hint="unset HF_HUB_OFFLINE"
                 ) from None
             except _NETWORK as error:

@@ -17,8 +17,6 @@ from huggingface_hub import set_client_factory
 from huggingface_hub.utils import _http
 from huggingface_hub.utils.tqdm import tqdm
 
-from engine.errors import AdapterLoadFailed
-
 if TYPE_CHECKING:
     import httpx2 as httpx
 else:  # huggingface_hub 2 has it from httpx2, huggingface_hub 1 from httpx
@@ -129,10 +127,6 @@ def reporter(progress: Callable[[int, int], None]) -> type[tqdm]:
             progress(self.n, int(self.total or 0))
 
     return Reporter
-
-
-class Offline(AdapterLoadFailed):
-    """The hub is disabled by HF_HUB_OFFLINE."""
 
 
 class Refusal(Exception):

@@ -40,6 +40,7 @@ BODY: Json = {
     "model": "org/a",
     "lora_name": "lora",
     "lora_path": "org/a",
+    "tokens": [5],
     "load_inplace": True,
     "max_tokens": 1,
     "parameters": {"adapter_id": "org/a", "max_new_tokens": 1},

@@ -330,7 +330,7 @@ async def test_tokens_as_of_vllm(client: TestClient, text: Text) -> None:
     ("path", "body", "field"),
     [
         ("/tokenize", {}, "inputs"),
-        ("/tokenize", {"inputs": "x", "prompt": "x"}, "inputs"),
+        ("/tokenize", {"prompt": "x", "messages": []}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [2**40]}, "tokens"),

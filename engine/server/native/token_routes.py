@@ -64,22 +64,17 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
 
 
 def _prompt(body: TokenizeBody, raw: bytes | bytearray) -> str | Conversation:
-    """What is to be tokenized. Raises InvalidRequest."""
-    given = {"inputs": body.inputs, "prompt": body.prompt, "messages": body.messages}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        problem = "is required" if not names else f"cannot be combined with `{names[1]}`"
-        raise invalid(
-            names[0] if names else "inputs", problem, "send one of inputs, prompt, messages"
-        )
-    if body.messages is not None:
+    """What is to be tokenized; `inputs` where it is given. Raises InvalidRequest."""
+    name, text = ("inputs", body.inputs) if body.inputs is not None else ("prompt", body.prompt)
+    if text is None and body.messages is None:
+        raise invalid("inputs", "is required", "send `inputs`, `prompt` or `messages`")
+    if text is None:
         return conversation(decode(raw, ChatBody))
-    prompt = body.inputs if body.prompt is None else body.prompt
-    if prompt is not None and len(prompt) > MAX_TOKENIZED:
-        raise invalid(
-            names[0], f"has more than {MAX_TOKENIZED} characters", "send the text in parts"
-        )
-    return prompt or ""
+    if name == "prompt" and body.messages is not None:
+        raise invalid("prompt", "cannot be combined with `messages`", "leave one out")
+    if len(text) > MAX_TOKENIZED:
+        raise invalid(name, f"has more than {MAX_TOKENIZED} characters", "send the text in parts")
+    return text
 
 
 def routes() -> list[web.RouteDef]:
