@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu conformance soak-exchange soak-rotation lint format type docs completions build demo-model bench attack clean
+.PHONY: help install demo test test-gpu conformance soak-exchange soak-rotation soak-streams lint format type docs completions build demo-model bench attack clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ soak-exchange: $(INSTALLED) ## kill the exchange 20 times under load
 
 soak-rotation: $(INSTALLED) ## 2,000 adapters, 200 of them in turn over room for 20
 	LORAX_ROTATION=full $(BIN)/python -m pytest tests/server/test_rotation.py --timeout 900 $(ARGS)
+
+soak-streams: $(INSTALLED) ## 512 streams for a minute, a quarter of them left midway
+	$(BIN)/python -m tools.soak_streams $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

@@ -22,9 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +32,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from engine.bench.adapters import Folders
 from engine.bench.engine_report import Measurement, engine_report_from
@@ -48,9 +44,8 @@ from engine.config import ModelConfig
 from engine.models import adapter_layout
 from lorax_cli.bench_tables import load_table
 from lorax_cli.output import Output
+from tools.launched import launched, lorax
 from tools.waits import Probe, Watch
-
-LINES_KEPT = 40  # of the server's log, for when it does not start
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +78,6 @@ def write(root: Path, args: argparse.Namespace) -> Folder:
     return Folder(root, model, warm, cold, folders.num_bytes)
 
 
-def lorax(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "lorax_cli", *arguments]
-
-
 def offline(folder: Folder, args: argparse.Namespace, memory: list[str]) -> Measurement:
     """The same batch without HTTP; the case with as many adapters as are warm."""
     file = folder.root / "offline.json"
@@ -106,32 +97,13 @@ def serving(
     folder: Folder, args: argparse.Namespace, launch: list[str]
 ) -> Iterator[tuple[str, int, float]]:
     """(address, process id, seconds from the start of the program to its first token)."""
-    command = lorax(
-        *("launch", "--model-id", str(folder.model), "--load-format", "dummy"),
-        *("--dtype", args.dtype, "--hostname", "127.0.0.1", "--port", "0"),
-        *("--adapter-root", str(folder.root), "--adapter-source", "local", *launch),
-    )
-    log = folder.root / "launch.log"
     started = time.perf_counter()
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | {"COLUMNS": "200"}
-        )
-    try:
-        while (found := re.search(r"listening on (http://\S+)", log.read_text())) is None:
-            if server.poll() is not None:
-                tail = "\n".join(log.read_text().splitlines()[-LINES_KEPT:])
-                raise SystemExit(f"the server ended with {server.returncode}:\n{tail}")
-            time.sleep(0.05)
-        with urlopen(f"{found[1]}/startup", timeout=600) as answer:
-            assert answer.status == 200
-        yield found[1], server.pid, time.perf_counter() - started
-    finally:
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
+    with launched(
+        folder.root / "launch.log",
+        *("--model-id", str(folder.model), "--load-format", "dummy", "--dtype", args.dtype),
+        *("--adapter-root", str(folder.root), "--adapter-source", "local", *launch),
+    ) as (address, pid):
+        yield address, pid, time.perf_counter() - started
 
 
 def run(url: str, load: Load) -> LoadReport:

@@ -91,14 +91,16 @@ class Stream:
 class Streams:
     """Requests that never end, and the times of their tokens."""
 
-    def __init__(self, backend: ProcessBackend, count: int) -> None:
-        self.backend = backend
+    def __init__(self, backend: ProcessBackend, count: int, tokens: int = 3000) -> None:
+        self.backend, self._tokens = backend, tokens
         self.gaps: list[tuple[float, float]] = []  # (when, seconds since the token before)
         self.tasks = [asyncio.create_task(self._run(i)) for i in range(count)]
 
     async def _run(self, number: int) -> None:
         for turn in range(1_000_000):
-            request = Request(f"s{number}-{turn}", [5 + number] * 16, SamplingParams(), 3000, [])
+            request = Request(
+                f"s{number}-{turn}", [5 + number] * 16, SamplingParams(), self._tokens, []
+            )
             await Stream(self.gaps).run(self.backend, request)
 
     def p(self, share: float, windows: list[tuple[float, float]]) -> float:

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from tools.levels import files_of, memory_of, threads_of
+from tools.levels import EXCHANGE, files_of, memory_of, processes_of, threads_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 120.0
 PR_SET_PDEATHSIG = 1
 SAMPLE_S = 0.2
 SOFT_FILES = 1024  # descriptors that a shell gives a program
-EXCHANGE, SHARD, FRONT = "lorax-exchange", "lorax-shard", "front"
 HOST_CACHE_GB = 0.25
 DRAIN_S = 90.0  # where the program has no flag for it
 PREFERRED = {
@@ -131,14 +130,7 @@ class Server:
 
     def processes(self) -> dict[str, psutil.Process]:
         """The program's processes by role; a child without a role of its own is named after its parent."""
-        found: dict[str, psutil.Process] = {}
-        with suppress(psutil.Error):
-            found[FRONT] = psutil.Process(self.process.pid)
-            for child in found[FRONT].children(recursive=True):
-                with suppress(psutil.Error, OSError):
-                    name = role_of(child)
-                    found[name if name not in found else f"{name} {child.pid}"] = child
-        return found
+        return processes_of(self.process.pid)
 
     def exchange(self) -> psutil.Process | None:
         """The exchange's process, if there is one that runs or is stopped."""
@@ -165,17 +157,6 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def role_of(process: psutil.Process) -> str:
-    comm = Path(f"/proc/{process.pid}/comm").read_text().strip()
-    if comm in (EXCHANGE, SHARD):
-        return comm
-    parent = process.parent()
-    if parent is None or parent.pid == os.getpid():
-        return FRONT
-    above = Path(f"/proc/{parent.pid}/comm").read_text().strip()
-    return f"child of {above if above.startswith('lorax-') else FRONT}"
 
 
 def _runs(process: psutil.Process) -> bool:
