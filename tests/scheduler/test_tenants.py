@@ -192,3 +192,45 @@ def test_the_lowest_priority_is_preempted() -> None:
     house.drain()
     preemptions = {id: last.usage.preemptions for id, last in house.last.items() if last.usage}
     assert preemptions["low"] and not preemptions["high"]
+
+
+@DEPTHS
+@pytest.mark.parametrize("tenant", ["other", "same"])
+@pytest.mark.parametrize("long", [8, 300])
+def test_others_prompts_delay_a_single_request_by_two_steps(
+    depth: int, tenant: str, long: int
+) -> None:
+    """Two requests of 200 prompts, or of long ones, came before. There are rows and memory for all."""
+
+    def steps_to_first_token(num_prompts: int) -> int:
+        house = House(rows=410, blocks=40_000, step_tokens=450, depth=depth)
+        for flood in range(2):
+            for number in range(num_prompts):
+                house.add(
+                    request(
+                        f"{flood}-{number}",
+                        [1 + flood, number % 7] * (long // 2),
+                        8,
+                        group=f"flood {flood}",
+                        behind=number * (long + 8),
+                        arrival=house.clock(),
+                        tenant="many",
+                    )
+                )
+        for _ in range(3):
+            house.step()
+        single = request(
+            "single",
+            [3] * 8,
+            4,
+            arrival=house.clock(),
+            tenant="one" if tenant == "other" else "many",
+        )
+        house.add(single)
+        steps = 0
+        while not house.tokens["single"]:
+            house.step()
+            steps += 1
+        return steps
+
+    assert steps_to_first_token(200) <= steps_to_first_token(0) + 2
