@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu conformance soak-exchange soak-rotation soak-streams lint format type docs completions build demo-model bench attack clean
+.PHONY: help install demo test test-gpu conformance soak-exchange soak-rotation soak-streams lint format type docs completions build demo-model bench attack conformance-fuzz conformance-schema clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ bench: $(INSTALLED) ## measure the demo model, base and adapters (ARGS="--batch 
 
 attack: $(INSTALLED) ## attack a real server with hostile files and clients (ARGS="--quick")
 	$(BIN)/python -m tools.attack $(ARGS)
+
+conformance-fuzz: $(INSTALLED) ## send 10,000 broken bodies to a real server (ARGS="--seed 2")
+	$(BIN)/python -m tools.fuzz_bodies $(ARGS)
 
 clean: ## remove what was built, .venv included
 	rm -rf $(VENV) .venv-conformance build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

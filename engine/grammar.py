@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,9 @@ MAX_KEPT = 256  # compiled grammars
 MAX_TOKENIZERS = 4  # with different tokens that end an output
 COMPILE_THREADS = 2
 NICENESS = 9  # of these threads: steps come first
+# llguidance descends into a grammar by recursion, and a thread whose stack is too small ends the process. A grammar of
+# MAX_BYTES needs up to 256 MiB. Memory is taken only as far as a grammar needs it.
+STACK_BYTES = 1 << 29
 # Of a matcher; beyond them it fails, and only its request with it.
 MAX_GRAMMAR_SYMBOLS = 200_000
 MAX_LEXER_STATES = 100_000  # about 2 KB each
@@ -41,6 +45,8 @@ SIMPLER = "make the grammar simpler"
 Eos = tuple[int, ...]  # the tokens that end an output
 K = TypeVar("K")
 V = TypeVar("V")
+T = TypeVar("T")
+_starting = threading.Lock()  # Python has one stack size for all threads to come
 
 
 def _limits() -> LLParserLimits:
@@ -60,6 +66,7 @@ def of_json_schema(schema: dict[str, Any]) -> str:
 
     Between two parts there is at most a line break with its indentation, or one space: a model could otherwise write
     white space for ever. Keywords that are not supported are errors, whatever the schema says about itself.
+    Raises ValueError for an integer of more than 64 bits.
     """
     from llguidance import LLMatcher
 
@@ -96,7 +103,9 @@ def check(grammar: str, field: str) -> None:
             field=field,
             hint="make it smaller",
         )
-    is_error, reasons = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
+    is_error, reasons = _with_stack(
+        lambda: LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
+    )
     if is_error:
         reason = " ".join(" ".join(reasons).split())[:300]
         raise InvalidRequest(
@@ -242,8 +251,9 @@ class Grammars:
 def _compile(tokenizer: Future[LLTokenizer], grammar: str) -> LLMatcher:
     from llguidance import LLMatcher
 
+    tokens = tokenizer.result()
     try:
-        matcher = LLMatcher(tokenizer.result(), grammar, log_level=0, limits=_limits())
+        matcher = _with_stack(lambda: LLMatcher(tokens, grammar, log_level=0, limits=_limits()))
     except Exception as error:  # a thread boundary
         raise GenerationError(f"the grammar cannot be compiled: {error}", hint=SIMPLER) from None
     matcher.compute_bitmask()  # the first mask takes milliseconds; copies of the matcher know it
@@ -251,6 +261,25 @@ def _compile(tokenizer: Future[LLTokenizer], grammar: str) -> LLMatcher:
         reason = " ".join(matcher.get_error().split())[:200]
         raise GenerationError(f"the grammar cannot be compiled: {reason}", hint=SIMPLER)
     return matcher
+
+
+def _with_stack(call: Callable[[], T]) -> T:
+    """The result of `call` in a thread with STACK_BYTES, which ends with it."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # a thread boundary
+            done.set_exception(error)
+
+    with _starting:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 def _keep(cache: OrderedDict[K, V], key: K, value: V, most: int) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 from engine.adapters.versions import Lru
@@ -108,14 +109,19 @@ def _of_structured(given: StructuredOutputs) -> str:
 def _json(schema: Any, where: str) -> str:
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
+            schema = msgspec.json.decode(
+                schema
+            )  # json.loads takes NaN and half of a surrogate pair
+        except (msgspec.DecodeError, RecursionError) as error:
             raise invalid(where, f"is not JSON: {error}", "send the schema as an object") from None
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
         raise invalid(where, "must be an object", "send a JSON schema")
-    return of_json_schema(schema)
+    try:
+        return of_json_schema(schema)
+    except ValueError as error:
+        raise invalid(where, f"cannot be served: {str(error)[:200]}", "correct it") from None
 
 
 def _regex(regex: Any, where: str) -> str:

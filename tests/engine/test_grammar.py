@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from engine.config import AdapterConfig, EngineConfig, MemoryConfig, ModelConfig, SchedulerConfig
 from engine.errors import GenerationError, InvalidRequest
-from engine.grammar import Grammars, check, of_json_schema
+from engine.grammar import Grammars, check, of_json_schema, of_lark
 from engine.messages import AdapterImageRef, Request, SamplingParams
 from tests.engine.harness import Harness, Outcome
 
@@ -140,6 +140,23 @@ def test_greedy_with_biases_and_penalties(house: Harness) -> None:
     )
     for outcome in found.values():
         valid(outcome)
+
+
+def chained(count: int) -> dict[str, str]:
+    """Grammars of 50 to 250 kB that say \"ab\" at the end of a chain of rules."""
+    schema: dict[str, Any] = {"$ref": "#/$defs/0", "$defs": {str(count): {"enum": ["ab"]}}}
+    schema["$defs"] |= {str(at): {"$ref": f"#/$defs/{at + 1}"} for at in range(count)}
+    rules = [f"r{at}: ((((r{at + 1}))))" for at in range(count)]
+    lark = "\n".join(["start: r0", *rules, f'r{count}: "\\"ab\\""'])
+    return {"references": of_json_schema(schema), "rules": of_lark(lark)}
+
+
+def test_a_long_chain_of_rules_ends_no_process(house: Harness) -> None:
+    """llguidance follows it by recursion: the output is that of the chain's end."""
+    direct = house.run([asked("direct", of_json_schema({"enum": ["ab"]}), 1)])["direct"]
+    for name, grammar in chained(6000).items():
+        check(grammar, "f")
+        assert house.run([asked(name, grammar, 1)])[name].tokens == direct.tokens, name
 
 
 def test_preempted_rows_go_on_in_their_grammars() -> None:

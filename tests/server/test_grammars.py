@@ -114,3 +114,33 @@ async def test_a_refusal_names_the_field_of_its_own_request(client: TestClient) 
         error = (await response.json())["error"]
         assert response.status == 400 and error["param"] == field
         assert f"`{field}`" in error["message"]
+
+
+SCHEMA_TEXTS = [
+    ('{"enum": [18446744073709551616]}', "18446744073709551616"),
+    ('{"enum": [-9223372036854775809]}', "-9223372036854775809"),
+    ('{"enum": ["\\ud800"]}', "is not JSON"),
+    ('{"\\ud800": 1}', "is not JSON"),
+    ('{"minimum": NaN}', "is not JSON"),
+    ('{"minimum": Infinity}', "is not JSON"),
+    ('{"a":' * 5000 + "1" + "}" * 5000, "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("schema", "named"), SCHEMA_TEXTS)
+async def test_a_schema_that_cannot_be_served_is_refused(
+    client: TestClient, schema: str, named: str
+) -> None:
+    """As a text, which is decoded apart from the body."""
+    response = await client.post("/v1/completions", json={"prompt": "x", "guided_json": schema})
+    error = (await response.json())["error"]
+    assert response.status == 400 and error["param"] == "structured_outputs.json"
+    assert named in error["message"]
+
+
+async def test_a_large_number_in_a_schema_is_refused(client: TestClient) -> None:
+    asked = {"response_format": {"type": "json_object", "schema": {"enum": [2**70]}}}
+    response = await client.post("/generate", json={"inputs": "x", "parameters": asked})
+    error = await response.json()
+    assert (response.status, error["field"]) == (422, "response_format.schema")
+    assert str(2**70) in error["error"]
