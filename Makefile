@@ -84,10 +84,13 @@ bench: $(INSTALLED) ## measure the demo model, base and adapters (ARGS="--batch 
 attack: $(INSTALLED) ## attack a real server with hostile files and clients (ARGS="--quick")
 	$(BIN)/python -m tools.attack $(ARGS)
 
+conformance-schema: $(INSTALLED) ## test the OpenAPI document of a real server with schemathesis (ARGS="--seed 2")
+	$(BIN)/python -m tools.schemathesis_run $(ARGS)
+
 conformance-fuzz: $(INSTALLED) ## send 10,000 broken bodies to a real server (ARGS="--seed 2")
 	$(BIN)/python -m tools.fuzz_bodies $(ARGS)
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) .venv-conformance build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-conformance build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .conformance
 	find engine lorax_cli tests tools clients -name __pycache__ -type d -prune -exec rm -rf {} +
 	find engine -name '*.so' -delete

@@ -57,14 +57,18 @@ class Running:
 
 
 @contextmanager
-def demo_server(adapters: dict[str, str] | None = None) -> Iterator[Running]:
-    """Serves the demo model. `adapters`: name -> adapter of the demo; None: under their own names."""
+def demo_server(
+    adapters: dict[str, str] | None = None, flags: dict[str, str] | None = None
+) -> Iterator[Running]:
+    """Serves the demo model. `adapters`: name -> adapter of the demo; None: under their own names. `flags` are added to
+    FLAGS, or replace theirs."""
     names = adapters or {one.name: one.name for one in (DEMO / "adapters").iterdir()}
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         root, log = Path(folder) / "adapters", Path(folder) / "log"
         for name, original in names.items():
             shutil.copytree(DEMO / "adapters" / original, root / name)
-        given = [part for pair in (FLAGS | {"--adapter-root": str(root)}).items() for part in pair]
+        every = FLAGS | (flags or {}) | {"--adapter-root": str(root)}
+        given = [part for pair in every.items() for part in pair]
         command = [sys.executable, "-m", "lorax_cli", "launch", *given]
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -18,6 +18,10 @@ from engine.messages import EngineInfo, SamplingParams
 
 BASE_NAMES = ("base", "__base_model__")  # adapter names that mean: no adapter
 GREEDY_BELOW = 1e-5  # lower temperatures mean greedy: dividing by them would overflow
+LEAST, MOST = (
+    1e-30,
+    1e30,
+)  # factors beyond change nothing more, and the engine's 32 bits cannot hold all of them
 MAX_SEED = 2**64 - 1
 MAX_TOP_K = 2**31 - 1
 LOWEST_PRIORITY = -1000
@@ -111,12 +115,12 @@ class Parameters:
         """For the engine, with the `seed` of one choice; `ends` are the tokens that end the output."""
         off = self.greedy
         return SamplingParams(
-            temperature=0.0 if off else _or(self.temperature, 1.0),
+            temperature=0.0 if off else min(_or(self.temperature, 1.0), MOST),
             top_k=0 if off else max(0, min(self.top_k or 0, limits.vocab_size)),
             top_p=1.0 if off else _or(self.top_p, 1.0),
             typical_p=1.0 if off else _or(self.typical_p, 1.0),
             min_p=0.0 if off else _or(self.min_p, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            repetition_penalty=min(max(_or(self.repetition_penalty, 1.0), LEAST), MOST),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             presence_penalty=_or(self.presence_penalty, 0.0),
             seed=_signed(seed),

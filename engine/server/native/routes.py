@@ -24,7 +24,7 @@ async def health(request: web.Request) -> web.StreamResponse:
         return json_response({"error": "unhealthy", "error_type": "healthcheck"}, status=503)
     if backend.exchange_away:
         return json_response({"status": "degraded", "adapter_exchange": "restarting"})
-    return web.Response()
+    return web.Response(text="")
 
 
 async def startup(request: web.Request) -> web.StreamResponse:
@@ -36,7 +36,7 @@ async def startup(request: web.Request) -> web.StreamResponse:
     async with front.generator.open([[front.text.first_token]], parameters) as generation:
         while await generation.next() is not None:
             pass
-    return web.Response()
+    return web.Response(text="")
 
 
 async def info(request: web.Request) -> web.StreamResponse:

@@ -103,9 +103,22 @@ class TokenizeBody(Struct, frozen=True):
     return_token_strs: bool | None = None
 
 
+class Tokenized(Struct):
+    """vLLM's."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
 class DetokenizeBody(Struct, frozen=True):
     tokens: list[int]
     model: str | None = None
+
+
+class Detokenized(Struct):
+    prompt: str
 
 
 class AlternativeToken(Struct):

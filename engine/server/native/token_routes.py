@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from aiohttp import web
 
 from engine.server.access import context_of
 from engine.server.conversation import Conversation
 from engine.server.decoding import decode
 from engine.server.front import FRONT
-from engine.server.native.schemas import DetokenizeBody, TokenizeBody
+from engine.server.native.schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from engine.server.openai.messages import conversation
 from engine.server.openai.schemas import ChatBody
 from engine.server.parameters import Parameters, invalid
@@ -39,11 +37,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         else:
             tokens = await text.encode(prompt, special=body.add_special_tokens is not False)
         names = [text.token_text(token) for token in tokens] if body.return_token_strs else None
-    answer: dict[str, Any] = {
-        "count": len(tokens),
-        "max_model_len": front.backend.info.max_total_tokens,
-    }
-    return json_response(answer | {"tokens": tokens, "token_strs": names})
+    most = front.backend.info.max_total_tokens
+    return json_response(Tokenized(len(tokens), most, tokens, names))
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
@@ -60,7 +55,7 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     async with text_of(request, parameters) as (text, vocab_size):
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise invalid("tokens", f"has a token outside of 0 to {vocab_size - 1}")
-        return json_response({"prompt": await text.in_thread(lambda: text.written(tokens))})
+        return json_response(Detokenized(await text.in_thread(lambda: text.written(tokens))))
 
 
 def _prompt(body: TokenizeBody, raw: bytes | bytearray) -> str | Conversation:
