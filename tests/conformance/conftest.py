@@ -26,7 +26,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return not any(map(collection_path.match, IN_MAKE_TEST)) or None
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     if URL in os.environ:
         yield Server(os.environ[URL], os.environ[KEY])
